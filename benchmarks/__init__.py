@@ -1,0 +1,1 @@
+"""Cases, measuring and checking; may import everything."""

@@ -1,0 +1,166 @@
+"""The LM head: hidden states and targets in, per-token log-probabilities out, without keeping logits.
+
+`linear_logps` is the front door, `_eager` the plain definition that everything else is measured against.
+The chunked form that never recomputes the head is in `_two_gemm.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._two_gemm import TwoGemm
+from .types import check_choice, check_positive
+
+IMPLEMENTATIONS = {
+    "auto": "the fastest that applies",
+    "eager": "plain autograd over full logits",
+    "two_gemm": "chunked, no logits kept",
+}
+
+
+class TokenLogps(NamedTuple):
+    """logps, entropy: [N], nats, float32 (float64 for float64 inputs)."""
+
+    logps: Tensor
+    entropy: Tensor
+
+
+class Transform(NamedTuple):
+    """From the head's raw output x to the logits z = softcap tanh(logit_scale x / softcap) / temperature."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        z = raw * self.logit_scale if self.logit_scale != 1.0 else raw
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature if self.temperature != 1.0 else z
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[False] = False,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[True],
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+) -> TokenLogps: ...
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    impl: str = "auto",
+    chunk_tokens: int | None = None,
+) -> Tensor | TokenLogps:
+    """log p_t = z[t, y_t] - logsumexp_v z[t, v], z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature.
+
+    hidden: [N, H]; weight: [V, H] and bias: [V] or None, all of one dtype (float64, float32, bfloat16,
+    float16); under autocast they are cast to its dtype. targets: [N] int64 in [0, V).
+    Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs); with `entropy=True` a
+    `TokenLogps` with the entropy -sum_v p log p [N] beside them. Both carry gradients to hidden, weight, bias.
+
+    impl: "eager", "two_gemm", or "auto" (two_gemm). chunk_tokens: rows of logits alive at a time in two_gemm
+    (default: 128 on CPU, 4.2 million / H on a GPU). With a frozen head two_gemm takes two matrix products,
+    forward and backward together, whatever the loss; with a trainable one it computes the logits again.
+
+    Raises ValueError for shapes, values and targets that do not fit (targets are checked on CPU; on a GPU, where
+    the check would stop the stream, the gather asserts on the device), TypeError for dtypes.
+    Differs from TRL 1.16's fused head: float64 stays float64, and the logits are not computed again in backward.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    _check(hidden, weight, targets, bias)
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    transform = Transform(temperature, logit_scale, softcap)
+    if impl == "eager":
+        logps, entropies = _eager(hidden, weight, targets, bias, transform)
+    else:
+        rows = chunk_tokens or default_chunk_tokens(hidden)
+        check_positive("chunk_tokens", rows)
+        logps, entropies = TwoGemm.apply(hidden, weight, bias, targets, transform, rows, entropy)
+    return TokenLogps(logps, entropies) if entropy else logps
+
+
+def default_chunk_tokens(hidden: Tensor) -> int:
+    """Rows of logits alive at a time: small enough for the CPU's cache traffic, large enough for a GPU's GEMM."""
+    if hidden.device.type == "cpu":
+        return 128
+    return max(256, int(4.2e6 / max(hidden.shape[1], 1)) // 128 * 128)
+
+
+def _eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform) -> TokenLogps:
+    raw = linear(hidden, weight, bias)
+    z = transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+    all_logps = z.log_softmax(-1)
+    return TokenLogps(
+        all_logps.gather(-1, targets[:, None])[:, 0],
+        -(all_logps.exp() * all_logps).sum(-1),
+    )
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
+    if hidden.ndim != 2 or weight.ndim != 2 or targets.ndim != 1:
+        raise ValueError(f"expected hidden [N, H], weight [V, H], targets [N], got {shapes}")
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0]:
+        raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] do not agree: {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be [V] for weight [V, H], got bias {list(bias.shape)}, weight {list(weight.shape)}"
+        )
+    dtypes = {hidden.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
+    if len(dtypes) > 1 or not hidden.dtype.is_floating_point:
+        named = f"hidden {hidden.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
+        raise TypeError(f"hidden, weight and bias must share one floating dtype, got {named}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
+    if targets.device.type == "cpu" and len(targets):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"targets must be in [0, {weight.shape[0]}), got values from {low} to {high}")

@@ -1,0 +1,1 @@
+"""The truths that everything is held against. Never imports losses or trainers."""

@@ -1,0 +1,1 @@
+"""The data, the policy and the loop. Imports losses."""
