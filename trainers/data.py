@@ -13,7 +13,7 @@ accident (no text, no label, roles out of order) is an error that names it, not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any

@@ -1,0 +1,33 @@
+"""Objects of the user's own, named on the command line as `module:name`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def import_object(spec: str, option: str) -> Any:
+    """What `module:name` names; modules are looked for in the working directory too, as `python -m` does.
+
+    option: what the user gave `spec` to, for messages. Raises UserError where there is no such module or name; an
+    error inside the module is the user's to see, and passes as it is.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise UserError(f"{option}={spec!r} must be written as module:name")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A missing import inside the module is a fault of its own.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{option}={spec!r}: there is no module {error.name!r} here or installed") from None
+    if not hasattr(module, name):
+        raise UserError(f"{option}={spec!r}: the module {module_name!r} ({module.__file__}) has no {name!r}")
+    return getattr(module, name)
