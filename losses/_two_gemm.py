@@ -8,75 +8,117 @@ the backward pass is one elementwise product.
 Where the head itself is trained, dW = sum_t c_t (e_y - p_t) h_t^T needs c_t before the rows are summed: there the
 forward pass is one product and the backward pass makes the tiles again. The same holds for a gradient
 through the entropy.
+
+Memory: one [chunk_tokens, V] tile in at least float32 for all chunks; one more with a soft cap that is
+differentiated, one more with the entropy, and a half-precision copy of the tile for half-precision products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+if TYPE_CHECKING:
+    from .logps import Transform
 
-class _Rows:
-    """The statistics of one chunk's logits. `scaled` [n, V] holds exp(z - max), whose sums are `scale` [n]."""
 
-    def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: Any, entropy: bool):
-        raw = linear(h, weight, bias)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        self.slope = _slope(raw, transform)
-        z = transform(raw)  # `raw` itself where the transform is the identity; overwritten from here on
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What to multiply in. In half precision a CPU takes 2 to 200 times float32's time: there copying W pays."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
+
+
+class _Tile:
+    """The softmax over one chunk's logits, in buffers that the next chunk uses again.
+
+    After `fill`: e [n, V] = exp(z - max), total [n] its row sums, logps and (where asked for) entropy [n].
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: Transform,
+        rows: int,
+        *,
+        entropy: bool,
+        differentiated: bool,
+    ):
+        self.sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = _product_dtype(weight)
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.factor = transform.logit_scale / transform.temperature
+        self.transform = transform
+        softcap = transform.softcap is not None
+        shape = rows, len(weight)
+        self._logits = weight.new_empty(shape, dtype=self.sum_dtype)
+        self._log_p = weight.new_empty(shape, dtype=self.sum_dtype) if entropy else None
+        self._slope = weight.new_empty(shape, dtype=self.sum_dtype) if softcap and differentiated else None
+
+    def fill(self, h: Tensor, y: Tensor) -> None:
+        """Make the softmax of h [n, H] W^T and its statistics at the targets y [n]."""
+        self.n, self.y = len(h), y[:, None]
+        z = self._logits[: self.n]
+        if self.weight.dtype != z.dtype:
+            z.copy_(linear(h, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(h, self.weight.t(), out=z)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=z)
+        self._transform(z)
         z -= z.amax(-1, keepdim=True)
-        self.y = y[:, None]
-        z_y = z.gather(-1, self.y)[:, 0]
-        shifted = z.clone() if entropy else None
-        self.scaled = z.exp_()
-        self.scale = self.scaled.sum(-1)
-        self.log_scale = self.scale.log()
-        self.logps = z_y - self.log_scale
-        self.entropy = z_y.new_zeros(0)
-        if shifted is not None:
-            # p log p with p = 0 where exp underflowed: 0 * finite, since z - max is finite
-            self.log_p = shifted.sub_(self.log_scale[:, None])
-            self.entropy = -torch.linalg.vecdot(self.scaled, self.log_p) / self.scale
+        z_y = z.gather(1, self.y)[:, 0]
+        if self._log_p is not None:
+            log_p = self._log_p[: self.n].copy_(z)
+        self.e = z.exp_()
+        self.total = self.e.sum(-1)
+        log_total = self.total.log()
+        self.logps = z_y - log_total
+        if self._log_p is not None:
+            log_p -= log_total[:, None]
+            self.entropy = -torch.linalg.vecdot(self.e, log_p) / self.total  # e = 0 meets a finite log p
 
-    def logp_tile(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(tile, scale) with tile * scale[:, None] = d log p_y / d raw; overwrites `scaled`.
+    def _transform(self, z: Tensor) -> None:
+        softcap = self.transform.softcap
+        if softcap is None:
+            if self.factor != 1.0:
+                z *= self.factor
+            return
+        z.mul_(self.transform.logit_scale / softcap).tanh_()
+        if self._slope is not None:
+            torch.mul(z, z, out=self._slope[: self.n]).neg_().add_(1.0)
+        z *= softcap / self.transform.temperature
 
-        e_y - p is formed in the tile in at least float32: `W[y] - p @ W` cancels where p_y is near 1. The division by
-        the row's sum is left to the caller, who can do it on [n, H] instead of [n, V].
+    def gradient(self, c: Tensor, entropy_c: Tensor | None = None) -> Tensor:
+        """[n, V], d sum_t (c_t log p_t + entropy_c_t H_t) / d raw logits, in place of `e`: call it once a `fill`.
+
+        It is c e_y - p (c + entropy_c (log p + H)), times the transform's slope. e_y - p must be formed here, in at
+        least float32: as `W[y] - p @ W` it would cancel where p_y is near 1.
         """
-        tile = self.scaled.neg_()
-        tile.scatter_add_(1, self.y, self.scale[:, None])
-        scale = 1 / self.scale
-        if dtype == torch.float16:  # the row's sum can exceed float16's range
-            tile *= scale[:, None]
-            scale = torch.ones_like(scale)
-        if isinstance(self.slope, Tensor):
-            tile *= self.slope
-            return tile.to(dtype), scale
-        return tile.to(dtype), self.slope * scale
-
-    def entropy_tile(self, grad: Tensor) -> Tensor:
-        """[n, V], grad_t dH_t / d raw = -grad_t p (log p + H)."""
-        p = self.scaled / self.scale[:, None]
-        tile = -grad[:, None] * p * (self.log_p + self.entropy[:, None])
-        return tile * self.slope
-
-
-def _slope(raw: Tensor, transform: Any) -> Tensor | float:
-    """dz / d raw, a number unless there is a soft cap."""
-    factor = transform.logit_scale / transform.temperature
-    if transform.softcap is None:
-        return factor
-    return (1 - torch.tanh(raw * (transform.logit_scale / transform.softcap)) ** 2) * factor
+        c = c * self.factor
+        tile = self.e
+        if entropy_c is None:
+            tile *= (-c / self.total)[:, None]
+        else:
+            assert self._log_p is not None
+            log_p = self._log_p[: self.n]
+            tile *= log_p.add_(self.entropy[:, None]).mul_((entropy_c * self.factor)[:, None]).add_(c[:, None])
+            tile *= (-1 / self.total)[:, None]
+        tile.scatter_add_(1, self.y, c[:, None])
+        if self._slope is not None:
+            tile *= self._slope[: self.n]
+        return tile
 
 
 class TwoGemm(torch.autograd.Function):
-    """(hidden, weight, bias, targets, transform, chunk_tokens, entropy) -> (logps [N], entropy [N] or empty)."""
+    """(hidden, weight, bias, targets, transform, chunk_tokens, entropy, grad) -> (logps [N], entropy [N] or empty).
+
+    grad: whether gradients are being recorded (`torch.is_grad_enabled()`, which is always False inside `forward`).
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -85,25 +127,29 @@ class TwoGemm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        transform: Callable[[Tensor], Tensor],
+        transform: Transform,
         chunk_tokens: int,
         entropy: bool,
+        grad: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         recomputes = needs_weight or needs_bias
-        out_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logps = hidden.new_empty(len(hidden), dtype=out_dtype)
-        entropies = hidden.new_empty(len(hidden) if entropy else 0, dtype=out_dtype)
-        g = torch.empty_like(hidden) if needs_hidden and not recomputes else None
-        for start in range(0, len(hidden), chunk_tokens):
-            at = slice(start, start + chunk_tokens)
-            rows = _Rows(hidden[at], weight, bias, targets[at], transform, entropy)
-            logps[at] = rows.logps
-            if entropy:
-                entropies[at] = rows.entropy
-            if g is not None:
-                tile, scale = rows.logp_tile(weight.dtype)
-                g[at] = (tile @ weight).mul_(scale[:, None])
+        keeps_g = grad and needs_hidden and not recomputes
+        g = torch.empty_like(hidden) if keeps_g else None
+        rows = min(chunk_tokens, len(hidden))
+        with torch.autocast(hidden.device.type, enabled=False):
+            tile = _Tile(weight, bias, transform, rows, entropy=entropy, differentiated=keeps_g)
+            logps = hidden.new_empty(len(hidden), dtype=tile.sum_dtype)
+            entropies = hidden.new_empty(len(hidden) if entropy else 0, dtype=tile.sum_dtype)
+            for start in range(0, len(hidden), chunk_tokens):
+                at = slice(start, start + chunk_tokens)
+                tile.fill(hidden[at].to(tile.weight.dtype), targets[at])
+                logps[at] = tile.logps
+                if entropy:
+                    entropies[at] = tile.entropy
+                if g is not None:
+                    e_y_minus_p = tile.gradient(torch.ones_like(tile.logps))
+                    g[at] = e_y_minus_p.to(tile.weight.dtype) @ tile.weight
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, *((hidden, weight, bias, targets) if recomputes or entropy else ()))
         ctx.options = transform, chunk_tokens
@@ -113,10 +159,12 @@ class TwoGemm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         g, *inputs = ctx.saved_tensors
-        if g is not None and (grad_entropy is None or not grad_entropy.numel()):
-            hidden_grad = None if grad_logps is None else (g * grad_logps[:, None]).to(g.dtype)
-            return hidden_grad, None, None, None, None, None, None
-        return *_recompute(ctx, inputs, grad_logps, grad_entropy), None, None, None, None
+        if grad_logps is None and grad_entropy is None:
+            return (None,) * 8
+        if g is not None and grad_entropy is None:
+            return (g * grad_logps[:, None]).to(g.dtype), *(None,) * 7
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return *_recompute(ctx, inputs, grad_logps, grad_entropy), *(None,) * 5
 
 
 def _recompute(
@@ -125,26 +173,29 @@ def _recompute(
     """The gradients of hidden, weight and bias from new tiles; sums over tokens are kept in at least float32."""
     hidden, weight, bias, targets = inputs
     transform, chunk_tokens = ctx.options
-    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    rows = min(chunk_tokens, len(hidden))
+    tile = _Tile(weight, bias, transform, rows, entropy=grad_entropy is not None, differentiated=True)
+    if grad_logps is None:
+        grad_logps = hidden.new_zeros(len(hidden), dtype=tile.sum_dtype)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
-    grad_bias = torch.zeros_like(weight[:, 0], dtype=sum_dtype) if needs_bias else None
+    grad_weight = torch.zeros_like(weight, dtype=tile.sum_dtype) if needs_weight else None
+    grad_bias = weight.new_zeros(len(weight), dtype=tile.sum_dtype) if needs_bias else None
     for start in range(0, len(hidden), chunk_tokens):
         at = slice(start, start + chunk_tokens)
-        h = hidden[at]
-        rows = _Rows(h, weight, bias, targets[at], transform, grad_entropy is not None)
-        tile: Any = 0.0 if grad_entropy is None else rows.entropy_tile(grad_entropy[at])
-        if grad_logps is not None:
-            logp_tile, scale = rows.logp_tile(sum_dtype)
-            tile = tile + logp_tile.mul_((scale * grad_logps[at])[:, None])
-        low = tile.to(weight.dtype)
-        if grad_hidden is not None:
-            grad_hidden[at] = low @ weight
-        if grad_weight is not None:
-            grad_weight += low.t() @ h
+        h = hidden[at].to(tile.weight.dtype)
+        tile.fill(h, targets[at])
+        grad_logits = tile.gradient(grad_logps[at], None if grad_entropy is None else grad_entropy[at])
         if grad_bias is not None:
-            grad_bias += tile.sum(0)
+            grad_bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(tile.weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden[at] = grad_logits @ tile.weight
+        if grad_weight is not None:
+            if h.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad_logits.t(), h)  # no second [V, H] to add from
+            else:
+                grad_weight += grad_logits.t() @ h
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
