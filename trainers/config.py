@@ -1,0 +1,190 @@
+"""The options of a run. Names are TRL's wherever TRL has one; docstrings are the command line's help."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UserError
+
+# TRL's defaults; every method but SFT starts from a model that can already speak.
+DEFAULT_LEARNING_RATE = {"sft": 2e-5}
+OTHER_LEARNING_RATE = 1e-6
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, and beside which reference."""
+
+    model_name_or_path: str = "tiny"
+    """Hub name, local folder, or "tiny": the embedded model with random weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's weights. Adapters are float32 in any case."""
+    attn_implementation: str | None = None
+    """Attention implementation of transformers (default: its own choice)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    lora_r: int = 0
+    """Rank of the LoRA adapters; 0 trains the whole model."""
+    lora_alpha: float = 32
+    """The adapters' output is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get adapters, or all-linear."""
+    load_in_4bit: bool = False
+    """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
+    adapter_name_or_path: str | None = None
+    """Go on training this adapter; a frozen copy of it is the reference."""
+    ref_model_name_or_path: str | None = None
+    """Reference model, where it is neither the starting model nor the starting adapter."""
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probs once, before training, and keep them in output_dir."""
+
+    def __post_init__(self) -> None:
+        adapters = self.lora_r > 0 or self.adapter_name_or_path
+        if self.load_in_4bit and not adapters:
+            raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
+        if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_r {self.lora_r} or --lora_dropout {self.lora_dropout} is out of range")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on."""
+
+    dataset_name: str = "arithmetic"
+    """Hub name, .jsonl, .json or .parquet file, folder, or "arithmetic": the embedded task."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str | None = None
+    """Split to evaluate on."""
+    eval_size: int = 0
+    """Rows of the train split to hold out for evaluation instead."""
+    max_length: int = 1024
+    """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
+    completion_only_loss: bool | None = None
+    """SFT: score the completion only (default: yes where rows have one)."""
+    assistant_only_loss: bool = False
+    """SFT: score the assistant's turns only."""
+    shuffle: bool = True
+    """Shuffle the rows in every epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How it is trained."""
+
+    output_dir: str = "runs/latest"
+    """Folder for the log, the configuration and the trained model."""
+    batch_size: int | None = None
+    """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
+    prompts for GRPO."""
+    per_device_train_batch_size: int | None = None
+    """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes."""
+    gradient_accumulation_steps: int | None = None
+    """TRL's spelling, see per_device_train_batch_size."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward pass on one process, padding included: memory against speed, never the result."""
+    max_steps: int | None = None
+    """Optimizer steps (default: as many as num_train_epochs takes)."""
+    num_train_epochs: float = 3.0
+    """Passes over the data."""
+    learning_rate: float | None = None
+    """Peak learning rate (default: 2e-5 for SFT, 1e-6 for the others)."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate grows from 0."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0 does not clip."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of matrices only."""
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    """Optimizer; all but the first are bitsandbytes'."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps (default: at the end only)."""
+    save_steps: int | None = None
+    """Save every so many steps (default: at the end only)."""
+    seed: int = 42
+    """Of shuffling, adapters, dropout and rollouts."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_tokens", "max_steps", "num_train_epochs", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name} must be positive, got {value}")
+        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"--{name} must not be negative, got {value}")
+
+    def resolved(self, method: str, num_processes: int) -> TrainConfig:
+        """With every default that depends on the method or the number of processes filled in."""
+        per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        batch_size = self.batch_size
+        if per_device is not None or accumulation is not None:
+            product = (per_device or DEFAULT_BATCH_SIZE) * (accumulation or 1) * num_processes
+            if batch_size not in (None, product):
+                raise UserError(
+                    f"--batch_size {batch_size} contradicts per_device_train_batch_size x "
+                    f"gradient_accumulation_steps x processes = {product}; give one or the other"
+                )
+            batch_size = product
+        rate = self.learning_rate
+        if rate is None:
+            rate = DEFAULT_LEARNING_RATE.get(method, OTHER_LEARNING_RATE)
+        return dataclasses.replace(self, batch_size=batch_size or DEFAULT_BATCH_SIZE, learning_rate=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """GRPO: what is generated, and what it is worth."""
+
+    num_generations: int = 8
+    """Completions of each prompt."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probs that are trained."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    num_iterations: int = 1
+    """Optimizer steps on each set of rollouts; from the second on they are off policy."""
+    reward_funcs: tuple[str, ...] = ("exact_answer",)
+    """exact_answer, format, length, or module:function with TRL's signature."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward (default: 1)."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """Divide advantages by the standard deviation of their group, or not."""
+
+    def __post_init__(self) -> None:
+        if self.num_generations < 2:
+            raise UserError(f"--num_generations {self.num_generations}: a group needs at least 2 to compare")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.num_iterations < 1:
+            raise UserError("--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise UserError(
+                f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of it. `rollout` is there for losses whose kind is GROUPED."""
+
+    method: str
+    loss: Any
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for config.json."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}  # type: ignore[arg-type]

@@ -1,0 +1,154 @@
+"""The training loop: windows of examples in, an adapter or a model and a log out.
+
+A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py` for how one
+step's gradient comes about, `setup.py` for where everything below comes from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logratio.losses import Mean
+
+from .checkpoint import save
+from .config import RunConfig
+from .data import Example
+from .errors import UserError
+from .model import describe
+from .packing import split_groups
+from .runlog import RunLog, peak_mem_mib
+from .setup import Run, build, windows
+from .step import StepResult
+
+
+def train(config: RunConfig) -> dict[str, float]:
+    """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
+
+    Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then).
+    """
+    run = build(config)
+    config = run.config
+    output_dir = Path(config.train.output_dir)
+    main = run.accelerator.is_main_process
+    with RunLog(config.train.output_dir, config.as_dict(), total_steps=run.total_steps, main=main) as log:
+        for note in (describe(run.policy.model), *run.notes):
+            log.say(note)
+        row: dict[str, float] = {}
+        step = num_tokens = 0
+        started = time.perf_counter()
+        for examples, gathered, micros, dealt in steps(run):
+            step += 1
+            totals = run.step.totals(examples, micros, dealt)
+            try:
+                result = run.step(micros, totals)
+                grad_norm = update(run)
+            except UserError as error:
+                raise UserError(f"step {step}: {error}") from error
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            run.scheduler.step()
+
+            for name, mean in gathered.items():
+                result.metrics[name] = Mean(*(x.to(run.accelerator.device) for x in mean))
+            tokens = count_tokens(examples)
+            result.metrics["tokens"] = Mean(*torch.tensor([tokens, 1.0], device=run.accelerator.device))
+            metrics = result.reduced(run.accelerator)
+            tokens = int(metrics.pop("tokens") * (run.accelerator.num_processes if dealt else 1))
+            num_tokens += tokens
+            step_ms = (time.perf_counter() - started) * 1e3
+            row = {
+                "step": step,
+                "loss": metrics.pop("loss"),
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                **metrics,
+                "num_tokens": num_tokens,
+                "tokens_per_s": tokens / step_ms * 1e3,
+                "step_ms": step_ms,
+                "peak_mem_mib": peak_mem_mib(run.accelerator.device),
+            }
+            due = due_at(step, config.train.eval_steps, run.total_steps)
+            if due and run.data.evaluation:
+                row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
+            log.step(row)
+            if due_at(step, config.train.save_steps, run.total_steps) and main:
+                save(run.policy, run.tokenizer, output_dir / ("" if step == run.total_steps else f"checkpoint-{step}"))
+            if step == run.total_steps:
+                break
+            started = time.perf_counter()
+        log.say(f"{step} steps done; saved in {output_dir}")
+    return row
+
+
+def steps(run: Run) -> Any:
+    """Yields (examples, their metrics, micro-batches, dealt) for ever, one an optimizer step.
+
+    dealt: the examples are this process's own (rollouts that it sampled), not the whole step's.
+    """
+    config = run.config.train
+    assert config.batch_size is not None
+    for window in windows(run.data.train, config.batch_size, shuffle=run.config.data.shuffle, seed=config.seed):
+        if run.rollouts is None:
+            yield window, {}, run.step.micro_batches(window), False
+            continue
+        assert run.config.rollout is not None
+        examples, metrics = sample(run, window)
+        micros = run.step.micro_batches(examples, dealt=True)
+        if run.config.rollout.num_iterations > 1:
+            run.step.fill_old(micros)
+        for _ in range(run.config.rollout.num_iterations):
+            yield examples, metrics, micros, True
+
+
+def sample(run: Run, prompts: Sequence[Any]) -> tuple[list[Example], dict[str, Mean]]:
+    """This process's share of the prompts, rolled out; groups that do not fit a micro-batch are divided."""
+    assert run.rollouts is not None
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    if len(prompts) < world:
+        raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
+    examples, metrics = run.rollouts(prompts[rank::world])
+    return split_groups(examples, run.config.train.micro_batch_tokens), metrics
+
+
+def update(run: Run) -> float:
+    """Clip, step, reset; returns the gradient's norm before clipping. UserError where it is not finite."""
+    trained = [p for p in run.policy.parameters() if p.requires_grad]
+    limit = run.config.train.max_grad_norm or math.inf
+    norm = run.accelerator.clip_grad_norm_(trained, limit)
+    grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
+    if not math.isfinite(grad_norm) and run.accelerator.scaler is None:
+        raise UserError("the gradient is not finite, though the loss is; lower the learning rate or use float32")
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return grad_norm
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Loss and metrics of the held-out examples, as if they were one step without an update."""
+    if run.rollouts is not None:
+        rank, world = run.accelerator.process_index, run.accelerator.num_processes
+        _, metrics = run.rollouts(run.data.evaluation[rank::world])
+        zero = torch.zeros((), device=run.accelerator.device)
+        means = {name: Mean(*(x.to(zero.device) for x in mean)) for name, mean in metrics.items()}
+        return {k: v for k, v in StepResult(zero, means).reduced(run.accelerator).items() if k != "loss"}
+    micros = run.step.micro_batches(run.data.evaluation)
+    was_training = run.policy.training
+    run.policy.eval()
+    result = run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+    run.policy.train(was_training)
+    return result.reduced(run.accelerator)
+
+
+def count_tokens(examples: Sequence[Example]) -> int:
+    """Tokens that the examples hold, a prompt counted with each of its completions, as an unshared pass would."""
+    return sum(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
+
+
+def due_at(step: int, every: int | None, total: int) -> bool:
+    return step == total or (every is not None and step % every == 0)

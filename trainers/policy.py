@@ -1,0 +1,97 @@
+"""The model as a function from a packed batch to log-probabilities, and the reference beside it.
+
+`Policy.forward` is the whole trained computation (backbone, gather of the scored positions, LM head), because the
+gradient hooks of DDP and the gathering hooks of FSDP and ZeRO hang on the forward of the module that accelerate wraps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from logratio.losses import linear_logps
+
+from .packing import PackedBatch, attention_mask
+
+REFERENCE_ADAPTER = "reference"
+
+
+class Policy(nn.Module):
+    """A causal language model, perhaps with adapters; `forward` gives log-probabilities of what a batch scores.
+
+    temperature: divides the logits, as in sampling. entropy: forward returns entropies too.
+    shared: whether a prompt and its completions are packed into one row (see `sharing.py`).
+    """
+
+    def __init__(self, model: Any, *, temperature: float = 1.0, entropy: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.entropy = entropy
+        self.shared = shared
+        self.window = sliding_window(self.causal_lm.config)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, with adapter layers in place, without PEFT's wrapper."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """-> (log-probabilities, entropies or None), [paths, T] as `batch.scored`, float32, 0 where not scored."""
+        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
+        weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
+        if self.entropy:
+            logps, entropy = linear_logps(hidden, weight, batch.targets, entropy=True, **options)
+            return batch.unflatten(logps), batch.unflatten(entropy.detach())
+        return batch.unflatten(linear_logps(hidden, weight, batch.targets, **options)), None
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """[R, L, H], the backbone's last hidden states."""
+        mask: Any = None if batch.plain else attention_mask(batch)
+        if self.window is not None and not batch.plain:
+            by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
+            windowed = attention_mask(batch, self.window)
+            mask = {"full_attention": mask, "sliding_attention": windowed} if by_type else windowed
+        return self.causal_lm.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def head_options(self) -> dict[str, Any]:
+        """How this architecture turns the head's output into logits, by its configuration's own names."""
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return {
+            "bias": getattr(self.causal_lm.get_output_embeddings(), "bias", None),
+            "temperature": self.temperature,
+            "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, forward computes the reference: the frozen starting adapter if there is one, else no adapter."""
+        if REFERENCE_ADAPTER not in self.model.peft_config:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")  # makes it trainable again, and the reference frozen
+
+
+def sliding_window(config: Any) -> int | None:
+    """The sliding window that some layer of the model has, in tokens, or None."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    in_use = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
+    return window if window and in_use else None

@@ -1,0 +1,144 @@
+"""Where reference log-probabilities come from: adapters switched off, a frozen adapter, another model, or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .data import Example
+from .errors import UserError
+from .packing import PackedBatch, pack
+from .policy import Policy
+
+
+class Reference(Protocol):
+    """Log-probabilities under the reference, [paths, T] as `batch.scored`, without gradient."""
+
+    def __call__(self, batch: PackedBatch) -> Tensor: ...
+
+
+@contextlib.contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """No gradient, no dropout."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+class AdapterReference:
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from."""
+
+    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any]) -> None:
+        self.policy, self.wrapped = policy, wrapped
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        with inference(self.policy), self.policy.as_reference():
+            return self.wrapped(batch)[0]
+
+
+class ModelReference:
+    """Another model: the starting weights in full fine-tuning, or one given by name."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy.requires_grad_(False).eval()
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        with inference(self.policy):
+            return self.policy(batch)[0]
+
+
+class StoredReference:
+    """Log-probabilities computed beforehand, by the row of the data set; other batches go to `live`.
+
+    table: row -> one tensor of scored log-probs for each path (completions, then the prompt where it is scored).
+    """
+
+    def __init__(self, table: dict[int, list[Tensor]], live: Reference) -> None:
+        self.table, self.live = table, live
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        if any(example.row not in self.table for example in batch.examples):
+            return self.live(batch)
+        out = torch.zeros(batch.scored.shape, device=batch.scored.device)
+        path = 0
+        for example in batch.examples:
+            for values in self.table[example.row]:
+                out[path, batch.scored[path]] = values.to(out.device)
+                path += 1
+        return out
+
+
+def precompute(
+    live: Reference, examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, **packing: Any
+) -> dict[int, list[Tensor]]:
+    """The table of a `StoredReference`, on the CPU in float32."""
+    table = {}
+    for batch in pack(examples, micro_batch_tokens, **packing):
+        logps = live(batch.to(device)).cpu()
+        path = 0
+        for example in batch.examples:
+            count = len(example.completions)
+            table[example.row] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
+            path += count
+    return table
+
+
+def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:
+    """What stored log-probabilities depend on: the reference's weights, and the token ids that they are of.
+
+    Token ids cover the data, its order, the tokenizer, the chat template and the truncation.
+    """
+    weights = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        if policy.has_adapters:
+            stack.enter_context(policy.as_reference())
+        active = set(policy.model.active_adapters) if policy.has_adapters else set()
+        for name, value in sorted(policy.causal_lm.state_dict().items()):
+            if "lora_" in name and not any(f".{a}." in name for a in active if a != "default"):
+                continue  # adapters that the reference does not use
+            weights.update(name.encode())
+            weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+    data = hashlib.sha256()
+    for example in examples:
+        completions = [(c.ids, c.scored) for c in example.completions]
+        data.update(json.dumps([example.row, list(example.prompt_ids), completions]).encode())
+    return {"weights": weights.hexdigest(), "tokens": data.hexdigest(), "temperature": repr(temperature)}
+
+
+def save_table(path: Path, table: dict[int, list[Tensor]], key: dict[str, str]) -> None:
+    """Write the table whole or not at all."""
+    tensors = {f"{row}.{i}": t for row, parts in table.items() for i, t in enumerate(parts)}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=key)
+    os.replace(temporary, path)
+
+
+def load_table(path: Path, key: dict[str, str]) -> dict[int, list[Tensor]]:
+    """Read a table; UserError where it was computed for other weights, tokens or temperature."""
+    with safe_open(path, framework="pt") as file:
+        stored = file.metadata() or {}
+        different = [name for name, value in key.items() if stored.get(name) != value]
+        if different:
+            raise UserError(
+                f"{path} holds reference log-probs for other {' and '.join(different)} than this run's; "
+                "delete it or choose another --output_dir"
+            )
+        table: dict[int, list[Tensor]] = {}
+        names = sorted(file.keys(), key=lambda name: [int(n) for n in name.split(".")])
+        for name in names:
+            table.setdefault(int(name.split(".")[0]), []).append(file.get_tensor(name))
+    return table

@@ -1,0 +1,86 @@
+"""What a run leaves behind while it runs: metrics.jsonl, config.json, a progress line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
+
+
+class RunLog:
+    """Writes one JSON line a step and shows progress; silent on all processes but the main one."""
+
+    def __init__(self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True) -> None:
+        self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
+        self.console = Console(quiet=not main, soft_wrap=True)
+        self.started = time.perf_counter()
+        if not main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "config.json"):
+            keep_earlier(self.folder / name)
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        self.file = (self.folder / "metrics.jsonl").open("w", buffering=1)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> RunLog:
+        if self.main:
+            self.progress.start()
+            self.task = self.progress.add_task("step", total=self.total_steps, figures="")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.main:
+            self.progress.stop()
+            self.file.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and on the screen."""
+        if not self.main:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        figures = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+        if self.console.is_terminal:
+            self.progress.update(self.task, completed=row["step"], figures=figures)
+        elif row["step"] in (1, self.total_steps) or row["step"] % max(1, self.total_steps // 20) == 0:
+            left = (time.perf_counter() - self.started) / row["step"] * (self.total_steps - row["step"])
+            self.say(f"step {row['step']}/{self.total_steps}  {figures}  {left:.0f} s left")
+
+
+def keep_earlier(path: Path) -> None:
+    """Move the file of an earlier run aside, to NAME.1.SUFFIX and so on: a run never overwrites another's log."""
+    if not path.exists():
+        return
+    number = 1
+    while (moved := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(moved)
+
+
+def peak_mem_mib(device: torch.device) -> float:
+    """Peak of allocated GPU memory, or of the process's resident memory on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,278 @@
+"""From a configuration to everything the loop needs, in the order in which things can go wrong cheaply."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import get_scheduler
+
+from logratio.losses import Kind, Loss
+
+from .config import RunConfig, TrainConfig
+from .data import Example, Prompt, prepare, prepare_prompts
+from .errors import UserError
+from .model import add_adapters, check_trainable, load_model, load_tokenizer
+from .policy import Policy
+from .reference import (
+    AdapterReference,
+    ModelReference,
+    Reference,
+    StoredReference,
+    fingerprint,
+    load_table,
+    precompute,
+    save_table,
+)
+from .rewards import load_reward
+from .rollout import Rollouts
+from .rows import Rows, load_rows
+from .sharing import why_not_shared
+from .step import Step
+
+
+@dataclass
+class Data:
+    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user."""
+
+    train: list[Any]
+    evaluation: list[Any]
+    notes: list[str]
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    tokenizer: Any
+    policy: Policy
+    step: Step
+    data: Data
+    rollouts: Rollouts | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    total_steps: int
+    notes: list[str]
+
+
+def build(config: RunConfig) -> Run:
+    """Raises UserError for whatever in the configuration, the data or the model does not fit."""
+    accelerator = start_accelerator(config.train.mixed_precision)
+    config = dataclasses.replace(config, train=config.train.resolved(config.method, accelerator.num_processes))
+    set_seed(config.train.seed)
+    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    data = load_data(config, tokenizer)
+    rewards = {name.split(":")[-1]: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
+    total_steps = count_steps(len(data.train), config)
+
+    policy, notes = make_policy(config, accelerator.device)
+    wrapped = accelerator.prepare_model(policy)
+    reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
+    step = Step(
+        accelerator,
+        policy,
+        wrapped,
+        config.loss,
+        reference,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        max_length=config.data.max_length,
+        pad_id=tokenizer.pad_token_id,
+    )
+    rollouts = None
+    if config.rollout:
+        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, config.loss.max_completion_length)
+    optimizer = make_optimizer(policy, config.train, accelerator.device)
+    scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, config.train.warmup_steps, total_steps)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        policy=policy,
+        step=step,
+        data=data,
+        rollouts=rollouts,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        scheduler=scheduler,
+        total_steps=total_steps,
+        notes=[*data.notes, *notes, *reference_notes],
+    )
+
+
+def start_accelerator(mixed_precision: str) -> Accelerator:
+    """The Accelerator; UserError where a launcher's processes would not find each other."""
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=1)
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {mixed_precision}: {error}") from error
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}: each would train "
+            "alone; on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    return accelerator
+
+
+def load_data(config: RunConfig, tokenizer: Any) -> Data:
+    """The examples to train on and to evaluate on, and what became of the rows."""
+    options, kind = config.data, config.loss.kind
+    train, evaluation = load_rows_of(config, options.dataset_train_split), None
+    if options.dataset_test_split:
+        evaluation = load_rows_of(config, options.dataset_test_split)
+
+    def tokenized(rows: Rows) -> tuple[list[Any], str]:
+        if kind is Kind.GROUPED:
+            prompts, report = prepare_prompts(rows, tokenizer, max_length=options.max_length)
+            return list(prompts), str(report)
+        examples, report = prepare(
+            rows,
+            kind,
+            tokenizer,
+            max_length=options.max_length,
+            completion_only_loss=options.completion_only_loss,
+            assistant_only_loss=options.assistant_only_loss,
+        )
+        return list(examples), str(report)
+
+    examples, note = tokenized(train)
+    held_out: list[Any] = []
+    notes = [note]
+    if evaluation is not None:
+        held_out, note = tokenized(evaluation)
+        notes.append(note)
+    elif options.eval_size:
+        if options.eval_size >= len(examples):
+            raise UserError(f"--eval_size {options.eval_size} leaves nothing of {len(examples)} examples to train on")
+        order = list(range(len(examples)))
+        random.Random(config.train.seed).shuffle(order)
+        held_out = [examples[i] for i in sorted(order[: options.eval_size])]
+        examples = [examples[i] for i in sorted(order[options.eval_size :])]
+        notes.append(f"{len(held_out)} examples held out for evaluation, {len(examples)} left to train on")
+    return Data(examples, held_out, notes)
+
+
+def load_rows_of(config: RunConfig, split: str) -> Rows:
+    """One split of the run's data set."""
+    return load_rows(
+        config.data.dataset_name,
+        config.loss.kind,
+        split=split,
+        config=config.data.dataset_config,
+        seed=config.train.seed,
+    )
+
+
+def count_steps(num_examples: int, config: RunConfig) -> int:
+    """Optimizer steps of the run."""
+    assert config.train.batch_size is not None
+    per_epoch = -(-num_examples // config.train.batch_size)
+    iterations = config.rollout.num_iterations if config.rollout else 1
+    if config.loss.window_pass == "mismatched" and 1 in (
+        config.train.batch_size,
+        num_examples % config.train.batch_size,
+    ):
+        raise UserError(
+            f"{num_examples} examples in steps of --batch_size {config.train.batch_size} make a step of one example, "
+            f"in which {config.method} cannot pair its prompt with another's completion; choose another batch_size"
+        )
+    return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
+
+
+def windows(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+    """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller."""
+    epoch = 0
+    while True:
+        order = list(range(len(items)))
+        if shuffle:
+            random.Random(f"{seed}-{epoch}").shuffle(order)
+        for start in range(0, len(order), batch_size):
+            yield [items[i] for i in order[start : start + batch_size]]
+        epoch += 1
+
+
+def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[str]]:
+    """The policy on its device, and what to tell about it."""
+    model = load_model(config.model, device, seed=config.train.seed)
+    frozen_copy = config.loss.wants_reference and config.model.ref_model_name_or_path is None
+    model = add_adapters(model, config.model, frozen_copy=frozen_copy)
+    check_trainable(model)
+    temperature = config.rollout.temperature if config.rollout else 1.0
+    policy = Policy(model, temperature=temperature, entropy=config.loss.kind is Kind.GROUPED)
+    obstacle = why_not_shared(policy)
+    policy.shared = not obstacle
+    policy.train()
+    return policy, [f"prompts are not shared between completions: {obstacle}"] if obstacle else []
+
+
+def make_reference(
+    config: RunConfig, policy: Policy, wrapped: Any, examples: Sequence[Any], accelerator: Accelerator
+) -> tuple[Reference | None, list[str]]:
+    """The source of reference log-probs that the loss and the options ask for, and what to tell about it."""
+    if not config.loss.wants_reference:
+        return None, []
+    named = config.model.ref_model_name_or_path
+    reference: Reference
+    if policy.has_adapters and named is None:
+        reference = AdapterReference(policy, wrapped)
+    else:
+        model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
+        reference = ModelReference(Policy(model, temperature=policy.temperature, shared=policy.shared))
+    if not config.model.precompute_ref_log_probs:
+        return reference, []
+    if config.loss.kind is Kind.GROUPED:
+        raise UserError("--precompute_ref_log_probs needs completions beforehand, and rollouts are not known yet")
+    assert examples and isinstance(examples[0], Example)
+    path = Path(config.train.output_dir) / "ref_log_probs.safetensors"
+    source = policy if isinstance(reference, AdapterReference) else reference.policy  # type: ignore[union-attr]
+    key = fingerprint(source, examples, policy.temperature)
+    if path.exists():
+        return StoredReference(load_table(path, key), reference), [f"reference log-probs read from {path}"]
+    pad = policy.causal_lm.config.get_text_config().pad_token_id or 0
+    table = precompute(
+        reference, examples, config.train.micro_batch_tokens, accelerator.device, shared=policy.shared, pad_id=pad
+    )
+    if accelerator.is_main_process:
+        save_table(path, table, key)
+    accelerator.wait_for_everyone()
+    return StoredReference(table, reference), [f"reference log-probs of {len(table)} examples written to {path}"]
+
+
+def make_optimizer(policy: Policy, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over what is trainable; weight decay on matrices only, as transformers does."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    assert config.learning_rate is not None
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    if device.type != "cuda":
+        raise UserError(f"--optim {config.optim} needs a GPU; use adamw_torch on {device.type}")
+    import bitsandbytes as bnb
+
+    name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+    return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate)
+
+
+def is_prompts(items: Sequence[Any]) -> bool:
+    """Whether rollouts have to be made of these."""
+    return bool(items) and isinstance(items[0], Prompt)
+
+
+def check_loss(loss: Any) -> Loss:
+    """UserError unless `loss` is one that the loop can call."""
+    if not isinstance(loss, Loss) or not hasattr(type(loss), "kind"):
+        raise UserError(f"{type(loss).__name__} is no loss: derive it from logratio.losses.Loss and give it a kind")
+    return loss

@@ -1,0 +1,85 @@
+"""Which models may share a prompt between its completions: what the configuration says, then a trial.
+
+Neither alone is enough. A configuration does not tell of convolutions, ALiBi or attention code that adds a boolean
+mask as 0 and 1; a short trial does not reach a chunk boundary or the length from which a rope rescales itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .data import Completion, Example
+from .errors import UserError
+from .packing import pack
+from .policy import Policy
+
+PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+LOW_PRECISION_TOLERANCE = 5e-2
+# Attention implementations that take a boolean mask.
+MASKED_ATTENTION = ("sdpa", "flex_attention")
+# Their angles depend on the longest row of the batch.
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def why_not_shared(policy: Policy) -> str:
+    """The reason why prompts may not be shared between completions, or "" where they may.
+
+    Raises UserError where the model's own logits are not what the LM head of `Policy` computes.
+    """
+    return configured_obstacle(policy.causal_lm.config) or probe(policy)
+
+
+def configured_obstacle(config: Any) -> str:
+    """Why the configuration rules a shared prompt out, or ""."""
+    config = config.get_text_config()
+    foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if foreign:
+        return f"it has layers of type {', '.join(sorted(foreign))}"
+    if config._attn_implementation not in MASKED_ATTENTION:
+        return f"its attention implementation {config._attn_implementation!r} does not take the mask that this needs"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
+    if kinds & BATCH_DEPENDENT_ROPE:
+        return f"its rope ({', '.join(sorted(kinds & BATCH_DEPENDENT_ROPE))}) depends on the length of the batch"
+    return ""
+
+
+@torch.no_grad()
+def probe(policy: Policy) -> str:
+    """Try it: 12 tokens, two completions behind one prompt against each behind its own. Returns the reason, or ""."""
+    model = policy.causal_lm
+    head = model.get_output_embeddings().weight
+    ids = ((torch.arange(12) * 37 + 11) % min(head.shape[0], 97)).tolist()
+    example = Example(ids[:6], [Completion(ids[6:9]), Completion(ids[9:])])
+    was_training = policy.training
+    policy.eval()
+    try:
+        (apart,) = pack([example], 1000, shared=False)
+        apart = apart.to(head.device)
+        hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
+        _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
+        (together,) = pack([example], 1000, shared=True)
+        together = together.to(head.device)
+        try:
+            shared = policy.hidden_states(together).flatten(0, 1)[together.hidden_index]
+        except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:
+            return f"with a shared prompt it raises {type(error).__name__}"
+    finally:
+        policy.train(was_training)
+    error = ((shared - hidden).norm() / hidden.norm()).item()
+    tolerance = PROBE_TOLERANCE.get(hidden.dtype, LOW_PRECISION_TOLERANCE)
+    return "" if error < tolerance else f"a shared prompt changes its hidden states by {error:.0e}, relative"
+
+
+def _check_head(policy: Policy, batch: Any, logits: torch.Tensor) -> None:
+    """Raise UserError unless our log-probabilities are those of the model's own logits."""
+    ours, _ = policy(batch)
+    own = (logits.float() / policy.temperature).log_softmax(-1).flatten(0, 1)[batch.hidden_index]
+    own = batch.unflatten(own.gather(-1, batch.targets[:, None])[:, 0])
+    if not torch.allclose(ours.float(), own, rtol=1e-2, atol=1e-3 if logits.dtype == torch.float32 else 0.1):
+        raise UserError(
+            f"{type(policy.causal_lm).__name__} turns hidden states into logits in a way that is not supported "
+            "(beyond bias, scale and soft-cap), so its log-probabilities would be wrong; use another model"
+        )

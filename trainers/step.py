@@ -1,0 +1,242 @@
+"""One optimizer step's gradient: totals over the whole step, then micro-batches that only add up.
+
+Nothing here depends on how the step was cut: the totals are counted before the first forward pass, over all
+micro-batches and processes, and every loss divides by them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, Totals
+
+from .data import Completion, Example
+from .errors import UserError
+from .packing import PackedBatch, example_tokens, pack
+from .policy import Policy
+from .reference import Reference, inference
+
+
+@dataclass
+class MicroBatch:
+    """A packed batch and what was computed of it without gradient, [paths, T] each."""
+
+    batch: PackedBatch
+    ref: Tensor | None = None
+    old: Tensor | None = None
+
+
+@dataclass
+class StepResult:
+    """loss: the step's loss. metrics: sums and counts over the step. Both over all processes after `reduced`."""
+
+    loss: Tensor
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, metrics: dict[str, Mean]) -> None:
+        self.loss = self.loss + loss.detach()
+        for name, (total, count) in metrics.items():
+            so_far = self.metrics.get(name, Mean(total * 0, count * 0))
+            self.metrics[name] = Mean(so_far.total + total, so_far.count + count)
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
+        """{"loss": ..., metric: mean, ...} over all processes; metrics that nothing was counted for are left out."""
+        names = sorted(self.metrics)
+        flat = [self.loss, *(part for name in names for part in self.metrics[name])]
+        summed = accelerator.reduce(torch.stack([x.double() for x in flat]), "sum").tolist()
+        pairs = zip(names, summed[1::2], summed[2::2], strict=True)
+        return {"loss": summed[0], **{name: total / count for name, total, count in pairs if count}}
+
+
+def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
+    """What a loss divides by, counted from the examples of a step."""
+    scored = [[sum(c.scored) if c.scored is not None else len(c.ids) for c in e.completions] for e in examples]
+    per_completion = loss.kind is Kind.GROUPED
+    return Totals(
+        num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
+        num_tokens=sum(map(sum, scored)),
+        num_chosen_tokens=sum(s[0] for s in scored),
+        num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
+    )
+
+
+def _prompt_tokens(example: Example) -> int:
+    chosen = example.completions[0]
+    return len(example.prompt_ids) - 1 + (0 if chosen.scored is None else len(chosen.ids) - sum(chosen.scored))
+
+
+def loss_inputs(
+    loss: Loss, batch: PackedBatch, logps: Tensor, entropy: Tensor | None, ref: Tensor | None, old: Tensor | None
+) -> dict[str, Any]:
+    """The arguments, beside `totals`, that a loss of this kind is called with."""
+    if loss.kind is Kind.PAIRED:
+        inputs: dict[str, Any] = {"policy": _pairs(batch, logps, loss.scores_prompt)}
+        if loss.wants_reference and ref is not None:
+            inputs["ref"] = _pairs(batch, ref, False)
+        return inputs
+    mask = batch.scored
+    inputs = {"policy": CompletionLogps(logps, mask, entropy)}
+    if loss.wants_reference and ref is not None:
+        inputs["ref"] = CompletionLogps(ref, mask)
+    if loss.kind is Kind.LABELED:
+        inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
+    if loss.kind is Kind.GROUPED:
+        advantages = [a for e in batch.examples for a in e.advantages or ()]
+        inputs["advantages"] = torch.tensor(advantages, device=mask.device)
+        inputs["old"] = None if old is None else CompletionLogps(old, mask)
+    return inputs
+
+
+def _pairs(batch: PackedBatch, logps: Tensor, scores_prompt: bool) -> PairLogps:
+    n = batch.num_completions
+    sides = [CompletionLogps(logps[k:n:2], batch.scored[k:n:2]) for k in (0, 1)]
+    return PairLogps(*sides, CompletionLogps(logps[n:], batch.scored[n:]) if scores_prompt else None)
+
+
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Each prompt with the completion of the example before it (the first with the last's), cut to `max_length`."""
+    out = []
+    for i, example in enumerate(examples):
+        other = examples[i - 1].completions[0]
+        room = max(1, max_length - len(example.prompt_ids))
+        cut = Completion(other.ids[:room], None if other.scored is None else other.scored[:room])
+        out.append(Example(example.prompt_ids, [cut], row=-1))
+    return out
+
+
+class Step:
+    """What every step of a run shares: the wrapped policy, the loss, the reference, and how to cut micro-batches."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: Policy,
+        wrapped: Callable[[PackedBatch], Any],
+        loss: Loss,
+        reference: Reference | None,
+        *,
+        micro_batch_tokens: int,
+        max_length: int,
+        pad_id: int = 0,
+    ) -> None:
+        self.accelerator, self.policy, self.wrapped = accelerator, policy, wrapped
+        self.loss, self.reference, self.max_length = loss, reference, max_length
+        self.micro_batch_tokens = micro_batch_tokens
+        self.packing = {"shared": policy.shared, "pad_id": pad_id}
+
+    def micro_batches(self, examples: Sequence[Example], dealt: bool = False) -> list[MicroBatch]:
+        """This process's micro-batches of a step that all processes know (or, with `dealt`, of its own share).
+
+        Every process gets the same number of them: sharded weights are gathered by all or none. One that has run out
+        repeats its last with nothing scored.
+        """
+        mine = examples if dealt else self._deal(examples)
+        scores_prompt = self.loss.scores_prompt
+        batches = pack(mine, self.micro_batch_tokens, scores_prompt=scores_prompt, **self.packing) if mine else []
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
+            filler = batches or pack(examples[:1], self.micro_batch_tokens, scores_prompt=scores_prompt, **self.packing)
+            batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
+        return [MicroBatch(batch.to(self.accelerator.device)) for batch in batches]
+
+    def _deal(self, examples: Sequence[Example]) -> list[Example]:
+        """This process's share: the longest example left goes to the process with the fewest tokens so far."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return list(examples)
+        shares: list[list[int]] = [[] for _ in range(world)]
+        load = [0] * world
+        for i in sorted(range(len(examples)), key=lambda i: -example_tokens(examples[i], self.policy.shared)):
+            lightest = load.index(min(load))
+            shares[lightest].append(i)
+            load[lightest] += example_tokens(examples[i], self.policy.shared)
+        return [examples[i] for i in sorted(shares[rank])]
+
+    def fill_reference(self, micros: Sequence[MicroBatch]) -> None:
+        """Compute the reference's log-probabilities where the loss wants them and they are not there yet."""
+        if self.loss.wants_reference and self.reference is not None:
+            for micro in micros:
+                if micro.ref is None:
+                    micro.ref = self.reference(micro.batch)
+
+    def fill_old(self, micros: Sequence[MicroBatch]) -> None:
+        """Fix the log-probabilities that later updates on the same rollouts are compared with."""
+        for micro in micros:
+            with inference(self.policy):
+                micro.old = self.wrapped(micro.batch)[0]
+
+    def totals(self, examples: Sequence[Example], micros: Sequence[MicroBatch], dealt: bool = False) -> Totals:
+        """Totals over the step and all processes, with what the loss collects in a pass before it."""
+        totals = count_totals(examples, self.loss)
+        if dealt and self.accelerator.num_processes > 1:
+            counts = {f.name: getattr(totals, f.name) for f in dataclasses.fields(totals) if f.name != "collected"}
+            summed = self.accelerator.reduce(
+                torch.tensor(list(counts.values()), dtype=torch.float64, device=self.accelerator.device), "sum"
+            )
+            totals = Totals(**dict(zip(counts, summed.tolist(), strict=True)))
+        if self.loss.window_pass is None:
+            return totals
+        passed = micros
+        if self.loss.window_pass == "mismatched":
+            if len(examples) < 2:
+                return totals
+            passed = self.micro_batches(mismatched(examples, self.max_length))
+        return dataclasses.replace(totals, collected=self._collect(passed))
+
+    def _collect(self, micros: Sequence[MicroBatch]) -> Tensor:
+        self.fill_reference(micros)
+        values = []
+        for micro in micros:
+            with inference(self.policy):
+                logps, _ = self.wrapped(micro.batch)
+                inputs = loss_inputs(self.loss, micro.batch, logps, None, micro.ref, None)
+                inputs = {k: v for k, v in inputs.items() if k in ("policy", "ref")}
+                collected = self.loss.collect(**inputs)
+                values.append(collected[:0] if micro.batch.is_filler else collected)
+        mine = torch.cat(values)
+        if self.accelerator.num_processes == 1:
+            return mine
+        padded = self.accelerator.pad_across_processes(mine, pad_index=float("nan"))
+        everyone = self.accelerator.gather(padded)
+        return everyone[~everyone.isnan()]
+
+    def __call__(self, micros: Sequence[MicroBatch], totals: Totals, *, backward: bool = True) -> StepResult:
+        """Run the micro-batches, add their gradients, and return this process's part of loss and metrics.
+
+        Raises UserError where a loss is not finite, naming the rows of its micro-batch.
+        """
+        self.fill_reference(micros)
+        result = StepResult(torch.zeros((), device=self.accelerator.device))
+        losses = []
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            with self._no_sync(not last and backward), torch.set_grad_enabled(backward):
+                logps, entropy = self.wrapped(micro.batch)
+                inputs = loss_inputs(self.loss, micro.batch, logps, entropy, micro.ref, micro.old)
+                output = self.loss(**inputs, totals=totals)
+                if backward:
+                    # DDP averages gradients over processes; the totals have divided already
+                    self.accelerator.backward(output.loss * self.accelerator.num_processes)
+            losses.append(output.loss.detach())
+            result.add(output.loss, output.metrics)
+        for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
+            if not finite:
+                rows = sorted({e.row for e in micro.batch.examples})
+                raise UserError(f"the loss is not finite; its micro-batch holds the rows {_few(rows)} of the data set")
+        return result
+
+    def _no_sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
+        return self.accelerator.no_sync(self.wrapped) if on else contextlib.nullcontext()
+
+
+def _few(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:16]))
+    return shown if len(rows) <= 16 else f"{shown} and {len(rows) - 16} more"
