@@ -38,9 +38,9 @@ def text_of(completion: Text) -> str:
 def final_answer(text: str) -> str | Decimal:
     """What a text says its answer is.
 
-    That is the first number after the last marker (`####`, `A:` at the start of a line, `answer is`, `answer:`, `\\boxed{`); in a
-    text without a marker its last number; and where there is no number, the words after the marker up to the line's
-    end, or the last line, in lower case. Commas between thousands are no part of a number: "1,000.0" equals "1000".
+    That is the first number after the last marker (`####`, `answer is`, `answer:`, `\\boxed{`, or `A:` at the start
+    of a line); in a text without a marker its last number; and where there is no number, the words after the marker
+    up to the line's end, or the last line, in lower case. Numbers are compared as such: "1,000.0" equals "1000".
     """
     markers = list(_MARKER.finditer(text))
     said = text[markers[-1].end() :] if markers else text
