@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 class _Tile:
     """The softmax over one chunk's logits, in buffers that the next chunk uses again.
 
-    After `fill`: e [n, V] = exp(z - max), total [n] its row sums, logps and (where asked for) entropy [n].
+    After `fill`: e [n, V] = exp(z - max), total [n] its row sums, logps [n] in nats; with `entropy` also a copy of
+    z - max [n, V], which either of `entropy` and `gradient` uses up.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class _Tile:
         softcap = transform.softcap is not None
         shape = rows, len(weight)
         self._logits = weight.new_empty(shape, dtype=self.sum_dtype)
-        self._log_p = weight.new_empty(shape, dtype=self.sum_dtype) if entropy else None
+        self._shifted = weight.new_empty(shape, dtype=self.sum_dtype) if entropy else None
         self._slope = weight.new_empty(shape, dtype=self.sum_dtype) if softcap and differentiated else None
 
     def fill(self, h: Tensor, y: Tensor) -> None:
@@ -72,15 +72,12 @@ class _Tile:
         self._transform(z)
         z -= z.amax(-1, keepdim=True)
         z_y = z.gather(1, self.y)[:, 0]
-        if self._log_p is not None:
-            log_p = self._log_p[: self.n].copy_(z)
+        if self._shifted is not None:
+            self.shifted = self._shifted[: self.n].copy_(z)
         self.e = z.exp_()
         self.total = self.e.sum(-1)
-        log_total = self.total.log()
-        self.logps = z_y - log_total
-        if self._log_p is not None:
-            log_p -= log_total[:, None]
-            self.entropy = -torch.linalg.vecdot(self.e, log_p) / self.total  # e = 0 meets a finite log p
+        self.log_total = self.total.log()
+        self.logps = z_y - self.log_total
 
     def _transform(self, z: Tensor) -> None:
         softcap = self.transform.softcap
@@ -93,7 +90,11 @@ class _Tile:
             torch.mul(z, z, out=self._slope[: self.n]).neg_().add_(1.0)
         z *= softcap / self.transform.temperature
 
-    def gradient(self, c: Tensor, entropy_c: Tensor | None = None) -> Tensor:
+    def entropy(self) -> Tensor:
+        """[n], -sum_v p log p = log(total) - sum_v p (z - max); e = 0 meets a finite z - max."""
+        return self.log_total - self.shifted.mul_(self.e).sum(-1) / self.total
+
+    def gradient(self, c: Tensor, entropy_c: Tensor | None = None, entropy: Tensor | None = None) -> Tensor:
         """[n, V], d sum_t (c_t log p_t + entropy_c_t H_t) / d raw logits, in place of `e`: call it once a `fill`.
 
         It is c e_y - p (c + entropy_c (log p + H)), times the transform's slope. e_y - p must be formed here, in at
@@ -101,12 +102,11 @@ class _Tile:
         """
         c = c * self.factor
         tile = self.e
-        if entropy_c is None:
+        if entropy_c is None or entropy is None:
             tile *= (-c / self.total)[:, None]
         else:
-            assert self._log_p is not None
-            log_p = self._log_p[: self.n]
-            tile *= log_p.add_(self.entropy[:, None]).mul_((entropy_c * self.factor)[:, None]).add_(c[:, None])
+            log_p_plus_h = self.shifted.add_((entropy - self.log_total)[:, None])
+            tile *= log_p_plus_h.mul_((entropy_c * self.factor)[:, None]).add_(c[:, None])
             tile *= (-1 / self.total)[:, None]
         tile.scatter_add_(1, self.y, c[:, None])
         if self._slope is not None:
@@ -146,22 +146,23 @@ class TwoGemm(torch.autograd.Function):
                 tile.fill(hidden[at].to(tile.weight.dtype), targets[at])
                 logps[at] = tile.logps
                 if entropy:
-                    entropies[at] = tile.entropy
+                    entropies[at] = tile.entropy()
                 if g is not None:
                     e_y_minus_p = tile.gradient(torch.ones_like(tile.logps))
                     g[at] = e_y_minus_p.to(tile.weight.dtype) @ tile.weight
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, *((hidden, weight, bias, targets) if recomputes or entropy else ()))
+        ctx.save_for_backward(g, *((hidden, weight, bias, targets, entropies) if recomputes or entropy else ()))
         ctx.options = transform, chunk_tokens
         return logps, entropies
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what follows would silently count as a constant
+            raise RuntimeError("impl='two_gemm' has no second derivative, use impl='eager' under create_graph=True")
         g, *inputs = ctx.saved_tensors
         if grad_logps is None and grad_entropy is None:
             return (None,) * 8
-        if g is not None and grad_entropy is None:
+        if g is not None and grad_logps is not None and grad_entropy is None:
             return (g * grad_logps[:, None]).to(g.dtype), *(None,) * 7
         with torch.autocast(inputs[0].device.type, enabled=False):
             return *_recompute(ctx, inputs, grad_logps, grad_entropy), *(None,) * 5
@@ -171,7 +172,7 @@ def _recompute(
     ctx: Any, inputs: list[Any], grad_logps: Tensor | None, grad_entropy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden, weight and bias from new tiles; sums over tokens are kept in at least float32."""
-    hidden, weight, bias, targets = inputs
+    hidden, weight, bias, targets, entropies = inputs
     transform, chunk_tokens = ctx.options
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     rows = min(chunk_tokens, len(hidden))
@@ -185,7 +186,8 @@ def _recompute(
         at = slice(start, start + chunk_tokens)
         h = hidden[at].to(tile.weight.dtype)
         tile.fill(h, targets[at])
-        grad_logits = tile.gradient(grad_logps[at], None if grad_entropy is None else grad_entropy[at])
+        entropy = (None, None) if grad_entropy is None else (grad_entropy[at], entropies[at])
+        grad_logits = tile.gradient(grad_logps[at], *entropy)
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0)
         grad_logits = grad_logits.to(tile.weight.dtype)
@@ -193,7 +195,7 @@ def _recompute(
             grad_hidden[at] = grad_logits @ tile.weight
         if grad_weight is not None:
             if h.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.t(), h)  # no second [V, H] to add from
+                torch.addmm(grad_weight, grad_logits.t(), h, out=grad_weight)  # no second [V, H] to add from
             else:
                 grad_weight += grad_logits.t() @ h
     return (

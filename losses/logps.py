@@ -37,6 +37,7 @@ class Transform(NamedTuple):
     softcap: float | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
+        """The logits z, out of place and differentiable; `raw` in at least float32."""
         z = raw * self.logit_scale if self.logit_scale != 1.0 else raw
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
@@ -100,7 +101,8 @@ def linear_logps(
     forward and backward together, whatever the loss; with a trainable one it computes the logits again.
 
     Raises ValueError for shapes, values and targets that do not fit (targets are checked on CPU; on a GPU, where
-    the check would stop the stream, the gather asserts on the device), TypeError for dtypes.
+    the check would stop the stream, the gather asserts on the device), TypeError for dtypes, and in the backward of
+    two_gemm RuntimeError for a second derivative (create_graph=True), which only eager has.
     Differs from TRL 1.16's fused head: float64 stays float64, and the logits are not computed again in backward.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)

@@ -1,0 +1,415 @@
+"""linear_logps: right in value and gradient, in every dtype, and as frugal as it claims."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from logratio.losses import _two_gemm, linear_logps
+from logratio.losses.logps import IMPLEMENTATIONS
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "logit_scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "all": {"temperature": 1.7, "logit_scale": 0.6, "softcap": 1.5},
+}
+options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
+impls = pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "auto"])
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def head(n: int = 5, h: int = 3, v: int = 7, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """hidden, weight, bias, targets"""
+    g = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((n, h), (v, h), (v,))]
+    return [t.to(dtype) for t in tensors] + [torch.randint(v, (n,), generator=g)]
+
+
+def near_certain(n: int = 24, h: int = 64, v: int = 300, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """A head whose targets have p of about 0.9994: there e_y - p is a small difference."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.nn.functional.normalize(torch.randn(v, h, generator=g, dtype=torch.float64), dim=1)
+    targets = torch.randint(v, (n,), generator=g)
+    hidden = 14.6 * weight[targets] + 0.02 * torch.randn(n, h, generator=g, dtype=torch.float64)
+    return [hidden.to(dtype), weight.to(dtype), torch.zeros(v, dtype=dtype), targets]
+
+
+def by_hand(hidden, weight, targets, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):
+    """The definition in Python floats: (logps, entropies)."""
+    logps, entropies = [], []
+    for h, y in zip(hidden.tolist(), targets.tolist(), strict=True):
+        z = []
+        for v, w in enumerate(weight.tolist()):
+            x = logit_scale * (
+                sum(a * b for a, b in zip(h, w, strict=True)) + (0.0 if bias is None else bias[v].item())
+            )
+            z.append((x if softcap is None else softcap * math.tanh(x / softcap)) / temperature)
+        log_total = math.log(sum(math.exp(x - max(z)) for x in z)) + max(z)
+        logps.append(z[y] - log_total)
+        entropies.append(-sum(math.exp(x - log_total) * (x - log_total) for x in z))
+    return torch.tensor(logps, dtype=torch.float64), torch.tensor(entropies, dtype=torch.float64)
+
+
+def gradients(tensors: list[Tensor], coefficients: Tensor, trains: str = "hwb", **kwargs) -> dict[str, Tensor]:
+    """The log-probs, and the gradients of sum(coefficients * logps), of fresh leaves."""
+    hidden, weight, bias = (
+        t.detach().clone().requires_grad_(n in trains) for t, n in zip(tensors, "hwb", strict=False)
+    )
+    logps = linear_logps(hidden, weight, tensors[3], bias=bias, **kwargs)
+    (logps * coefficients.to(logps.dtype)).sum().backward()
+    grads = {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+    return {"logps": logps.detach()} | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+@options
+@impls
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_are_the_definition(kwargs, impl, with_bias):
+    hidden, weight, bias, targets = head()
+    kwargs = kwargs | {"bias": bias if with_bias else None}
+    expected, entropies = by_hand(hidden, weight, targets, **kwargs)
+    got = linear_logps(hidden, weight, targets, impl=impl, entropy=True, chunk_tokens=2, **kwargs)
+    torch.testing.assert_close(got.logps, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got.entropy, entropies, rtol=1e-12, atol=1e-13)
+    alone = linear_logps(hidden, weight, targets, impl=impl, chunk_tokens=2, **kwargs)
+    assert torch.equal(alone, got.logps)
+
+
+@options
+@pytest.mark.parametrize("trains", ["h", "w", "b", "hw", "hwb"])
+@pytest.mark.parametrize("outputs", ["logps", "entropy", "both"])
+def test_gradcheck(kwargs, trains, outputs):
+    hidden, weight, bias, targets = head()
+    leaves = [t.requires_grad_(name in trains) for name, t in zip("hwb", (hidden, weight, bias), strict=True)]
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        wants = outputs != "logps"
+        out = linear_logps(hidden, weight, targets, bias=bias, entropy=wants, impl="two_gemm", chunk_tokens=2, **kwargs)
+        return {"logps": (out,), "entropy": out[1:], "both": tuple(out)}[outputs]
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@options
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+@pytest.mark.parametrize("make", [head, near_certain])
+@pytest.mark.parametrize("products", ["default", "half"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_error_budget(kwargs, trains, make, products, dtype, monkeypatch):
+    """At most twice the error of full logits in the same dtype, value and gradient, both against float64."""
+    if products == "half":  # as on a GPU; a CPU multiplies half precision in float32
+        monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+    tensors = make(n=24, h=64, v=300, dtype=dtype)
+    coefficients = torch.linspace(-1, 1.3, 24, dtype=torch.float64)
+    exact = gradients([t.double() for t in tensors[:3]] + tensors[3:], coefficients, trains, impl="eager", **kwargs)
+    eager = gradients(tensors, coefficients, trains, impl="eager", **kwargs)
+    ours = gradients(tensors, coefficients, trains, impl="two_gemm", chunk_tokens=7, **kwargs)
+    assert ours.keys() == exact.keys() == {"logps", "hidden"} | ({"weight", "bias"} if trains == "hwb" else set())
+    for name in exact:
+        error, allowed = ((x[name].double() - exact[name]).norm().item() for x in (ours, eager))
+        tiny = 4 * torch.finfo(torch.float32).eps * exact[name].norm().item()
+        assert error <= 2 * allowed + tiny, f"{name}: {error:.2e} against eager's {allowed:.2e}"
+
+
+def test_near_certain_is_what_it_says_and_hard():
+    """The case above must be one in which the formula that it guards against fails."""
+    hidden, weight, _, targets = near_certain(dtype=torch.bfloat16)
+    p = torch.nn.functional.linear(hidden.double(), weight.double()).softmax(-1)
+    p_y = p.gather(1, targets[:, None])
+    assert p_y.median() == pytest.approx(0.9994, abs=3e-4)
+    exact = weight.double()[targets] - p @ weight.double()
+    cancelling = weight[targets] - p.bfloat16() @ weight
+    assert (cancelling.double() - exact).norm() > 0.5 * exact.norm()
+
+
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 5, 100, None])
+def test_chunks_do_not_matter(trains, chunk_tokens):
+    tensors, coefficients = head(), torch.linspace(-1, 2, 5)
+    whole = gradients(tensors, coefficients, trains, impl="eager", softcap=2.0)
+    chunked = gradients(tensors, coefficients, trains, chunk_tokens=chunk_tokens, softcap=2.0)
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-13)
+
+
+@impls
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
+def test_dtypes_out(impl, dtype):
+    hidden, weight, bias, targets = head(dtype=dtype)
+    got = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl=impl)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.logps.dtype == got.entropy.dtype == expected
+    grads = gradients([hidden, weight, bias, targets], torch.ones(5), impl=impl)
+    assert {grads[name].dtype for name in ("hidden", "weight", "bias")} == {dtype}
+
+
+@impls
+def test_no_tokens(impl):
+    hidden, weight, bias, targets = head(n=0)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    got = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl=impl)
+    assert got.logps.shape == got.entropy.shape == (0,)
+    (got.logps.sum() + got.entropy.sum()).backward()
+    assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
+    assert all((t.grad == 0).all() for t in leaves)
+
+
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_second_backward_gives_the_right_gradient(trains):
+    hidden, weight, bias, targets = head()
+    leaves = [t.requires_grad_() for t, name in zip((hidden, weight, bias), "hwb", strict=True) if name in trains]
+    logps, entropy = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl="two_gemm", chunk_tokens=2)
+    for coefficients in (torch.ones(5), torch.tensor([3.0, 0.0, -1.0, 2.0, 0.5])):
+        for with_entropy in (False, True, False):
+            ours = (logps * coefficients).sum() + (entropy * coefficients).sum() * with_entropy
+            eager = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl="eager")
+            theirs = (eager.logps * coefficients).sum() + (eager.entropy * coefficients).sum() * with_entropy
+            got = torch.autograd.grad(ours, leaves, retain_graph=True)
+            torch.testing.assert_close(got, torch.autograd.grad(theirs, leaves), rtol=1e-12, atol=1e-13)
+
+
+def test_second_derivative_is_refused():
+    hidden, weight, _, targets = head()
+    for logps in (linear_logps(hidden.requires_grad_(), weight, targets), linear_logps(hidden, weight, targets) ** 2):
+        with pytest.raises(RuntimeError, match="no second derivative, use impl='eager'"):
+            torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_strides_do_not_matter(trains):
+    hidden, weight, bias, targets = head()
+    strided = [torch.stack([t, t + 1], -1)[..., 0] for t in (hidden, weight.t(), bias, targets)]
+    strided[1] = strided[1].t()
+    assert not any(t.is_contiguous() for t in strided)
+    leaves = [t.detach().requires_grad_(name in trains) for t, name in zip(strided, "hwb", strict=False)]
+    logps = linear_logps(leaves[0], leaves[1], strided[3], bias=leaves[2], impl="two_gemm", chunk_tokens=2)
+    logps.sum().backward()
+    expected = gradients([hidden, weight, bias, targets], torch.ones(5), trains, impl="eager")
+    got = {"logps": logps.detach()} | {
+        name: leaf.grad for name, leaf in zip(("hidden", "weight", "bias"), leaves, strict=True) if leaf.requires_grad
+    }
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+@impls
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_autocast_is_its_dtype_in_and_out(impl, trains):
+    """Under autocast: the result of casting by hand, with gradients of the inputs' own dtype."""
+    tensors = head(dtype=torch.float32)
+    by_hand = gradients([t.bfloat16() for t in tensors[:3]] + tensors[3:], torch.ones(5), trains, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(tensors, torch.ones(5), trains, impl=impl)
+    assert torch.equal(got.pop("logps"), by_hand.pop("logps"))
+    for name, grad in got.items():
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, by_hand[name].float(), rtol=2**-7, atol=2**-9)
+
+
+@impls
+def test_autocast_leaves_float64(impl):
+    tensors = head()
+    expected = gradients(tensors, torch.ones(5), impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(gradients(tensors, torch.ones(5), impl=impl), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_backward_inside_autocast_keeps_the_forward_dtype(trains):
+    hidden, weight, bias, targets = head(dtype=torch.float32)
+    leaves = [t.requires_grad_() for t, name in zip((hidden, weight, bias), "hwb", strict=True) if name in trains]
+    logps, entropy = linear_logps(hidden, weight, targets, bias=bias, entropy=True)
+    outside = torch.autograd.grad((logps + entropy).sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad((logps + entropy).sum(), leaves)
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
+class Products:
+    """Counts matrix products in units of 2 N H V operations."""
+
+    def __init__(self, tensors: list[Tensor]):
+        (n, h), v = tensors[0].shape, len(tensors[1])
+        self.unit, self.mode = 2 * n * h * v, FlopCounterMode(display=False)
+
+    def __enter__(self) -> "Products":
+        self.mode.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.mode.__exit__(*exc)
+        self.count = self.mode.get_total_flops() / self.unit
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("trains", "expected"),
+    [("h", 2), ("hw", 4), ("hwb", 4), ("w", 3)],
+)
+def test_products_of_a_training_step(trains, expected, entropy):
+    tensors = head()
+    leaves = [t.requires_grad_(name in trains) for t, name in zip(tensors, "hwb", strict=False)]
+    with Products(tensors) as products:
+        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], entropy=entropy, chunk_tokens=2)
+        (out.logps if entropy else out).sum().backward()  # the entropy as a metric costs no product
+    assert products.count == expected
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_without_gradient_one_product(context, requires_grad):
+    tensors = head()
+    tensors[0].requires_grad_(requires_grad)
+    with context(), Products(tensors) as products:
+        logps = linear_logps(tensors[0], tensors[1], tensors[3], chunk_tokens=2)
+    assert products.count == 1
+    assert not logps.requires_grad
+
+
+class Allocations(TorchDispatchMode):
+    """Numbers of elements of every storage that operations made, beside those of the inputs."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
+        self.storages: dict[int, tuple[Tensor, int]] = {}  # kept alive, so that no address comes twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in self.inputs:
+                    self.storages.setdefault(storage.data_ptr(), (t, storage.nbytes() // t.element_size()))
+        return out
+
+    def numels(self) -> Iterator[int]:
+        return (numel for _, numel in self.storages.values())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "tiles"),
+    [
+        ({}, 1),
+        ({"temperature": 0.7, "logit_scale": 3.0}, 1),
+        ({"softcap": 2.0}, 2),
+        ({"entropy": True}, 2),
+        ({"entropy": True, "softcap": 2.0}, 3),
+    ],
+    ids=str,
+)
+def test_frozen_head_makes_one_tile_for_all_chunks(kwargs, tiles):
+    """No tensor of N V elements, and however many chunks, the documented number of [chunk, V] tiles."""
+    n, v, chunk = 12, 1000, 3
+    hidden, weight, bias, targets = head(n, 4, v, dtype=torch.float32)
+    with Allocations(hidden, weight, bias, targets) as made:
+        out = linear_logps(hidden.requires_grad_(), weight, targets, bias=bias, chunk_tokens=chunk, **kwargs)
+        (out[0] if "entropy" in kwargs else out).sum().backward()
+    assert sum(numel >= chunk * v for numel in made.numels()) == tiles
+    assert max(made.numels()) == chunk * v
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_trainable_head_makes_no_logits(entropy):
+    n, v, chunk = 24, 1000, 3
+    hidden, weight, bias, targets = head(n, 4, v, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    with Allocations(hidden, weight, bias, targets) as made:
+        out = linear_logps(*leaves[:2], targets, bias=bias, chunk_tokens=chunk, entropy=entropy)
+        (sum(out) if entropy else out).sum().backward()
+    tile_sized = [numel for numel in made.numels() if numel >= chunk * v]
+    # forward and backward one set of tiles each; [V, H] the gradient's sum, and autograd's copy of it
+    assert sum(numel == chunk * v for numel in tile_sized) == (4 if entropy else 2)
+    assert max(tile_sized) == v * 4 < n * v
+
+
+@impls
+def test_inputs_are_not_modified(impl):
+    tensors = head()
+    before = [t.clone() for t in tensors]
+    gradients(tensors, torch.ones(5), "hwb", impl=impl, **OPTIONS["all"])
+    leaf = tensors[0].requires_grad_()
+    linear_logps(leaf, tensors[1], tensors[3], entropy=True, impl=impl).logps.sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == [0] * 4
+
+
+@impls
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_extreme_logits_are_finite(impl, dtype, trains):
+    """Logits of +-1e4, targets on top and at the bottom: log-probs of 0 and -2e4, entropy 0."""
+    hidden = torch.tensor([[100.0], [-100.0], [100.0]], dtype=dtype)
+    weight = torch.tensor([[100.0], [-100.0], [0.0]], dtype=dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_("w" in trains)]
+    logps, entropy = linear_logps(*leaves, torch.tensor([0, 0, 2]), entropy=True, impl=impl)
+    assert logps.tolist() == pytest.approx([0.0, -2e4, -1e4], rel=1e-2, abs=0)
+    assert entropy.tolist() == [0.0, 0.0, 0.0]
+    (logps + entropy).sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves if t.requires_grad)
+    torch.testing.assert_close(hidden.grad.flatten().tolist(), [0.0, 200.0, -100.0])
+
+
+def test_float16_row_sums_beyond_its_range(monkeypatch):
+    """A uniform row over 70,000 words: sum exp(z - max) is more than float16 holds, p is below its normal numbers."""
+    monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+    hidden = torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.ones(70_000, 1, dtype=torch.float16)
+    weight[0] = 3.0
+    logps = linear_logps(hidden, weight, torch.tensor([0]))
+    logps.sum().backward()
+    assert logps.item() == pytest.approx(-math.log(70_000))
+    assert hidden.grad.item() == pytest.approx(2.0, rel=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"hidden": torch.ones(5)},
+            ValueError,
+            r"expected hidden \[N, H\], weight \[V, H\], targets \[N\], got hidden \[5\]",
+        ),
+        ({"targets": torch.ones(5, 1, dtype=torch.int64)}, ValueError, r"expected .* targets \[5, 1\]"),
+        ({"hidden": torch.ones(5, 4)}, ValueError, r"do not agree: hidden \[5, 4\], weight \[7, 3\], targets \[5\]"),
+        ({"targets": torch.ones(4, dtype=torch.int64)}, ValueError, r"do not agree: .* targets \[4\]"),
+        (
+            {"bias": torch.ones(6)},
+            ValueError,
+            r"bias must be \[V\] for weight \[V, H\], got bias \[6\], weight \[7, 3\]",
+        ),
+        (
+            {"bias": torch.ones(7, dtype=torch.float64)},
+            TypeError,
+            r"share one floating dtype, got .* bias torch.float64",
+        ),
+        (
+            {"hidden": torch.ones(5, 3, dtype=torch.float16)},
+            TypeError,
+            r"got hidden torch.float16, weight torch.float32",
+        ),
+        (
+            {"hidden": torch.ones(5, 3, dtype=torch.int64), "weight": torch.ones(7, 3, dtype=torch.int64)},
+            TypeError,
+            "share one floating dtype",
+        ),
+        ({"targets": torch.ones(5, dtype=torch.int32)}, TypeError, "targets must be torch.int64, got torch.int32"),
+        ({"targets": torch.tensor([0, 1, 7, 2, 3])}, ValueError, r"in \[0, 7\), got values from 0 to 7"),
+        ({"targets": torch.tensor([0, 1, -100, 2, 3])}, ValueError, r"in \[0, 7\), got values from -100 to 3"),
+        ({"temperature": 0.0}, ValueError, "temperature=0.0 must be positive and finite"),
+        ({"temperature": math.nan}, ValueError, "temperature=nan must be positive and finite"),
+        ({"softcap": -30.0}, ValueError, "softcap=-30.0 must be positive and finite"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens=0 must be positive and finite"),
+        ({"impl": "triton9"}, ValueError, "impl='triton9' is unknown, expected one of: auto, eager, two_gemm"),
+    ],
+    ids=lambda x: str(x)[:40] if isinstance(x, str) else "",
+)
+def test_bad_input(change, error, message):
+    hidden, weight, _, targets = head(dtype=torch.float32)
+    call = {"hidden": hidden, "weight": weight, "targets": targets} | change
+    with pytest.raises(error, match=message):
+        linear_logps(**call)
