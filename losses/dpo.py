@@ -96,6 +96,7 @@ class DPOLoss(Loss):
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit.
         """
+        policy.chosen.check_like(tokens=False, ref=ref.chosen)
         r = PairRatios(
             policy.chosen.sums - ref.chosen.sums.detach(),
             policy.rejected.sums - ref.rejected.sums.detach(),

@@ -108,16 +108,20 @@ class GRPOLoss(Loss):
         check_choice("loss_type", self.loss_type, GRPO_TYPES)
         check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
         check_positive("epsilon", self.epsilon)
+        if self.epsilon_high is not None:
+            check_positive("epsilon_high", self.epsilon_high)
         check_positive("max_completion_length", self.max_completion_length)
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must not be negative")
 
     @property
     def wants_reference(self) -> bool:
+        """Only for the KL term."""
         return self.beta > 0
 
     @property
     def clip_range(self) -> tuple[float, float]:
+        """(low, high) of the ratio."""
         return 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     def __call__(
@@ -136,6 +140,7 @@ class GRPOLoss(Loss):
         mask = policy.completion_mask
         if advantages.shape != mask.shape[:1]:
             raise ValueError(f"advantages must be [{len(mask)}], one a completion, got {list(advantages.shape)}")
+        policy.check_like(tokens=True, old=old, ref=ref)
         log_ratio = policy.logps - (policy if old is None else old).logps.detach()
         if self.importance_sampling_level == "sequence":
             log_ratio = log_ratio.sum(-1, keepdim=True) / policy.lengths.clamp(min=1)[:, None]

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from .types import (
@@ -66,6 +67,7 @@ class KTOLoss(Loss):
 
     def collect(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:
         """[C], log-ratios of mismatched completions, for z."""
+        policy.check_like(tokens=False, ref=ref)
         return (policy.sums - ref.sums).detach()
 
     def __call__(self, policy: CompletionLogps, ref: CompletionLogps, label: Tensor, *, totals: Totals) -> LossOutput:
@@ -80,9 +82,10 @@ class KTOLoss(Loss):
             )
         if label.dtype != policy.completion_mask.dtype or label.shape != policy.sums.shape:
             raise ValueError(f"label must be bool [{len(policy.sums)}], got {label.dtype} {list(label.shape)}")
+        policy.check_like(tokens=False, ref=ref)
         r = policy.sums - ref.sums.detach()
-        kl = totals.collected.to(r).mean().clamp(min=0)
-        weight = self.desirable_weight * label + self.undesirable_weight * ~label
+        kl = totals.collected.detach().to(r).mean().clamp(min=0)
+        weight = torch.where(label, r.new_tensor(self.desirable_weight), r.new_tensor(self.undesirable_weight))
         scored = policy.completion_mask.any(-1)
         losses = weight * KTO_TYPES[self.loss_type](r, kl, label * 2.0 - 1, self)
         rewards = self.beta * r

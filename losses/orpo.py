@@ -59,8 +59,8 @@ class ORPOLoss(Loss):
         loss = divide(nll.sum(), num_nll_tokens) + self.beta * divide(odds_loss.sum(), totals.num_sequences)
 
         with torch.no_grad():
-            rewards = [self.beta * side.sums / side.lengths.clamp(min=1) for side in (policy.chosen, policy.rejected)]
-            metrics = preference_metrics(*rewards, policy)
+            chosen, rejected = (self.beta * x.sums / x.lengths.clamp(min=1) for x in (policy.chosen, policy.rejected))
+            metrics = preference_metrics(chosen, rejected, policy)
             tokens = policy.chosen.completion_mask.sum()
             if policy.prompt is not None:
                 tokens = tokens + policy.prompt.completion_mask.sum()

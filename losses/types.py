@@ -48,6 +48,8 @@ class CompletionLogps:
                 "per_token_logps and completion_mask must both be [completions, tokens], "
                 f"got {tuple(logps.shape)} and {tuple(mask.shape)}"
             )
+        if self.entropy is not None and self.entropy.shape != mask.shape:
+            raise ValueError(f"entropy must be {list(mask.shape)} as the mask, got {list(self.entropy.shape)}")
         if not logps.is_floating_point() or mask.dtype != torch.bool:
             raise TypeError(
                 f"per_token_logps must be floating point and completion_mask bool, got {logps.dtype} and {mask.dtype}"
@@ -74,7 +76,19 @@ class CompletionLogps:
         return torch.where(self.completion_mask, values, values.new_zeros(()))
 
     def detach(self) -> CompletionLogps:
-        return dataclasses.replace(self, per_token_logps=self.per_token_logps.detach())
+        """The same without a graph."""
+        entropy = None if self.entropy is None else self.entropy.detach()
+        return dataclasses.replace(self, per_token_logps=self.per_token_logps.detach(), entropy=entropy)
+
+    def check_like(self, *, tokens: bool, **others: CompletionLogps | None) -> None:
+        """Raise ValueError for any of `others` with other rows (and `tokens`) than these, before they broadcast."""
+        dims = 2 if tokens else 1
+        for name, other in others.items():
+            if other is not None and other.completion_mask.shape[:dims] != self.completion_mask.shape[:dims]:
+                raise ValueError(
+                    f"{name} must have the policy's {'rows and tokens' if tokens else 'rows'}, "
+                    f"got {list(other.completion_mask.shape)} for {list(self.completion_mask.shape)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,7 @@ class Mean(NamedTuple):
     """A metric as a detached sum and its count, both scalars: means over a step are exact whatever the split."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
     @staticmethod
     def of(values: Tensor, where: Tensor | None = None) -> Mean:
@@ -176,6 +190,7 @@ class Loss:
         raise NotImplementedError(f"{type(self).__name__} declares a window_pass but no collect()")
 
     def __call__(self, *args: Any, **kwargs: Any) -> LossOutput:
+        """One micro-batch's share of the step's loss; the arguments depend on `kind`."""
         raise NotImplementedError
 
 
