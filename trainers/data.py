@@ -167,16 +167,23 @@ def prepare_prompts(rows: Rows, tokenizer: Any, *, max_length: int | None = None
     first = next(read_sources(rows, Kind.GROUPED))
     assert first.prompt is not None
     check_tokenizer(tokenizer, conversational=is_conversation(first.prompt))
+    names = [name for name in rows.rows[0] if name != "prompt"]
     report = Report(rows.name)
     prompts = []
     for batch in _batches(read_sources(rows, Kind.GROUPED)):
         for source, ids in zip(batch, _tokenize(tokenizer, batch)[0], strict=True):
+            place = rows.where(source.row)
             if not ids:
-                raise UserError(f"{rows.where(source.row)}: the prompt has no tokens: give it text")
+                raise UserError(f"{place}: the prompt has no tokens: give it text")
             if max_length is not None and len(ids) >= max_length:
                 report.dropped += 1
                 continue
             columns = {name: value for name, value in rows.rows[source.row].items() if name != "prompt"}
+            if columns.keys() != set(names):
+                raise UserError(
+                    f"{place} has the columns {', '.join(['prompt', *columns])}, the first row "
+                    f"{', '.join(['prompt', *names])}: rewards need the same of all rows, null where there is nothing"
+                )
             prompts.append(Prompt(ids, source.prompt or "", columns, source.row))
     report.examples = len(prompts)
     _check_left(report, max_length)

@@ -233,6 +233,7 @@ BAD = [
     ),
     (Kind.LABELED, {"prompt": "a", "completion": "b", "label": None}, f"{SECOND} lacks 'label'"),
     (Kind.GROUPED, {"prompt": ""}, f"{SECOND}: the prompt has no tokens"),
+    (Kind.GROUPED, {"prompt": "a", "answer": 1}, f"{SECOND} has the columns prompt, answer, the first row prompt: "),
 ]
 
 
