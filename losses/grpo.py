@@ -101,7 +101,7 @@ class GRPOLoss(Loss):
     """token, or sequence (GSPO)."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio."""
-    max_completion_length: int = 256
+    max_completion_length: int = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo."""
 
     def __post_init__(self) -> None:

