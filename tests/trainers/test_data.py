@@ -202,7 +202,7 @@ def test_prompts_keep_what_rewards_need():
 
 @pytest.mark.parametrize("kind", Kind)
 def test_arithmetic_serves_every_kind(kind):
-    rows = load_rows("arithmetic", kind)
+    rows = load_rows("arithmetic", kind, split="test")
     if kind == Kind.GROUPED:
         assert prepare_prompts(rows, TOKENIZER)[1].examples == len(rows)
     else:
