@@ -131,7 +131,7 @@ def trl_trainer(options: Options, run: Run) -> tuple[Any, list[Any]]:
         train_dataset=Dataset.from_list(rows),
         processing_class=run.tokenizer,
     )
-    data = trainer.train_dataset
+    data: Any = trainer.train_dataset
     batches = [
         trainer.data_collator([data[i] for i in range(start, start + options.batch_size)])
         for start in range(0, options.rows, options.batch_size)

@@ -87,7 +87,7 @@ class KTOLoss(Loss):
         kl = totals.collected.detach().to(r).mean().clamp(min=0)
         weight = torch.where(label, r.new_tensor(self.desirable_weight), r.new_tensor(self.undesirable_weight))
         scored = policy.completion_mask.any(-1)
-        losses = weight * KTO_TYPES[self.loss_type](r, kl, label * 2.0 - 1, self)
+        losses = weight * KTO_TYPES[self.loss_type](r, kl, 2 * label.to(r.dtype) - 1, self)
         rewards = self.beta * r
         metrics = {
             "kl": Mean.of(kl, scored.any()),

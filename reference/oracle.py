@@ -186,7 +186,7 @@ def grpo(
     epsilon_high: float | None = None,
     importance_sampling_level: str = "token",
     use_bias_correction_kl: bool = True,
-    max_completion_length: int = 256,
+    max_completion_length: int = 512,
 ) -> Tensor:
     """The clipped surrogate plus beta KL, averaged as `loss_type` says. Without `old_logps` the step is on policy."""
     old_logps = [y.detach() for y in logps] if old_logps is None else old_logps

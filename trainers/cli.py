@@ -88,7 +88,7 @@ def parse_train(argv: list[str]) -> RunConfig:
         ],
     )
     try:
-        options = tyro.cli(
+        options: Any = tyro.cli(
             flat, args=argv, prog=f"logratio train {method}", config=(tyro.conf.AvoidSubcommands,), use_underscores=True
         )
     except ValueError as error:  # a loss refuses its fields

@@ -32,7 +32,11 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then).
     """
-    run = build(config)
+    return train_run(build(config))
+
+
+def train_run(run: Run) -> dict[str, float]:
+    """The loop itself."""
     config = run.config
     output_dir = Path(config.train.output_dir)
     main = run.accelerator.is_main_process

@@ -36,7 +36,8 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name
     """The bare model on `device`, without adapters. name: another model than `config.model_name_or_path`."""
     name = name or config.model_name_or_path
     if name == TINY and not config.load_in_4bit:
-        return tiny_model(seed).to(device=device, dtype=getattr(torch, config.dtype))
+        tiny: Any = tiny_model(seed)
+        return tiny.to(device=device, dtype=getattr(torch, config.dtype))
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(seed).save_pretrained(folder)
@@ -56,7 +57,7 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name
             bnb_4bit_compute_dtype=compute,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the model {name!r} could not be loaded: {_first_line(error)}") from error
     return model if config.load_in_4bit else model.to(device)
@@ -103,7 +104,8 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
         wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {_first_line(error)}") from error
-    head = wrapped.get_base_model().get_output_embeddings()
+    base: Any = wrapped.get_base_model()
+    head = base.get_output_embeddings()
     if hasattr(head, "lora_A"):
         raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
     return wrapped

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -164,68 +165,92 @@ def _fill(
 
 def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prompt: bool, pad_id: int) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
-    first_path, total = {}, 0
-    for index in members:
-        first_path[index] = total
-        total += len(examples[index].completions)
-    num_paths = total + (len(members) if scores_prompt else 0)
+    counts = [len(examples[i].completions) for i in members]
+    num_completions = sum(counts)
+    paths = _Paths(
+        completion={m: sum(counts[:k]) for k, m in enumerate(members)},
+        prompt={m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {},
+    )
     length = max(sum(piece.length for piece in row) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     positions = torch.arange(length).repeat(len(rows), 1)
     group = torch.full((len(rows), length), -1, dtype=torch.int64)
     segment = torch.zeros((len(rows), length), dtype=torch.int64)
-    # flat lists of (hidden position, target, path, place on the path), a tensor of each per stretch of tokens
-    scored: list[tuple[Tensor, Tensor, int, Tensor]] = []
-
     for r, row in enumerate(rows):
         at = 0
         for number, piece in enumerate(row):
             example = examples[piece.example]
-            prompt = torch.tensor(example.prompt_ids)
             group[r, at : at + piece.length] = number
-            ids[r, at : at + len(prompt)] = prompt
-            positions[r, at : at + len(prompt)] = torch.arange(len(prompt))
-            prompt_at, at = r * length + at, at + len(prompt)
+            prompt = range(at, at + len(example.prompt_ids))
+            _write(ids[r], positions[r], prompt, example.prompt_ids, 0)
+            at = prompt.stop
             for k in piece.completions:
-                completion = example.completions[k]
-                target = torch.tensor(completion.ids, dtype=torch.int64)
-                n = len(target)
-                ids[r, at : at + n] = target
-                positions[r, at : at + n] = torch.arange(len(prompt), len(prompt) + n)
-                segment[r, at : at + n] = k + 1
-                # the first token is predicted by the prompt's last, each later one by the one before it
-                before = torch.arange(r * length + at - 1, r * length + at + n - 1)
-                before[:1] = prompt_at + len(prompt) - 1
-                keep = torch.ones(n, dtype=torch.bool) if completion.scored is None else torch.tensor(completion.scored)
-                place = torch.arange(n)
-                scored.append((before[keep], target[keep], first_path[piece.example] + k, place[keep]))
-                if scores_prompt and k == 0:
-                    path = total + members.index(piece.example)
-                    inside = torch.arange(prompt_at, prompt_at + len(prompt) - 1)
-                    scored.append((inside, prompt[1:], path, torch.arange(len(prompt) - 1)))
-                    # a prompt tail that the completions do not share counts as prompt
-                    tail = (~keep).sum()
-                    scored.append((before[~keep], target[~keep], path, len(prompt) - 1 + torch.arange(tail)))
-                at += n
+                place = range(at, at + len(example.completions[k].ids))
+                _write(ids[r], positions[r], place, example.completions[k].ids, len(prompt))
+                segment[r, at : place.stop] = k + 1
+                paths.add(piece.example, example, k, r * length, prompt, place)
+                at = place.stop
 
-    width = max((int(place[-1]) + 1 for *_, place in scored if len(place)), default=1)
-    slot = torch.cat([path * width + place for *_, path, place in scored])
-    mask = torch.zeros(num_paths * width, dtype=torch.bool)
-    mask[slot] = True
+    hidden_index, targets, path, step = (torch.cat(parts) for parts in zip(*paths.scored, strict=True))
+    width = int(step.max()) + 1 if len(step) else 1
+    slot = path * width + step
+    scored = torch.zeros((num_completions + len(paths.prompt)) * width, dtype=torch.bool)
+    scored[slot] = True
     return PackedBatch(
         input_ids=ids,
         position_ids=positions,
         group=group,
         segment=segment,
         plain=all(len(row) == 1 and len(row[0].completions) == 1 for row in rows),
-        hidden_index=torch.cat([before for before, *_ in scored]),
-        targets=torch.cat([target for _, target, *_ in scored]),
+        hidden_index=hidden_index,
+        targets=targets,
         slot=slot,
-        scored=mask.view(num_paths, width),
-        num_completions=total,
+        scored=scored.view(-1, width),
+        num_completions=num_completions,
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
     )
+
+
+def _write(ids: Tensor, positions: Tensor, place: range, tokens: Sequence[int], first_position: int) -> None:
+    ids[place.start : place.stop] = torch.tensor(tokens, dtype=torch.int64)
+    positions[place.start : place.stop] = torch.arange(first_position, first_position + len(place))
+
+
+@dataclass
+class _Paths:
+    """Collects what is scored, a stretch of tokens at a time.
+
+    completion, prompt: the path of an example's first completion, and of its prompt where prompts are scored.
+    scored: (hidden index, target, path, place on the path) of each stretch, four int64 tensors of one length.
+    """
+
+    completion: dict[int, int]
+    prompt: dict[int, int]
+    scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)
+
+    def add(self, index: int, example: Example, k: int, row_start: int, prompt: range, place: range) -> None:
+        """Completion k of an example, and with the first one the prompt; the ranges are places in the row."""
+        completion = example.completions[k]
+        tokens = torch.tensor(completion.ids, dtype=torch.int64)
+        keep = torch.ones_like(tokens, dtype=torch.bool)
+        if completion.scored is not None:
+            keep = torch.tensor(completion.scored, dtype=torch.bool)
+        # the first token is predicted by the prompt's last, each later one by the one before it
+        before = torch.arange(place.start - 1, place.stop - 1) + row_start
+        before[:1] = row_start + prompt.stop - 1
+        step = torch.arange(len(tokens))
+        self._append(before[keep], tokens[keep], self.completion[index] + k, step[keep])
+        if k == 0 and index in self.prompt:
+            inside = torch.arange(prompt.start, prompt.stop - 1) + row_start
+            self._append(inside, torch.tensor(example.prompt_ids[1:]), self.prompt[index], torch.arange(len(inside)))
+            # the end of a prompt that its completions tokenize differently counts as prompt
+            self._append(
+                before[~keep], tokens[~keep], self.prompt[index], len(inside) + torch.arange(int((~keep).sum()))
+            )
+
+    def _append(self, hidden_index: Tensor, target: Tensor, path: int, step: Tensor) -> None:
+        self.scored.append((hidden_index, target.long(), torch.full_like(step, path), step))
 
 
 def attention_mask(batch: PackedBatch, window: int | None = None) -> Tensor:

@@ -24,8 +24,8 @@ ADVANTAGE_EPS = 1e-4
 def advantages(rewards: torch.Tensor, scale_rewards: Literal["group", "none"] = "group") -> torch.Tensor:
     """A = (R - mean) / (std + 1e-4) of each group, [groups, G] float64 (arXiv 2402.03300).
 
-    The standard deviation has Bessel's correction. "none" leaves the division out (Dr. GRPO, arXiv 2503.20783). Equal rewards give exactly 0. NaN rewards (no reward
-    function had an opinion) give 0 and do not count, as in TRL.
+    The standard deviation has Bessel's correction; "none" does not divide by it (Dr. GRPO, arXiv 2503.20783). Equal
+    rewards give exactly 0. NaN rewards (no reward function had an opinion) give 0 and do not count, as in TRL.
     """
     rewards = rewards.double()
     known = ~rewards.isnan()

@@ -40,9 +40,11 @@ def configured_obstacle(config: Any) -> str:
     if config._attn_implementation not in MASKED_ATTENTION:
         return f"its attention implementation {config._attn_implementation!r} does not take the mask that this needs"
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if kinds & BATCH_DEPENDENT_ROPE:
-        return f"its rope ({', '.join(sorted(kinds & BATCH_DEPENDENT_ROPE))}) depends on the length of the batch"
+    # one set of parameters, or one for each type of layer
+    kinds = [rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))]
+    varying = [kind for kind in kinds if kind in BATCH_DEPENDENT_ROPE]
+    if varying:
+        return f"its rope ({varying[0]}) depends on the length of the batch"
     return ""
 
 
@@ -68,9 +70,9 @@ def probe(policy: Policy) -> str:
             return f"with a shared prompt it raises {type(error).__name__}"
     finally:
         policy.train(was_training)
-    error = ((shared - hidden).norm() / hidden.norm()).item()
+    change = ((shared - hidden).norm() / hidden.norm()).item()
     tolerance = PROBE_TOLERANCE.get(hidden.dtype, LOW_PRECISION_TOLERANCE)
-    return "" if error < tolerance else f"a shared prompt changes its hidden states by {error:.0e}, relative"
+    return "" if change < tolerance else f"a shared prompt changes its hidden states by {change:.0e}, relative"
 
 
 def _check_head(policy: Policy, batch: Any, logits: torch.Tensor) -> None:

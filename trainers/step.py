@@ -97,8 +97,8 @@ def loss_inputs(
 
 def _pairs(batch: PackedBatch, logps: Tensor, scores_prompt: bool) -> PairLogps:
     n = batch.num_completions
-    sides = [CompletionLogps(logps[k:n:2], batch.scored[k:n:2]) for k in (0, 1)]
-    return PairLogps(*sides, CompletionLogps(logps[n:], batch.scored[n:]) if scores_prompt else None)
+    chosen, rejected = (CompletionLogps(logps[k:n:2], batch.scored[k:n:2]) for k in (0, 1))
+    return PairLogps(chosen, rejected, CompletionLogps(logps[n:], batch.scored[n:]) if scores_prompt else None)
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
@@ -130,7 +130,7 @@ class Step:
         self.accelerator, self.policy, self.wrapped = accelerator, policy, wrapped
         self.loss, self.reference, self.max_length = loss, reference, max_length
         self.micro_batch_tokens = micro_batch_tokens
-        self.packing = {"shared": policy.shared, "pad_id": pad_id}
+        self.packing: dict[str, Any] = {"shared": policy.shared, "pad_id": pad_id}
 
     def micro_batches(self, examples: Sequence[Example], dealt: bool = False) -> list[MicroBatch]:
         """This process's micro-batches of a step that all processes know (or, with `dealt`, of its own share).
