@@ -141,7 +141,8 @@ class GRPOLoss(Loss):
         if advantages.shape != mask.shape[:1]:
             raise ValueError(f"advantages must be [{len(mask)}], one a completion, got {list(advantages.shape)}")
         policy.check_like(tokens=True, old=old, ref=ref)
-        log_ratio = policy.logps - (policy if old is None else old).logps.detach()
+        logps = policy.logps
+        log_ratio = logps - (logps if old is None else old.logps).detach()
         if self.importance_sampling_level == "sequence":
             log_ratio = log_ratio.sum(-1, keepdim=True) / policy.lengths.clamp(min=1)[:, None]
         ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
@@ -153,7 +154,7 @@ class GRPOLoss(Loss):
         if self.beta > 0:
             if ref is None:
                 raise ValueError(f"beta={self.beta} needs the reference log-probs, ref is None")
-            d = policy.logps - ref.logps.detach()
+            d = logps - ref.logps.detach()
             kl = torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
             per_token_loss = per_token_loss + self.beta * (kl * ratio if self.use_bias_correction_kl else kl)
             metrics["kl"] = Mean.of(kl, mask)

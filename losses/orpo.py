@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .dpo import preference_metrics
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, check_positive, divide, register
+from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, check_positive, divide, register
 
 
-def log_odds(logps: CompletionLogps) -> Tensor:
+def log_odds(average: Tensor) -> Tensor:
     """[C], a - log(1 - exp a). Log-averages above -eps are moved there: the odds of a certainty are infinite."""
-    average = logps.sums / logps.lengths.clamp(min=1)
     average = average.clamp(max=-torch.finfo(average.dtype).eps)
     return average - torch.log(-torch.expm1(average))
 
@@ -52,15 +51,17 @@ class ORPOLoss(Loss):
         Raises ValueError or TypeError for shapes and dtypes that do not fit.
         """
         prompt_sum = 0.0 if policy.prompt is None else policy.prompt.sums
-        nll = -(policy.chosen.sums + prompt_sum)
-        ratio = log_odds(policy.chosen) - log_odds(policy.rejected)
+        chosen, rejected = policy.chosen.sums, policy.rejected.sums
+        nll = -(chosen + prompt_sum)
+        chosen_average = chosen / policy.chosen.lengths.clamp(min=1)
+        rejected_average = rejected / policy.rejected.lengths.clamp(min=1)
+        ratio = log_odds(chosen_average) - log_odds(rejected_average)
         odds_loss = -logsigmoid(ratio).where(policy.scored, ratio * 0)
         num_nll_tokens = totals.num_chosen_tokens + totals.num_prompt_tokens
         loss = divide(nll.sum(), num_nll_tokens) + self.beta * divide(odds_loss.sum(), totals.num_sequences)
 
         with torch.no_grad():
-            chosen, rejected = (self.beta * x.sums / x.lengths.clamp(min=1) for x in (policy.chosen, policy.rejected))
-            metrics = preference_metrics(chosen, rejected, policy)
+            metrics = preference_metrics(self.beta * chosen_average, self.beta * rejected_average, policy)
             tokens = policy.chosen.completion_mask.sum()
             if policy.prompt is not None:
                 tokens = tokens + policy.prompt.completion_mask.sum()
