@@ -1,0 +1,130 @@
+"""Masks, totals, metrics and the registry."""
+
+import pytest
+import torch
+
+from logratio.losses import LOSSES, CompletionLogps, DPOLoss, Loss, Mean, PairLogps, Totals, register, variant
+from logratio.losses.types import check_choice, check_positive, divide
+
+MASK = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
+LOGPS = torch.tensor([[-1.0, -2.0, torch.nan], [torch.inf, -3.0, -9.0], [torch.nan, torch.nan, -torch.inf]])
+
+
+def test_only_scored_tokens_are_read():
+    x = CompletionLogps(LOGPS, MASK)
+    assert x.logps.tolist() == [[-1, -2, 0], [0, -3, 0], [0, 0, 0]]
+    assert x.sums.tolist() == [-3, -3, 0]
+    assert x.lengths.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sums_are_in_at_least_float32(dtype):
+    x = CompletionLogps(torch.full((1, 4096), -1.0, dtype=dtype), torch.ones(1, 4096, dtype=torch.bool))
+    assert x.sums.item() == -4096 and x.lengths.item() == 4096
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert x.logps.dtype == x.sums.dtype == x.lengths.dtype == expected
+
+
+def test_detach_keeps_no_graph():
+    logps = LOGPS.clone().requires_grad_()
+    x = CompletionLogps(logps, MASK, logps * 2).detach()
+    assert not x.per_token_logps.requires_grad and not x.entropy.requires_grad
+    assert x.completion_mask is MASK
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((LOGPS, MASK[:2]), ValueError, r"must both be \[completions, tokens\], got \(3, 3\) and \(2, 3\)"),
+        ((LOGPS[0], MASK[0]), ValueError, r"got \(3,\) and \(3,\)"),
+        ((LOGPS, MASK.long()), TypeError, "completion_mask bool, got torch.float32 and torch.int64"),
+        ((LOGPS.nan_to_num().long(), MASK), TypeError, "floating point .* got torch.int64 and torch.bool"),
+        ((LOGPS, MASK, LOGPS[:, :1]), ValueError, r"entropy must be \[3, 3\] as the mask, got \[3, 1\]"),
+    ],
+)
+def test_logps_that_do_not_fit(args, error, message):
+    with pytest.raises(error, match=message):
+        CompletionLogps(*args)
+
+
+def test_pairs_that_do_not_fit():
+    three, two = CompletionLogps(LOGPS, MASK), CompletionLogps(LOGPS[:2], MASK[:2])
+    with pytest.raises(ValueError, match=r"one row a pair, got \[3, 2\] rows"):
+        PairLogps(three, two)
+    with pytest.raises(ValueError, match=r"got \[3, 3, 2\] rows"):
+        PairLogps(three, three, two)
+
+
+def test_pairs_are_scored_where_either_side_is():
+    chosen, rejected = torch.tensor([[True], [False], [False]]), torch.tensor([[False], [True], [False]])
+    pairs = PairLogps(*(CompletionLogps(torch.zeros(3, 1), mask) for mask in (chosen, rejected)))
+    assert pairs.scored.tolist() == [True, True, False]
+
+
+def test_check_like_names_who_and_what():
+    policy = CompletionLogps(LOGPS, MASK)
+    narrow, short = CompletionLogps(LOGPS[:, :1], MASK[:, :1]), CompletionLogps(LOGPS[:1], MASK[:1])
+    policy.check_like(tokens=True, old=None, ref=policy)
+    policy.check_like(tokens=False, ref=narrow)
+    with pytest.raises(ValueError, match=r"ref must have the policy's rows and tokens, got \[3, 1\] for \[3, 3\]"):
+        policy.check_like(tokens=True, ref=narrow)
+    with pytest.raises(ValueError, match=r"old must have the policy's rows, got \[1, 3\] for \[3, 3\]"):
+        policy.check_like(tokens=False, ref=policy, old=short)
+
+
+def test_totals_count_what_is_scored():
+    x = CompletionLogps(LOGPS, MASK)
+    assert Totals.of(x) == Totals(num_sequences=3, num_tokens=3)
+    one = CompletionLogps(LOGPS[:, 1:2], MASK[:, 1:2])
+    full = CompletionLogps(torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool))
+    expected = Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=3, num_prompt_tokens=12)
+    assert Totals.of(PairLogps(x, one, full)) == expected
+    assert Totals.of(PairLogps(one, x)) == Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=2)
+    collected = torch.ones(2)
+    assert Totals.of(x, collected).collected is collected
+
+
+def test_means():
+    values = torch.tensor([1.0, torch.nan, 4.0], requires_grad=True)
+    mean = Mean.of(values, torch.tensor([True, False, True]))
+    assert (mean.total.item(), mean.count.item()) == (5.0, 2) and not mean.total.requires_grad
+    assert Mean.of(torch.tensor([1.0, 2.0])).count.item() == 2
+    none = Mean.of(values, torch.zeros(3, dtype=torch.bool))
+    assert (none.total.item(), none.count.item()) == (0.0, 0)
+
+
+def test_divide_by_nothing_is_zero_with_a_graph():
+    x = torch.tensor(3.0, requires_grad=True)
+    assert divide(x, 2).item() == 1.5
+    zero = divide(x, 0)
+    zero.backward()
+    assert zero.item() == 0 and x.grad.item() == 0
+
+
+def test_checks_say_what_is_wrong():
+    with pytest.raises(ValueError, match="colour='red' is unknown, expected one of: blue, green"):
+        check_choice("colour", "red", {"blue": 1, "green": 2})
+    check_positive("beta", 1e-9)
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"beta={value} must be positive and finite"):
+            check_positive("beta", value)
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match="a loss named 'dpo' is registered already: .*DPOLoss"):
+        register("dpo")(Loss)
+    assert LOSSES["dpo"] is DPOLoss
+    table = {}
+    assert variant(table)(divide) is divide and variant(table, "other")(divide) is divide
+    assert table == {"divide": divide, "other": divide}
+    with pytest.raises(ValueError, match="a variant named 'other' is registered already"):
+        variant(table, "other")(divide)
+
+
+def test_a_loss_that_collects_nothing_says_so():
+    with pytest.raises(NotImplementedError, match=r"DPOLoss declares a window_pass but no collect\(\)"):
+        DPOLoss().collect(None, None)
+
+
+def test_the_methods():
+    assert set(LOSSES) >= {"sft", "dpo", "kto", "orpo", "grpo"}
