@@ -27,7 +27,7 @@ Reward = Callable[..., Sequence[float | None]]
 
 _MARKER = re.compile(r"####|\b[Aa]nswer(?: is|:)|(?m:^)A:|\\boxed\{")
 # A minus is a sign only where nothing stands before it that it could be subtracted from.
-_NUMBER = re.compile(r"(?<![\w.])(?:(?<![)\d])-)?\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])-?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])(?:(?<!\))-)?\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])-?\.\d+")
 
 
 def text_of(completion: Text) -> str:

@@ -28,6 +28,7 @@ from logratio.trainers.rewards import REWARDS, answer_format, call_reward, exact
         ("x = -46", "46", False),
         ("x = -46", "-46", True),
         ("92-46", "46", True),
+        ("(92)-46", "46", True),
         ("Answer: Paris.", "paris", True),
         ("It was\nParis", "paris", True),
         ("", "46", False),
