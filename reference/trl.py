@@ -260,8 +260,8 @@ def _silenced(trainer_class: Any) -> Any:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """No bars, logs or warnings inside; Python's, NumPy's and torch's random states are put back afterwards."""
-    states, bars, level = (random.getstate(), np.random.get_state()), datasets.is_progress_bar_enabled(), logging.root
-    disabled = level.manager.disable
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    bars, disabled_level = datasets.is_progress_bar_enabled(), logging.root.manager.disable
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
     try:
@@ -269,8 +269,8 @@ def _quietly() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
+        logging.disable(disabled_level)
         if bars:
             datasets.enable_progress_bars()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

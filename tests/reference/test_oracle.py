@@ -179,10 +179,10 @@ def test_grpo_normalizers(loss_type: str, expected: float) -> None:
 
 
 def test_grpo_ratio_of_a_sequence_is_the_geometric_mean() -> None:
-    # ratios 4 and 1/4: on the token level -min(4, 1.2) and -min(1/4, 0.8), at sequence level twice -1
-    logps, old = steps([-2.0 + 2 * LN2, -2.0 - 2 * LN2]), steps([-2.0, -2.0])
-    assert oracle.grpo(logps, old, None, [1.0]).item() == pytest.approx((-1.2 - 0.25) / 2)
-    assert oracle.grpo(logps, old, None, [1.0], importance_sampling_level="sequence").item() == pytest.approx(-1.0)
+    # ratios 9 and 1, advantage -1, so not held: 9 and 1 on the token level, 3 and 3 at sequence level
+    logps, old = steps([-3.0 + 2 * LN3, -2.0]), steps([-3.0, -2.0])
+    assert oracle.grpo(logps, old, None, [-1.0]).item() == pytest.approx((9 + 1) / 2)
+    assert oracle.grpo(logps, old, None, [-1.0], importance_sampling_level="sequence").item() == pytest.approx(3.0)
 
 
 def test_grpo_kl() -> None:

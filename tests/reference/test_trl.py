@@ -219,6 +219,9 @@ def test_the_rows_are_fed_as_they_read(model: Any, tokenizer: Any) -> None:
     assert texts == [[row["prompt"], row["completion"] + "<eos>"] for row in LABELED]
     mismatched = [[tokenizer.decode(part) for part in sequence.split()] for sequence in fed["mismatched"]]
     assert mismatched == [[row["prompt"], LABELED[i - 1]["completion"] + "<eos>"] for i, row in enumerate(LABELED)]
+    rows = make_rollouts(model, tokenizer)
+    fed = trl.loss_and_grads("grpo", model, tokenizer, rows).sequences
+    assert [s.split() for s in fed["completion"]] == [(row["prompt_ids"], row["completion_ids"]) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------- trajectories
@@ -251,7 +254,7 @@ def test_a_run_is_adamw_on_the_gradients_of_its_batches_in_order(method: str, mo
 def test_accumulation_is_one_larger_batch(method: str, model: Any, tokenizer: Any) -> None:
     """Where TRL's own normalizer spans the window: token totals (sft, dapo) and means of equal counts (dpo)."""
     rows = rows_of(method, model, tokenizer)
-    options = dict(max_steps=1, learning_rate=1e-2, max_grad_norm=0.0)
+    options: dict[str, Any] = dict(max_steps=1, learning_rate=1e-2, max_grad_norm=0.0)
     whole = trl.train(method, model, tokenizer, rows, batch_size=4, **options)
     split = trl.train(method, model, tokenizer, rows, batch_size=2, gradient_accumulation_steps=2, **options)
     assert split.grad_norms == pytest.approx(whole.grad_norms, rel=RTOL)
@@ -259,7 +262,9 @@ def test_accumulation_is_one_larger_batch(method: str, model: Any, tokenizer: An
 
 
 def test_learning_rate_schedule_clipping_and_weight_decay_reach_trl(model: Any, tokenizer: Any) -> None:
-    schedule = dict(max_steps=4, batch_size=2, learning_rate=0.1, lr_scheduler_type="linear", warmup_steps=2)
+    schedule: dict[str, Any] = dict(
+        max_steps=4, batch_size=2, learning_rate=0.1, lr_scheduler_type="linear", warmup_steps=2
+    )
     run = trl.train("sft", model, tokenizer, COMPLETIONS, max_grad_norm=1e-9, weight_decay=0.5, **schedule)
     assert [log["learning_rate"] for log in run.logs] == pytest.approx([0.0, 0.05, 0.1, 0.05])
     # clipped to 1e-9, the update of AdamW (eps 1e-8) is at most 0.1 lr: what is left is the decay
@@ -289,6 +294,15 @@ def test_the_model_the_random_state_and_the_folder_stay_as_they_were(
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
     assert os.listdir(tmp_path) == []
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", trl.METHODS)
+def test_nothing_is_logged_or_warned_of(method: str, model: Any, tokenizer: Any, caplog: Any, recwarn: Any) -> None:
+    rows = rows_of(method, model, tokenizer)
+    caplog.clear()
+    recwarn.clear()
+    trl.train(method, model, tokenizer, rows, max_steps=1, batch_size=2, learning_rate=0.1)
+    assert [record.message for record in caplog.records] == [str(w.message) for w in recwarn] == []
 
 
 def test_another_version_is_refused_in_one_sentence(
