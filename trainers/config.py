@@ -156,7 +156,7 @@ class RolloutConfig:
     num_iterations: int = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, format, length, or module:function with TRL's signature."""
+    """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     scale_rewards: Literal["group", "none"] = "group"

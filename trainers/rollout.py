@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from logratio.losses import Mean
 
 from .config import RolloutConfig
 from .data import Completion, Example, Prompt
-from .errors import UserError
 from .policy import Policy
 from .reference import inference
+from .rewards import Reward, call_reward
 
 # Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
 GENERATION_ROWS = 256
@@ -88,7 +88,7 @@ class Rollouts:
         policy: Policy,
         tokenizer: Any,
         config: RolloutConfig,
-        rewards: dict[str, Callable[..., Sequence[float | None]]],
+        rewards: dict[str, Reward],
         max_completion_length: int,
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
@@ -127,22 +127,19 @@ class Rollouts:
         """[completions, functions] float64, NaN where a reward function returned None."""
         texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
         chat = [not isinstance(p.prompt, str) for p in prompts]
-        arguments = {
-            **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
-            "prompts": [p.prompt for p in prompts],
-            "completions": [
-                [{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)
-            ],
-            "completion_ids": [s.ids for s in sampled],
-        }
+        completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)]
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
-        for column, (name, function) in enumerate(self.rewards.items()):
-            values = list(function(**arguments))
-            if len(values) != len(sampled):
-                raise UserError(f"reward {name!r} returned {len(values)} values for {len(sampled)} completions")
-            for row, value in enumerate(values):
-                if value is not None:
-                    scores[row, column] = float(value)
+        for column, (name, reward) in enumerate(self.rewards.items()):
+            values = call_reward(
+                name,
+                reward,
+                prompts=[p.prompt for p in prompts],
+                completions=completions,
+                completion_ids=[s.ids for s in sampled],
+                max_completion_length=self.max_completion_length,
+                columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
+            )
+            scores[:, column] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
         return scores
 
     def _metrics(self, sampled: Sequence[Sampled], by_function: torch.Tensor, grouped: torch.Tensor) -> dict[str, Mean]:

@@ -72,7 +72,7 @@ def build(config: RunConfig) -> Run:
     set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     data = load_data(config, tokenizer)
-    rewards = {name.split(":")[-1]: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
+    rewards = {name: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
     total_steps = count_steps(len(data.train), config)
 
     policy, notes = make_policy(config, accelerator.device)
