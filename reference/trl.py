@@ -190,7 +190,7 @@ def _trainer(
     beta = options.get("beta", 0.0)
     if method in ("dpo", "kto"):
         if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = copy.deepcopy(model).requires_grad_(False)
+            ref_model = model
         arguments["ref_model"] = copy.deepcopy(ref_model)
     elif method == "grpo":
         # The log-probs of the reference come with the rows: at beta 0 the trainer makes no model of its own for it.
