@@ -98,7 +98,9 @@ AT_REFERENCE = {"sigmoid": lambda beta: math.log(2), "hinge": lambda beta: 1.0, 
 @given(batches("paired"), betas)
 def test_value_where_policy_is_reference(loss_type, batch, beta):
     parts = [
-        CompletionLogps(batch.tokens["policy"][part], batch.masks[part] | (torch.arange(batch.masks[part].shape[1]) == 0))
+        CompletionLogps(
+            batch.tokens["policy"][part], batch.masks[part] | (torch.arange(batch.masks[part].shape[1]) == 0)
+        )
         for part in ("chosen", "rejected")
     ]
     same = PairLogps(*parts)

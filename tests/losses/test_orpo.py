@@ -1,0 +1,121 @@
+"""ORPO: numbers by hand, and odds at their edges."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logratio.losses import CompletionLogps, ORPOLoss, PairLogps, Totals
+from logratio.losses.orpo import log_odds
+from logratio.reference.strategies import batches
+
+averages = st.floats(-50, -1e-6)
+LN2 = math.log(2)
+
+
+def side(logps: list[list[float]], mask: list[list[int]] | None = None) -> CompletionLogps:
+    values = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
+    return CompletionLogps(values, torch.ones_like(values).bool() if mask is None else torch.tensor(mask).bool())
+
+
+def test_by_hand():
+    """Chosen 2 and 4 bits: average probability 1/8, odds 1/7; rejected 1 bit: odds 1; prompt 3 bits, half scored."""
+    chosen, rejected = side([[-2 * LN2, -4 * LN2]]), side([[-LN2]])
+    policy = PairLogps(chosen, rejected, side([[-99.0, -3 * LN2]], [[0, 1]]))
+    loss, metrics = ORPOLoss(beta=0.5)(policy, totals=Totals.of(policy))
+    odds_loss = math.log(8)  # log(1 + odds_l / odds_w)
+    assert loss.item() == pytest.approx(9 * LN2 / 3 + 0.5 * odds_loss, rel=1e-12)
+    loss.backward()
+    # d log odds / d a = 1 / (1 - P); sigmoid(-ratio) = 7/8
+    slope = 0.5 * 7 / 8
+    expected = [-1 / 3 - slope / (1 - 1 / 8) / 2] * 2
+    assert chosen.per_token_logps.grad[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert rejected.per_token_logps.grad[0].tolist() == pytest.approx([slope / (1 - 1 / 2)], rel=1e-12)
+    assert policy.prompt.per_token_logps.grad[0].tolist() == pytest.approx([0, -1 / 3], rel=1e-12)
+    means = {name: (mean.total.item(), mean.count.item()) for name, mean in metrics.items()}
+    assert means == {
+        "rewards/chosen": (pytest.approx(-1.5 * LN2), 1),
+        "rewards/rejected": (pytest.approx(-0.5 * LN2), 1),
+        "rewards/accuracies": (0.0, 1),
+        "rewards/margins": (pytest.approx(-LN2), 1),
+        "logps/chosen": (pytest.approx(-6 * LN2), 1),
+        "logps/rejected": (pytest.approx(-LN2), 1),
+        "nll_loss": (pytest.approx(9 * LN2), 3),
+        "log_odds_chosen": (pytest.approx(math.log(1 / 7)), 1),
+        "log_odds_ratio": (pytest.approx(-math.log(8)), 1),
+    }
+
+
+def test_without_a_prompt_the_nll_is_the_chosen_completions():
+    policy = PairLogps(side([[-2 * LN2, -4 * LN2]]), side([[-LN2]]))
+    loss = ORPOLoss(beta=1e-9)(policy, totals=Totals.of(policy)).loss
+    assert loss.item() == pytest.approx(3 * LN2)
+
+
+def test_each_term_has_its_own_divisor():
+    policy = PairLogps(side([[-2 * LN2, -4 * LN2]]), side([[-LN2]]))
+    totals = Totals(num_sequences=5, num_tokens=10**9, num_chosen_tokens=30, num_prompt_tokens=10)
+    loss = ORPOLoss(beta=0.5)(policy, totals=totals).loss
+    assert loss.item() == pytest.approx(6 * LN2 / 40 + 0.5 * math.log(8) / 5, rel=1e-12)
+
+
+def odds_term(chosen: float, rejected: float) -> float:
+    policy = PairLogps(side([[chosen]]), side([[rejected]]))
+    totals = Totals(num_sequences=1, num_tokens=0)  # no chosen tokens counted: the NLL is left out
+    return ORPOLoss(beta=1.0)(policy, totals=totals).loss.item()
+
+
+@settings(max_examples=50, deadline=None)
+@given(averages, averages)
+def test_odds_term_is_log_one_plus_the_ratio_of_odds(chosen, rejected):
+    log_ratio = (rejected - math.log(-math.expm1(rejected))) - (chosen - math.log(-math.expm1(chosen)))
+    expected = max(log_ratio, 0) + math.log1p(math.exp(-abs(log_ratio)))
+    assert odds_term(chosen, rejected) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(averages, averages)
+def test_swapping_changes_the_odds_term_by_the_log_odds_ratio(chosen, rejected):
+    ratio = math.log(-math.expm1(rejected)) - math.log(-math.expm1(chosen)) + chosen - rejected
+    assert odds_term(chosen, rejected) - odds_term(rejected, chosen) == pytest.approx(-ratio, rel=1e-9, abs=1e-9)
+    assert odds_term(chosen, chosen) == pytest.approx(LN2, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("average", [0.0, -1e-300, -1e-12, -1e-8, -1e-7, -1e-3, -1.0, -100.0, -1e4])
+def test_log_odds_are_finite_and_exact(dtype, average):
+    leaf = torch.tensor(average, dtype=dtype, requires_grad=True)
+    got = log_odds(leaf)
+    got.backward()
+    assert got.isfinite() and leaf.grad.isfinite()
+    a = leaf.double().item()
+    if a <= -torch.finfo(dtype).eps:
+        assert got.item() == pytest.approx(a - math.log(-math.expm1(a)), rel=1e-6)
+        assert leaf.grad.item() == pytest.approx(1 / -math.expm1(a), rel=1e-6)
+    else:
+        assert got.item() == pytest.approx(-math.log(torch.finfo(dtype).eps), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_certain_completions_have_a_finite_loss_and_gradient(dtype):
+    chosen, rejected = (torch.zeros(1, 3, dtype=dtype, requires_grad=True) for _ in range(2))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    policy = PairLogps(CompletionLogps(chosen, mask), CompletionLogps(rejected, mask))
+    loss = ORPOLoss()(policy, totals=Totals.of(policy)).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(0.1 * LN2, rel=1e-6)
+    assert chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches("paired", max_size=30.0))
+def test_slopes_raise_the_chosen_and_lower_the_rejected(batch):
+    leaves = {part: values.requires_grad_() for part, values in batch.tokens["policy"].items()}
+    policy = PairLogps(*(CompletionLogps(leaves[part], batch.masks[part]) for part in ("chosen", "rejected", "prompt")))
+    ORPOLoss()(policy, totals=Totals.of(policy)).loss.backward()
+    assert (leaves["chosen"].grad <= 0).all()
+    assert (leaves["rejected"].grad >= 0).all()
+    assert (leaves["prompt"].grad <= 0).all()
+    assert (leaves["chosen"].grad[batch.masks["chosen"]] < 0).all()  # the NLL never lets go

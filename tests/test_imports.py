@@ -1,0 +1,96 @@
+"""The direction of imports: losses <- trainers <- benchmarks; reference stands apart from what it judges."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("losses", "trainers", "reference", "benchmarks")
+MAY_IMPORT = {
+    "losses": {"losses"},
+    "trainers": {"losses", "trainers"},
+    "reference": {"reference"},
+    "benchmarks": set(FOLDERS),
+}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import of a file, whole or in a function; relative ones resolved."""
+    package = ["logratio", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            # `from logratio import losses` and `from . import dpo` name modules behind the keyword
+            yield from ((node.lineno, f"{name}.{alias.name}") for alias in node.names)
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"no files in {folder}"
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_direction(folder):
+    wrong = []
+    for path in files(folder):
+        for line, name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "logratio" and parts[1] not in MAY_IMPORT[folder]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong
+
+
+def test_losses_import_only_torch_and_the_standard_library():
+    """Triton too, where there is a GPU, and then only inside a function or a guarded block."""
+    allowed = sys.stdlib_module_names | {"torch", "triton", "logratio"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files("losses")
+        for line, name in imports(path)
+        if name.split(".")[0] not in allowed
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
+def test_nothing_imports_by_the_bare_folder_name(folder):
+    """`import losses` works from the checkout and nowhere else."""
+    bare = {*FOLDERS, "tests"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files(folder)
+        for line, name in imports(path)
+        if name.split(".")[0] in bare
+    ]
+    assert not wrong
+
+
+def loaded_by(module: str) -> set[str]:
+    """Top-level and logratio's own modules in sys.modules after importing `module` in a fresh interpreter."""
+    code = (
+        f"import sys, torch; import {module}\n"
+        "print(*{'.'.join(m.split('.')[:2]) if m.startswith('logratio') else m.split('.')[0] for m in sys.modules})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    return set(out.stdout.split())
+
+
+def test_losses_load_none_of_the_heavy_libraries():
+    loaded = loaded_by("logratio.losses")
+    assert "logratio.losses" in loaded and "torch" in loaded
+    heavy = {"transformers", "accelerate", "peft", "datasets", "trl", "hypothesis", "bitsandbytes", "tyro"}
+    assert not loaded & (heavy | {f"logratio.{folder}" for folder in FOLDERS[1:]})
+
+
+def test_the_property_kit_loads_neither_what_it_tests_nor_trl():
+    loaded = loaded_by("logratio.reference.strategies")
+    assert "logratio.reference" in loaded
+    assert not loaded & {"logratio.losses", "logratio.trainers", "logratio.benchmarks", "trl", "transformers"}
