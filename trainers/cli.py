@@ -7,7 +7,6 @@ file (`--config`) gives the same options; what is said on the command line wins.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -21,6 +20,7 @@ from logratio.losses import LOSSES, Kind, Loss
 
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from .errors import UserError
+from .plugins import import_object
 
 COMMANDS = "logratio.commands"
 TRAIN_HELP = "train METHOD    train with one of: {methods}; `logratio train METHOD --help` lists the options"
@@ -100,14 +100,9 @@ def load_loss(name: str) -> type[Loss]:
     """`module:Class`, or a registered name."""
     if name in LOSSES:
         return LOSSES[name]
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         raise UserError(f"--loss {name!r} is neither module:Class nor one of: {', '.join(LOSSES)}")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    try:
-        loss = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--loss {name!r} could not be imported: {error}") from error
+    loss = import_object(name, "--loss")
     if not (
         isinstance(loss, type) and issubclass(loss, Loss) and hasattr(loss, "kind") and dataclasses.is_dataclass(loss)
     ):

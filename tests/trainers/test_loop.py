@@ -1,0 +1,205 @@
+"""The loop, held against TRL's trainers step by step, and against itself under another cut of the same work."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from logratio.benchmarks import verify
+from logratio.losses import DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, Kind
+from logratio.reference import trl
+from logratio.trainers import setup
+from logratio.trainers.cli import main
+from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from logratio.trainers.loop import train_run
+from logratio.trainers.reference import StoredReference
+from logratio.trainers.step import Step
+from logratio.trainers.tiny import tiny_tokenizer
+
+METHODS = ("sft", "dpo", "kto", "orpo", "grpo")
+BATCH = 4
+
+
+def rows_of(method: str, count: int) -> list[dict[str, Any]]:
+    return verify.random_rows(method, 7, count)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def our_run(method: str, model: Any, data: str, output: Path, steps: int, **train: Any) -> setup.Run:
+    """The run that the command line would build, with the given model put in place of its own."""
+    rollout = RolloutConfig(num_generations=2) if method == "grpo" else None
+    config = RunConfig(
+        method=method,
+        loss=LOSSES[method](),
+        model=ModelConfig(lora_r=4),
+        data=DataConfig(dataset_name=data, shuffle=False),
+        train=TrainConfig(
+            output_dir=str(output),
+            batch_size=BATCH,
+            max_steps=steps,
+            learning_rate=1e-3,
+            warmup_steps=2,
+            weight_decay=0.01,
+            micro_batch_tokens=200,
+            **train,
+        ),
+        rollout=rollout,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_model", lambda *a, **k: model)
+        patch.setattr(setup, "add_adapters", lambda model, *a, **k: model)
+        return setup.build(config)
+
+
+def trajectory(method: str, steps: int, output: Path) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
+    """(ours, TRL's) losses and gradient norms, and the largest difference between the final adapters."""
+    model = verify.random_model(verify.LlamaConfig, 3)
+    rows = rows_of(method, BATCH * steps)
+    if method == "grpo":
+        examples, rows, old = rollouts(model, steps)
+        data = "arithmetic"
+    else:
+        data = write_rows(output / "rows.jsonl", rows)
+    theirs = trl.train(
+        method,
+        model,
+        tiny_tokenizer(),
+        rows,
+        max_steps=steps,
+        batch_size=BATCH,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+    )
+    run = our_run(method, copy.deepcopy(model), data, output, steps)
+    if method == "grpo":
+        use_fixed_rollouts(run, examples, old)
+    train_run(run)
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    ours = {name: [row[name] for row in log] for name in ("loss", "grad_norm")}
+    mine = dict(run.policy.model.named_parameters())
+    difference = max(
+        (mine[name] - p).abs().max().item() for name, p in theirs.model.named_parameters() if "lora_" in name
+    )
+    moved = max((mine[name] - p).abs().max().item() for name, p in model.named_parameters() if "lora_" in name)
+    assert moved > 1e-3, "nothing was trained, so nothing was compared"
+    return ours, {"loss": theirs.losses, "grad_norm": theirs.grad_norms}, difference
+
+
+def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], dict[int, list[Tensor]]]:
+    """Fixed off-policy rollouts, two completions a prompt, as examples and as TRL's rows."""
+    examples = verify.random_groups(5, groups=BATCH // 2 * steps, size=2)
+    old = verify.old_logps(model, examples, 5)
+    rows = [
+        {"prompt_ids": e.prompt_ids, "completion_ids": c.ids, "advantage": a, "old_per_token_logps": o}
+        for e in examples
+        for c, a, o in zip(e.completions, e.advantages or (), old[e.row], strict=True)
+    ]
+    return examples, rows, old
+
+
+def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[int, list[Tensor]]) -> None:
+    """Examples in place of prompts, and their old log-probs in place of the policy's."""
+    run.data.train[:] = examples
+    run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=BATCH // 2))
+    run.rollouts = lambda prompts: (list(prompts), {})  # type: ignore[assignment]
+    cut, table = run.step.micro_batches, StoredReference(old, run.step.reference)  # type: ignore[arg-type]
+
+    def with_old(*args: Any, **kwargs: Any) -> Any:
+        micros = cut(*args, **kwargs)
+        for micro in micros:
+            micro.old = table(micro.batch)
+        return micros
+
+    run.step.micro_batches = with_old  # type: ignore[method-assign]
+
+
+def compare(method: str, steps: int, output: Path) -> None:
+    ours, theirs, difference = trajectory(method, steps, output)
+    for name in ("loss", "grad_norm"):
+        assert len(ours[name]) == steps
+        for step, (a, b) in enumerate(zip(ours[name], theirs[name], strict=True)):
+            assert math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-7), f"{name} of step {step}: ours {a}, TRL's {b}"
+    assert difference < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_as_trl_does(method: str, tmp_path: Path) -> None:
+    compare(method, 4, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_as_trl_does_for_twenty_steps(method: str, tmp_path: Path) -> None:
+    compare(method, 20, tmp_path)
+
+
+def variants() -> list[tuple[str, str]]:
+    tables = {"sft": SFT_TYPES, "dpo": DPO_TYPES, "kto": KTO_TYPES, "orpo": {"": None}, "grpo": GRPO_TYPES}
+    assert set(tables) == set(LOSSES), "a registered loss has no table of variants here"
+    return [(method, name) for method in LOSSES for name in tables[method]]
+
+
+REWARD = """
+def digits(completion_ids, **_):
+    return [sum(48 <= token < 58 for token in ids) + len(ids) / 10 for ids in completion_ids]
+"""
+
+
+@pytest.mark.parametrize(("method", "loss_type"), variants())
+def test_the_memory_setting_does_not_change_the_result(
+    method: str, loss_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--lora_r", "4", "--max_steps", "5", "--batch_size", "16", "--learning_rate", "1e-4"]
+    options += ["--loss_type", loss_type] if loss_type else []
+    monkeypatch.chdir(tmp_path)
+    if LOSSES[method].kind is Kind.GROUPED:
+        (tmp_path / "some_rewards.py").write_text(REWARD)
+        options += ["--num_generations", "4", "--max_completion_length", "12", "--num_iterations", "2"]
+        options += ["--beta", "0.04", "--reward_funcs", "some_rewards:digits"]
+    else:
+        options += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", rows_of(method, 64))]
+    adapters, cuts = {}, {}
+    call = Step.__call__
+    for tokens in (256, 1024, 100000):
+        counts: list[int] = []
+        monkeypatch.setattr(
+            Step,
+            "__call__",
+            lambda self, micros, *a, c=counts, **k: (c.append(len(micros)), call(self, micros, *a, **k))[1],
+        )
+        folder = tmp_path / str(tokens)
+        assert main(["train", method, *options, "--micro_batch_tokens", str(tokens), "--output_dir", str(folder)]) == 0
+        adapters[tokens], cuts[tokens] = load_file(folder / "adapter_model.safetensors"), sum(counts)
+    assert cuts[256] > cuts[1024] >= cuts[100000] == 5, f"the work was not cut differently: {cuts}"
+    moved = max(v.abs().max().item() for k, v in adapters[100000].items() if "lora_B" in k)
+    assert moved > 1e-5, "nothing was trained, so nothing was compared"
+    for tokens in (256, 1024):
+        for name, value in adapters[tokens].items():
+            assert (value - adapters[100000][name]).abs().max() < 1e-6, (tokens, name)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(DPO_TYPES, "broken", lambda r, loss: r.chosen * float("nan"))
+    folder = tmp_path / "out"
+    command = ["train", "dpo", "--lora_r", "4", "--loss_type", "broken", "--batch_size", "2", "--no-shuffle"]
+    assert main([*command, "--max_steps", "2", "--output_dir", str(folder)]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message == "logratio: step 1: the loss is not finite; its micro-batch holds the rows 0, 1 of the data set"
+    assert not list(folder.glob("*.safetensors"))
