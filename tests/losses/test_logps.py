@@ -117,6 +117,25 @@ def test_error_budget(kwargs, trains, make, products, dtype, monkeypatch):
         assert error <= 2 * allowed + tiny, f"{name}: {error:.2e} against eager's {allowed:.2e}"
 
 
+@options
+@pytest.mark.parametrize("make", [head, near_certain])
+@pytest.mark.parametrize("products", ["default", "half"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_error_budget_of_the_entropy(kwargs, make, products, dtype, monkeypatch):
+    if products == "half":
+        monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+    hidden, weight, bias, targets = make(n=24, h=64, v=300, dtype=dtype)
+    results = []
+    for impl, to in (("two_gemm", dtype), ("eager", dtype), ("eager", torch.float64)):
+        leaves = [t.to(to).detach().requires_grad_() for t in (hidden, weight, bias)]
+        entropy = linear_logps(*leaves[:2], targets, bias=leaves[2], entropy=True, impl=impl, **kwargs).entropy
+        (entropy * torch.linspace(-1, 1.3, 24)).sum().backward()
+        results.append([entropy.detach().double(), *(leaf.grad.double() for leaf in leaves)])
+    for ours, eager, exact in zip(*results, strict=True):
+        tiny = 4 * torch.finfo(torch.float32).eps * exact.norm()
+        assert (ours - exact).norm() <= 2 * (eager - exact).norm() + tiny
+
+
 def test_near_certain_is_what_it_says_and_hard():
     """The case above must be one in which the formula that it guards against fails."""
     hidden, weight, _, targets = near_certain(dtype=torch.bfloat16)
