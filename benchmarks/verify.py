@@ -29,7 +29,7 @@ from logratio.losses import LOSSES, Kind, Loss
 from logratio.reference import oracle, trl
 from logratio.trainers.data import Completion, Example, prepare
 from logratio.trainers.policy import Policy
-from logratio.trainers.reference import AdapterReference, StoredReference
+from logratio.trainers.reference import AdapterReference, StoredReference, tokens_key
 from logratio.trainers.rows import Rows
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.sharing import why_not_shared
@@ -236,14 +236,16 @@ def ours(method: str, options: dict[str, Any], model: Any, seed: int) -> Gradien
     return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
 
 
-def old_logps(model: Any, examples: list[Example], seed: int) -> dict[int, list[Tensor]]:
+def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
     """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
     generator = torch.Generator().manual_seed(seed)
-    table: dict[int, list[Tensor]] = {}
+    table: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for example in examples:
             logps = [oracle.sequence_logps(model, example.prompt_ids, c.ids).completion for c in example.completions]
-            table[example.row] = [x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps]
+            table[tokens_key(example)] = [
+                x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps
+            ]
     return table
 
 
@@ -262,7 +264,7 @@ def against_trl(method: str, options: dict[str, Any], model: Any, seed: int) -> 
                 "prompt_ids": e.prompt_ids,
                 "completion_ids": c.ids,
                 "advantage": a,
-                "old_per_token_logps": old[e.row][k],
+                "old_per_token_logps": old[tokens_key(e)][k],
                 "ref_per_token_logps": ref[e.row][k],
             }
             for e in examples

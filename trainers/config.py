@@ -74,6 +74,14 @@ class DataConfig:
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
 
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserError(f"--max_length {self.max_length} leaves no room for a prompt and a completion")
+        if self.eval_size < 0:
+            raise UserError(f"--eval_size must not be negative, got {self.eval_size}")
+        if self.eval_size and self.dataset_test_split:
+            raise UserError("--eval_size and --dataset_test_split both say what to evaluate on; give one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -116,7 +124,8 @@ class TrainConfig:
     """Of shuffling, adapters, dropout and rollouts."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_tokens", "max_steps", "num_train_epochs", "eval_steps", "save_steps"):
+        counts = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
+        for name in (*counts, "max_steps", "num_train_epochs", "eval_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name} must be positive, got {value}")
@@ -185,6 +194,6 @@ class RunConfig:
     rollout: RolloutConfig | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for config.json."""
+        """Plain values, for run_config.json."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}  # type: ignore[arg-type]

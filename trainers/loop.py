@@ -116,7 +116,7 @@ def sample(run: Run, prompts: Sequence[Any]) -> tuple[list[Example], dict[str, M
     if len(prompts) < world:
         raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
     examples, metrics = run.rollouts(prompts[rank::world])
-    return split_groups(examples, run.config.train.micro_batch_tokens), metrics
+    return split_groups(examples, run.config.train.micro_batch_tokens, run.policy.shared), metrics
 
 
 def update(run: Run) -> float:

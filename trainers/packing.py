@@ -110,18 +110,22 @@ def pack(
     return batches
 
 
-def split_groups(examples: Iterable[Example], micro_batch_tokens: int) -> list[Example]:
+def split_groups(examples: Iterable[Example], micro_batch_tokens: int, shared: bool = True) -> list[Example]:
     """Divide groups that do not fit one micro-batch; for kinds whose completions stand for themselves (rollouts)."""
+
+    def size(example: Example, kept: Sequence[int]) -> int:
+        lengths = [len(example.completions[i].ids) for i in kept]
+        prompt = len(example.prompt_ids)
+        return prompt + sum(lengths) if shared else len(kept) * (prompt + max(lengths))
+
     out = []
     for example in examples:
         kept: list[int] = []
-        size = len(example.prompt_ids)
-        for i, completion in enumerate(example.completions):
-            if kept and size + len(completion.ids) > micro_batch_tokens:
+        for i in range(len(example.completions)):
+            if kept and size(example, [*kept, i]) > micro_batch_tokens:
                 out.append(example.take(kept))
-                kept, size = [], len(example.prompt_ids)
+                kept = []
             kept.append(i)
-            size += len(completion.ids)
         out.append(example.take(kept) if len(kept) < len(example.completions) else example)
     return out
 
@@ -173,7 +177,10 @@ def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prom
     )
     length = max(sum(piece.length for piece in row) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    positions = torch.arange(length).repeat(len(rows), 1)
+    plain = all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
+    # Without a mask a position that starts again would begin a new document. With one, a row may be longer than any
+    # of its sequences, and positions beyond these may have no embedding.
+    positions = torch.arange(length).repeat(len(rows), 1) * int(plain)
     group = torch.full((len(rows), length), -1, dtype=torch.int64)
     segment = torch.zeros((len(rows), length), dtype=torch.int64)
     for r, row in enumerate(rows):
@@ -201,7 +208,7 @@ def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prom
         position_ids=positions,
         group=group,
         segment=segment,
-        plain=all(len(row) == 1 and len(row[0].completions) == 1 for row in rows),
+        plain=plain,
         hidden_index=hidden_index,
         targets=targets,
         slot=slot,

@@ -62,30 +62,38 @@ class ModelReference:
 
 
 class StoredReference:
-    """Log-probabilities computed beforehand, by the row of the data set; other batches go to `live`.
+    """Log-probabilities computed beforehand, by the tokens of an example; batches with others go to `live`.
 
-    table: row -> one tensor of scored log-probs for each path (completions, then the prompt where it is scored).
+    table: `tokens_key` -> the scored log-probs of each completion.
     """
 
-    def __init__(self, table: dict[int, list[Tensor]], live: Reference) -> None:
+    def __init__(self, table: dict[str, list[Tensor]], live: Reference) -> None:
         self.table, self.live = table, live
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        if any(example.row not in self.table for example in batch.examples):
+        keys = [tokens_key(example) for example in batch.examples]
+        if any(key not in self.table for key in keys):
             return self.live(batch)
-        dtype = self.table[batch.examples[0].row][0].dtype
+        dtype = self.table[keys[0]][0].dtype
         out = torch.zeros(batch.scored.shape, dtype=dtype, device=batch.scored.device)
         path = 0
-        for example in batch.examples:
-            for values in self.table[example.row]:
+        for key in keys:
+            for values in self.table[key]:
                 out[path, batch.scored[path]] = values.to(out.device)
                 path += 1
         return out
 
 
+def tokens_key(example: Example) -> str:
+    """What its log-probabilities depend on. A row's number would not do: pairs become two examples in KTO, and the
+    rows of an evaluation split have the same numbers again."""
+    completions = [(c.ids, c.scored) for c in example.completions]
+    return hashlib.sha256(json.dumps([list(example.prompt_ids), completions]).encode()).hexdigest()
+
+
 def precompute(
     live: Reference, examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, **packing: Any
-) -> dict[int, list[Tensor]]:
+) -> dict[str, list[Tensor]]:
     """The table of a `StoredReference`, on the CPU in float32."""
     table = {}
     for batch in pack(examples, micro_batch_tokens, **packing):
@@ -93,7 +101,7 @@ def precompute(
         path = 0
         for example in batch.examples:
             count = len(example.completions)
-            table[example.row] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
+            table[tokens_key(example)] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
             path += count
     return table
 
@@ -115,20 +123,19 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
             weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     data = hashlib.sha256()
     for example in examples:
-        completions = [(c.ids, c.scored) for c in example.completions]
-        data.update(json.dumps([example.row, list(example.prompt_ids), completions]).encode())
+        data.update(tokens_key(example).encode())
     return {"weights": weights.hexdigest(), "tokens": data.hexdigest(), "temperature": repr(temperature)}
 
 
-def save_table(path: Path, table: dict[int, list[Tensor]], key: dict[str, str]) -> None:
+def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) -> None:
     """Write the table whole or not at all."""
-    tensors = {f"{row}.{i}": t for row, parts in table.items() for i, t in enumerate(parts)}
+    tensors = {f"{example}.{i}": t for example, parts in table.items() for i, t in enumerate(parts)}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=key)
     os.replace(temporary, path)
 
 
-def load_table(path: Path, key: dict[str, str]) -> dict[int, list[Tensor]]:
+def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
     """Read a table; UserError where it was computed for other weights, tokens or temperature."""
     with safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
@@ -138,8 +145,7 @@ def load_table(path: Path, key: dict[str, str]) -> dict[int, list[Tensor]]:
                 f"{path} holds reference log-probs for other {' and '.join(different)} than this run's; "
                 "delete it or choose another --output_dir"
             )
-        table: dict[int, list[Tensor]] = {}
-        names = sorted(file.keys(), key=lambda name: [int(n) for n in name.split(".")])
-        for name in names:
-            table.setdefault(int(name.split(".")[0]), []).append(file.get_tensor(name))
+        table: dict[str, list[Tensor]] = {}
+        for example, i in sorted((name.split(".") for name in file.keys()), key=lambda name: (name[0], int(name[1]))):
+            table.setdefault(example, []).append(file.get_tensor(f"{example}.{i}"))
     return table

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationConfig
 
 from logratio.losses import Mean
 
@@ -48,6 +50,17 @@ class Sampled:
     ended: bool
 
 
+@contextlib.contextmanager
+def plain_sampling(model: Any) -> Iterator[None]:
+    """Inside, the checkpoint's own defaults (a repetition penalty, min_p, ...) do not apply: they would sample from
+    another distribution than the one whose log-probs are trained."""
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
 @torch.no_grad()
 def generate(
     policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, **sampling: Any
@@ -65,8 +78,8 @@ def generate(
         for row, prompt in enumerate(part):
             ids[row, width - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
             mask[row, width - len(prompt.prompt_ids) :] = 1
-        with inference(policy):
-            out = policy.model.generate(
+        with inference(policy), plain_sampling(policy.causal_lm):
+            out = policy.causal_lm.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, config.json, a progress line."""
+"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, a progress line."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RunLog:
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "config.json"):
+        for name in ("metrics.jsonl", "run_config.json"):
             keep_earlier(self.folder / name)
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        (self.folder / "run_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         self.file = (self.folder / "metrics.jsonl").open("w", buffering=1)
         self.progress = Progress(
             TextColumn("{task.description}"),

@@ -12,11 +12,13 @@ import torch
 
 from .data import Completion, Example
 from .errors import UserError
-from .packing import pack
+from .packing import PackedBatch, pack
 from .policy import Policy
 
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
+# Tokens of the prompt that is shared on trial.
+PROBE_PROMPT = 6
 # Attention implementations that take a boolean mask.
 MASKED_ATTENTION = ("sdpa", "flex_attention")
 # Their angles depend on the longest row of the batch.
@@ -26,9 +28,11 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 def why_not_shared(policy: Policy) -> str:
     """The reason why prompts may not be shared between completions, or "" where they may.
 
-    Raises UserError where the model's own logits are not what the LM head of `Policy` computes.
+    Raises UserError where a token sees what follows it, or where the model's own logits are not what the LM head of
+    `Policy` computes.
     """
-    return configured_obstacle(policy.causal_lm.config) or probe(policy)
+    changed = probe(policy)
+    return configured_obstacle(policy.causal_lm.config) or changed
 
 
 def configured_obstacle(config: Any) -> str:
@@ -54,13 +58,14 @@ def probe(policy: Policy) -> str:
     model = policy.causal_lm
     head = model.get_output_embeddings().weight
     ids = ((torch.arange(12) * 37 + 11) % min(head.shape[0], 97)).tolist()
-    example = Example(ids[:6], [Completion(ids[6:9]), Completion(ids[9:])])
+    example = Example(ids[:PROBE_PROMPT], [Completion(ids[PROBE_PROMPT:9]), Completion(ids[9:])])
     was_training = policy.training
     policy.eval()
     try:
         (apart,) = pack([example], 1000, shared=False)
         apart = apart.to(head.device)
         hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
+        _check_causal(policy, apart)
         _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
         (together,) = pack([example], 1000, shared=True)
         together = together.to(head.device)
@@ -75,7 +80,18 @@ def probe(policy: Policy) -> str:
     return "" if change < tolerance else f"a shared prompt changes its hidden states by {change:.0e}, relative"
 
 
-def _check_head(policy: Policy, batch: Any, logits: torch.Tensor) -> None:
+def _check_causal(policy: Policy, batch: PackedBatch) -> None:
+    """Raise UserError unless the prompt's hidden states are the same in front of both completions."""
+    one, other = policy.hidden_states(batch)[:, :PROBE_PROMPT]
+    tolerance = PROBE_TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE)
+    if (one - other).norm() > tolerance * one.norm():
+        raise UserError(
+            f"{type(policy.causal_lm).__name__} lets tokens see what follows them, so that it would learn to copy; "
+            "use a causal (decoder-only) model"
+        )
+
+
+def _check_head(policy: Policy, batch: PackedBatch, logits: torch.Tensor) -> None:
     """Raise UserError unless our log-probabilities are those of the model's own logits."""
     ours, _ = policy(batch)
     own = (logits.float() / policy.temperature).log_softmax(-1).flatten(0, 1)[batch.hidden_index]

@@ -20,7 +20,7 @@ from logratio.trainers import setup
 from logratio.trainers.cli import main
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.loop import train_run
-from logratio.trainers.reference import StoredReference
+from logratio.trainers.reference import StoredReference, tokens_key
 from logratio.trainers.step import Step
 from logratio.trainers.tiny import tiny_tokenizer
 
@@ -100,19 +100,19 @@ def trajectory(method: str, steps: int, output: Path) -> tuple[dict[str, list[fl
     return ours, {"loss": theirs.losses, "grad_norm": theirs.grad_norms}, difference
 
 
-def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], dict[int, list[Tensor]]]:
+def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], dict[str, list[Tensor]]]:
     """Fixed off-policy rollouts, two completions a prompt, as examples and as TRL's rows."""
     examples = verify.random_groups(5, groups=BATCH // 2 * steps, size=2)
     old = verify.old_logps(model, examples, 5)
     rows = [
         {"prompt_ids": e.prompt_ids, "completion_ids": c.ids, "advantage": a, "old_per_token_logps": o}
         for e in examples
-        for c, a, o in zip(e.completions, e.advantages or (), old[e.row], strict=True)
+        for c, a, o in zip(e.completions, e.advantages or (), old[tokens_key(e)], strict=True)
     ]
     return examples, rows, old
 
 
-def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[int, list[Tensor]]) -> None:
+def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
     """Examples in place of prompts, and their old log-probs in place of the policy's."""
     run.data.train[:] = examples
     run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=BATCH // 2))
