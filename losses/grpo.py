@@ -156,7 +156,8 @@ class GRPOLoss(Loss):
                 raise ValueError(f"beta={self.beta} needs the reference log-probs, ref is None")
             d = logps - ref.logps.detach()
             kl = torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
-            per_token_loss = per_token_loss + self.beta * (kl * ratio if self.use_bias_correction_kl else kl)
+            kl = kl * ratio if self.use_bias_correction_kl else kl
+            per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = Mean.of(kl, mask)
         if policy.entropy is not None:
             metrics["entropy"] = Mean.of(policy.entropy, mask)

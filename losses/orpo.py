@@ -65,6 +65,8 @@ class ORPOLoss(Loss):
             tokens = policy.chosen.completion_mask.sum()
             if policy.prompt is not None:
                 tokens = tokens + policy.prompt.completion_mask.sum()
+            metrics["logps/chosen"] = Mean.of(chosen_average, policy.scored)  # averages, as in TRL
+            metrics["logps/rejected"] = Mean.of(rejected_average, policy.scored)
             metrics["nll_loss"] = Mean(nll.detach().sum(), tokens)
             metrics["log_odds_chosen"] = Mean.of(ratio, policy.scored)
             metrics["log_odds_ratio"] = Mean.of(logsigmoid(ratio), policy.scored)

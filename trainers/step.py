@@ -53,7 +53,10 @@ class StepResult:
         flat = [self.loss, *(part for name in names for part in self.metrics[name])]
         summed = accelerator.reduce(torch.stack([x.double() for x in flat]), "sum").tolist()
         pairs = zip(names, summed[1::2], summed[2::2], strict=True)
-        return {"loss": summed[0], **{name: total / count for name, total, count in pairs if count}}
+        means = {name: total / count for name, total, count in pairs if count}
+        if "rewards/chosen" in means and "rewards/rejected" in means:  # of unpaired examples too
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return {"loss": summed[0], **means}
 
 
 def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
