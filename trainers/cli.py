@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,9 +49,15 @@ def dispatch(argv: list[str]) -> int:
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     if command == "train":
+        config = parse_train(rest)
+        from transformers.utils import logging
+
         from .loop import train
 
-        train(parse_train(rest))
+        logging.disable_progress_bar()
+        # PEFT's use of a name that transformers is about to drop
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        train(config)
         return 0
     if command in others:
         run: Callable[[list[str]], int] = others[command].load()

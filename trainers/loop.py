@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,16 @@ def train(config: RunConfig) -> dict[str, float]:
     return train_run(build(config))
 
 
-def train_run(run: Run) -> dict[str, float]:
-    """The loop itself."""
-    config = run.config
+def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False) -> dict[str, float]:
+    """The loop itself.
+
+    until: called with the run and the step's number after every step; the step for which it is true, on all
+        processes alike, is the last. quiet: nothing is shown, all is written.
+    """
+    config, total_steps = run.config, run.total_steps
     output_dir = Path(config.train.output_dir)
     main = run.accelerator.is_main_process
-    with RunLog(config.train.output_dir, config.as_dict(), total_steps=run.total_steps, main=main) as log:
+    with RunLog(config.train.output_dir, config.as_dict(), total_steps=total_steps, main=main, quiet=quiet) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         row: dict[str, float] = {}
@@ -76,13 +80,15 @@ def train_run(run: Run) -> dict[str, float]:
                 "step_ms": step_ms,
                 "peak_mem_mib": peak_mem_mib(run.accelerator.device),
             }
-            due = due_at(step, config.train.eval_steps, run.total_steps)
+            if until is not None and until(run, step):
+                total_steps = step
+            due = due_at(step, config.train.eval_steps, total_steps)
             if due and run.data.evaluation:
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
-            if due_at(step, config.train.save_steps, run.total_steps) and main:
-                save(run.policy, run.tokenizer, output_dir / ("" if step == run.total_steps else f"checkpoint-{step}"))
-            if step == run.total_steps:
+            if due_at(step, config.train.save_steps, total_steps) and main:
+                save(run.policy, run.tokenizer, output_dir / ("" if step == total_steps else f"checkpoint-{step}"))
+            if step == total_steps:
                 break
             started = time.perf_counter()
         log.say(f"{step} steps done; saved in {output_dir}")

@@ -37,6 +37,8 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name
     name = name or config.model_name_or_path
     if name == TINY and not config.load_in_4bit:
         tiny: Any = tiny_model(seed)
+        if config.attn_implementation:
+            tiny.set_attn_implementation(config.attn_implementation)
         return tiny.to(device=device, dtype=getattr(torch, config.dtype))
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:

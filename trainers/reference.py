@@ -130,6 +130,7 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
 def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) -> None:
     """Write the table whole or not at all."""
     tensors = {f"{example}.{i}": t for example, parts in table.items() for i, t in enumerate(parts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=key)
     os.replace(temporary, path)

@@ -85,7 +85,7 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=sorted(stops),
-                **{"do_sample": True, "top_k": 0, **sampling},
+                **(sampling if "do_sample" in sampling else {"do_sample": True, "top_k": 0, **sampling}),
             )
         for tokens in out[:, width:].tolist():
             end = next((i for i, token in enumerate(tokens) if token in stops), None)

@@ -18,11 +18,16 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "token
 
 
 class RunLog:
-    """Writes one JSON line a step and shows progress; silent on all processes but the main one."""
+    """Writes one JSON line a step and shows progress; silent on all processes but the main one.
 
-    def __init__(self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True) -> None:
+    quiet: writes the files, but shows nothing.
+    """
+
+    def __init__(
+        self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True, quiet: bool = False
+    ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
-        self.console = Console(quiet=not main, soft_wrap=True)
+        self.console = Console(quiet=quiet or not main, soft_wrap=True)
         self.started = time.perf_counter()
         if not main:
             return
@@ -76,6 +81,14 @@ def keep_earlier(path: Path) -> None:
     while (moved := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(moved)
+
+
+def reset_peak_mem(device: torch.device) -> None:
+    """Let `peak_mem_mib` count from here on; without effect on a CPU whose kernel is not Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mem_mib(device: torch.device) -> float:

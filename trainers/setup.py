@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
@@ -110,6 +111,7 @@ def build(config: RunConfig) -> Run:
 
 def start_accelerator(mixed_precision: str) -> Accelerator:
     """The Accelerator; UserError where a launcher's processes would not find each other."""
+    AcceleratorState._reset_state()  # else a process's first run decides the precision of all that follow
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=1)
     except ValueError as error:
