@@ -91,14 +91,14 @@ def test_kl_by_hand(corrected):
 def test_metrics_by_hand():
     entropy = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, torch.nan]], dtype=torch.float64)
     policy, old = completions(OLD + RATIOS.log(), entropy=entropy), completions(OLD)
-    ref = completions(policy.per_token_logps.detach() - math.log(2))
+    ref = completions(policy.per_token_logps.detach() - (RATIOS == 1.5) * math.log(2))
     _, metrics = GRPOLoss(beta=0.1)(policy, ref, advantages=ADVANTAGES, old=old, totals=Totals.of(policy))
     means = {name: (mean.total.item(), mean.count.item()) for name, mean in metrics.items()}
     assert means == {
         "clip_ratio/low_mean": (1.0, 5),  # 0.5 with A < 0
         "clip_ratio/high_mean": (1.0, 5),  # 1.5 with A > 0
         "clip_ratio/region_mean": (2.0, 5),
-        "kl": (pytest.approx(5 * (math.log(2) - 0.5)), 5),
+        "kl": (pytest.approx(2 * 1.5 * (math.log(2) - 0.5)), 5),  # what enters the loss: rho k3
         "entropy": (15.0, 5),
     }
 

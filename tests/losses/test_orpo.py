@@ -40,7 +40,7 @@ def test_by_hand():
         "rewards/rejected": (pytest.approx(-0.5 * LN2), 1),
         "rewards/accuracies": (0.0, 1),
         "rewards/margins": (pytest.approx(-LN2), 1),
-        "logps/chosen": (pytest.approx(-6 * LN2), 1),
+        "logps/chosen": (pytest.approx(-3 * LN2), 1),
         "logps/rejected": (pytest.approx(-LN2), 1),
         "nll_loss": (pytest.approx(9 * LN2), 3),
         "log_odds_chosen": (pytest.approx(math.log(1 / 7)), 1),
