@@ -1,0 +1,267 @@
+"""A step's loss, metrics and gradient do not depend on how it was cut, for every loss and loss_type."""
+
+import copy
+import dataclasses
+import random
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from logratio.benchmarks import verify
+from logratio.losses import DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, Kind, Loss, Mean, Totals
+from logratio.trainers.data import Completion, Example
+from logratio.trainers.errors import UserError
+from logratio.trainers.packing import example_tokens, pack
+from logratio.trainers.policy import Policy
+from logratio.trainers.reference import AdapterReference
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs, mismatched
+
+TYPES: dict[str, Any] = {"sft": SFT_TYPES, "dpo": DPO_TYPES, "kto": KTO_TYPES, "grpo": GRPO_TYPES}
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "kto": [{"desirable_weight": 1.5}],
+    "grpo": [{"beta": 0.1}, {"importance_sampling_level": "sequence"}],
+}
+MAX_LENGTH = 20
+
+
+def every_loss() -> list[Any]:
+    cases = []
+    for name, cls in LOSSES.items():
+        for loss_type in TYPES.get(name, [None]):
+            for options in OPTIONS.get(name, [{}]):
+                chosen = options if loss_type is None else {"loss_type": loss_type, **options}
+                cases.append(pytest.param(cls(**chosen), id="-".join([name, *map(str, chosen.values())])))
+    return cases
+
+
+every = pytest.mark.parametrize("loss", every_loss())
+
+
+def examples_for(kind: Kind, count: int = 6, vocab: int = 256) -> list[Example]:
+    """Ragged examples of one kind; sequences have unscored tokens, one pair tokenizes its prompt's end otherwise."""
+    rng = random.Random(0)
+
+    def ids(high: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(rng.randint(1, high))]
+
+    sizes = {Kind.PAIRED: 2, Kind.GROUPED: 3}
+    examples = []
+    for row in range(count):
+        completions = [Completion(ids(9)) for _ in range(sizes.get(kind, 1))]
+        if kind in (Kind.SEQUENCE, Kind.PAIRED) and row % 2:
+            tokens = [*ids(3), *completions[0].ids]
+            completions[0] = Completion(
+                tokens, [i > 1 and i % 3 != 1 or i == len(tokens) - 1 for i in range(len(tokens))]
+            )
+        label = row % 3 != 1 if kind is Kind.LABELED else None
+        advantages = tuple(rng.gauss(0, 1) for _ in completions) if kind is Kind.GROUPED else None
+        examples.append(Example(ids(8), completions, label, row, advantages))
+    return examples
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny Llama with LoRA that computes in float64."""
+    return verify.exact(verify.random_model(LlamaConfig, 0))
+
+
+def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
+    policy = Policy(copy.deepcopy(model), shared=shared, entropy=loss.kind is Kind.GROUPED)
+    return Step(
+        start_accelerator("no"),
+        policy,
+        policy,
+        loss,
+        AdapterReference(policy, policy),
+        micro_batch_tokens=micro_batch_tokens,
+        max_length=MAX_LENGTH,
+    )
+
+
+def run(model, loss: Loss, examples: list[Example], micro_batch_tokens: int, shared: bool = True):
+    """(number of micro-batches, loss and metrics, gradient, totals) of one step; rollouts are off policy."""
+    step = make_step(model, loss, micro_batch_tokens=micro_batch_tokens, shared=shared)
+    micros = step.micro_batches(examples)
+    if loss.kind is Kind.GROUPED:
+        step.fill_old(micros)
+        with torch.no_grad():  # the update that makes them off policy
+            for p in step.policy.parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.cos(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
+    totals = step.totals(examples, micros)
+    result = step(micros, totals).reduced(step.accelerator)
+    grads = [p.grad.flatten() for p in step.policy.parameters() if p.requires_grad]
+    return len(micros), result, torch.cat(grads), totals
+
+
+@every
+def test_the_cut_and_the_order_do_not_matter(model, loss):
+    """But for KTO's order, in which neighbours are mismatched."""
+    examples = examples_for(loss.kind)
+    count, whole, gradient, totals = run(model, loss, examples, 10_000)
+    assert count == 1 and gradient.norm() > 1e-3
+    moved = examples if loss.window_pass == "mismatched" else examples[3:] + examples[:3]
+    for budget, shared, at_least in ((1, True, 6), (60, False, 2)):
+        parts, result, grads, counted = run(model, loss, moved, budget, shared)
+        assert parts >= at_least
+        assert result.keys() == whole.keys()
+        for name, value in whole.items():
+            assert result[name] == pytest.approx(value, rel=1e-10, abs=1e-12), name
+        assert (grads - gradient).norm() <= 1e-10 * gradient.norm()
+        if totals.collected is not None:
+            torch.testing.assert_close(counted.collected.sort()[0], totals.collected.sort()[0], rtol=1e-10, atol=1e-12)
+
+
+@every
+@pytest.mark.parametrize("shared", [True, False])
+def test_totals_counted_from_examples_are_those_of_the_tensors(loss, shared):
+    examples = examples_for(loss.kind)
+    counted = count_totals(examples, loss)
+    fields = ["num_sequences", "num_tokens"]
+    fields += ["num_chosen_tokens", "num_prompt_tokens"] if loss.kind is Kind.PAIRED else []
+    summed = dict.fromkeys(fields, 0)
+    for batch in pack(examples, 50, shared=shared, scores_prompt=loss.scores_prompt):
+        policy = loss_inputs(loss, batch, torch.zeros(batch.scored.shape), None, None, None)["policy"]
+        for field in fields:
+            summed[field] += getattr(Totals.of(policy), field)
+    assert {field: getattr(counted, field) for field in fields} == summed
+    assert all(value > 0 for field, value in summed.items() if field != "num_prompt_tokens" or loss.scores_prompt)
+
+
+def test_evaluation_leaves_no_gradient_and_gives_the_same_numbers(model):
+    loss, examples = LOSSES["dpo"](), examples_for(Kind.PAIRED)
+    _, whole, _, _ = run(model, loss, examples, 10_000)
+    step = make_step(model, loss, micro_batch_tokens=40)
+    micros = step.micro_batches(examples)
+    result = step(micros, step.totals(examples, micros), backward=False)
+    assert result.reduced(step.accelerator) == pytest.approx(whole, rel=1e-10)
+    assert not result.loss.requires_grad and all(p.grad is None for p in step.policy.parameters())
+
+
+def test_gradients_add_to_those_that_are_there(model):
+    """A step's micro-batches are backward passes of their own; nothing in between is cleared or averaged."""
+    loss, examples = LOSSES["sft"](), examples_for(Kind.SEQUENCE)
+    step = make_step(model, loss, micro_batch_tokens=40)
+    micros = step.micro_batches(examples)
+    totals = step.totals(examples, micros)
+    step(micros, totals)
+    once = [p.grad.clone() for p in step.policy.parameters() if p.requires_grad]
+    step(micros, totals)
+    for p, grad in zip((p for p in step.policy.parameters() if p.requires_grad), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_reference_is_computed_once_for_each_micro_batch(model):
+    step = make_step(model, LOSSES["dpo"](), micro_batch_tokens=40)
+    calls = []
+    live = step.reference
+    step.reference = lambda batch: calls.append(batch) or live(batch)  # type: ignore[func-returns-value]
+    examples = examples_for(Kind.PAIRED)
+    micros = step.micro_batches(examples)
+    for _ in range(2):
+        step(micros, step.totals(examples, micros))
+    assert len(calls) == len(micros) > 1
+
+
+def test_mismatched_gives_every_prompt_its_predecessors_completion():
+    examples = [
+        Example([1, 2, 3], [Completion([10, 11, 12, 13], [False, True, True, True])], True, row=0),
+        Example([4, 5, 6, 7, 8], [Completion([20])], False, row=1),
+        Example([9], [Completion([30, 31])], True, row=2),
+    ]
+    others = mismatched(examples, max_length=7)
+    assert [e.prompt_ids for e in others] == [e.prompt_ids for e in examples]
+    assert [e.completions for e in others] == [
+        [Completion([30, 31])],
+        [Completion([10, 11], [False, True])],
+        [Completion([20])],
+    ]
+    assert {e.row for e in others} == {-1}, "no row of the data set, whose stored log-probs it could be taken for"
+    # where a prompt leaves no room, one token of the other completion still has a log-prob
+    assert [len(e.completions[0].ids) for e in mismatched(examples, max_length=5)] == [2, 1, 1]
+
+
+def test_a_step_of_one_collects_nothing(model):
+    step = make_step(model, LOSSES["kto"](), micro_batch_tokens=40)
+    (example,) = examples_for(Kind.LABELED, count=1)
+    micros = step.micro_batches([example])
+    assert step.totals([example], micros).collected is None
+
+
+def test_a_loss_that_is_not_finite_is_refused_by_row(model):
+    """One bad embedding, in one row; the micro-batch that has it is named, and no other."""
+    examples = examples_for(Kind.SEQUENCE, vocab=200)
+    examples[4] = Example([250, 3], examples[4].completions, row=4)
+    step = make_step(model, LOSSES["sft"](), micro_batch_tokens=1)
+    step.policy.causal_lm.get_input_embeddings().weight.data[250] = torch.nan
+    micros = step.micro_batches(examples)
+    message = "the loss is not finite; its micro-batch holds the rows 4 of the data set"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        step(micros, step.totals(examples, micros))
+
+
+def test_many_rows_are_not_all_listed(model):
+    examples = [Example([250], [Completion([3])], row=row) for row in range(20)]
+    step = make_step(model, LOSSES["sft"](), micro_batch_tokens=1000)
+    step.policy.causal_lm.get_input_embeddings().weight.data[250] = torch.nan
+    micros = step.micro_batches(examples)
+    with pytest.raises(UserError, match=r"the rows 0, 1, .*, 15 and 4 more of the data set$"):
+        step(micros, step.totals(examples, micros))
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_the_deal_gives_every_example_to_one_process_and_evens_out_tokens(model, world):
+    examples = examples_for(Kind.PAIRED, count=7)
+    step = make_step(model, LOSSES["dpo"](), micro_batch_tokens=40)
+    shares = []
+    for rank in range(world):
+        step.accelerator = SimpleNamespace(num_processes=world, process_index=rank)  # type: ignore[assignment]
+        shares.append(step._deal(examples))
+    assert sorted(e.row for share in shares for e in share) == list(range(7))
+    assert all([e.row for e in share] == sorted(e.row for e in share) for share in shares)
+    loads = [sum(map(example_tokens, share)) for share in shares]
+    assert max(loads) - min(loads) <= max(map(example_tokens, examples))
+
+
+def test_metrics_are_means_over_what_was_counted():
+    result = StepResult(torch.tensor(0.0))
+    result.add(
+        torch.tensor(0.25),
+        {"a": Mean(torch.tensor(3.0), torch.tensor(1)), "b": Mean(torch.tensor(0.0), torch.tensor(0))},
+    )
+    result.add(torch.tensor(0.5), {"a": Mean(torch.tensor(1.0), torch.tensor(3))})
+    assert result.reduced(start_accelerator("no")) == {"loss": 0.75, "a": 1.0}
+
+
+def test_fillers_count_for_nothing(model):
+    """A process that has run out computes a micro-batch with nothing scored: loss, gradient and metrics stay."""
+    for name, cls in LOSSES.items():
+        loss = cls()
+        examples = examples_for(loss.kind)
+        step = make_step(model, loss, micro_batch_tokens=40)
+        micros = step.micro_batches(examples)
+        totals = step.totals(examples, micros)
+        alone = step(micros, totals).reduced(step.accelerator)
+        grads = [p.grad.clone() for p in step.policy.parameters() if p.requires_grad]
+        step.policy.zero_grad()
+        filled = [*micros, MicroBatch(micros[-1].batch.unscored())]
+        assert step(filled, totals).reduced(step.accelerator) == pytest.approx(alone, rel=1e-12), name
+        for p, grad in zip((p for p in step.policy.parameters() if p.requires_grad), grads, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-15)
+        if totals.collected is not None:
+            assert torch.equal(step._collect(filled), step._collect(micros))
+
+
+def test_totals_of_dealt_examples_are_not_counted_twice(model):
+    """dealt: the examples are this process's own; with one process that is the whole step."""
+    loss = LOSSES["grpo"]()
+    examples = examples_for(Kind.GROUPED)
+    step = make_step(model, loss, micro_batch_tokens=40)
+    micros = step.micro_batches(examples, dealt=True)
+    assert step.totals(examples, micros, dealt=True) == count_totals(examples, loss)
+    assert dataclasses.asdict(count_totals(examples, loss))["num_sequences"] == 18
