@@ -18,6 +18,10 @@ from torch import Tensor
 
 from .data import Example
 
+# A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
+# of shorter rows. Bounds the padding, where one micro-batch would hold rows of all lengths.
+MIN_ROW_FILL = 0.8
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -150,7 +154,8 @@ def _fill(
         trial = list(room)
         for piece in pieces:
             at = next((r for r, free in enumerate(trial) if free >= piece.length), None)
-            if at is None and (len(trial) < max_rows or not rows):
+            full_enough = piece.length >= MIN_ROW_FILL * row_length
+            if at is None and (not rows or (len(trial) < max_rows and full_enough)):
                 at = len(trial)
                 trial.append(row_length)
             if at is None:
