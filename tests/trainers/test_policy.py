@@ -19,6 +19,7 @@ SHAREABLE = [
     "qwen2-window",
     "mistral",
     "mistral-window",
+    "phi",
     "phi3-window",
     "gpt2",
     "opt",

@@ -1,0 +1,238 @@
+"""GRPO's data: advantages by hand and by law, generation against a plain loop, rewards in TRL's form."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logratio.trainers.config import RolloutConfig
+from logratio.trainers.data import Prompt
+from logratio.trainers.policy import Policy
+from logratio.trainers.rollout import ADVANTAGE_EPS, Rollouts, Sampled, advantages, generate
+from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+
+NAN = math.nan
+numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
+groups = st.integers(2, 5).flatmap(
+    lambda g: st.lists(st.lists(numbers, min_size=g, max_size=g), min_size=1, max_size=3)
+)
+
+
+def test_advantages_by_hand():
+    """Rewards 1, 0, 0, 1 have the mean 1/2 and, with Bessel's correction, the variance 1/3."""
+    got = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 2.0, 2.0]]))
+    first, second = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (math.sqrt(2 / 3) + 1e-4)
+    wanted = [[first, -first, -first, first], [second, -second, 0.0, 0.0]]
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
+    plain = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), "none")
+    assert plain.tolist() == [[0.5, -0.5, -0.5, 0.5]]
+
+
+def test_rewards_without_an_opinion_do_not_count():
+    got = advantages(torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, NAN], [2.0, NAN, NAN]]))
+    known = 0.5 / (math.sqrt(0.5) + 1e-4)
+    torch.testing.assert_close(got, torch.tensor([[known, 0.0, -known], [0.0] * 3, [0.0] * 3], dtype=torch.float64))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rewards=groups, shift=numbers, scale=st.sampled_from(["group", "none"]))
+def test_laws_of_advantages(rewards, shift, scale):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    got = advantages(rewards, scale)
+    spread = rewards.amax(1) - rewards.amin(1)
+    assert (got.sum(1).abs() <= 1e-9).all(), "they sum to 0"
+    assert (got[spread == 0] == 0).all(), "equal rewards give exactly 0"
+    torch.testing.assert_close(advantages(rewards + shift, scale), got, rtol=1e-4, atol=1e-6)
+    order = rewards.argsort(1)
+    assert (got.gather(1, order).diff() >= -1e-12).all(), "a better reward has the larger advantage"
+    torch.testing.assert_close(advantages(rewards.flip(1), scale), got.flip(1))
+    if scale == "none":
+        torch.testing.assert_close(advantages(3 * rewards, scale), 3 * got)
+    else:
+        assert (got.abs() <= rewards.shape[1]).all()
+
+
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -2.7])
+def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(reward):
+    assert (advantages(torch.full((1, 7), reward)) == 0).all()
+    assert ADVANTAGE_EPS == 1e-4
+
+
+# Generation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A tiny model that says different things, and sometimes its EOS."""
+    model = tiny_model(3, num_hidden_layers=1, hidden_size=32, intermediate_size=32, initializer_range=0.5)
+    return Policy(model.eval())
+
+
+def prompts_of(tokenizer, *texts, columns=None):
+    return [Prompt(tokenizer(t)["input_ids"], t, columns or {}, row) for row, t in enumerate(texts)]
+
+
+@torch.no_grad()
+def argmax_loop(model, ids, stops, limit):
+    done = []
+    while len(done) < limit:
+        done.append(int(model(torch.tensor([[*ids, *done]])).logits[0, -1].argmax()))
+        if done[-1] in stops:
+            return Sampled(done, True)
+    return Sampled(done, False)
+
+
+TEXTS = ("a", "some longer prompt", "12+34=", "zz9")
+
+
+def test_greedy_is_a_plain_argmax_loop_whatever_the_padding(policy, tokenizer):
+    prompts = prompts_of(tokenizer, *TEXTS)
+    wanted = [argmax_loop(policy.model, p.prompt_ids, {tokenizer.eos_token_id}, 12) for p in prompts]
+    assert len({tuple(w.ids) for w in wanted}) > 1
+    assert generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False) == wanted
+    assert [generate(policy, tokenizer, [p], max_new_tokens=12, do_sample=False)[0] for p in prompts] == wanted
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "generation_config", "list"])
+def test_generation_stops_at_eos_and_keeps_it(policy, where, monkeypatch):
+    """The EOS of the tokenizer, and every one that the checkpoint names."""
+    tokenizer = tiny_tokenizer()
+    prompts = prompts_of(tokenizer, *TEXTS)
+    free = generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False)
+    stop = free[0].ids[3]
+    eos = {"tokenizer": None, "generation_config": stop, "list": [stop, 1]}[where]
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", eos)
+    if where == "tokenizer":
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
+    stops = {tokenizer.eos_token_id, stop, *(eos if isinstance(eos, list) else [])}
+    got = generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False)
+    assert got == [argmax_loop(policy.model, p.prompt_ids, stops, 12) for p in prompts]
+    assert got[0].ended and len(got[0].ids) <= 4 and got[0].ids[-1] in stops
+    assert all(s.ended == (s.ids[-1] in stops) and (s.ended or len(s.ids) == 12) for s in got)
+
+
+def test_the_checkpoints_own_sampling_defaults_do_not_apply(policy, tokenizer, monkeypatch):
+    """A repetition penalty would sample from another distribution than the one that is trained."""
+    prompts = prompts_of(tokenizer, *TEXTS)
+    wanted = generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False)
+    config = policy.model.generation_config
+    for name, value in {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 12}.items():
+        monkeypatch.setattr(config, name, value)
+    assert generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False) == wanted
+    assert policy.model.generation_config is config
+
+
+def test_sampling_follows_the_models_probabilities(policy, tokenizer):
+    """First tokens of 2,000 samples at temperature 0.7 against softmax(logits / 0.7): total variation."""
+    (prompt,) = prompts_of(tokenizer, "abc")
+    torch.manual_seed(0)
+    sampled = generate(policy, tokenizer, [prompt] * 2000, max_new_tokens=1, temperature=0.7, top_p=1.0)
+    with torch.no_grad():
+        p = (policy.model(torch.tensor([prompt.prompt_ids])).logits[0, -1] / 0.7).softmax(-1)
+    seen = torch.bincount(torch.tensor([s.ids[0] for s in sampled]), minlength=len(p)) / 2000
+    expected_distance = (p * (1 - p) / 2000).sqrt().sum() / math.sqrt(2 * math.pi)
+    assert (seen - p).abs().sum() / 2 < 1.5 * expected_distance
+
+
+def test_generation_draws_no_dropout_and_leaves_the_mode(policy, tokenizer):
+    policy.train()
+    generate(policy, tokenizer, prompts_of(tokenizer, "a"), max_new_tokens=2, do_sample=False)
+    assert policy.training and policy.model.training
+    policy.eval()
+
+
+# Rollouts ----------------------------------------------------------------------------------------------------------
+
+
+def rollouts(policy, tokenizer, rewards, **options):
+    config = RolloutConfig(num_generations=2, reward_funcs=tuple(rewards), **options)
+    return Rollouts(policy, tokenizer, config, rewards, max_completion_length=6)
+
+
+def test_rewards_are_called_in_trls_form(policy, tokenizer):
+    seen = {}
+
+    def watch(prompts, completions, completion_ids, max_completion_length, answer, **others):
+        seen.update(
+            prompts=prompts, completions=completions, ids=completion_ids, limit=max_completion_length,
+            answer=answer, others=others,
+        )  # fmt: skip
+        return [float(i) for i in range(len(prompts))]
+
+    prompts = [
+        Prompt([65, 66], "AB", {"answer": "1", "level": 3}, 7),
+        Prompt([67], "C", {"answer": "2", "level": 4}, 9),
+    ]
+    examples, _ = rollouts(policy, tokenizer, {"watch": watch})(prompts)
+    assert seen["prompts"] == ["AB", "AB", "C", "C"]
+    assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"] == {"level": [3, 3, 4, 4]}
+    assert seen["limit"] == 6
+    ids = [c.ids for e in examples for c in e.completions]
+    assert seen["ids"] == ids and all(1 <= len(i) <= 6 for i in ids)
+    assert seen["completions"] == [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+    assert [(e.row, e.prompt_ids) for e in examples] == [(7, [65, 66]), (9, [67])]
+    assert all(c.scored is None for e in examples for c in e.completions)
+    for e in examples:
+        assert e.advantages == pytest.approx([-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)])
+
+
+def test_conversations_get_messages_back(policy, tokenizer):
+    seen = {}
+
+    def watch(prompts, completions, **_):
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * len(prompts)
+
+    messages = [{"role": "user", "content": "hi"}]
+    rollouts(policy, tokenizer, {"watch": watch})([Prompt([65], messages, {}, 0)])
+    assert seen["prompts"] == [messages, messages]
+    assert all(
+        len(c) == 1 and c[0].keys() == {"role", "content"} and c[0]["role"] == "assistant" for c in seen["completions"]
+    )
+
+
+def test_metrics_are_trls(policy, tokenizer):
+    """Two groups of two: weights 1 and 10, a function without an opinion on some, a group of equal rewards."""
+
+    def first(prompts, **_):
+        return [1.0, 0.0, 2.0, 2.0]
+
+    def second(prompts, **_):
+        return [None, 0.5, None, None]
+
+    prompts = prompts_of(tokenizer, "a", "b")
+    examples, metrics = rollouts(policy, tokenizer, {"first": first, "second": second}, reward_weights=(1.0, 10.0))(
+        prompts
+    )
+    means = {name: (m.total / m.count).item() for name, m in metrics.items()}
+    lengths = [len(c.ids) for e in examples for c in e.completions]
+    eos = tokenizer.eos_token_id
+    clipped = [c.ids[-1] != eos for e in examples for c in e.completions]
+    assert means == pytest.approx(
+        {
+            "reward": (1.0 + 5.0 + 2.0 + 2.0) / 4,
+            "reward_std": math.sqrt(8.0) / 2,
+            "frac_reward_zero_std": 0.5,
+            "completions/mean_length": sum(lengths) / 4,
+            "completions/clipped_ratio": sum(clipped) / 4,
+            "rewards/first/mean": 1.25,
+            "rewards/second/mean": 0.5,
+        }
+    )
+    assert examples[1].advantages == (0.0, 0.0)
+    assert examples[0].advantages[0] < 0 < examples[0].advantages[1]
+
+
+def test_a_completion_nobody_has_an_opinion_on_has_no_reward(policy, tokenizer):
+    examples, metrics = rollouts(policy, tokenizer, {"silent": lambda prompts, **_: [None] * len(prompts)})(
+        prompts_of(tokenizer, "a")
+    )
+    assert examples[0].advantages == (0.0, 0.0)
+    assert metrics["reward"].count == 0 and metrics["rewards/silent/mean"].count == 0
