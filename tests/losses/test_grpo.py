@@ -103,6 +103,17 @@ def test_metrics_by_hand():
     }
 
 
+@pytest.mark.parametrize(
+    ("advantages", "low", "high"), [((2, 1), 0, 2), ((-2, -1), 2, 0), ((2, -1), 1, 1), ((0, 0), 0, 0)]
+)
+def test_clip_metrics_count_what_the_clip_stops(advantages, low, high):
+    """Two ratios above the range matter only where A > 0, two below only where A < 0."""
+    policy, old = completions(OLD + RATIOS.log()), completions(OLD)
+    _, metrics = GRPOLoss()(policy, advantages=torch.tensor(advantages), old=old, totals=Totals.of(policy))
+    got = [metrics[f"clip_ratio/{name}_mean"].total.item() for name in ("low", "high", "region")]
+    assert got == [low, high, low + high]
+
+
 def test_what_does_not_fit_is_refused():
     policy = completions(OLD)
     totals = Totals.of(policy)
