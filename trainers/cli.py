@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 import yaml
@@ -125,13 +125,13 @@ def yaml_options(path: Path, parts: Any) -> list[str]:
         raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict):
         raise UserError(f"--config {path} must map option names to values, got a {type(entries).__name__}")
-    known = {f.name for part in parts for f in dataclasses.fields(part)}
+    known = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
     words: list[str] = []
     for key, value in entries.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UserError(f"--config {path}: unknown option {key!r}")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and known[name] is bool:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
