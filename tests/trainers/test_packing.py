@@ -170,20 +170,29 @@ def test_plain_says_what_the_mask_says(examples, budget):
 
 def test_positions_stay_within_the_longest_sequence():
     """A row of many groups is longer than any sequence, and a table of positions may end with the longest one."""
-    examples = [Example([1] * 3, [Completion([2] * 4)] * 5), Example([1] * 3, [Completion([2] * 4)])]
+    examples = [Example([1] * 3, [Completion([2] * 4)] * 5), Example([1] * 3, [Completion([2] * 4)] * 4)]
     for batch in pack(examples, 46):
         assert batch.input_ids.shape[1] == 23
         assert int(batch.position_ids.max()) == 6
     assert (attention_mask(batch).any(-1)).all()
 
 
+def sized(length: int, row: int) -> Example:
+    return Example([1], [Completion([2] * (length - 1))], row=row)
+
+
 def test_rows_are_filled_up_by_shorter_groups():
-    """Six groups of four tokens fit beside one of twelve in three rows of twelve."""
-    long, short = Example([1] * 4, [Completion([2] * 8)], row=0), Example([1], [Completion([2] * 3)], row=1)
-    (batch,) = pack([short] * 6 + [long], 36)
-    assert batch.input_ids.shape == (3, 12) and batch.num_tokens == 36
-    assert [e.row for e in batch.examples] == [1] * 6 + [0]
-    assert len(pack([short] * 6 + [long], 35)) == 2
+    examples = [sized(2, 0), sized(10, 1), sized(12, 2)]
+    (batch,) = pack(examples, 24)
+    assert batch.input_ids.shape == (2, 12) and batch.num_tokens == 24
+    assert [e.row for e in batch.examples] == [0, 1, 2]
+    assert [b.input_ids.shape for b in pack(examples, 23)] == [(1, 12), (1, 12)]
+
+
+def test_a_short_example_begins_no_row_of_a_long_one():
+    """It would be padded to three times its length; a micro-batch of shorter rows is better."""
+    examples = [sized(12, 0), sized(4, 1), sized(4, 2)]
+    assert [b.input_ids.shape for b in pack(examples, 36)] == [(1, 12), (2, 4)]
 
 
 def test_an_example_longer_than_the_budget_is_alone():
