@@ -186,7 +186,7 @@ def test_rows_are_filled_up_by_shorter_groups():
     (batch,) = pack(examples, 24)
     assert batch.input_ids.shape == (2, 12) and batch.num_tokens == 24
     assert [e.row for e in batch.examples] == [0, 1, 2]
-    assert [b.input_ids.shape for b in pack(examples, 23)] == [(1, 12), (1, 12)]
+    assert [b.input_ids.shape for b in pack(examples, 23)] == [(1, 12), (1, 10), (1, 2)]
 
 
 def test_a_short_example_begins_no_row_of_a_long_one():
