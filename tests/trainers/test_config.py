@@ -1,0 +1,132 @@
+"""Options are refused in one sentence where they cannot mean anything, and resolved as TRL resolves them."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+
+import pytest
+
+from logratio.losses import LOSSES
+from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from logratio.trainers.errors import UserError
+
+PARTS = (ModelConfig, DataConfig, TrainConfig, RolloutConfig)
+POSITIVE = (
+    *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_steps"),
+    *("num_train_epochs", "eval_steps", "save_steps"),
+)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_field_stands_in_two_of_the_configurations(name):
+    """The command line has them all flat."""
+    fields = [f.name for part in (*PARTS, LOSSES[name]) for f in dataclasses.fields(part)]
+    assert len(fields) == len(set(fields)), sorted(f for f in fields if fields.count(f) > 1)
+    assert not set(fields) & {"config", "loss", "help"}, "these are options of the command line itself"
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        (
+            ModelConfig,
+            {"load_in_4bit": True},
+            "--load_in_4bit freezes the model, so something else must train: add --lora_r 16",
+        ),
+        (ModelConfig, {"lora_r": -1}, "--lora_r -1 or --lora_dropout 0.0 is out of range"),
+        (ModelConfig, {"lora_dropout": 1.0}, "--lora_r 0 or --lora_dropout 1.0 is out of range"),
+        (DataConfig, {"max_length": 1}, "--max_length 1 leaves no room for a prompt and a completion"),
+        (DataConfig, {"eval_size": -3}, "--eval_size must not be negative, got -3"),
+        (
+            DataConfig,
+            {"eval_size": 3, "dataset_test_split": "test"},
+            "--eval_size and --dataset_test_split both say what to evaluate on; give one of them",
+        ),
+        *((TrainConfig, {name: bad}, f"--{name} must be positive, got {bad}") for name in POSITIVE for bad in (0, -1)),
+        *(
+            (TrainConfig, {name: bad}, f"--{name} must not be negative, got {bad}")
+            for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate")
+            for bad in (-1, float("nan"))
+        ),
+        (RolloutConfig, {"num_generations": 1}, "--num_generations 1: a group needs at least 2 to compare"),
+        *(
+            (RolloutConfig, bad, "--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
+            for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"num_iterations": 0})
+        ),
+        (
+            RolloutConfig,
+            {"reward_funcs": ("a", "b"), "reward_weights": (1.0,)},
+            "--reward_weights has 1 numbers for 2 --reward_funcs",
+        ),
+    ],
+)
+def test_what_cannot_mean_anything_is_refused(part, options, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        part(**options)
+
+
+def test_adapters_of_either_kind_allow_4_bit():
+    assert ModelConfig(load_in_4bit=True, lora_r=8).load_in_4bit
+    assert ModelConfig(load_in_4bit=True, adapter_name_or_path="somewhere").load_in_4bit
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "expected"),
+    [
+        ({}, 1, 8),
+        ({}, 4, 8),
+        ({"batch_size": 6}, 3, 6),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 3, 24),
+        ({"per_device_train_batch_size": 4}, 2, 8),
+        ({"gradient_accumulation_steps": 2}, 1, 16),
+        ({"batch_size": 24, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 3, 24),
+    ],
+)
+def test_batch_size_is_what_a_step_has_over_all_processes(options, processes, expected):
+    assert TrainConfig(**options).resolved("dpo", processes).batch_size == expected
+
+
+def test_two_different_batch_sizes_contradict_each_other():
+    message = (
+        "--batch_size 8 contradicts per_device_train_batch_size x gradient_accumulation_steps x processes = 12; "
+        "give one or the other"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        TrainConfig(batch_size=8, per_device_train_batch_size=2, gradient_accumulation_steps=3).resolved("dpo", 2)
+
+
+def test_learning_rates_default_to_trls_by_method_and_zero_is_a_rate():
+    assert TrainConfig().resolved("sft", 1).learning_rate == 2e-5
+    for method in ("dpo", "kto", "orpo", "grpo", "custom"):
+        assert TrainConfig().resolved(method, 1).learning_rate == 1e-6
+    assert TrainConfig(learning_rate=0.0).resolved("sft", 1).learning_rate == 0.0
+
+
+def test_as_dict_is_plain_and_complete():
+    config = RunConfig(method="grpo", loss=LOSSES["grpo"](beta=0.5), rollout=RolloutConfig())
+    values = config.as_dict()
+    assert values.keys() == {"method", "loss", "model", "data", "train", "rollout"}
+    assert values["loss"]["beta"] == 0.5 and values["method"] == "grpo"
+    for name, part in (
+        ("model", ModelConfig),
+        ("data", DataConfig),
+        ("train", TrainConfig),
+        ("rollout", RolloutConfig),
+    ):
+        assert values[name].keys() == {f.name for f in dataclasses.fields(part)}
+    assert RunConfig(method="sft", loss=LOSSES["sft"]()).as_dict()["rollout"] is None
+
+
+@pytest.mark.parametrize("part", [*PARTS, *LOSSES.values()])
+def test_every_option_has_its_help(part):
+    """The text behind a field is its help and its only documentation."""
+    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+    helped = {
+        node.target.id
+        for node, following in itertools.pairwise(cls.body)
+        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr) and following.value.value.strip()
+    }
+    assert helped >= {f.name for f in dataclasses.fields(part)}
