@@ -15,14 +15,26 @@ differentiated, one more with the entropy, and a half-precision copy of the tile
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-if TYPE_CHECKING:
-    from .logps import Transform
+
+class Transform(NamedTuple):
+    """From the head's raw output x to the logits z = softcap tanh(logit_scale x / softcap) / temperature."""
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """The logits z, out of place and differentiable; `raw` in at least float32."""
+        z = raw * self.logit_scale if self.logit_scale != 1.0 else raw
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / self.temperature if self.temperature != 1.0 else z
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

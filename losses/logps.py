@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import TwoGemm
+from ._two_gemm import Transform, TwoGemm
 from .types import check_choice, check_positive
 
 IMPLEMENTATIONS = {
@@ -27,21 +27,6 @@ class TokenLogps(NamedTuple):
 
     logps: Tensor
     entropy: Tensor
-
-
-class Transform(NamedTuple):
-    """From the head's raw output x to the logits z = softcap tanh(logit_scale x / softcap) / temperature."""
-
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        """The logits z, out of place and differentiable; `raw` in at least float32."""
-        z = raw * self.logit_scale if self.logit_scale != 1.0 else raw
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature if self.temperature != 1.0 else z
 
 
 @overload
