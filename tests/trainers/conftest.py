@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers as hf
 
+from logratio.trainers import packing
+
 VOCAB = 97
 # What Llama and its like call the sizes; GPT-2 and its like, below, have other names.
 SIZES = {
@@ -85,5 +87,18 @@ def random_model() -> Callable[..., Any]:
                 if parameter.ndim == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)
         return model
+
+    return build
+
+
+@pytest.fixture
+def pack_one(monkeypatch: pytest.MonkeyPatch) -> Callable[..., packing.PackedBatch]:
+    """pack_one(examples, ...) -> all of them in one micro-batch with shared prompts, however short its rows."""
+
+    def build(examples: Any, **options: Any) -> packing.PackedBatch:
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "MIN_ROW_FILL", 0.0)
+            (batch,) = packing.pack(examples, 10**6, **options)
+        return batch
 
     return build

@@ -126,15 +126,11 @@ def test_temperature_divides_the_logits_after_scale_and_cap(random_model, name):
     assert_equal_to_plain(random_model(name), 1e-5, shared=name != "gemma2", temperature=0.6)
 
 
-def test_rows_longer_than_the_table_of_positions_are_fine(random_model):
-    """GPT-2's table has 24 positions; a row of eight groups has more tokens, but no sequence has."""
+def test_rows_longer_than_the_table_of_positions_are_fine(random_model, pack_one):
+    """GPT-2's table has 24 positions; rows of eight completions and their padding have more, no sequence has."""
     model = random_model("gpt2")
-    examples = [
-        Example([2] * 4, [Completion([3] * 5) for _ in range(8)], row=0),
-        Example([2, 3], [Completion([5])], row=1),
-    ]
-    (batch,) = pack(examples, 100)
-    assert batch.input_ids.shape[1] > model.config.n_positions
+    examples = [Example([2] * 4, [Completion([3] * n)] * 8, row=n) for n in (5, 4)]
+    assert pack_one(examples).input_ids.shape == (2, 44) and model.config.n_positions < 36
     for mine, (theirs, _) in zip(
         packed(Policy(model, shared=True), examples, 100), expected(model, examples), strict=True
     ):
@@ -152,10 +148,10 @@ def test_entropy_is_that_of_the_predictions_and_has_no_gradient(random_model):
     assert Policy(model, shared=True)(pack(examples, 1000)[0])[1] is None
 
 
-def test_prompt_paths_are_scored_along_the_chosen_path(random_model):
+def test_prompt_paths_are_scored_along_the_chosen_path(random_model, pack_one):
     model = random_model("llama")
     examples = ragged_examples()
-    (batch,) = pack(examples, 1000, scores_prompt=True)
+    batch = pack_one(examples, scores_prompt=True)
     logps, _ = Policy(model, shared=True)(batch)
     for k, e in enumerate(examples):
         chosen = e.completions[0]
@@ -178,10 +174,10 @@ def trainable(policy: Policy) -> set[str]:
     return {name for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def test_reference_is_the_model_without_adapters(random_model):
+def test_reference_is_the_model_without_adapters(random_model, pack_one):
     base = random_model("llama")
     policy = Policy(lora(base), shared=True)
-    (batch,) = pack(ragged_examples(), 1000)
+    batch = pack_one(ragged_examples())
     wanted, before = Policy(base, shared=True)(batch)[0], trainable(policy)
     with torch.no_grad(), policy.as_reference():
         assert torch.equal(policy(batch)[0], wanted)
@@ -189,14 +185,14 @@ def test_reference_is_the_model_without_adapters(random_model):
     assert trainable(policy) == before
 
 
-def test_reference_is_the_frozen_copy_of_the_starting_adapter(random_model, tmp_path):
+def test_reference_is_the_frozen_copy_of_the_starting_adapter(random_model, pack_one, tmp_path):
     base = random_model("llama")
     started = lora(base, seed=1)
     started.save_pretrained(tmp_path)
     policy = Policy(copy.deepcopy(started), shared=True)
     policy.model.load_adapter(tmp_path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     policy.model.set_adapter("default")
-    (batch,) = pack(ragged_examples(), 1000)
+    batch = pack_one(ragged_examples())
     start, before = policy(batch)[0].detach(), trainable(policy)
     assert before and not any(REFERENCE_ADAPTER in name for name in before)
     weighted([policy(batch)[0].flatten()]).backward()

@@ -76,12 +76,12 @@ def test_stored_log_probs_are_the_live_ones(policy, tmp_path):
     assert live.calls == 0
 
 
-def test_what_is_not_stored_is_computed(policy):
+def test_what_is_not_stored_is_computed(policy, pack_one):
     """Mismatched completions and held-out rows go to the live reference, whatever their row's number is."""
     live = Counted(AdapterReference(policy, policy))
     stored = StoredReference(precompute(live, EXAMPLES, 1000, CPU, shared=True), live)
     live.calls = 0
-    (batch,) = pack([EXAMPLES[2], Example([20], [Completion([22]), Completion([22, 23])], row=0)], 1000)
+    batch = pack_one([EXAMPLES[2], Example([20], [Completion([22]), Completion([22, 23])], row=0)])
     assert torch.equal(stored(batch), live.live(batch)) and live.calls == 1
 
 
@@ -141,8 +141,8 @@ def test_trained_adapters_do_not_change_the_fingerprint_but_the_frozen_one_does(
     assert of_reference() != with_copy
 
 
-def test_references_use_no_dropout_and_leave_the_policy_training(policy, random_model):
-    (batch,) = pack(EXAMPLES, 1000, shared=True)
+def test_references_use_no_dropout_and_leave_the_policy_training(policy, random_model, pack_one):
+    batch = pack_one(EXAMPLES)
     wanted = Policy(random_model("llama"), shared=True)(batch)[0].detach()
     before = {name: p.requires_grad for name, p in policy.named_parameters()}
     got = AdapterReference(policy, policy)(batch)
@@ -154,10 +154,10 @@ def test_references_use_no_dropout_and_leave_the_policy_training(policy, random_
         assert torch.equal(policy(batch)[0], policy(batch)[0])
 
 
-def test_another_model_is_frozen(random_model):
+def test_another_model_is_frozen(random_model, pack_one):
     model = random_model("llama", seed=1)
     reference = ModelReference(Policy(model, shared=True))
-    (batch,) = pack(EXAMPLES, 1000, shared=True)
+    batch = pack_one(EXAMPLES)
     got = reference(batch)
     assert torch.equal(got, Policy(random_model("llama", seed=1), shared=True)(batch)[0])
     assert not got.requires_grad and not model.training and not any(p.requires_grad for p in model.parameters())
@@ -176,9 +176,9 @@ def run_of(method, pairs, tmp_path, *options):
     return build(parse_train(words))
 
 
-def test_full_fine_tuning_compares_with_the_starting_weights(pairs, tmp_path):
+def test_full_fine_tuning_compares_with_the_starting_weights(pairs, tmp_path, pack_one):
     run = run_of("dpo", pairs, tmp_path)
-    (batch,) = pack(run.data.train, 1000, shared=True)
+    batch = pack_one(run.data.train)
     start = run.policy(batch)[0].detach()
     assert isinstance(run.step.reference, ModelReference)
     torch.testing.assert_close(run.step.reference(batch), start, rtol=0, atol=0)
@@ -206,7 +206,7 @@ def test_a_run_computes_the_table_once_and_reads_it_again(pairs, tmp_path, metho
         run_of(method, pairs, tmp_path, *options, "--max_length", "5")
 
 
-def test_an_adapter_that_training_starts_from_is_its_reference(pairs, tmp_path):
+def test_an_adapter_that_training_starts_from_is_its_reference(pairs, tmp_path, pack_one):
     """At the first step policy and reference are the same, so every reward is 0."""
     started = run_of("sft", write_texts(tmp_path), tmp_path, "--lora_r", "2")
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_an_adapter_that_training_starts_from_is_its_reference(pairs, tmp_path):
     micros = run.step.micro_batches(examples)
     metrics = run.step(micros, run.step.totals(examples, micros)).reduced(run.accelerator)
     assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == metrics["rewards/margins"] == 0
-    (batch,) = pack(examples, 1000, shared=True)
+    batch = pack_one(examples)
     base = copy.deepcopy(run.policy)
     with base.model.disable_adapter():
         assert not torch.allclose(run.step.reference(batch), base(batch)[0], atol=1e-2)
