@@ -160,6 +160,10 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         held_out = [examples[i] for i in sorted(order[: options.eval_size])]
         examples = [examples[i] for i in sorted(order[options.eval_size :])]
         notes.append(f"{len(held_out)} examples held out for evaluation, {len(examples)} left to train on")
+    if config.loss.window_pass == "mismatched" and len(held_out) == 1:
+        raise UserError(
+            f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
+        )
     return Data(examples, held_out, notes)
 
 
@@ -223,22 +227,30 @@ def make_reference(
     if not config.loss.wants_reference:
         return None, []
     named = config.model.ref_model_name_or_path
+    notes: list[str] = []
     reference: Reference
     if policy.has_adapters and named is None:
         reference = AdapterReference(policy, wrapped)
     else:
         model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
-        reference = ModelReference(Policy(model, temperature=policy.temperature, shared=policy.shared))
+        other = Policy(model, temperature=policy.temperature, shared=policy.shared)
+        obstacle = why_not_shared(other) if named else ""
+        if obstacle and policy.shared:  # both compute the same micro-batches
+            policy.shared = other.shared = False
+            notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
+        reference = ModelReference(other)
     if not config.model.precompute_ref_log_probs:
-        return reference, []
+        return reference, notes
     if config.loss.kind is Kind.GROUPED:
         raise UserError("--precompute_ref_log_probs needs completions beforehand, and rollouts are not known yet")
     assert examples and isinstance(examples[0], Example)
     path = Path(config.train.output_dir) / "ref_log_probs.safetensors"
     source = policy if isinstance(reference, AdapterReference) else reference.policy  # type: ignore[union-attr]
     key = fingerprint(source, examples, policy.temperature)
-    if path.exists():
-        return StoredReference(load_table(path, key), reference), [f"reference log-probs read from {path}"]
+    found = path.exists()
+    accelerator.wait_for_everyone()  # or one process would find what another has just written
+    if found:
+        return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
     pad = policy.causal_lm.config.get_text_config().pad_token_id or 0
     table = precompute(
         reference, examples, config.train.micro_batch_tokens, accelerator.device, shared=policy.shared, pad_id=pad
@@ -246,7 +258,8 @@ def make_reference(
     if accelerator.is_main_process:
         save_table(path, table, key)
     accelerator.wait_for_everyone()
-    return StoredReference(table, reference), [f"reference log-probs of {len(table)} examples written to {path}"]
+    notes.append(f"reference log-probs of {len(examples)} examples written to {path}")
+    return StoredReference(table, reference), notes
 
 
 def make_optimizer(policy: Policy, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

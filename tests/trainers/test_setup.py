@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BloomConfig, BloomForCausalLM
 
 from logratio.losses import LOSSES
 from logratio.trainers.cli import parse_train
@@ -215,6 +216,27 @@ def test_a_model_that_may_not_share_says_so(rows, tmp_path):
     reason = "its attention implementation 'eager' does not take the mask that this needs"
     assert f"prompts are not shared between completions: {reason}" in run.notes and not run.policy.shared
     assert build(config_of("orpo", rows, *options, "sdpa")).policy.shared
+
+
+def test_a_reference_model_that_may_not_share_rules_it_out_for_both(rows, tmp_path):
+    """Both compute the same micro-batches, and the reference's log-probs would silently be wrong."""
+    from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "shares")
+    tiny_tokenizer().save_pretrained(tmp_path / "shares")
+    words = ("--model_name_or_path", str(tmp_path / "shares"), "--ref_model_name_or_path")
+    bloom = BloomConfig(vocab_size=259, hidden_size=32, n_layer=1, n_head=4, initializer_range=0.2)
+    BloomForCausalLM(bloom).save_pretrained(tmp_path / "bloom")
+    run = build(config_of("dpo", rows, *words, str(tmp_path / "bloom")))
+    assert not run.policy.shared and not run.step.packing["shared"]
+    assert any("of the reference model, its attention implementation 'eager'" in note for note in run.notes)
+    assert build(config_of("dpo", rows, *words, str(tmp_path / "shares"))).policy.shared
+
+
+def test_kto_refuses_to_evaluate_on_one_example(rows):
+    with pytest.raises(UserError, match="^kto cannot be evaluated on a single example, whose prompt needs another's"):
+        build(config_of("kto", rows, "--eval_size", "1", "--batch_size", "13"))
+    assert len(build(config_of("kto", rows, "--eval_size", "2", "--batch_size", "12")).data.evaluation) == 2
 
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch):
