@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -84,10 +85,11 @@ def keep_earlier(path: Path) -> None:
 
 
 def reset_peak_mem(device: torch.device) -> None:
-    """Let `peak_mem_mib` count from here on; without effect on a CPU whose kernel is not Linux."""
+    """Let `peak_mem_mib` count from here on; without effect on a CPU whose system is not Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+        return
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
