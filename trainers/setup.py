@@ -74,7 +74,7 @@ def build(config: RunConfig) -> Run:
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     data = load_data(config, tokenizer)
     rewards = {name: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
-    total_steps = count_steps(len(data.train), config)
+    total_steps = count_steps(len(data.train), config, accelerator.num_processes)
 
     policy, notes = make_policy(config, accelerator.device)
     wrapped = accelerator.prepare_model(policy)
@@ -178,19 +178,21 @@ def load_rows_of(config: RunConfig, split: str) -> Rows:
     )
 
 
-def count_steps(num_examples: int, config: RunConfig) -> int:
-    """Optimizer steps of the run."""
-    assert config.train.batch_size is not None
-    per_epoch = -(-num_examples // config.train.batch_size)
-    iterations = config.rollout.num_iterations if config.rollout else 1
-    if config.loss.window_pass == "mismatched" and 1 in (
-        config.train.batch_size,
-        num_examples % config.train.batch_size,
-    ):
+def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) -> int:
+    """Optimizer steps of the run. UserError where a step of an epoch would be too small for its loss."""
+    batch_size = config.train.batch_size
+    assert batch_size is not None
+    smallest = num_examples % batch_size or batch_size
+    made = f"{num_examples} examples in steps of --batch_size {batch_size} make a step of {smallest}"
+    if config.loss.window_pass == "mismatched" and smallest == 1:
         raise UserError(
-            f"{num_examples} examples in steps of --batch_size {config.train.batch_size} make a step of one example, "
-            f"in which {config.method} cannot pair its prompt with another's completion; choose another batch_size"
+            f"{made}, in which {config.method} cannot pair its prompt with another's completion; "
+            "choose another batch_size"
         )
+    if config.rollout and smallest < num_processes:
+        raise UserError(f"{made}, which cannot be dealt to {num_processes} processes; choose another batch_size")
+    per_epoch = -(-num_examples // batch_size)
+    iterations = config.rollout.num_iterations if config.rollout else 1
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 

@@ -208,8 +208,8 @@ BAD = {
     "train dpo --model_name_or_path ./nowhere": "no tokenizer could be loaded from './nowhere': ",
     "train dpo --dataset_name rows.jsonl --eval_size 4": "--eval_size 4 leaves nothing of 4 examples to train on",
     "train kto --dataset_name rows.jsonl --batch_size 1": (
-        "4 examples in steps of --batch_size 1 make a step of one example, in which kto cannot pair its prompt with "
-        "another's completion; choose another batch_size"
+        "4 examples in steps of --batch_size 1 make a step of 1, in which kto cannot pair its prompt with another's "
+        "completion; choose another batch_size"
     ),
     "train grpo --dataset_name rows.jsonl --reward_funcs nope": "the reward 'nope' is unknown, expected one of exact_",
     "train grpo --dataset_name rows.jsonl --beta 0.1 --precompute_ref_log_probs": (

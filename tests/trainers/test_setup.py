@@ -81,11 +81,19 @@ def test_every_iteration_on_a_set_of_rollouts_is_a_step(rows):
 
 @pytest.mark.parametrize(("examples", "batch"), [(7, 3), (5, 1), (1, 8)])
 def test_kto_refuses_a_step_of_one_example(rows, examples, batch):
-    message = f"^{examples} examples in steps of --batch_size {batch} make a step of one example, in which kto cannot"
+    message = f"^{examples} examples in steps of --batch_size {batch} make a step of 1, in which kto cannot"
     with pytest.raises(UserError, match=message):
         count_steps(examples, config_of("kto", rows, "--batch_size", str(batch)))
     assert count_steps(8, config_of("kto", rows, "--batch_size", "3", "--num_train_epochs", "1")) == 3
     assert count_steps(examples, config_of("dpo", rows, "--batch_size", str(batch)))
+
+
+def test_rollouts_are_dealt_by_prompts(rows):
+    config = config_of("grpo", rows, "--batch_size", "4", "--num_train_epochs", "1")
+    assert count_steps(6, config, num_processes=2) == 2
+    message = "^5 examples in steps of --batch_size 4 make a step of 1, which cannot be dealt to 2 processes; choose"
+    with pytest.raises(UserError, match=message):
+        count_steps(5, config, num_processes=2)
 
 
 def test_weight_decay_is_for_matrices(rows):

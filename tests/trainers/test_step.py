@@ -140,8 +140,11 @@ def test_evaluation_leaves_no_gradient_and_gives_the_same_numbers(model):
     loss, examples = LOSSES["dpo"](), examples_for(Kind.PAIRED)
     _, whole, _, _ = run(model, loss, examples, 10_000)
     step = make_step(model, loss, micro_batch_tokens=40)
+    graphs = []
+    step.wrapped = lambda batch: graphs.append(torch.is_grad_enabled()) or step.policy(batch)  # type: ignore[func-returns-value]
     micros = step.micro_batches(examples)
     result = step(micros, step.totals(examples, micros), backward=False)
+    assert graphs and not any(graphs)
     assert result.reduced(step.accelerator) == pytest.approx(whole, rel=1e-10)
     assert not result.loss.requires_grad and all(p.grad is None for p in step.policy.parameters())
 

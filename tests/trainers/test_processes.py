@@ -1,0 +1,115 @@
+"""Two processes train as one does: uneven deals, a process that runs out, a pass over the window."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from logratio.trainers import cli
+
+# Trains each configuration in turn, and writes down what every process did.
+WORKER = """
+import json, os, sys
+from pathlib import Path
+from accelerate.utils import DistributedType
+from logratio.trainers import cli, loop
+from logratio.trainers.step import Step
+
+seen, build, cut = [], loop.build, Step.micro_batches
+
+def building(config):
+    run = build(config)
+    assert run.accelerator.num_processes == 2, run.accelerator.num_processes
+    assert run.accelerator.distributed_type == DistributedType.MULTI_CPU, run.accelerator.distributed_type
+    return run
+
+def cutting(self, *args, **kwargs):
+    micros = cut(self, *args, **kwargs)
+    seen.append([len(micros), sum(m.batch.is_filler for m in micros)])
+    return micros
+
+loop.build, Step.micro_batches = building, cutting
+record = {}
+for words in json.loads(sys.argv[1]):
+    seen.clear()
+    assert cli.main(words) == 0
+    record[words[1]] = list(seen)
+Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
+"""
+METHODS = {"dpo": 7, "kto": 8}
+STEPS = 3
+
+
+def launch(arguments: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def words_for(method: str, folder: Path, output: str) -> list[str]:
+    """Steps of three ragged examples, of which a micro-batch takes one or two; the last DPO step has one example."""
+    rows = []
+    for i in range(METHODS.get(method, 6)):
+        right, wrong = str(i + 1) * (1 + 7 * (i % 3 == 0)), str(i + 30)
+        row = {"prompt": f"{i}+1=", "answer": str(i + 1)}
+        if method == "dpo":
+            row |= {"chosen": right, "rejected": wrong}
+        elif method == "kto":
+            row |= {"completion": right, "label": i % 2 == 0}
+        rows.append(row)
+    data = folder / f"{method}.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    words = ["train", method, "--dataset_name", str(data), "--output_dir", str(folder / output / method)]
+    words += ["--lora_r", "2", "--batch_size", "3", "--micro_batch_tokens", "20", "--learning_rate", "2e-4"]
+    return [*words, "--max_steps", str(STEPS)]
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    runs = [words_for(method, tmp_path, "two") for method in METHODS]
+    rollouts = words_for("grpo", tmp_path, "two") + ["--num_generations", "2", "--max_completion_length", "4"]
+    done = launch(["worker.py", json.dumps([*runs, rollouts])], tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for method in METHODS:
+        zero, one = (rank[method] for rank in ranks)
+        assert [count for count, _ in zero] == [count for count, _ in one], "or a collective would hang"
+        assert any(a[1] != b[1] for a, b in zip(zero, one, strict=True)), "no process ran out, so that was not tested"
+    assert ranks[1]["dpo"][2] == [1, 1], "the second process had nothing at all in the last step"
+    assert [row["step"] for row in log_of(tmp_path / "two" / "grpo")] == [1, 2, 3]
+
+    for method in METHODS:
+        assert cli.main(words_for(method, tmp_path, "one")) == 0
+        alone, together = (log_of(tmp_path / name / method) for name in ("one", "two"))
+        assert len(alone) == len(together) == STEPS
+        for mine, theirs in zip(alone, together, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() - {"tokens_per_s", "step_ms", "peak_mem_mib"}:
+                assert theirs[name] == pytest.approx(mine[name], rel=2e-5, abs=1e-6), (mine["step"], name)
+        weights = [load_file(tmp_path / name / method / "adapter_model.safetensors") for name in ("one", "two")]
+        assert weights[0].keys() == weights[1].keys()
+        assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-6
+        assert max(p.abs().max().item() for name, p in weights[0].items() if "lora_B" in name) > 2e-4
+
+
+def test_processes_that_would_train_alone_are_refused(tmp_path):
+    """torchrun without ACCELERATE_USE_CPU: accelerate takes each process for the only one."""
+    words = ["-m", "logratio.trainers.cli", *words_for("dpo", tmp_path, "alone")]
+    environment = {"ACCELERATE_USE_CPU": "false"}
+    done = launch(words, tmp_path, **environment)
+    assert done.returncode != 0
+    message = (
+        "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
+        "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
+    )
+    assert message in done.stderr.splitlines() and "saved in" not in done.stdout
+    assert not (tmp_path / "alone").exists()
