@@ -1,0 +1,292 @@
+"""`make demo`: all five methods on the embedded model and task, from random weights, in minutes on two cores.
+
+1. SFT from random weights, until about half of the answers are right.
+2. That model answers its training questions, by sampling. Its mistakes against the right answers are the pairs of
+   DPO and ORPO, and one by one, marked right or wrong, the rows of KTO. (Greedy mistakes will not do: a model that
+   only hears of questions which it gets wrong learns to change all of its answers.)
+3. Every method goes on from that model, and so does SFT on the pairs' right answers: the control for what these
+   alone would have taught. That is most here, where a question has one right answer and it is known.
+4. Accuracy of greedy answers on test questions that nothing was trained or chosen on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from logratio.losses import DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, ORPOLoss, SFTLoss
+
+from .arithmetic import arithmetic_rows
+from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from .data import Prompt, prepare_prompts
+from .errors import UserError
+from .loop import train_run
+from .model import TINY
+from .rewards import exact_answer
+from .rollout import generate
+from .rows import Rows
+from .runlog import reset_peak_mem
+from .setup import Run, build
+
+TARGET = 0.5  # SFT ends at this accuracy of the validation questions
+CHECK_EVERY = 10  # steps
+VALIDATION_SUMS = 250  # unordered pairs {a, b}, nearly two questions each
+WARMUP_STEPS = 10
+ANSWER_TOKENS = 5  # three digits, EOS, and one to spare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One phase. data: the name of its file. steps: at most, for SFT from random weights. control: only reported."""
+
+    name: str
+    loss: Loss
+    data: str
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    rollout: RolloutConfig | None = None
+    control: bool = False
+
+    @property
+    def folder(self) -> str:
+        return "control" if self.control else self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} (control)" if self.control else self.name
+
+
+START = Method(name="sft", loss=SFTLoss(), data="sft", steps=1000, learning_rate=1e-3, batch_size=64)
+# Answers of three or four tokens have small log-ratios, so beta is far above the defaults made for long texts.
+METHODS = (
+    Method(name="dpo", loss=DPOLoss(beta=2.0), data="pairs", steps=75, learning_rate=5e-5),
+    Method(name="kto", loss=KTOLoss(beta=3.0), data="labeled", steps=75, learning_rate=3e-5),
+    Method(name="orpo", loss=ORPOLoss(), data="pairs", steps=150, learning_rate=3e-4),
+    Method(
+        name="grpo",
+        loss=GRPOLoss(max_completion_length=ANSWER_TOKENS),
+        data="prompts",
+        steps=100,
+        learning_rate=1e-4,
+        batch_size=16,
+        rollout=RolloutConfig(num_generations=8),
+    ),
+    Method(name="sft", loss=SFTLoss(), data="chosen", steps=150, learning_rate=3e-4, control=True),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in [0, 1] and its standard error."""
+
+    accuracy: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} ± {self.standard_error:.3f}"
+
+    def beyond(self, other: Score) -> float:
+        """By how many standard errors of the difference this is above `other`, taken as independent."""
+        return (self.accuracy - other.accuracy) / math.hypot(self.standard_error, other.standard_error)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A phase's score on the test questions, and what it took."""
+
+    method: Method
+    score: Score
+    steps: int
+    seconds: float
+    peak_mem_mib: float
+
+    def __str__(self) -> str:
+        return f"{self.method.title}: {self.score} on the test questions after {self.steps} steps, {self.seconds:.0f} s"
+
+
+def addends(prompt: str) -> frozenset[str]:
+    """What a+b and b+a have in common: a model that knows the one mostly knows the other."""
+    return frozenset(prompt.removesuffix("=").split("+"))
+
+
+def clustered(right: Sequence[float], clusters: Sequence[Hashable]) -> Score:
+    """The mean of `right`, with the standard error that holds where answers in one cluster are alike."""
+    mean = sum(right) / len(right)
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(right, clusters, strict=True):
+        sums[cluster] += value - mean
+    variance = sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)
+    return Score(mean, math.sqrt(variance) / len(right))
+
+
+def answers(run: Run, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
+    """One answer of the model to each, as text. sampling: as in `generate`."""
+    sampled = generate(run.policy, run.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **sampling)
+    return run.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
+
+
+def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """1 for a right answer, 0 for a wrong one: the reward that GRPO learns from."""
+    return [float(x or 0) for x in exact_answer(list(texts), [p.columns["answer"] for p in prompts])]
+
+
+def score(run: Run, prompts: Sequence[Prompt]) -> Score:
+    """Accuracy of the model's greedy answers."""
+    return clustered(grade(prompts, answers(run, prompts, do_sample=False)), [addends(str(p.prompt)) for p in prompts])
+
+
+def prepared(rows: Rows, run: Run) -> list[Prompt]:
+    """Questions as token ids."""
+    return list(prepare_prompts(rows, run.tokenizer)[0])
+
+
+def split_validation(rows: Sequence[dict[str, Any]]) -> tuple[Rows, Rows]:
+    """(validation, training) questions; a+b and b+a are in the same part."""
+    held_out = set(list(dict.fromkeys(addends(row["prompt"]) for row in rows))[:VALIDATION_SUMS])
+    validation = [row for row in rows if addends(row["prompt"]) in held_out]
+    training = [row for row in rows if addends(row["prompt"]) not in held_out]
+    return Rows("validation questions", validation), Rows("training questions", training)
+
+
+def preferences(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The files that the model's mistakes make; an empty answer has no text to learn from, and is in none of them.
+
+    pairs: the right answer and the model's wrong one. labeled: the same as single rows. chosen: right answers only.
+    """
+    files: dict[str, list[dict[str, Any]]] = {"pairs": [], "labeled": [], "chosen": []}
+    for prompt, text, right in zip(prompts, texts, grade(prompts, texts), strict=True):
+        if right or not text.strip():
+            continue
+        question, answer = {"prompt": prompt.prompt}, prompt.columns["answer"]
+        files["pairs"].append({**question, "chosen": answer, "rejected": text})
+        files["labeled"].append({**question, "completion": answer, "label": True})
+        files["labeled"].append({**question, "completion": text, "label": False})
+        files["chosen"].append({**question, "completion": answer})
+    return files
+
+
+def write(folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Every file as NAME.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def configuration(method: Method, model: str, folder: Path) -> RunConfig:
+    """What `logratio train` would make of the same options."""
+    return RunConfig(
+        method=method.name,
+        loss=method.loss,
+        model=ModelConfig(model_name_or_path=model),
+        data=DataConfig(dataset_name=str(folder / f"{method.data}.jsonl")),
+        train=TrainConfig(
+            output_dir=str(folder / method.folder),
+            batch_size=method.batch_size,
+            max_steps=method.steps,
+            learning_rate=method.learning_rate,
+            lr_scheduler_type="constant",
+            warmup_steps=WARMUP_STEPS,
+        ),
+        rollout=method.rollout,
+    )
+
+
+def phase(
+    method: Method, model: str, folder: Path, test: Rows, until: Callable[[Run, int], bool] | None = None
+) -> tuple[Run, Result]:
+    """Train one method from `model` and score it on the test questions; the time is that of training alone."""
+    run = build(configuration(method, model, folder))
+    reset_peak_mem(run.accelerator.device)
+    started = time.perf_counter()
+    row = train_run(run, until=until, quiet=True)
+    seconds = time.perf_counter() - started
+    return run, Result(method, score(run, prepared(test, run)), int(row["step"]), seconds, row["peak_mem_mib"])
+
+
+def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
+    """Every phase in turn; the first result is that of SFT from random weights, which all others start from."""
+    test = Rows("test questions", arithmetic_rows(Kind.GROUPED, "test"))
+    validation, training = split_validation(arithmetic_rows(Kind.GROUPED))
+    sft = [{"prompt": row["prompt"], "completion": row["answer"]} for row in training.rows]
+    write(folder, {"prompts": training.rows, "sft": sft})
+
+    def skilled(run: Run, step: int) -> bool:
+        """Skill comes all at once, at a step that nobody can foresee: so it is measured."""
+        return step % CHECK_EVERY == 0 and score(run, prepared(validation, run)).accuracy >= TARGET
+
+    say(f"SFT from random weights, until {TARGET:.0%} of {len(validation)} validation questions are answered right")
+    run, result = phase(START, TINY, folder, test, until=skilled)
+    say(str(result))
+    if result.steps == START.steps:
+        raise UserError(f"SFT did not reach an accuracy of {TARGET} within {START.steps} steps; see {folder}")
+    results = [result]
+
+    prompts = prepared(training, run)
+    files = preferences(prompts, answers(run, prompts, temperature=1.0))
+    write(folder, files)
+    say(f"of its sampled answers to {len(prompts)} training questions {len(files['pairs'])} are wrong and make pairs")
+    for method in METHODS:
+        _, result = phase(method, str(folder / START.folder), folder, test)
+        say(str(result))
+        results.append(result)
+    return results
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Accuracy before and after each method, and what it took."""
+    start = results[0].score
+    columns = "method", "before", "after", "gain\n(s.e.)", "steps", "time\n(s)", "peak\nMiB"
+    shown = Table(*columns, box=SIMPLE, title="accuracy ± standard error")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for i, r in enumerate(results):
+        before, gain = (str(start), f"{r.score.beyond(start):+.1f}") if i else ("", "")
+        shown.add_row(
+            r.method.title, before, str(r.score), gain, str(r.steps), f"{r.seconds:.0f}", f"{r.peak_mem_mib:.0f}"
+        )
+    return shown
+
+
+def demo(output_dir: str = "runs/demo") -> int:
+    """SFT, DPO, KTO, ORPO and GRPO on a tiny model, from random weights. Status 1 where a method does not help.
+
+    Args:
+        output_dir: Folder for the data, logs and models.
+    """
+    disable_progress_bar()  # of loading and saving
+    console, started, cpu_started = Console(soft_wrap=True), time.perf_counter(), time.process_time()
+    results = train_all(Path(output_dir), lambda text: console.print(text, highlight=False, markup=False))
+    console.print(table(results))
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
+    console.print(f"{seconds:.0f} s in all ({cpu:.0f} s of CPU time); data, logs and models are in {output_dir}")
+    start = results[0].score
+    failed = [r for r in results[1:] if not r.method.control and r.score.beyond(start) <= 2]
+    for r in failed:
+        console.print(f"{r.method.title}: {r.score} is not two standard errors above SFT's {start}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    try:
+        return tyro.cli(demo)
+    except UserError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
