@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data import Prompt
 from logratio.trainers.policy import Policy
-from logratio.trainers.rollout import ADVANTAGE_EPS, Rollouts, Sampled, advantages, generate
+from logratio.trainers.rollout import Rollouts, Sampled, advantages, generate
 from logratio.trainers.tiny import tiny_model, tiny_tokenizer
 
 NAN = math.nan
@@ -54,10 +54,11 @@ def test_laws_of_advantages(rewards, shift, scale):
         assert (got.abs() <= rewards.shape[1]).all()
 
 
+@pytest.mark.parametrize("size", [3, 6, 7, 10])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -2.7])
-def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(reward):
-    assert (advantages(torch.full((1, 7), reward)) == 0).all()
-    assert ADVANTAGE_EPS == 1e-4
+def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(reward, size):
+    assert (advantages(torch.full((1, size), reward, dtype=torch.float64)) == 0).all()
+    assert (advantages(torch.full((1, size), reward, dtype=torch.float64), "none") == 0).all()
 
 
 # Generation --------------------------------------------------------------------------------------------------------
