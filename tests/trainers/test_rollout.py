@@ -184,6 +184,24 @@ def test_rewards_are_called_in_trls_form(policy, tokenizer):
         assert e.advantages == pytest.approx([-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)])
 
 
+def test_rollouts_are_sampled_as_configured(policy, tokenizer):
+    """Next to temperature 0, and with next to no probability allowed, only the likeliest tokens are left."""
+    prompts = prompts_of(tokenizer, *TEXTS)
+    greedy = [argmax_loop(policy.model, p.prompt_ids, {tokenizer.eos_token_id}, 6).ids for p in prompts]
+    for options in ({"temperature": 1e-4}, {"top_p": 1e-4}):
+        examples, _ = rollouts(policy, tokenizer, {"none": lambda prompts, **_: [0.0] * len(prompts)}, **options)(
+            prompts
+        )
+        assert [c.ids for e in examples for c in e.completions] == [ids for ids in greedy for _ in range(2)]
+
+
+def test_rewards_see_no_special_tokens(policy, tokenizer):
+    seen = []
+    judge = rollouts(policy, tokenizer, {"watch": lambda completions, **_: seen.extend(completions) or [0.5]})
+    scores = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
+    assert seen == ["BC"] and scores.tolist() == [[0.5]]
+
+
 def test_conversations_get_messages_back(policy, tokenizer):
     seen = {}
 
