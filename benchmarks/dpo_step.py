@@ -103,7 +103,7 @@ def ours(options: Options) -> Run:
 def our_step(run: Run, examples: list[Any]) -> None:
     micros = run.step.micro_batches(examples)
     run.step(micros, run.step.totals(examples, micros))
-    update(run)
+    update(run, examples)
 
 
 def trl_trainer(options: Options, run: Run) -> tuple[Any, list[Any]]:

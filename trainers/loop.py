@@ -24,7 +24,7 @@ from .model import describe
 from .packing import split_groups
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, build, windows
-from .step import StepResult
+from .step import StepResult, rows_of
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -55,7 +55,7 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
             totals = run.step.totals(examples, micros, dealt)
             try:
                 result = run.step(micros, totals)
-                grad_norm = update(run)
+                grad_norm = update(run, examples)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
             learning_rate = run.optimizer.param_groups[0]["lr"]
@@ -125,7 +125,7 @@ def sample(run: Run, prompts: Sequence[Any]) -> tuple[list[Example], dict[str, M
     return split_groups(examples, run.config.train.micro_batch_tokens, run.policy.shared), metrics
 
 
-def update(run: Run) -> float:
+def update(run: Run, examples: Sequence[Example]) -> float:
     """Clip, step, reset; returns the gradient's norm before clipping. UserError where it is not finite."""
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     limit = run.config.train.max_grad_norm or math.inf
@@ -133,7 +133,10 @@ def update(run: Run) -> float:
     grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
     if not math.isfinite(grad_norm) and run.accelerator.scaler is None:
-        raise UserError("the gradient is not finite, though the loss is; lower the learning rate or use float32")
+        raise UserError(
+            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); "
+            "lower the learning rate or use float32"
+        )
     run.optimizer.step()
     run.optimizer.zero_grad()
     return grad_norm

@@ -232,14 +232,16 @@ class Step:
             result.add(output.loss, output.metrics)
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
             if not finite:
-                rows = sorted({e.row for e in micro.batch.examples})
-                raise UserError(f"the loss is not finite; its micro-batch holds the rows {_few(rows)} of the data set")
+                rows = rows_of(micro.batch.examples)
+                raise UserError(f"the loss is not finite; its micro-batch holds the rows {rows} of the data set")
         return result
 
     def _no_sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
         return self.accelerator.no_sync(self.wrapped) if on else contextlib.nullcontext()
 
 
-def _few(rows: Sequence[int]) -> str:
+def rows_of(examples: Sequence[Example]) -> str:
+    """The examples' rows in the data set, for a message."""
+    rows = sorted({e.row for e in examples})
     shown = ", ".join(map(str, rows[:16]))
     return shown if len(rows) <= 16 else f"{shown} and {len(rows) - 16} more"

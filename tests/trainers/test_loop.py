@@ -203,3 +203,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
     message = capsys.readouterr().err.strip()
     assert message == "logratio: step 1: the loss is not finite; its micro-batch holds the rows 0, 1 of the data set"
     assert not list(folder.glob("*.safetensors"))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # its value is 0 and its slope infinite where policy and reference agree
+    monkeypatch.setitem(DPO_TYPES, "steep", lambda r, loss: (r.margin.abs() + 0 * r.chosen).sqrt())
+    command = ["train", "dpo", "--lora_r", "4", "--loss_type", "steep", "--batch_size", "2", "--no-shuffle"]
+    assert main([*command, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.strip() == (
+        "logratio: step 1: the gradient is not finite, though the loss is (rows 0, 1 of the data set); "
+        "lower the learning rate or use float32"
+    )
