@@ -1,4 +1,4 @@
-"""`make demo`: all five methods on the embedded model and task, from random weights, in minutes on two cores.
+"""`make demo`: all five methods on the embedded model and task, from random weights, in two minutes on one core.
 
 1. SFT from random weights, until about half of the answers are right.
 2. That model answers its training questions, by sampling. Its mistakes against the right answers are the pairs of
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
@@ -41,7 +42,7 @@ from .rows import Rows
 from .runlog import reset_peak_mem
 from .setup import Run, build
 
-TARGET = 0.5  # SFT ends at this accuracy of the validation questions
+TARGET = 0.45  # SFT ends at this accuracy of the validation questions
 CHECK_EVERY = 10  # steps
 VALIDATION_SUMS = 250  # unordered pairs {a, b}, nearly two questions each
 WARMUP_STEPS = 10
@@ -281,6 +282,7 @@ def demo(output_dir: str = "runs/demo") -> int:
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # with two, a busy machine took over three times the CPU time for tensors this small
     try:
         return tyro.cli(demo)
     except UserError as error:

@@ -127,7 +127,7 @@ def test_sft_that_learns_nothing_is_said(monkeypatch, tmp_path):
         return RUN, Result(method, Score(0.1, 0.01), method.steps, 1.0, 1.0)
 
     monkeypatch.setattr(demo, "phase", phase)
-    with pytest.raises(UserError, match="SFT did not reach an accuracy of 0.5 "):
+    with pytest.raises(UserError, match=f"SFT did not reach an accuracy of {demo.TARGET} "):
         demo.train_all(tmp_path, print)
 
 
