@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES, Kind, Loss
 from logratio.reference import oracle, trl
 from logratio.trainers.data import Completion, Example, prepare
+from logratio.trainers.errors import UserError
 from logratio.trainers.policy import Policy
 from logratio.trainers.reference import AdapterReference, StoredReference, tokens_key
 from logratio.trainers.rows import Rows
@@ -66,7 +67,7 @@ class Gradient:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """verify          compare every loss with TRL and with the float64 oracle; status 1 where one is out of bounds"""
+    """Compare every loss with TRL and with the float64 oracle; status 1 where one is out of bounds."""
 
     def options(method: str | None = None, seed: int = 0, json: Path | None = None) -> tuple[Any, ...]:
         """Compare losses with TRL and with the float64 oracle.
@@ -80,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
     method, seed, file = tyro.cli(options, args=argv, prog="logratio verify")
     if method is not None and method not in CASES:
-        print(f"logratio: unknown method {method!r}, expected one of: {', '.join(CASES)}")
-        return 1
+        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(CASES)}")
     rows = []
     table = Table("method", "variant", "against", "dtype", "loss err", "grad err", "ok", title="relative errors")
     table.columns[1].overflow = "fold"

@@ -18,9 +18,9 @@ CHAT = [
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text())
+@given(st.text().filter(lambda text: "<|" not in text))
 def test_any_text_is_its_bytes_and_comes_back(text):
-    # The three special tokens are the only text that is not spelt out; no other text contains them.
+    # The three special tokens are the only text that is not spelt out.
     ids = TOKENIZER(text)["input_ids"]
     assert bytes(ids) == text.encode() and TOKENIZER.decode(ids) == text
 
