@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(argv)
     except UserError as error:
-        print(f"logratio: {error}", file=sys.stderr)
+        sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
         return 1
     except KeyboardInterrupt:
         print("logratio: interrupted", file=sys.stderr)
