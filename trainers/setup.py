@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
-from logratio.losses import Kind, Loss
+from logratio.losses import Kind
 
 from .config import RunConfig, TrainConfig
-from .data import Example, Prompt, prepare, prepare_prompts
+from .data import Example, prepare, prepare_prompts
 from .errors import UserError
 from .model import add_adapters, check_trainable, load_model, load_tokenizer
 from .policy import Policy
@@ -281,15 +281,3 @@ def make_optimizer(policy: Policy, config: TrainConfig, device: torch.device) ->
 
     name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
     return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate)
-
-
-def is_prompts(items: Sequence[Any]) -> bool:
-    """Whether rollouts have to be made of these."""
-    return bool(items) and isinstance(items[0], Prompt)
-
-
-def check_loss(loss: Any) -> Loss:
-    """UserError unless `loss` is one that the loop can call."""
-    if not isinstance(loss, Loss) or not hasattr(type(loss), "kind"):
-        raise UserError(f"{type(loss).__name__} is no loss: derive it from logratio.losses.Loss and give it a kind")
-    return loss
