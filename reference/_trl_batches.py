@@ -11,6 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 Rows = Sequence[Mapping[str, Any]]
 
+ROLLOUT_METHODS = ("grpo", "rloo", "gmpo")
+"""Methods whose rows are rollouts."""
+
 
 class Scored(NamedTuple):
     """One sequence as TRL fed it to the model, padding removed: ids, and for each whether its log-prob is scored."""
@@ -24,8 +27,8 @@ class Scored(NamedTuple):
         return self.ids[:start], self.ids[start:]
 
 
-def rollouts(rows: Rows, pad_token_id: int, num_items_in_batch: int | None = None) -> dict[str, Tensor]:
-    """Rollouts as GRPO's `compute_loss` takes them: prompts padded left, completions right.
+def rollouts(method: str, rows: Rows, pad_token_id: int, num_items_in_batch: int | None = None) -> dict[str, Tensor]:
+    """Rollouts as the `compute_loss` of GRPO, GMPO or RLOO takes them: prompts padded left, completions right.
 
     num_items_in_batch: completion tokens of the optimizer step; of these rows where it is None.
     """
@@ -50,12 +53,16 @@ def rollouts(rows: Rows, pad_token_id: int, num_items_in_batch: int | None = Non
             if row.get(name) is None or len(row[name]) != len(row["completion_ids"]):
                 raise ValueError(f"row {i}: {name} must have one number a completion token, in every row or in none")
         batch[name] = padded(name, "right", 0.0).float()
+    if method == "rloo":
+        if "old_per_token_logps" not in batch:
+            raise ValueError("rloo needs old_per_token_logps in every row: its trainer always computes them")
+        batch["old_logps"] = batch["old_per_token_logps"].sum(1)
     batch["num_items_in_batch"] = torch.as_tensor(num_items_in_batch or batch["completion_mask"].sum())
     return batch
 
 
-def next_rollouts(rows: Rows, args: Any, pad_token_id: int) -> Callable[[Any], dict[str, Tensor]]:
-    """A `_prepare_inputs` for GRPO's trainer: every micro-batch is the next rows instead of something sampled."""
+def next_rollouts(method: str, rows: Rows, args: Any, pad_token_id: int) -> Callable[[Any], dict[str, Tensor]]:
+    """A `_prepare_inputs` for a trainer of rollouts: every micro-batch is the next rows, not something sampled."""
     size = args.per_device_train_batch_size
     window = size * args.gradient_accumulation_steps
     starts = iter(range(0, len(rows), size))
@@ -64,33 +71,38 @@ def next_rollouts(rows: Rows, args: Any, pad_token_id: int) -> Callable[[Any], d
         start = next(starts)
         first = start - start % window
         tokens = sum(len(row["completion_ids"]) for row in rows[first : first + window])
-        return rollouts(rows[start : start + size], pad_token_id, num_items_in_batch=tokens)
+        return rollouts(method, rows[start : start + size], pad_token_id, num_items_in_batch=tokens)
 
     return prepare_inputs
 
 
-def unpadded(method: str, batch: Mapping[str, Tensor]) -> dict[str, list[Scored]]:
-    """The sequences in a trainer's batch: "completion" (and KTO's "mismatched"), or "chosen" and "rejected"."""
+def unpadded(method: str, batch: Mapping[str, Tensor], gold: bool = False) -> dict[str, list[Scored]]:
+    """The sequences in a trainer's batch: "completion" (and KTO's "mismatched"), or the sides of a pair.
+
+    gold: the third part of the batch is TPO's gold answers, "reference" after its column.
+    """
 
     def sequences(ids: Tensor, attention: Tensor, scored: Tensor) -> list[Scored]:
         kept = attention.bool()
         return [Scored(i[k].tolist(), s[k].bool().tolist()) for i, k, s in zip(ids, kept, scored, strict=True)]
 
-    if method == "orpo":
+    if method in ("orpo", "cpo"):
         names = ("chosen", "rejected")
         keys = [[f"{name}_{key}" for key in ("input_ids", "attention_mask", "labels")] for name in names]
         return {
             name: sequences(batch[i], batch[a], batch[k] != -100) for name, (i, a, k) in zip(names, keys, strict=True)
         }
-    if method == "grpo":
+    if method in ROLLOUT_METHODS:
         ids, attention = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         is_completion = torch.arange(ids.shape[1]) >= batch["prompt_ids"].shape[1]
         return {"completion": sequences(ids, attention, is_completion.expand_as(ids))}
     scored = batch["labels"] != -100 if method == "sft" else batch["completion_mask"]
     own = sequences(batch["input_ids"], batch["attention_mask"], scored)
-    if method == "dpo":  # chosen ones first
-        return {"chosen": own[: len(own) // 2], "rejected": own[len(own) // 2 :]}
-    if method == "kto":
+    if method in ("dpo", "tpo"):  # chosen ones first
+        sides = ("chosen", "rejected", "reference")[: 2 + gold]
+        size = len(own) // len(sides)
+        return {name: own[k * size : (k + 1) * size] for k, name in enumerate(sides)}
+    if method == "kto" and "KL_input_ids" in batch:
         mismatched = sequences(batch["KL_input_ids"], batch["KL_attention_mask"], batch["KL_completion_mask"])
         return {"completion": own, "mismatched": mismatched}
     return {"completion": own}

@@ -1,58 +1,44 @@
 """Drives the installed TRL trainers on given weights and rows, in float32 on a CPU: losses, gradients, trajectories.
 
 Nothing of TRL is copied: its trainer is built as a user would build it, tokenizes the rows itself, and is asked for
-the loss of its own first batch (`loss_and_grads`) or trained for some steps (`train`). The model that is passed is
-copied first, and never changed. It should have no dropout: DPO, KTO and ORPO switch it off, SFT and GRPO do not.
+the loss of its own first batch (`loss_and_grads`), for one optimizer step's gradient in several micro-batches
+(`micro_batched`), or trained for some steps (`train`); `advantages` runs its way from rewards to advantages. The model
+that is passed is copied first, and never changed. It should have no dropout: SFT, GRPO, RLOO and GMPO leave it on.
 
-Rows are in TRL's own data set formats, with one exception. GRPO's are rollouts, one a completion, since what is
-checked is the loss and not the sampling:
+Rows are in TRL's own data set formats (TPO's have a third completion under "reference"), with one exception. Those of
+grpo, rloo and gmpo are rollouts, one a completion, since what is checked is the loss and not the sampling:
 
     {"prompt_ids": [...], "completion_ids": [...], "advantage": 0.7,
      "old_per_token_logps": [...], "ref_per_token_logps": [...]}
 
 Both lists of log-probabilities have one number a completion token. Without the old ones the rollout is taken as on
-policy, which hides most mistakes: the value of the loss then hardly depends on the weights. The reference ones are
-needed where beta is not 0.
+policy, which hides most mistakes: the value of the loss then hardly depends on the weights (rloo refuses). The
+reference ones are needed where beta is not 0.
 
 The reference of DPO and KTO is the model under its adapters, as TRL has it for an adapter that it makes itself.
 (Given a model that has one already, TRL copies the adapter and takes the copy for its reference; for a fresh adapter
 this is the same.) Without adapters it is a frozen copy of the model. `ref_model` replaces either.
+
+Options are the fields of TRL's configurations, under their names. What a user should know of them in TRL 1.16:
+cpo's "alphapo" is "simpo" with cpo_alpha set to 0, whatever was asked for. rloo's beta acts on rewards only, and is
+refused here. gmpo ignores delta, the off-policy mask, the entropy bonus, use_bias_correction_kl and the importance
+sampling level. delta acts on grpo, bnpo, dr_grpo, dapo and luspo only. tpo with tpo_alpha 0 never sees the reference.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
-import logging
-import random
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PrinterCallback
 
-from ._trl_batches import Rows, Scored, next_rollouts, rollouts, unpadded
+from ._trl_advantages import advantages
+from ._trl_batches import ROLLOUT_METHODS, Rows, Scored, rollouts, unpadded
+from ._trl_drive import METHODS, TRL_VERSION, built
 
-TRL_VERSION = "1.16.0"
-"""The version whose trainers the project is compared with; another may differ in tokenization or formula."""
-
-METHODS = {
-    "sft": ("trl", "SFT"),
-    "dpo": ("trl", "DPO"),
-    "kto": ("trl", "KTO"),
-    "orpo": ("trl.experimental.orpo", "ORPO"),
-    "grpo": ("trl", "GRPO"),
-}
-"""method -> the module and the name of its trainer and configuration."""
+__all__ = ["METHODS", "TRL_VERSION", "Result", "Trajectory", "advantages", "loss_and_grads", "micro_batched", "train"]
 
 
 @dataclass(frozen=True)
@@ -98,39 +84,64 @@ def loss_and_grads(
 ) -> Result:
     """TRL's loss of one batch that holds all `rows`, and its gradient.
 
-    loss_options: fields of TRL's configuration, such as beta or loss_type. Raises ImportError where trl is not the
-    pinned version, ValueError where TRL would drop some of the rows.
+    loss_options: fields of TRL's configuration, such as beta or loss_type; one that is None is left at TRL's default.
+    Raises ImportError where trl is not the pinned version, ValueError where TRL would drop some of the rows.
     """
-    # GRPO's trainer refuses to be built for fewer than two completions; its batch is then made by hand
-    batch_size = max(2, len(rows)) if method == "grpo" else len(rows)
-    options = dict(loss_options, per_device_train_batch_size=batch_size)
-    with _trainer(method, model, tokenizer, rows, ref_model, max_length, options) as trainer:
+    # the trainers of rollouts refuse to be built for fewer than two completions; their batch is then made by hand
+    rolled = method in ROLLOUT_METHODS
+    options = dict(loss_options, per_device_train_batch_size=max(2, len(rows)) if rolled else len(rows))
+    with built(method, model, tokenizer, rows, ref_model, max_length, options) as trainer:
         policy = trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        batch = (
-            rollouts(rows, trainer.processing_class.pad_token_id)
-            if method == "grpo"
-            else next(iter(trainer.get_train_dataloader()))
-        )
-        sequences = unpadded(method, batch)
+        pad = trainer.processing_class.pad_token_id
+        batch = rollouts(method, rows, pad) if rolled else next(iter(trainer.get_train_dataloader()))
+        sequences = unpadded(method, batch, gold=loss_options.get("tpo_alpha") != 0 and method == "tpo")
         loss = trainer.compute_loss(policy, batch)
         loss.backward()
-        stored = trainer._stored_metrics if method == "orpo" else trainer._metrics
+        stored = trainer._stored_metrics if method in ("orpo", "cpo") else trainer._metrics
         metrics = {name: float(np.mean(values)) for name, values in stored["train"].items()}
-        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        grads = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in policy.named_parameters()
-            if name in trainable
-        }
         scale = abs(loss.item())
-        if method == "grpo":
+        if rolled:
             with torch.no_grad():
-                alone = [
-                    trainer.compute_loss(policy, rollouts([row], trainer.processing_class.pad_token_id)) for row in rows
-                ]
+                alone = [trainer.compute_loss(policy, rollouts(method, [row], pad)) for row in rows]
             scale = float(torch.stack(alone).abs().mean())
-        return Result(loss.item(), scale, grads, metrics, sequences)
+        return Result(loss.item(), scale, _gradient(model, policy), metrics, sequences)
+
+
+def micro_batched(
+    method: str,
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    parts: int,
+    *,
+    max_length: int = 1024,
+    ref_model: Any = None,
+    **loss_options: Any,
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of one optimizer step of TRL on all `rows`, cut into `parts` micro-batches of equal size.
+
+    They are what TRL's user gets with gradient_accumulation_steps=parts: the trainer collects the micro-batches, counts
+    the window's tokens, and takes a training step with each; the losses that it reports are added up.
+    """
+    if len(rows) % parts:
+        raise ValueError(f"{len(rows)} rows cannot be cut into {parts} equal parts")
+    options = dict(loss_options, per_device_train_batch_size=len(rows) // parts, gradient_accumulation_steps=parts)
+    with built(method, model, tokenizer, rows, ref_model, max_length, options) as trainer:
+        trainer.current_gradient_accumulation_steps = parts
+        batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), parts, trainer.args.device)
+        loss = sum(trainer.training_step(trainer.model, batch, tokens).item() for batch in batches)
+        return loss, _gradient(model, trainer.model)
+
+
+def _gradient(model: Any, trained: Any) -> dict[str, Tensor]:
+    """The gradient of every parameter of the copy that is trainable in `model`."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in trained.named_parameters()
+        if name in trainable
+    }
 
 
 def train(
@@ -170,107 +181,8 @@ def train(
         max_grad_norm=max_grad_norm,
         weight_decay=weight_decay,
     )
-    with _trainer(method, model, tokenizer, rows, ref_model, max_length, options) as trainer:
+    with built(method, model, tokenizer, rows, ref_model, max_length, options) as trainer:
         trainer.train()
         logs = [log for log in trainer.state.log_history if "loss" in log]
         losses, norms = ([log[name] for log in logs] for name in ("loss", "grad_norm"))
         return Trajectory(losses, norms, logs, trainer.model)
-
-
-@contextmanager
-def _trainer(
-    method: str, model: Any, tokenizer: Any, rows: Rows, ref_model: Any, max_length: int, options: dict[str, Any]
-) -> Iterator[Any]:
-    """TRL's trainer on a copy of the model, silent, in float32, that leaves nothing behind."""
-    trainer_class, config_class = _classes(method)
-    if any(p.dtype != torch.float32 for p in model.parameters()):
-        raise ValueError("the comparison with TRL is in float32: call model.float() first")
-    model = copy.deepcopy(model)
-    arguments: dict[str, Any] = {}
-    beta = options.get("beta", 0.0)
-    if method in ("dpo", "kto"):
-        if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = model
-        arguments["ref_model"] = copy.deepcopy(ref_model)
-    elif method == "grpo":
-        # The log-probs of the reference come with the rows: at beta 0 the trainer makes no model of its own for it.
-        window = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
-        options = dict(options, beta=0.0, num_generations=window)
-        arguments["reward_funcs"] = lambda completions, **_: [0.0] * len(completions)
-    if method != "grpo":
-        options = dict(options, max_length=max_length)
-    data = datasets.Dataset.from_list([{"prompt": "."}] * len(rows) if method == "grpo" else list(map(dict, rows)))
-    with _quietly(), tempfile.TemporaryDirectory() as folder:
-        args = config_class(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            optim="adamw_torch",
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        )
-        trainer = _silenced(trainer_class)(
-            model=model, args=args, train_dataset=data, processing_class=tokenizer, **arguments
-        )
-        trainer.remove_callback(PrinterCallback)
-        if method == "grpo":
-            trainer.beta = beta
-            if beta and any(row.get("ref_per_token_logps") is None for row in rows):
-                raise ValueError(f"beta={beta} needs ref_per_token_logps in every row")
-            trainer._prepare_inputs = next_rollouts(rows, args, tokenizer.pad_token_id)
-        elif isinstance(model, PeftModel) and "ref" in model.peft_config:
-            model.delete_adapter("ref")
-        if len(trainer.train_dataset) != len(rows):
-            raise ValueError(
-                f"TRL dropped {len(rows) - len(trainer.train_dataset)} of {len(rows)} rows, which have nothing to "
-                f"score within max_length={max_length}: take them out or raise max_length"
-            )
-        yield trainer
-
-
-def _classes(method: str) -> tuple[Any, Any]:
-    """Trainer and configuration of a method, after a look at TRL's version."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown, expected one of: {', '.join(METHODS)}")
-    try:
-        version = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    if version != TRL_VERSION:
-        raise ImportError(
-            f"the comparison with TRL needs trl=={TRL_VERSION}, found {version}: pip install 'logratio[reference]'"
-        )
-    module, name = METHODS[method]
-    with _quietly():
-        found = import_module(module)
-        return getattr(found, f"{name}Trainer"), getattr(found, f"{name}Config")
-
-
-def _silenced(trainer_class: Any) -> Any:
-    """The same trainer without its usage report, which asks the network."""
-    return type(trainer_class.__name__, (trainer_class,), {"_send_telemetry": lambda self: None})
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """No bars, logs or warnings inside; Python's, NumPy's and torch's random states are put back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    bars, disabled_level = datasets.is_progress_bar_enabled(), logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    datasets.disable_progress_bars()
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled_level)
-        if bars:
-            datasets.enable_progress_bars()
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
