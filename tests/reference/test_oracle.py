@@ -53,7 +53,7 @@ def test_sequence_logps_are_what_the_models_own_loss_averages() -> None:
     out = oracle.sequence_logps(model, ids[:3], ids[3:])
     assert out.prompt.shape == out.completion.shape == (2,) and out.completion.dtype == torch.float64
     everything, completion = tensor([ids]), tensor([[-100, -100, -100, 9, 2]])
-    for logps, labels in [(torch.cat(out), everything), (out.completion, completion)]:
+    for logps, labels in [(torch.cat([out.prompt, out.completion]), everything), (out.completion, completion)]:
         # transformers computes its loss in float32
         assert -logps.mean().item() == pytest.approx(model(everything, labels=labels).loss.item(), rel=1e-6)
     assert oracle.sequence_logps(model, [1], []).completion.shape == (0,)

@@ -1,0 +1,201 @@
+"""Policy gradients on groups of completions: GRPO and what came after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logratio.reference.oracle._math import kl_estimate, sigmoid, zero
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `grpo`, with their defaults."""
+
+    loss_type: str = "dapo"
+    beta: float = 0.0
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: str = "token"
+    use_bias_correction_kl: bool = True
+    kl_estimator: str = "k3"
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    entropy_coef: float = 0.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    max_completion_length: int = 512
+
+    @property
+    def high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+def grpo(
+    logps: Sequence[Tensor],
+    old_logps: Sequence[Tensor] | None,
+    ref_logps: Sequence[Tensor] | None,
+    advantages: Sequence[float] | Tensor,
+    *,
+    entropy: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """The policy term plus beta KL, averaged as `loss_type` says, less entropy_coef times the mean entropy.
+
+    `options` as in `Options`. Without `old_logps` the step is on policy. entropy: of each token's distribution, for
+    entropy_coef and top_entropy_quantile.
+    """
+    o = Options(**options)
+    _refuse_undefined(o, ref_logps, entropy)
+    old_logps = [y.detach() for y in logps] if old_logps is None else [y.detach() for y in old_logps]
+    keep = _kept(logps, entropy, o.top_entropy_quantile)
+    total = zero(logps)
+    for i, y in enumerate(logps):
+        if len(y) == 0:
+            continue
+        ref = None if ref_logps is None else ref_logps[i].detach()
+        loss = _sequence_loss(y, old_logps[i], ref, float(advantages[i]), keep[i], o)
+        total = total + loss / _divisor(len(y), len(logps), sum(len(x) for x in logps), o)
+    if o.entropy_coef and entropy is not None:
+        acting = [
+            h for row, flags in zip(entropy, keep, strict=True) for h, kept in zip(row, flags, strict=True) if kept
+        ]
+        for h in acting:  # a mean over the tokens that the policy term acts on, whatever divides that term
+            total = total - o.entropy_coef * h / len(acting)
+    return total
+
+
+def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
+    """Raise ValueError for what is missing, and for combinations that no paper defines."""
+    if o.beta and ref_logps is None:
+        raise ValueError(f"beta={o.beta} needs ref_logps")
+    if (o.entropy_coef or o.top_entropy_quantile < 1) and entropy is None:
+        raise ValueError("entropy_coef and top_entropy_quantile need entropy")
+    if o.importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(f"no formula for importance_sampling_level={o.importance_sampling_level!r}")
+    if o.loss_type == "vespo" and o.importance_sampling_level == "sequence":
+        raise ValueError("vespo has its own weight of the whole sequence")
+    if o.loss_type == "rloo" and (o.beta or o.top_entropy_quantile < 1 or o.delta is not None):
+        raise ValueError(
+            "rloo is one term a sequence: its KL is in the reward, and it has no delta and no chosen tokens"
+        )
+    if o.loss_type == "gmpo" and o.delta is not None:
+        raise ValueError("gmpo has no delta")
+
+
+def _divisor(length: int, sequences: int, tokens: int, o: Options) -> float:
+    """What the loss of one sequence, a sum over its tokens, is divided by."""
+    if o.loss_type in ("grpo", "sapo"):
+        return length * sequences  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
+    if o.loss_type in ("dapo", "bnpo", "cispo", "vespo"):
+        return tokens  # 1/sum_i |o_i|, arXiv 2503.14476 Eq. 8; bnpo's batch is the step
+    if o.loss_type == "dr_grpo":
+        return sequences * o.max_completion_length  # a constant, arXiv 2503.20783
+    if o.loss_type in ("luspo", "gmpo", "rloo"):
+        return sequences  # arXiv 2602.05261: no 1/|o_i|; the other two have one term a sequence
+    raise ValueError(f"no formula for GRPO's loss_type={o.loss_type!r}")
+
+
+def _sequence_loss(
+    y: Tensor, old: Tensor, ref: Tensor | None, advantage: float, keep: Sequence[bool], o: Options
+) -> Tensor:
+    """The loss of one sequence before its divisor: a sum over tokens, or the one term of gmpo and rloo."""
+    # arXiv 2512.02556 Eq. 9: a bad answer that the policy has long left teaches nothing
+    gone = (
+        o.off_policy_mask_threshold is not None
+        and advantage < 0
+        and float((old - y.detach()).sum()) / len(y) > o.off_policy_mask_threshold
+    )
+    if o.loss_type == "rloo":
+        return 0 * y.sum() if gone else _rloo(y, old, advantage, o)
+    if o.loss_type == "gmpo":
+        loss = 0 * y.sum() if gone else _gmpo(y, old, advantage, keep, o)
+        for t in range(len(y)):
+            if o.beta and ref is not None:  # the sequence mean, never corrected
+                loss = loss + o.beta * kl_estimate(y[t], ref[t], o.kl_estimator) / len(y)
+        return loss
+    loss = 0 * y.sum()
+    for t in range(len(y)):
+        if o.importance_sampling_level == "token":
+            ratio = torch.exp(y[t] - old[t])  # arXiv 2402.03300 Eq. 3
+        else:
+            ratio = torch.exp((y - old).sum() / len(y))  # s_i, arXiv 2507.18071 Sec. 4.1
+        if keep[t] and not gone:
+            loss = loss + _policy_term(y, old, t, ratio, advantage, o)
+        if o.beta and ref is not None:
+            kl = kl_estimate(y[t], ref[t], o.kl_estimator)  # k3: 2402.03300 Eq. 4
+            if o.use_bias_correction_kl:
+                kl = ratio * kl  # arXiv 2512.02556 Eq. 7
+            loss = loss + o.beta * kl
+    return loss
+
+
+def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """The policy's loss of one token; `ratio` is the token's, or its whole sequence's."""
+    if o.loss_type == "cispo":  # arXiv 2506.13585: the weight is clipped and not differentiated, no lower bound
+        return -min(float(ratio.detach()), o.high) * advantage * y[t]
+    if o.loss_type == "sapo":  # arXiv 2511.20347
+        tau = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
+        return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
+    if o.loss_type == "vespo":
+        return -_vespo_weight(y, old, advantage, o) * advantage * y[t]
+    clipped = torch.clamp(ratio, 1 - o.epsilon, 1 + o.high)  # epsilon_high: arXiv 2503.14476 Sec. 3.1
+    if o.delta is not None:
+        ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
+    return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
+
+
+def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options) -> float:
+    """phi(W) = e^lambda W^k e^(-lambda W), arXiv 2602.10693 Sec. 3.4, with its authors' bounds; no gradient."""
+    log_w = math.fsum(min(max(x, -20.0), 20.0) for x in (y.detach() - old).tolist())
+    log_w = min(max(log_w, math.log(1e-8)), 20.0)
+    k, lam = (o.vespo_k_pos, o.vespo_lambda_pos) if advantage >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
+    lam = max(lam, 1e-4)
+    return math.exp(lam + k * log_w - lam * math.exp(log_w))
+
+
+def _rloo(y: Tensor, old: Tensor, advantage: float, o: Options) -> Tensor:
+    """The clipped surrogate of the whole sequence's ratio: the one action of arXiv 2402.14740, which has no clip."""
+    ratio = torch.exp((y - old).sum())
+    return -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - o.epsilon, 1 + o.high) * advantage)
+
+
+def _gmpo(y: Tensor, old: Tensor, advantage: float, keep: Sequence[bool], o: Options) -> Tensor:
+    """-A times the geometric mean of the clipped ratios, the clip in log space: arXiv 2507.20673."""
+    total, count = 0 * y.sum(), 0
+    for t in range(len(y)):
+        if keep[t]:
+            h = y[t] - old[t]
+            clipped = torch.clamp(h, -o.epsilon, o.high)
+            total = total + (torch.minimum(h, clipped) if advantage > 0 else torch.maximum(h, clipped))
+            count += 1
+    return -advantage * torch.exp(total / max(count, 1))
+
+
+def _kept(logps: Sequence[Tensor], entropy: Sequence[Tensor] | None, share: float) -> list[list[bool]]:
+    """The tokens whose entropy is in the top `share` of the step: arXiv 2506.01939, ties with the bound included."""
+    if share >= 1 or entropy is None:
+        return [[True] * len(y) for y in logps]
+    everything = [float(h) for row in entropy for h in row]
+    if not everything:
+        return [[] for _ in logps]
+    bound = _quantile(everything, 1 - share)
+    return [[float(h) >= bound for h in row] for row in entropy]
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """Between the two order statistics around q (n - 1), linearly."""
+    ordered = sorted(values)
+    below = math.floor(q * (len(ordered) - 1))
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (q * (len(ordered) - 1) - below) * (ordered[above] - ordered[below])

@@ -1,0 +1,41 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from logratio.reference.oracle._math import zero
+
+
+def sft(
+    logps: Sequence[Tensor],
+    *,
+    weights: Sequence[Tensor] | None = None,
+    log_z: Sequence[Tensor] | None = None,
+    loss_type: str = "nll",
+    z_loss_coef: float = 0.0,
+) -> Tensor:
+    """sum_t w_t l_t / sum_t w_t over the step, w = 1 without `weights`, 0 where they sum to 0.
+
+    l = -log p (`nll`) or -sg(p) log p (`dft`, arXiv 2508.05629), plus z_loss_coef (log Z)^2 (arXiv 2204.02311 Sec. 5).
+    """
+    total, divisor = zero(logps), 0.0
+    for i, sequence in enumerate(logps):
+        for t, logp in enumerate(sequence):
+            weight = 1.0 if weights is None else float(weights[i][t])
+            if loss_type == "nll":
+                token_loss = -logp
+            elif loss_type == "dft":
+                token_loss = -math.exp(float(logp.detach())) * logp
+            else:
+                raise ValueError(f"no formula for SFT's loss_type={loss_type!r}")
+            if z_loss_coef:
+                if log_z is None:
+                    raise ValueError(f"z_loss_coef={z_loss_coef} needs log_z")
+                token_loss = token_loss + z_loss_coef * log_z[i][t] ** 2
+            total = total + weight * token_loss
+            divisor += weight
+    return total / divisor if divisor else total
