@@ -39,8 +39,9 @@ def wrong_sum(a: int, b: int, rng: random.Random) -> int:
 def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
     """Rows of one split in the columns that `kind` needs; `seed` draws the wrong answers.
 
-    Sequences: prompt, completion. Pairs: prompt, chosen (the sum), rejected (a wrong one). Labeled: prompt,
-    completion, label; a right and a wrong row for each question. Grouped: prompt, answer.
+    Sequences: prompt, completion. Pairs: prompt, chosen (the sum), rejected (a wrong one), reference (the sum again,
+    for losses with a gold completion). Labeled: prompt, completion, label; a right and a wrong row for each question.
+    Grouped: prompt, answer.
     """
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
@@ -49,7 +50,7 @@ def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dic
         if kind == Kind.SEQUENCE:
             rows.append({"prompt": prompt, "completion": right})
         elif kind == Kind.PAIRED:
-            rows.append({"prompt": prompt, "chosen": right, "rejected": wrong})
+            rows.append({"prompt": prompt, "chosen": right, "rejected": wrong, "reference": right})
         elif kind == Kind.LABELED:
             rows.append({"prompt": prompt, "completion": right, "label": True})
             rows.append({"prompt": prompt, "completion": wrong, "label": False})

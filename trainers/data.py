@@ -2,8 +2,8 @@
 
 What a row needs to have, by the kind of the loss (`losses.Kind`), as plain text or as conversations:
 
-    SEQUENCE  prompt + completion | messages | text
-    PAIRED    prompt + chosen + rejected | chosen + rejected, which begin with the same prompt
+    SEQUENCE  prompt + completion | messages | text; perhaps weight, see `token_weights.py`
+    PAIRED    prompt + chosen + rejected | chosen + rejected, which begin with the same prompt; reference (TPO)
     LABELED   prompt + completion + label | pairs, each of which becomes two rows
     GROUPED   prompt, and further columns for the rewards (`prepare_prompts`)
 
@@ -23,6 +23,7 @@ from logratio.losses import Kind
 from .columns import Source, read_sources
 from .errors import UserError
 from .rows import Rows, load_rows
+from .token_weights import has_weights, token_weights
 from .tokenization import Text, assistant_masks, check_tokenizer, common_prefix, encode, is_conversation, with_eos
 
 __all__ = ["Completion", "Example", "Prompt", "Report", "Rows", "load_rows", "prepare", "prepare_prompts"]
@@ -32,10 +33,14 @@ _BATCH = 1000  # rows tokenized by one call, which uses all cores
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them."""
+    """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
+
+    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    """
 
     ids: list[int]
     scored: list[bool] | None = None
+    weights: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class Example:
     """What every method trains on: a prompt and its completions.
 
     prompt_ids: never empty, so that every scored token has a predecessor.
-    completions: one (SFT, KTO), or chosen and rejected (DPO, ORPO). Never without a scored token.
+    completions: one (SFT, KTO), chosen and rejected (DPO, ORPO), or these and gold (TPO). None without a scored token.
     label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
     row: index in the data set, for messages.
     """
@@ -82,7 +87,8 @@ class Report:
     examples: that remain. truncated: completions cut at `max_length`, by `tokens_cut` tokens together. dropped:
     examples without a scored token within `max_length`. identical: pairs whose two completions are the same tokens,
     from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
-    completion behind it, so that the completion starts where the two part. labels: (True, False) counts.
+    completion behind it, so that the completion starts where the two part. weighted: examples with weights other
+    than 1. labels: (True, False) counts.
     """
 
     name: str
@@ -92,12 +98,15 @@ class Report:
     dropped: int = 0
     identical: int = 0
     moved: int = 0
+    weighted: int = 0
     labels: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         notes = [f"{self.name}: {self.examples} examples"]
         if self.labels:
             notes.append(f"{self.labels[0]} of them desirable")
+        if self.weighted:
+            notes.append(f"{self.weighted} of them with weights other than 1")
         if self.dropped:
             notes.append(f"{self.dropped} dropped, with nothing scored within max_length")
         if self.truncated:
@@ -117,18 +126,20 @@ def prepare(
     max_length: int | None = 1024,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    gold: bool = False,
 ) -> tuple[list[Example], Report]:
     """Tokenize rows of sequences, pairs or labeled completions.
 
     max_length: of a prompt and one completion together, in tokens; the start is kept. None: no limit.
     completion_only_loss: of sequences; None: score the completion only where rows have one, all of the text otherwise.
     assistant_only_loss: of sequences; score only what the chat template marks as the assistant's.
+    gold: of pairs; a third completion, from the column `reference`.
 
     Raises UserError for a row that cannot be used, and where no example remains.
     """
     if kind == Kind.GROUPED:
         raise ValueError("prompts to generate from have no completions yet: use prepare_prompts")
-    first = next(read_sources(rows, kind))
+    first = next(read_sources(rows, kind, gold=gold))
     check_tokenizer(
         tokenizer, conversational=is_conversation(first.completions[0]), assistant_only_loss=assistant_only_loss
     )
@@ -139,17 +150,19 @@ def prepare(
         )
     report = Report(rows.name)
     examples: list[Example] = []
-    for batch in _batches(read_sources(rows, kind)):
+    for batch in _batches(read_sources(rows, kind, gold=gold)):
         prompts, wholes = _tokenize(tokenizer, batch)
-        masks: list[list[bool]] | list[None] = [None] * len(batch)
-        if kind == Kind.SEQUENCE and assistant_only_loss:
-            masks = assistant_masks(tokenizer, [_wholes(s, tokenizer)[0] for s in batch], [s.options for s in batch])
-        for source, prompt, whole, mask in zip(batch, prompts, wholes, masks, strict=True):
+        for source, prompt, whole in zip(batch, prompts, wholes, strict=True):
             place = rows.where(source.row)
             if kind == Kind.SEQUENCE:
                 # TRL's default: the completion where there is one, else everything.
                 masked_prompt = None if completion_only_loss is False else prompt
-                example = _sequence(source, masked_prompt, whole[0], mask, max_length, place, report)
+                text = _wholes(source, tokenizer)[0]
+                marked = assistant_only_loss or has_weights(text)
+                mask = assistant_masks(tokenizer, [text], [source.options])[0] if marked else None
+                weights = token_weights(source.weight, text, mask, len(whole[0]), place)
+                mask = mask if assistant_only_loss else None
+                example = _sequence(source, masked_prompt, whole[0], mask, weights, max_length, place, report)
             else:
                 example = _shared_prompt(source, prompt or [], whole, max_length, place, report)
             if example is not None:
@@ -226,6 +239,7 @@ def _sequence(
     prompt: list[int] | None,
     whole: list[int],
     mask: list[bool] | None,
+    weights: list[float] | None,
     max_length: int | None,
     place: str,
     report: Report,
@@ -246,7 +260,9 @@ def _sequence(
     report.truncated += len(kept) < len(whole)
     report.tokens_cut += len(whole) - len(kept)
     rest = scored[first : len(kept)]
-    return Example(kept[:first], [Completion(kept[first:], None if all(rest) else rest)], row=source.row)
+    weights = None if weights is None else weights[first : len(kept)]
+    report.weighted += weights is not None
+    return Example(kept[:first], [Completion(kept[first:], None if all(rest) else rest, weights)], row=source.row)
 
 
 def _shared_prompt(
@@ -273,7 +289,7 @@ def _shared_prompt(
         cut = len(whole) - start - len(ids)
         report.truncated += cut > 0
         report.tokens_cut += cut
-    report.identical += len(completions) == 2 and completions[0] == completions[1]
+    report.identical += len(completions) > 1 and completions[0] == completions[1]
     return Example(wholes[0][:start], [Completion(ids) for ids in completions], source.label, source.row)
 
 

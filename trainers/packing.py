@@ -33,6 +33,7 @@ class PackedBatch:
     hidden_index: [N] int64, which of the R * L hidden states predicts each scored token.
     targets: [N] int64, that token. slot: [N] int64, its place in the flattened [C (+ prompts), T] result.
     scored: [C (+ prompts), T] bool. num_completions: C. num_tokens: without padding.
+    weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
     """
 
@@ -49,6 +50,7 @@ class PackedBatch:
     num_tokens: int
     examples: tuple[Example, ...]
     is_filler: bool = False
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
@@ -64,7 +66,7 @@ class PackedBatch:
         none = self.hidden_index[:0]
         scored = torch.zeros_like(self.scored[:, :1])
         return dataclasses.replace(
-            self, hidden_index=none, targets=none, slot=none, scored=scored, num_tokens=0, is_filler=True
+            self, hidden_index=none, targets=none, slot=none, scored=scored, num_tokens=0, is_filler=True, weights=None
         )
 
     def unflatten(self, values: Tensor) -> Tensor:
@@ -203,11 +205,14 @@ def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prom
                 paths.add(piece.example, example, k, r * length, prompt, place)
                 at = place.stop
 
-    hidden_index, targets, path, step = (torch.cat(parts) for parts in zip(*paths.scored, strict=True))
+    hidden_index, targets, path, step, weight = (torch.cat(parts) for parts in zip(*paths.scored, strict=True))
     width = int(step.max()) + 1 if len(step) else 1
     slot = path * width + step
     scored = torch.zeros((num_completions + len(paths.prompt)) * width, dtype=torch.bool)
     scored[slot] = True
+    weights = None
+    if any(c.weights is not None for i in members for c in examples[i].completions):
+        weights = torch.zeros(scored.shape, dtype=torch.float32).index_put((slot,), weight).view(-1, width)
     return PackedBatch(
         input_ids=ids,
         position_ids=positions,
@@ -221,6 +226,7 @@ def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prom
         num_completions=num_completions,
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
+        weights=weights,
     )
 
 
@@ -234,12 +240,12 @@ class _Paths:
     """Collects what is scored, a stretch of tokens at a time.
 
     completion, prompt: the path of an example's first completion, and of its prompt where prompts are scored.
-    scored: (hidden index, target, path, place on the path) of each stretch, four int64 tensors of one length.
+    scored: (hidden index, target, path, place on the path, weight) of each stretch, tensors of one length.
     """
 
     completion: dict[int, int]
     prompt: dict[int, int]
-    scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    scored: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)
 
     def add(self, index: int, example: Example, k: int, row_start: int, prompt: range, place: range) -> None:
         """Completion k of an example, and with the first one the prompt; the ranges are places in the row."""
@@ -252,7 +258,8 @@ class _Paths:
         before = torch.arange(place.start - 1, place.stop - 1) + row_start
         before[:1] = row_start + prompt.stop - 1
         step = torch.arange(len(tokens))
-        self._append(before[keep], tokens[keep], self.completion[index] + k, step[keep])
+        weights = None if completion.weights is None else torch.tensor(completion.weights, dtype=torch.float32)[keep]
+        self._append(before[keep], tokens[keep], self.completion[index] + k, step[keep], weights)
         if k == 0 and index in self.prompt:
             inside = torch.arange(prompt.start, prompt.stop - 1) + row_start
             self._append(inside, torch.tensor(example.prompt_ids[1:]), self.prompt[index], torch.arange(len(inside)))
@@ -261,8 +268,11 @@ class _Paths:
                 before[~keep], tokens[~keep], self.prompt[index], len(inside) + torch.arange(int((~keep).sum()))
             )
 
-    def _append(self, hidden_index: Tensor, target: Tensor, path: int, step: Tensor) -> None:
-        self.scored.append((hidden_index, target.long(), torch.full_like(step, path), step))
+    def _append(
+        self, hidden_index: Tensor, target: Tensor, path: int, step: Tensor, weights: Tensor | None = None
+    ) -> None:
+        weights = torch.ones(len(step)) if weights is None else weights
+        self.scored.append((hidden_index, target.long(), torch.full_like(step, path), step, weights))
 
 
 def attention_mask(batch: PackedBatch, window: int | None = None) -> Tensor:

@@ -209,6 +209,54 @@ def test_arithmetic_serves_every_kind(kind):
         assert prepare(rows, kind, TOKENIZER)[1].examples == len(rows)
 
 
+# --- a third, gold completion
+
+TRIPLE = {"prompt": "12", "chosen": "abc", "rejected": "d", "reference": "efghi"}
+
+
+def test_a_gold_completion_comes_third():
+    examples, report = prepared([TRIPLE, {**TRIPLE, "reference": "f"}], Kind.PAIRED, gold=True, max_length=5)
+    assert [[bytes(i for i in c.ids if i != EOS) for c in e.completions] for e in examples] == [
+        [b"abc", b"d", b"efg"],
+        [b"abc", b"d", b"f"],
+    ]
+    assert (report.truncated, report.tokens_cut) == (3, 1 + 3 + 1)
+    (example,), _ = prepared([TRIPLE], Kind.PAIRED)
+    assert len(example.completions) == 2
+
+
+def test_gold_shares_the_prompt_that_a_pair_begins_with():
+    rows = [{"chosen": "a b", "rejected": "a c", "reference": "a d e"}]
+    (example,), _ = prepared(rows, Kind.PAIRED, gold=True)
+    assert [bytes(example.prompt_ids), *(bytes(c.ids[:-1]) for c in example.completions)] == [
+        b"a",
+        b" b",
+        b" c",
+        b" d e",
+    ]
+    chat = {name: [user("q"), assistant(name)] for name in ("chosen", "rejected", "reference")}
+    (example,), _ = prepared([chat], Kind.PAIRED, gold=True)
+    texts = [TOKENIZER.decode(c.ids) for c in example.completions]
+    assert [name in text for name, text in zip(chat, texts, strict=True)] == [True] * 3
+    assert not any("q" in text for text in texts)
+    with pytest.raises(UserError, match=r"row 0 .*: 'reference' does not begin with the prompt that 'chosen' and"):
+        prepared([{**rows[0], "reference": "b d"}], Kind.PAIRED, gold=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"reference": None}, "lacks 'reference', which the first row has: fill it in or remove the row"),
+        ({"reference": " "}, "'reference' has no text to learn from: fill it in or remove the row"),
+    ],
+)
+def test_a_missing_gold_completion_is_named(change, message):
+    with pytest.raises(UserError, match=f"row 1 .*{message}"):
+        prepared([TRIPLE, {**TRIPLE, **change}], Kind.PAIRED, gold=True)
+    with pytest.raises(UserError, match=r"data, row 0 .* has no 'reference', .*: add the column, or use a method"):
+        prepared([*PAIRS, TRIPLE], Kind.PAIRED, gold=True)
+
+
 # --- bad rows
 
 GOOD = {

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer, extract_prompt
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from logratio.losses import Kind
 from logratio.trainers.data import Rows, prepare, prepare_prompts
@@ -192,6 +193,27 @@ def test_dpo_ids_are_trls(case, max_length, tokenizer, model, tmp_path):
     assert all(c.scored is None for x in examples for c in x.completions)
     # All chosen come first in TRL's batch.
     check_collated([(x, x.completions[i]) for i in (0, 1) for x in examples], theirs)
+
+
+def triples(rows: list[dict], case: str) -> list[dict]:
+    """The pairs with a gold completion each, which in plain rows merges with some prompts that chosen does not."""
+    if case == "plain":
+        return [{**row, "reference": " c"} for row in rows]
+    more = " and more" if "plain" in case else [user("so?"), assistant("so")]
+    return [{**row, "reference": row["chosen"] + more} for row in rows if "plain" in case or len(row["chosen"]) < 4]
+
+
+@pytest.mark.parametrize("max_length", [1024, 32])
+@pytest.mark.parametrize("case", PAIR_CASES)
+def test_tpo_ids_are_trls(case, max_length, tokenizer, model, tmp_path):
+    rows = triples(PAIR_CASES[case], case)
+    arguments = TPOConfig(**common_options(tmp_path), max_length=max_length)
+    data = datasets.Dataset.from_list(rows)
+    trainer = TPOTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    examples, _ = prepare(Rows("rows", rows), Kind.PAIRED, tokenizer, max_length=max_length, gold=True)
+    # TRL keeps prompts that leave no room for a completion
+    theirs = trainer.data_collator([dict(x) for x in trainer.train_dataset if len(x["prompt_ids"]) < max_length])
+    check_collated([(x, x.completions[i]) for i in (0, 1, 2) for x in examples], theirs)
 
 
 @pytest.mark.parametrize("max_length", [1024, 32])
