@@ -183,7 +183,8 @@ def _aot(name: str, pairs: Sequence[Pair], o: Options) -> Tensor:
     else:  # chosen against rejected log-ratios
         left, right = [p.r_w for p in pairs], [p.r_l for p in pairs]
     total = torch.zeros((), dtype=torch.float64)
-    for u, v in zip(sorted(left, key=float), sorted(right, key=float), strict=True):
+    by_value = [sorted(values, key=lambda value: float(value.detach())) for values in (left, right)]
+    for u, v in zip(*by_value, strict=True):
         total = total + smoothed(o.beta * (u - v), o.label_smoothing)
     return total
 
