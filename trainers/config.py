@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from logratio.losses.advantages import ADVANTAGES
 
 from .errors import UserError
 
@@ -42,6 +45,12 @@ class ModelConfig:
     """Reference model, where it is neither the starting model nor the starting adapter."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
+    sync_ref_model: bool = False
+    """Let the reference follow the policy (TR-DPO), in full fine-tuning, LoRA and QLoRA."""
+    ref_model_mixup_alpha: float = 0.6
+    """Its weights become this x the policy's + (1 - this) x its own."""
+    ref_model_sync_steps: int = 512
+    """Every so many optimizer steps."""
 
     def __post_init__(self) -> None:
         adapters = self.lora_r > 0 or self.adapter_name_or_path
@@ -49,6 +58,15 @@ class ModelConfig:
             raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
         if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_r {self.lora_r} or --lora_dropout {self.lora_dropout} is out of range")
+        if not 0 <= self.ref_model_mixup_alpha <= 1 or self.ref_model_sync_steps < 1:
+            raise UserError("--ref_model_mixup_alpha must be in [0, 1], --ref_model_sync_steps at least 1")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise UserError("--sync_ref_model changes the reference, whose log-probs --precompute_ref_log_probs fixes")
+        if self.sync_ref_model and self.ref_model_name_or_path:
+            raise UserError(
+                "--sync_ref_model blends the policy into the weights that it started from, which "
+                f"--ref_model_name_or_path {self.ref_model_name_or_path} are not; leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,17 +186,56 @@ class RolloutConfig:
     """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """Divide advantages by the standard deviation of their group, or not."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
+    step."""
+    advantage_type: str = "group"
+    """group (GRPO), rloo, reinforce_pp, reinforce_pp_baseline, remax or opo."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide the advantages of type group by the standard deviation of their group, of the step's rewards, or not."""
+    normalize_advantages: bool = False
+    """Whiten the advantages over the step."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from completions that reached the length limit; they are rewarded and counted as others are."""
+    reward_kl_coef: float = 0.0
+    """Take this times the divergence from the reference, summed over the completion, off its reward (RLOO,
+    REINFORCE++)."""
+    reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
 
     def __post_init__(self) -> None:
-        if self.num_generations < 2:
-            raise UserError(f"--num_generations {self.num_generations}: a group needs at least 2 to compare")
+        if self.advantage_type not in ADVANTAGES:
+            raise UserError(
+                f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
+            )
+        advantage = ADVANTAGES[self.advantage_type]
+        if self.num_generations < advantage.smallest_group:
+            needed = advantage.smallest_group
+            raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
         if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.num_iterations < 1:
             raise UserError("--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
+            )
+        if not 0 <= self.reward_kl_coef < math.inf:
+            raise UserError(f"--reward_kl_coef must be finite and not negative, got {self.reward_kl_coef}")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            own = ("advantage_type", "scale_rewards", "normalize_advantages", "reward_kl_coef")
+            given = [f.name for f in dataclasses.fields(self) if f.name in own and getattr(self, f.name) != f.default]
+            if given:
+                raise UserError(
+                    "--multi_objective_aggregation normalize_then_sum scales and whitens each reward in its own way; "
+                    f"leave out --{' and --'.join(given)}"
+                )
+        if self.scale_rewards != "group" and self.advantage_type != "group":
+            raise UserError(
+                f"--scale_rewards {self.scale_rewards} is an option of --advantage_type group, "
+                f"not of {self.advantage_type}"
+            )
+        if self.normalize_advantages and advantage.whitened:
+            raise UserError(
+                f"--normalize_advantages: the advantages of {self.advantage_type} are whitened already; leave it out"
             )
 
 
@@ -192,6 +249,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig | None = None
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether the loss or the rewards compare with a reference model."""
+        return self.loss.wants_reference or (self.rollout is not None and self.rollout.reward_kl_coef > 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for run_config.json."""

@@ -22,6 +22,7 @@ from .data import Example
 from .errors import UserError
 from .model import describe
 from .packing import split_groups
+from .rollout import Rolled, give_advantages, reward_kl
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, build, windows
 from .step import StepResult, rows_of
@@ -106,23 +107,35 @@ def steps(run: Run) -> Any:
         if run.rollouts is None:
             yield window, {}, run.step.micro_batches(window), False
             continue
-        assert run.config.rollout is not None
-        examples, metrics = sample(run, window)
+        rollout = run.config.rollout
+        assert rollout is not None
+        rolled = sample(run, window)
+        # whole groups are compared; ones that do not fit a micro-batch are divided
+        examples = split_groups(rolled.examples, config.micro_batch_tokens, run.policy.shared)
         micros = run.step.micro_batches(examples, dealt=True)
-        if run.config.rollout.num_iterations > 1:
+        kl, metrics = None, run.rollouts.metrics(rolled, run.accelerator)
+        if rollout.num_iterations > 1 or rollout.reward_kl_coef:
             run.step.fill_old(micros)
-        for _ in range(run.config.rollout.num_iterations):
+        if rollout.reward_kl_coef:
+            run.step.fill_reference(micros)
+            kl, metrics["kl"] = reward_kl(examples, micros, rollout.reward_kl_estimator)
+            kl = kl.view(rolled.by_function.shape[:2])
+            if rollout.num_iterations == 1:  # on policy, as without the penalty
+                for micro in micros:
+                    micro.old = None
+        advantages = run.rollouts.advantages(rolled, run.accelerator, kl)
+        examples = give_advantages(examples, micros, advantages.flatten().tolist())
+        for _ in range(rollout.num_iterations):
             yield examples, metrics, micros, True
 
 
-def sample(run: Run, prompts: Sequence[Any]) -> tuple[list[Example], dict[str, Mean]]:
-    """This process's share of the prompts, rolled out; groups that do not fit a micro-batch are divided."""
+def sample(run: Run, prompts: Sequence[Any]) -> Rolled:
+    """This process's share of the prompts, rolled out and scored."""
     assert run.rollouts is not None
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     if len(prompts) < world:
         raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
-    examples, metrics = run.rollouts(prompts[rank::world])
-    return split_groups(examples, run.config.train.micro_batch_tokens, run.policy.shared), metrics
+    return run.rollouts(prompts[rank::world])
 
 
 def update(run: Run, examples: Sequence[Example]) -> float:
@@ -146,7 +159,8 @@ def evaluate(run: Run) -> dict[str, float]:
     """Loss and metrics of the held-out examples, as if they were one step without an update."""
     if run.rollouts is not None:
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        _, metrics = run.rollouts(run.data.evaluation[rank::world])
+        rolled = run.rollouts(run.data.evaluation[rank::world], greedy=False)
+        metrics = run.rollouts.metrics(rolled, run.accelerator)
         zero = torch.zeros((), device=run.accelerator.device)
         means = {name: Mean(*(x.to(zero.device) for x in mean)) for name, mean in metrics.items()}
         return {k: v for k, v in StepResult(zero, means).reduced(run.accelerator).items() if k != "loss"}

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 from transformers import GenerationConfig
 
 from logratio.losses import Mean
+from logratio.losses.advantages import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, advantages_of, sum_then_normalize
 
 from .config import RolloutConfig
 from .data import Completion, Example, Prompt
+from .errors import UserError
 from .policy import Policy
 from .reference import inference
 from .rewards import Reward, call_reward
+from .step import MicroBatch
 
 # Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
 GENERATION_ROWS = 256
-ADVANTAGE_EPS = 1e-4
-
-
-def advantages(rewards: torch.Tensor, scale_rewards: Literal["group", "none"] = "group") -> torch.Tensor:
-    """A = (R - mean) / (std + 1e-4) of each group, [groups, G] float64 (arXiv 2402.03300).
-
-    The standard deviation has Bessel's correction; "none" does not divide by it (Dr. GRPO, arXiv 2503.20783). Equal
-    rewards give exactly 0. NaN rewards (no reward function had an opinion) give 0 and do not count, as in TRL.
-    """
-    rewards = rewards.double()
-    known = ~rewards.isnan()
-    count = known.sum(1, keepdim=True)
-    mean = torch.nansum(rewards, 1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(known, rewards - mean, 0.0)
-    if scale_rewards == "group":
-        std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + ADVANTAGE_EPS)
-    highest = rewards.nan_to_num(-torch.inf).amax(1, keepdim=True)
-    lowest = rewards.nan_to_num(torch.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, centred, 0.0)
 
 
 @dataclass(frozen=True)
@@ -93,8 +80,24 @@ def generate(
     return done
 
 
+@dataclass(frozen=True)
+class Rolled:
+    """A process's rollouts, before they are compared.
+
+    examples: one a prompt, with `num_generations` completions and no advantages yet.
+    by_function: [prompts, G, K] float64 rewards, NaN where a reward function returned None.
+    baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
+    metrics: of the completions themselves.
+    """
+
+    examples: list[Example]
+    by_function: Tensor
+    baseline: Tensor | None = None
+    metrics: dict[str, Mean] = field(default_factory=dict)
+
+
 class Rollouts:
-    """Prompts -> examples with advantages, and TRL's reward metrics."""
+    """Prompts -> completions and their rewards -> advantages, and TRL's reward metrics."""
 
     def __init__(
         self,
@@ -108,40 +111,48 @@ class Rollouts:
         self.max_completion_length = max_completion_length
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> tuple[list[Example], dict[str, Mean]]:
-        """One example a prompt, with `num_generations` completions."""
+    def __call__(self, prompts: Sequence[Prompt], *, greedy: bool = True) -> Rolled:
+        """Sample `num_generations` completions of each prompt, and score them.
+
+        greedy: score a greedy completion too, where the advantages want it (not for an evaluation).
+        """
         group = self.config.num_generations
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        sampled = generate(
-            self.policy,
-            self.tokenizer,
-            repeated,
-            max_new_tokens=self.max_completion_length,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-        )
-        by_function = self.score(repeated, sampled)
-        known = ~by_function.isnan()
-        total = torch.where(known.any(1), (by_function.nan_to_num() * self.weights).sum(1), torch.nan)
-        grouped = total.view(-1, group)
-        adv = advantages(grouped, self.config.scale_rewards).tolist()
+        sampled = self.generate(repeated, temperature=self.config.temperature, top_p=self.config.top_p)
+        by_function = self.score(repeated, sampled).reshape(len(prompts), group, len(self.rewards))
+        baseline = None
+        if greedy and ADVANTAGES[self.config.advantage_type].wants_greedy:
+            scores = self.score(prompts, self.generate(prompts, do_sample=False))
+            baseline = sum_then_normalize(scores[:, None], self.weights)
         examples = [
             Example(
                 prompt.prompt_ids,
-                [Completion(s.ids) for s in sampled[i * group : (i + 1) * group]],
+                [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
                 row=prompt.row,
-                advantages=tuple(adv[i]),
             )
             for i, prompt in enumerate(prompts)
         ]
-        return examples, self._metrics(sampled, by_function, grouped)
+        metrics = {
+            "completions/mean_length": Mean.of(torch.tensor([float(len(s.ids)) for s in sampled])),
+            "completions/clipped_ratio": Mean.of(torch.tensor([float(not s.ended) for s in sampled])),
+        }
+        return Rolled(examples, by_function, baseline, metrics)
 
-    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> torch.Tensor:
+    def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
+        return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
+
+    def completion(self, sampled: Sampled) -> Completion:
+        cut = self.config.mask_truncated_completions and not sampled.ended
+        return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None)
+
+    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> Tensor:
         """[completions, functions] float64, NaN where a reward function returned None."""
+        scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
+        if not sampled:
+            return scores
         texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
         chat = [not isinstance(p.prompt, str) for p in prompts]
         completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)]
-        scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
         for column, (name, reward) in enumerate(self.rewards.items()):
             values = call_reward(
                 name,
@@ -155,17 +166,104 @@ class Rollouts:
             scores[:, column] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
         return scores
 
-    def _metrics(self, sampled: Sequence[Sampled], by_function: torch.Tensor, grouped: torch.Tensor) -> dict[str, Mean]:
-        lengths = torch.tensor([float(len(s.ids)) for s in sampled])
-        spread = (grouped.nan_to_num(0.0)).std(1)
+    def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
+        """[prompts, G] float64 advantages of a process's rollouts, among those of the step on all processes.
+
+        kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
+        """
+        config, (prompts, group, functions) = self.config, rolled.by_function.shape
+        lengths = torch.tensor([len(c.ids) for e in rolled.examples for c in e.completions], dtype=torch.float64)
+        others = [
+            lengths.reshape(prompts, group),
+            torch.zeros(prompts, group) if rolled.baseline is None else rolled.baseline.expand(-1, group),
+            torch.zeros(prompts, group) if kl is None else kl,
+        ]
+        columns = torch.cat([rolled.by_function, torch.stack(others, -1)], -1)
+        everyone, own = gather_rows(accelerator, columns)
+        by_function, (lengths, baseline, kl) = everyone[..., :functions], everyone[..., functions:].unbind(-1)
+        rewards = AGGREGATIONS[config.multi_objective_aggregation](by_function, self.weights)
+        gdpo = config.multi_objective_aggregation == "normalize_then_sum"
+        return advantages_of(
+            rewards - config.reward_kl_coef * kl,
+            "reinforce_pp" if gdpo else config.advantage_type,
+            scale=config.scale_rewards,
+            lengths=lengths,
+            baseline=baseline[:, :1],
+            normalize_advantages=config.normalize_advantages,
+        )[own]
+
+    def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
+        """TRL's, of what the reward functions said (a KL penalty is not in them); this process's share."""
+        rewards = sum_then_normalize(rolled.by_function, self.weights)
+        everyone, _ = gather_rows(accelerator, rewards)
+        known = everyone[~everyone.isnan()]
+        counts = (~rewards.isnan()).sum(1)
+        equal = rewards.nan_to_num(-torch.inf).amax(1) == rewards.nan_to_num(torch.inf).amin(1)
         metrics = {
-            "reward": Mean.of(grouped, ~grouped.isnan()),
-            "reward_std": Mean.of(spread),
-            "frac_reward_zero_std": Mean.of((spread == 0).double()),
-            "completions/mean_length": Mean.of(lengths),
-            "completions/clipped_ratio": Mean.of(torch.tensor([float(not s.ended) for s in sampled])),
+            **rolled.metrics,
+            "reward": Mean.of(rewards, ~rewards.isnan()),
+            "reward_std": Mean.of(known.std().view(1) if len(known) > 1 else known[:0]),
+            "frac_reward_zero_std": Mean.of((equal & (counts > 1)).double()),
         }
         for column, name in enumerate(self.rewards):
-            values = by_function[:, column]
+            values = rolled.by_function[..., column]
             metrics[f"rewards/{name}/mean"] = Mean.of(values, ~values.isnan())
         return metrics
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
+    """The rows of all processes, which may hold different numbers of them, and which of them are this process's."""
+    if accelerator.num_processes == 1:
+        return rows, slice(None)
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = accelerator.pad_across_processes(rows.to(accelerator.device), dim=0)
+    parts = accelerator.gather(padded).to(rows.device).split(max(counts))
+    start = sum(counts[: accelerator.process_index])
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))
+
+
+def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:
+    """The divergence of each completion from the reference, sum_t k(log old - log ref) over its scored tokens, [n]
+    float64 in the order of the examples; and its mean over tokens.
+
+    micros: these examples packed, with `old` and `ref` filled. Raises UserError where a divergence is not finite.
+    """
+    first, count = {}, 0
+    for example in examples:
+        first[id(example)] = count
+        count += len(example.completions)
+    sums = torch.zeros(count, dtype=torch.float64)
+    tokens = torch.zeros(())
+    for micro in micros:
+        if micro.batch.is_filler:
+            continue
+        assert micro.old is not None and micro.ref is not None
+        kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
+        tokens += micro.batch.scored.sum().cpu()
+        at = 0
+        for example in micro.batch.examples:
+            start, n = first[id(example)], len(example.completions)
+            sums[start : start + n] = kl[at : at + n].sum(-1).cpu()
+            at += n
+    for example in examples:
+        if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
+            raise UserError(
+                f"the divergence from the reference is not finite (row {example.row} of the data set); "
+                "use float32, or another --reward_kl_estimator"
+            )
+    return sums, Mean(sums.sum(), tokens)
+
+
+def give_advantages(
+    examples: Sequence[Example], micros: Sequence[MicroBatch], advantages: Sequence[float]
+) -> list[Example]:
+    """The examples with the advantages of their completions, given in the same order, in the micro-batches too."""
+    values = iter(advantages)
+    new = {
+        id(example): dataclasses.replace(example, advantages=tuple(islice(values, len(example.completions))))
+        for example in examples
+    }
+    for micro in micros:
+        inside = tuple(new[id(example)] for example in micro.batch.examples)
+        micro.batch = dataclasses.replace(micro.batch, examples=inside)
+    return list(new.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from logratio.trainers.cli import main
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.loop import train_run
 from logratio.trainers.reference import StoredReference, tokens_key
+from logratio.trainers.rollout import Rolled
 from logratio.trainers.step import Step
 from logratio.trainers.tiny import tiny_tokenizer
 
@@ -112,11 +114,24 @@ def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], d
     return examples, rows, old
 
 
+class GivenRollouts:
+    """Its prompts are examples that have completions and advantages already."""
+
+    def __call__(self, prompts: Any) -> Rolled:
+        return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
+
+    def metrics(self, rolled: Rolled, accelerator: Any) -> dict[str, Any]:
+        return {}
+
+    def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
+        return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
+
+
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
     """Examples in place of prompts, and their old log-probs in place of the policy's."""
     run.data.train[:] = examples
     run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=BATCH // 2))
-    run.rollouts = lambda prompts: (list(prompts), {})  # type: ignore[assignment]
+    run.rollouts = GivenRollouts()  # type: ignore[assignment]
     cut, table = run.step.micro_batches, StoredReference(old, run.step.reference)  # type: ignore[arg-type]
 
     def with_old(*args: Any, **kwargs: Any) -> Any:

@@ -1,65 +1,16 @@
-"""GRPO's data: advantages by hand and by law, generation against a plain loop, rewards in TRL's form."""
+"""GRPO's data: generation against a plain loop, rewards in TRL's form, what is compared with what."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from accelerate import Accelerator
 
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data import Prompt
 from logratio.trainers.policy import Policy
-from logratio.trainers.rollout import Rollouts, Sampled, advantages, generate
+from logratio.trainers.rollout import Rollouts, Sampled, generate, give_advantages
 from logratio.trainers.tiny import tiny_model, tiny_tokenizer
-
-NAN = math.nan
-numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
-groups = st.integers(2, 5).flatmap(
-    lambda g: st.lists(st.lists(numbers, min_size=g, max_size=g), min_size=1, max_size=3)
-)
-
-
-def test_advantages_by_hand():
-    """Rewards 1, 0, 0, 1 have the mean 1/2 and, with Bessel's correction, the variance 1/3."""
-    got = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 1.0, 2.0, 2.0]]))
-    first, second = 0.5 / (math.sqrt(1 / 3) + 1e-4), 1 / (math.sqrt(2 / 3) + 1e-4)
-    wanted = [[first, -first, -first, first], [second, -second, 0.0, 0.0]]
-    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=0)
-    plain = advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), "none")
-    assert plain.tolist() == [[0.5, -0.5, -0.5, 0.5]]
-
-
-def test_rewards_without_an_opinion_do_not_count():
-    got = advantages(torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, NAN], [2.0, NAN, NAN]]))
-    known = 0.5 / (math.sqrt(0.5) + 1e-4)
-    torch.testing.assert_close(got, torch.tensor([[known, 0.0, -known], [0.0] * 3, [0.0] * 3], dtype=torch.float64))
-
-
-@settings(max_examples=100, deadline=None)
-@given(rewards=groups, shift=numbers, scale=st.sampled_from(["group", "none"]))
-def test_laws_of_advantages(rewards, shift, scale):
-    rewards = torch.tensor(rewards, dtype=torch.float64)
-    got = advantages(rewards, scale)
-    spread = rewards.amax(1) - rewards.amin(1)
-    assert (got.sum(1).abs() <= 1e-9).all(), "they sum to 0"
-    assert (got[spread == 0] == 0).all(), "equal rewards give exactly 0"
-    torch.testing.assert_close(advantages(rewards + shift, scale), got, rtol=1e-4, atol=1e-6)
-    order = rewards.argsort(1)
-    assert (got.gather(1, order).diff() >= -1e-12).all(), "a better reward has the larger advantage"
-    torch.testing.assert_close(advantages(rewards.flip(1), scale), got.flip(1))
-    if scale == "none":
-        torch.testing.assert_close(advantages(3 * rewards, scale), 3 * got)
-    else:
-        assert (got.abs() <= rewards.shape[1]).all()
-
-
-@pytest.mark.parametrize("size", [3, 6, 7, 10])
-@pytest.mark.parametrize("reward", [0.1, 1 / 3, -2.7])
-def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(reward, size):
-    assert (advantages(torch.full((1, size), reward, dtype=torch.float64)) == 0).all()
-    assert (advantages(torch.full((1, size), reward, dtype=torch.float64), "none") == 0).all()
-
 
 # Generation --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +108,18 @@ def rollouts(policy, tokenizer, rewards, **options):
     return Rollouts(policy, tokenizer, config, rewards, max_completion_length=6)
 
 
+def rolled_out(*args, **options):
+    """(examples with their advantages, metrics) of a process that is the only one."""
+
+    def run(prompts):
+        each, alone = rollouts(*args, **options), Accelerator()
+        rolled = each(prompts)
+        advantages = each.advantages(rolled, alone).flatten().tolist()
+        return give_advantages(rolled.examples, [], advantages), each.metrics(rolled, alone)
+
+    return run
+
+
 def test_rewards_are_called_in_trls_form(policy, tokenizer):
     seen = {}
 
@@ -171,7 +134,7 @@ def test_rewards_are_called_in_trls_form(policy, tokenizer):
         Prompt([65, 66], "AB", {"answer": "1", "level": 3}, 7),
         Prompt([67], "C", {"answer": "2", "level": 4}, 9),
     ]
-    examples, _ = rollouts(policy, tokenizer, {"watch": watch})(prompts)
+    examples, _ = rolled_out(policy, tokenizer, {"watch": watch})(prompts)
     assert seen["prompts"] == ["AB", "AB", "C", "C"]
     assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"] == {"level": [3, 3, 4, 4]}
     assert seen["limit"] == 6
@@ -189,7 +152,7 @@ def test_rollouts_are_sampled_as_configured(policy, tokenizer):
     prompts = prompts_of(tokenizer, *TEXTS)
     greedy = [argmax_loop(policy.model, p.prompt_ids, {tokenizer.eos_token_id}, 6).ids for p in prompts]
     for options in ({"temperature": 1e-4}, {"top_p": 1e-4}):
-        examples, _ = rollouts(policy, tokenizer, {"none": lambda prompts, **_: [0.0] * len(prompts)}, **options)(
+        examples, _ = rolled_out(policy, tokenizer, {"none": lambda prompts, **_: [0.0] * len(prompts)}, **options)(
             prompts
         )
         assert [c.ids for e in examples for c in e.completions] == [ids for ids in greedy for _ in range(2)]
@@ -210,7 +173,7 @@ def test_conversations_get_messages_back(policy, tokenizer):
         return [0.0] * len(prompts)
 
     messages = [{"role": "user", "content": "hi"}]
-    rollouts(policy, tokenizer, {"watch": watch})([Prompt([65], messages, {}, 0)])
+    rolled_out(policy, tokenizer, {"watch": watch})([Prompt([65], messages, {}, 0)])
     assert seen["prompts"] == [messages, messages]
     assert all(
         len(c) == 1 and c[0].keys() == {"role", "content"} and c[0]["role"] == "assistant" for c in seen["completions"]
@@ -227,7 +190,7 @@ def test_metrics_are_trls(policy, tokenizer):
         return [None, 0.5, None, None]
 
     prompts = prompts_of(tokenizer, "a", "b")
-    examples, metrics = rollouts(policy, tokenizer, {"first": first, "second": second}, reward_weights=(1.0, 10.0))(
+    examples, metrics = rolled_out(policy, tokenizer, {"first": first, "second": second}, reward_weights=(1.0, 10.0))(
         prompts
     )
     means = {name: (m.total / m.count).item() for name, m in metrics.items()}
@@ -237,7 +200,7 @@ def test_metrics_are_trls(policy, tokenizer):
     assert means == pytest.approx(
         {
             "reward": (1.0 + 5.0 + 2.0 + 2.0) / 4,
-            "reward_std": math.sqrt(8.0) / 2,
+            "reward_std": math.sqrt((1.5**2 + 2.5**2 + 0.5**2 * 2) / 3),
             "frac_reward_zero_std": 0.5,
             "completions/mean_length": sum(lengths) / 4,
             "completions/clipped_ratio": sum(clipped) / 4,
@@ -250,7 +213,7 @@ def test_metrics_are_trls(policy, tokenizer):
 
 
 def test_a_completion_nobody_has_an_opinion_on_has_no_reward(policy, tokenizer):
-    examples, metrics = rollouts(policy, tokenizer, {"silent": lambda prompts, **_: [None] * len(prompts)})(
+    examples, metrics = rolled_out(policy, tokenizer, {"silent": lambda prompts, **_: [None] * len(prompts)})(
         prompts_of(tokenizer, "a")
     )
     assert examples[0].advantages == (0.0, 0.0)
