@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: install demo test test-long check smollm2 clean
+.PHONY: install demo test test-long mutants check smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ test: check
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+# Small mistakes in losses/, one at a time: which would the tests let live? `make mutants FILES=losses/dpo.py` for one file.
+mutants: install
+	$(BIN)/python tests/mutants.py $(FILES)
 
 check: install
 	$(BIN)/ruff check .
