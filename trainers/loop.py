@@ -59,6 +59,8 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
                 grad_norm = update(run, examples)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
+            if run.reference_sync is not None:
+                run.reference_sync.after(step)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             run.scheduler.step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from typing import Any
 
@@ -84,7 +85,8 @@ def check_architecture(name: str) -> None:
 def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     """`model` with the adapters that are trained, in float32, or itself where the whole model is.
 
-    frozen_copy: a starting adapter (`adapter_name_or_path`) gets a frozen copy, which is the reference.
+    frozen_copy: a starting adapter (`adapter_name_or_path`) gets a frozen copy, which is the reference. A fresh one
+    gets one where the reference is to follow the policy (`sync_ref_model`), whose product is 0 as its own is.
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -110,6 +112,11 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     head = base.get_output_embeddings()
     if hasattr(head, "lora_A"):
         raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
+    if frozen_copy and config.sync_ref_model:
+        random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
+        wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
+        torch.set_rng_state(random_state)
+        wrapped.set_adapter("default")
     return wrapped
 
 

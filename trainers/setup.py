@@ -33,6 +33,7 @@ from .reference import (
     precompute,
     save_table,
 )
+from .reference_sync import ReferenceSync, make_sync
 from .rewards import load_reward
 from .rollout import Rollouts
 from .rows import Rows, load_rows
@@ -64,6 +65,7 @@ class Run:
     scheduler: Any
     total_steps: int
     notes: list[str]
+    reference_sync: ReferenceSync | None = None
 
 
 def build(config: RunConfig) -> Run:
@@ -79,6 +81,7 @@ def build(config: RunConfig) -> Run:
     policy, notes = make_policy(config, accelerator.device)
     wrapped = accelerator.prepare_model(policy)
     reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
+    sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
     step = Step(
         accelerator,
         policy,
@@ -105,7 +108,8 @@ def build(config: RunConfig) -> Run:
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=scheduler,
         total_steps=total_steps,
-        notes=[*data.notes, *notes, *reference_notes],
+        notes=[*data.notes, *notes, *reference_notes, *sync_notes],
+        reference_sync=sync,
     )
 
 
@@ -210,8 +214,10 @@ def windows(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) 
 
 def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[str]]:
     """The policy on its device, and what to tell about it."""
+    if config.model.sync_ref_model and not config.wants_reference:
+        raise UserError(f"--sync_ref_model changes the reference, but this {config.method} has none; leave it out")
     model = load_model(config.model, device, seed=config.train.seed)
-    frozen_copy = config.loss.wants_reference and config.model.ref_model_name_or_path is None
+    frozen_copy = config.wants_reference and config.model.ref_model_name_or_path is None
     model = add_adapters(model, config.model, frozen_copy=frozen_copy)
     check_trainable(model)
     temperature = config.rollout.temperature if config.rollout else 1.0
@@ -226,7 +232,7 @@ def make_reference(
     config: RunConfig, policy: Policy, wrapped: Any, examples: Sequence[Any], accelerator: Accelerator
 ) -> tuple[Reference | None, list[str]]:
     """The source of reference log-probs that the loss and the options ask for, and what to tell about it."""
-    if not config.loss.wants_reference:
+    if not config.wants_reference:
         return None, []
     named = config.model.ref_model_name_or_path
     notes: list[str] = []

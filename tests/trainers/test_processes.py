@@ -1,4 +1,4 @@
-"""Two processes train as one does: uneven deals, a process that runs out, a pass over the window."""
+"""Two processes train as one does: uneven deals, one that runs out, a pass over the window, a moving reference."""
 
 import json
 import os
@@ -65,6 +65,8 @@ def words_for(method: str, folder: Path, output: str) -> list[str]:
     data.write_text("\n".join(map(json.dumps, rows)))
     words = ["train", method, "--dataset_name", str(data), "--output_dir", str(folder / output / method)]
     words += ["--lora_r", "2", "--batch_size", "3", "--micro_batch_tokens", "20", "--learning_rate", "2e-4"]
+    if method == "kto":  # its reference follows the policy
+        words += ["--sync_ref_model", "--ref_model_sync_steps", "1"]
     return [*words, "--max_steps", str(STEPS)]
 
 
