@@ -180,7 +180,7 @@ def test_a_loss_from_outside_trains(workspace, capsys):
         "outside_loss:NoLoss": "is not a dataclass derived from logratio.losses.Loss with a `kind`",
         "outside_loss:Missing": "has no 'Missing'",
         "no_such_module_here:X": "there is no module 'no_such_module_here' here or installed",
-        "nonsense": "--loss 'nonsense' is neither module:Class nor one of: dpo, grpo, kto, orpo, sft",
+        "nonsense": f"--loss 'nonsense' is neither module:Class nor one of: {METHODS}",
     }.items():
         assert cli.main(["train", "--loss", spec, *SHORT]) == 1
         error = capsys.readouterr().err

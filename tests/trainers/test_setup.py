@@ -20,7 +20,14 @@ from logratio.trainers.setup import build, count_steps, make_optimizer, start_ac
 def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [
-        {"prompt": f"{i}+1=", "completion": str(i + 1), "chosen": str(i + 1), "rejected": str(i + 30)} for i in range(7)
+        {
+            "prompt": f"{i}+1=",
+            "completion": str(i + 1),
+            "chosen": str(i + 1),
+            "rejected": str(i + 30),
+            "reference": str(i),
+        }
+        for i in range(7)
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
