@@ -6,10 +6,12 @@ import inspect
 import itertools
 import re
 import textwrap
+from typing import get_args, get_type_hints
 
 import pytest
 
 from logratio.losses import LOSSES
+from logratio.losses.advantages import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, SCALES
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.errors import UserError
 
@@ -60,6 +62,48 @@ def test_no_field_stands_in_two_of_the_configurations(name):
             RolloutConfig,
             {"reward_funcs": ("a", "b"), "reward_weights": (1.0,)},
             "--reward_weights has 1 numbers for 2 --reward_funcs",
+        ),
+        (
+            RolloutConfig,
+            {"advantage_type": "best"},
+            "--advantage_type best is unknown, expected one of: group, rloo, reinforce_pp, reinforce_pp_baseline, "
+            "remax, opo",
+        ),
+        (
+            RolloutConfig,
+            {"advantage_type": "remax", "num_generations": 0},
+            "--num_generations 0: a group needs at least 1 to compare",
+        ),
+        *(
+            (
+                RolloutConfig,
+                {"multi_objective_aggregation": "normalize_then_sum", name: value},
+                "--multi_objective_aggregation normalize_then_sum scales and whitens each reward in its own way; "
+                f"leave out --{name}",
+            )
+            for name, value in (
+                ("advantage_type", "opo"),
+                ("scale_rewards", "none"),
+                ("normalize_advantages", True),
+                ("reward_kl_coef", 0.1),
+            )
+        ),
+        (
+            RolloutConfig,
+            {"advantage_type": "rloo", "scale_rewards": "batch"},
+            "--scale_rewards batch is an option of --advantage_type group, not of rloo",
+        ),
+        *(
+            (
+                RolloutConfig,
+                {"advantage_type": kind, "normalize_advantages": True},
+                f"--normalize_advantages: the advantages of {kind} are whitened already; leave it out",
+            )
+            for kind in ("reinforce_pp", "reinforce_pp_baseline")
+        ),
+        *(
+            (RolloutConfig, {"reward_kl_coef": bad}, f"--reward_kl_coef must be finite and not negative, got {bad}")
+            for bad in (-0.1, float("inf"), float("nan"))
         ),
     ],
 )
@@ -118,6 +162,24 @@ def test_as_dict_is_plain_and_complete():
     ):
         assert values[name].keys() == {f.name for f in dataclasses.fields(part)}
     assert RunConfig(method="sft", loss=LOSSES["sft"]()).as_dict()["rollout"] is None
+
+
+@pytest.mark.parametrize(("coef", "beta", "wanted"), [(0.0, 0.0, False), (0.1, 0.0, True), (0.0, 0.1, True)])
+def test_a_reference_is_wanted_by_the_loss_or_by_the_rewards(coef, beta, wanted):
+    loss = LOSSES["grpo"](beta=beta)
+    config = RunConfig(method="grpo", loss=loss, rollout=RolloutConfig(reward_kl_coef=coef))
+    assert config.wants_reference is wanted
+    assert RunConfig(method="dpo", loss=LOSSES["dpo"]()).wants_reference
+    assert not RunConfig(method="sft", loss=LOSSES["sft"]()).wants_reference
+
+
+def test_every_choice_has_its_formula():
+    hints = get_type_hints(RolloutConfig)
+    assert set(get_args(hints["multi_objective_aggregation"])) == set(AGGREGATIONS)
+    assert set(get_args(hints["scale_rewards"])) == set(SCALES)
+    assert set(get_args(hints["reward_kl_estimator"])) == set(KL_ESTIMATORS)
+    for kind, needs in ADVANTAGES.items():
+        assert RolloutConfig(advantage_type=kind, num_generations=needs.smallest_group)
 
 
 @pytest.mark.parametrize("part", [*PARTS, *LOSSES.values()])

@@ -78,6 +78,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     runs = [words_for(method, tmp_path, "two") for method in METHODS]
     rollouts = words_for("grpo", tmp_path, "two") + ["--num_generations", "2", "--max_completion_length", "4"]
+    rollouts += ["--scale_rewards", "batch", "--eval_size", "1"]  # of which the second process has nothing
     done = launch(["worker.py", json.dumps([*runs, rollouts])], tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -101,6 +102,59 @@ def test_two_processes_train_as_one_does(tmp_path):
         assert weights[0].keys() == weights[1].keys()
         assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-6
         assert max(p.abs().max().item() for name, p in weights[0].items() if "lora_B" in name) > 2e-4
+
+
+# Compares groups of which the first process holds two and the second one, in every way.
+COMPARING = """
+import json, os, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from logratio.losses.advantages import ADVANTAGES
+from logratio.trainers.config import RolloutConfig
+from logratio.trainers.data import Completion, Example
+from logratio.trainers.rollout import Rolled, Rollouts
+
+alone = Accelerator()
+world, rank = alone.num_processes, alone.process_index
+nan = float("nan")
+groups = [[[1, 3], [0, 1], [0.5, 0]], [[2, nan], [nan, nan], [7, 0]], [[9, 1], [9, 2], [4, 0]]]
+mine = range(rank, 3, world)
+by_function = torch.tensor([groups[i] for i in mine]).double()
+examples = [Example([1], [Completion([0] * (i + k + 1)) for k in range(3)], row=i) for i in mine]
+rolled = Rolled(examples, by_function, torch.tensor([[0.5 * i] for i in mine]).double())
+kl = torch.tensor([[0.1 * i - 0.2 * k for k in range(3)] for i in mine]).double()
+record = {"world": world}
+kinds = [{"advantage_type": kind} for kind in ADVANTAGES]
+kinds += [{"scale_rewards": "batch"}, {"multi_objective_aggregation": "normalize_then_sum"}]
+kinds += [{"advantage_type": "rloo", "normalize_advantages": True, "reward_kl_coef": 0.5}]
+for options in kinds:
+    config = RolloutConfig(num_generations=3, reward_funcs=("a", "b"), reward_weights=(1.0, 0.5), **options)
+    rollouts = Rollouts(None, None, config, {"a": None, "b": None}, 8)
+    advantages = rollouts.advantages(rolled, alone, kl if config.reward_kl_coef else None)
+    record[json.dumps(options)] = {i: row for i, row in zip(mine, advantages.tolist(), strict=True)}
+mean = rollouts.metrics(rolled, alone)["reward_std"]
+record["reward_std"] = float(mean.total / mean.count)
+Path(f"{sys.argv[1]}{rank}.json").write_text(json.dumps(record))
+"""
+
+
+def test_rollouts_are_compared_with_those_of_all_processes(tmp_path):
+    (tmp_path / "comparing.py").write_text(COMPARING)
+    done = launch(["comparing.py", "two"], tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([sys.executable, "comparing.py", "one"], cwd=tmp_path, env=env, check=True, timeout=300)
+    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("one0.json", "two0.json", "two1.json"))
+    assert one.pop("world") == 1 and [t.pop("world") for t in two] == [2, 2]
+    std = one.pop("reward_std")
+    assert std > 1 and [t.pop("reward_std") for t in two] == pytest.approx([std, std])
+    assert len(one) == 9
+    for options, rows in one.items():
+        assert two[0][options].keys() == {"0", "2"} and two[1][options].keys() == {"1"}
+        for i, row in (two[0][options] | two[1][options]).items():
+            assert row == pytest.approx(rows[i], rel=1e-9, abs=1e-12), options
+        assert any(abs(x) > 0.1 for row in rows.values() for x in row)
 
 
 def test_processes_that_would_train_alone_are_refused(tmp_path):
