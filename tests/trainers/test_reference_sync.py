@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from logratio.benchmarks.verify import exact
+from logratio.benchmarks.truths import exact
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data import Completion, Example
