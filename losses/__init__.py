@@ -1,8 +1,10 @@
 """The mathematics: `linear_logps` and the losses. Imports torch only."""
 
-from .dpo import DPO_TYPES, DPOLoss, PairRatios
-from .grpo import GRPO_TYPES, GRPOLoss, GRPOType
-from .kto import KTO_TYPES, KTOLoss
+from . import dpo_types, grpo_types  # they fill the tables
+from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
+from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
+from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
+from .kto import KTO_TYPES, KTOLoss, KTOType
 from .logps import TokenLogps, linear_logps
 from .orpo import ORPOLoss
 from .sft import SFT_TYPES, SFTLoss
@@ -20,16 +22,24 @@ from .types import (
 )
 
 __all__ = [
+    "CPO_TYPES",
     "DPO_TYPES",
+    "F_DIVERGENCES",
     "GRPO_TYPES",
+    "KL_ESTIMATORS",
     "KTO_TYPES",
     "LOSSES",
     "SFT_TYPES",
+    "TPO_TYPES",
+    "CPOLoss",
+    "CPOType",
     "CompletionLogps",
     "DPOLoss",
+    "DPOType",
     "GRPOLoss",
     "GRPOType",
     "KTOLoss",
+    "KTOType",
     "Kind",
     "Loss",
     "LossOutput",
@@ -38,8 +48,12 @@ __all__ = [
     "PairLogps",
     "PairRatios",
     "SFTLoss",
+    "TPOLoss",
     "TokenLogps",
     "Totals",
+    "dpo_type",
+    "dpo_types",
+    "grpo_types",
     "linear_logps",
     "register",
     "variant",

@@ -7,7 +7,7 @@ the backward pass is one elementwise product.
 
 Where the head itself is trained, dW = sum_t c_t (e_y - p_t) h_t^T needs c_t before the rows are summed: there the
 forward pass is one product and the backward pass makes the tiles again. The same holds for a gradient
-through the entropy.
+through the entropy or through log Z.
 
 Memory: one [chunk_tokens, V] tile in at least float32 for all chunks; one more with a soft cap that is
 differentiated, one more with the entropy, and a half-precision copy of the tile for half-precision products.
@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+STATS = ("entropy", "log_z", "log_sum_p2")
+"""Row statistics that come with the log-probabilities on request; the last has no gradient."""
 
 
 class Transform(NamedTuple):
@@ -46,7 +49,7 @@ class _Tile:
     """The softmax over one chunk's logits, in buffers that the next chunk uses again.
 
     After `fill`: e [n, V] = exp(z - max), total [n] its row sums, logps [n] in nats; with `entropy` also a copy of
-    z - max [n, V], which either of `entropy` and `gradient` uses up.
+    z - max [n, V], which either of `stat("entropy")` and `gradient` uses up.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class _Tile:
         else:
             torch.addmm(self.bias, h, self.weight.t(), out=z)
         self._transform(z)
-        z -= z.amax(-1, keepdim=True)
+        self.largest = z.amax(-1, keepdim=True)
+        z -= self.largest
         z_y = z.gather(1, self.y)[:, 0]
         if self._shifted is not None:
             self.shifted = self._shifted[: self.n].copy_(z)
@@ -102,23 +106,35 @@ class _Tile:
             torch.mul(z, z, out=self._slope[: self.n]).neg_().add_(1.0)
         z *= softcap / self.transform.temperature
 
-    def entropy(self) -> Tensor:
-        """[n], -sum_v p log p = log(total) - sum_v p (z - max); e = 0 meets a finite z - max."""
+    def stat(self, name: str) -> Tensor:
+        """[n], one of `STATS`, before `gradient`."""
+        if name == "log_z":
+            return self.largest[:, 0] + self.log_total
+        if name == "log_sum_p2":  # the largest e is 1: nothing to underflow
+            return 2 * (torch.linalg.vector_norm(self.e, dim=-1).log() - self.log_total)
+        # the entropy, -sum_v p log p = log(total) - sum_v p (z - max); e = 0 meets a finite z - max
         return self.log_total - self.shifted.mul_(self.e).sum(-1) / self.total
 
-    def gradient(self, c: Tensor, entropy_c: Tensor | None = None, entropy: Tensor | None = None) -> Tensor:
-        """[n, V], d sum_t (c_t log p_t + entropy_c_t H_t) / d raw logits, in place of `e`: call it once a `fill`.
+    def gradient(
+        self,
+        c: Tensor,
+        log_z_c: Tensor | None = None,
+        entropy_c: Tensor | None = None,
+        entropy: Tensor | None = None,
+    ) -> Tensor:
+        """[n, V], d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in place of `e`: once a `fill`.
 
-        It is c e_y - p (c + entropy_c (log p + H)), times the transform's slope. e_y - p must be formed here, in at
-        least float32: as `W[y] - p @ W` it would cancel where p_y is near 1.
+        It is c e_y - p (c - log_z_c + entropy_c (log p + H)), times the transform's slope. e_y - p must be formed here,
+        in at least float32: as `W[y] - p @ W` it would cancel where p_y is near 1.
         """
         c = c * self.factor
+        of_p = c if log_z_c is None else c - log_z_c * self.factor
         tile = self.e
         if entropy_c is None or entropy is None:
-            tile *= (-c / self.total)[:, None]
+            tile *= (-of_p / self.total)[:, None]
         else:
             log_p_plus_h = self.shifted.add_((entropy - self.log_total)[:, None])
-            tile *= log_p_plus_h.mul_((entropy_c * self.factor)[:, None]).add_(c[:, None])
+            tile *= log_p_plus_h.mul_((entropy_c * self.factor)[:, None]).add_(of_p[:, None])
             tile *= (-1 / self.total)[:, None]
         tile.scatter_add_(1, self.y, c[:, None])
         if self._slope is not None:
@@ -127,7 +143,7 @@ class _Tile:
 
 
 class TwoGemm(torch.autograd.Function):
-    """(hidden, weight, bias, targets, transform, chunk_tokens, entropy, grad) -> (logps [N], entropy [N] or empty).
+    """(hidden, weight, bias, targets, transform, chunk_tokens, stats, grad) -> (logps [N], *stats [N] each).
 
     grad: whether gradients are being recorded (`torch.is_grad_enabled()`, which is always False inside `forward`).
     """
@@ -141,56 +157,60 @@ class TwoGemm(torch.autograd.Function):
         targets: Tensor,
         transform: Transform,
         chunk_tokens: int,
-        entropy: bool,
+        stats: tuple[str, ...],
         grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         recomputes = needs_weight or needs_bias
         keeps_g = grad and needs_hidden and not recomputes
         g = torch.empty_like(hidden) if keeps_g else None
         rows = min(chunk_tokens, len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
-            tile = _Tile(weight, bias, transform, rows, entropy=entropy, differentiated=keeps_g)
-            logps = hidden.new_empty(len(hidden), dtype=tile.sum_dtype)
-            entropies = hidden.new_empty(len(hidden) if entropy else 0, dtype=tile.sum_dtype)
+            tile = _Tile(weight, bias, transform, rows, entropy="entropy" in stats, differentiated=keeps_g)
+            out = {name: hidden.new_empty(len(hidden), dtype=tile.sum_dtype) for name in ("logps", *stats)}
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
                 tile.fill(hidden[at].to(tile.weight.dtype), targets[at])
-                logps[at] = tile.logps
-                if entropy:
-                    entropies[at] = tile.entropy()
+                out["logps"][at] = tile.logps
+                for name in stats:
+                    out[name][at] = tile.stat(name)
                 if g is not None:
                     e_y_minus_p = tile.gradient(torch.ones_like(tile.logps))
                     g[at] = e_y_minus_p.to(tile.weight.dtype) @ tile.weight
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, *((hidden, weight, bias, targets, entropies) if recomputes or entropy else ()))
-        ctx.options = transform, chunk_tokens
-        return logps, entropies
+        again = recomputes or "entropy" in stats or "log_z" in stats
+        ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))
+        ctx.options = transform, chunk_tokens, stats
+        if "log_sum_p2" in stats:
+            ctx.mark_non_differentiable(out["log_sum_p2"])
+        return tuple(out.values())
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor | None, *grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what follows would silently count as a constant
             raise RuntimeError("impl='two_gemm' has no second derivative, use impl='eager' under create_graph=True")
         g, *inputs = ctx.saved_tensors
-        if grad_logps is None and grad_entropy is None:
+        grads = dict(zip(ctx.options[-1], grad_stats, strict=True))
+        grads = {"logps": grad_logps, "log_z": grads.get("log_z"), "entropy": grads.get("entropy")}
+        wanted = [name for name, value in grads.items() if value is not None]
+        if not wanted:
             return (None,) * 8
-        if g is not None and grad_logps is not None and grad_entropy is None:
-            return (g * grad_logps[:, None]).to(g.dtype), *(None,) * 7
+        if g is not None and wanted == ["logps"]:
+            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 7  # type: ignore[index]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return *_recompute(ctx, inputs, grad_logps, grad_entropy), *(None,) * 5
+            return *_recompute(ctx, inputs, grads), *(None,) * 5
 
 
-def _recompute(
-    ctx: Any, inputs: list[Any], grad_logps: Tensor | None, grad_entropy: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias from new tiles; sums over tokens are kept in at least float32."""
-    hidden, weight, bias, targets, entropies = inputs
-    transform, chunk_tokens = ctx.options
+    hidden, weight, bias, targets, entropy = inputs
+    transform, chunk_tokens, _ = ctx.options
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     rows = min(chunk_tokens, len(hidden))
-    tile = _Tile(weight, bias, transform, rows, entropy=grad_entropy is not None, differentiated=True)
-    if grad_logps is None:
-        grad_logps = hidden.new_zeros(len(hidden), dtype=tile.sum_dtype)
+    tile = _Tile(weight, bias, transform, rows, entropy=grads["entropy"] is not None, differentiated=True)
+    coefficients = [grads["logps"], grads["log_z"], grads["entropy"], entropy]
+    if coefficients[0] is None:
+        coefficients[0] = hidden.new_zeros(len(hidden), dtype=tile.sum_dtype)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=tile.sum_dtype) if needs_weight else None
     grad_bias = weight.new_zeros(len(weight), dtype=tile.sum_dtype) if needs_bias else None
@@ -198,8 +218,7 @@ def _recompute(
         at = slice(start, start + chunk_tokens)
         h = hidden[at].to(tile.weight.dtype)
         tile.fill(h, targets[at])
-        entropy = (None, None) if grad_entropy is None else (grad_entropy[at], entropies[at])
-        grad_logits = tile.gradient(grad_logps[at], *entropy)
+        grad_logits = tile.gradient(*(None if c is None else c[at] for c in coefficients))  # type: ignore[arg-type]
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0)
         grad_logits = grad_logits.to(tile.weight.dtype)

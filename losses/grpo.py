@@ -3,28 +3,32 @@
 With rho = exp(log p - log p_old) of each token (or, at sequence level, of the mean over the sequence,
 arXiv 2507.18071), A the advantage of the completion and d = log p - log p_ref:
 
-    token loss = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k3,  k3 = exp(-d) + d - 1
-    L = sum over tokens of weight * token loss
+    token loss = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k(d)
+    L = sum over tokens of weight * token loss - entropy_coef * token mean of the entropy
 
-A variant is a surrogate (the first term) and a weight (the normaliser), entered by `grpo_type`.
+A variant is a surrogate (the first term) and a weight (the normaliser), entered in `GRPO_TYPES`; they are in
+`grpo_types.py`. k is one of `KL_ESTIMATORS`.
 
-Differs from TRL 1.16: (1) token totals are those of the optimizer step. TRL's dapo divides by the
-tokens of the generation batch, which is the same where a generation batch is one step; its bnpo divides by
-the tokens of a micro-batch, which would make the result depend on the memory setting: here bnpo's batch is
-the step, so it equals dapo. (2) log-ratios above 40 are held there, where TRL overflows to NaN at 88.
-As in TRL, k3 is multiplied by rho by default (`use_bias_correction_kl`, arXiv 2512.02556), so that its
-gradient is that of the reverse KL also off policy.
+Differs from TRL 1.16: (1) token totals, the mean entropy and the entropy's quantile are those of the optimizer step.
+TRL's dapo divides by the tokens of the generation batch, which is the same where a generation batch is one step; its
+bnpo divides by the tokens of a micro-batch, which would make the result depend on the memory setting: here bnpo's
+batch is the step, so it equals dapo. (2) log-ratios above 40 are held there, where TRL overflows to NaN at 88.
+(3) the entropy's quantile comes from a forward pass of its own before the step's.
+As in TRL, the KL estimate is multiplied by rho by default (`use_bias_correction_kl`, arXiv 2512.02556), so that k3's
+gradient is that of the reverse KL also off policy, and `cispo` caps the ratio at epsilon_high itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .dpo import MAX_EXPONENT
 from .types import (
     CompletionLogps,
     Kind,
@@ -34,51 +38,75 @@ from .types import (
     Totals,
     check_choice,
     check_positive,
+    check_range,
     divide,
     register,
+    variant,
 )
 
-MAX_LOG_RATIO = 40.0
-"""exp(40) squared is still finite in float32."""
+UNDEFINED = {
+    "cispo": ("delta",),
+    "sapo": ("delta",),
+    "vespo": ("delta",),
+    "gmpo": ("delta",),
+    "rloo": ("delta", "beta", "top_entropy_quantile"),  # its KL is in the reward: `reward_kl_coef`
+}
+"""Options that a loss_type has no place for."""
 
 LEVELS = {"token": "a ratio for each token", "sequence": "one for the sequence, the exp of the mean (GSPO)"}
 
 
-class GRPOType(NamedTuple):
-    """surrogate(ratio, advantages [C, 1], loss) -> [C, T] or [C, 1]; weight(policy, totals, loss) -> [C, 1]."""
+class Ratios(NamedTuple):
+    """What a surrogate sees.
 
-    surrogate: Callable[[Tensor, Tensor, GRPOLoss], Tensor]
-    weight: Callable[[CompletionLogps, Totals, GRPOLoss], Tensor]
+    ratio: rho, [C, T], or [C, 1] at sequence level. log_ratio: log p - log p_old, [C, T], 0 where masked.
+    logps: [C, T], 0 where masked. advantages: [C, 1]. lengths: scored tokens, at least 1, [C, 1].
+    kept: [C, T] bool, scored tokens that the policy term is meant for (`top_entropy_quantile`).
+    """
+
+    ratio: Tensor
+    log_ratio: Tensor
+    logps: Tensor
+    advantages: Tensor
+    lengths: Tensor
+    kept: Tensor
+
+
+class GRPOType(NamedTuple):
+    """surrogate(x, loss) -> [C, T] or [C, 1]; weight(lengths [C, 1], totals, loss) -> [C, 1] or scalar.
+
+    sequence_term: the surrogate is of the whole completion (it selects the `kept` tokens itself, and the KL term is
+    not corrected by rho). epsilon: the default.
+    """
+
+    surrogate: Callable[[Ratios, GRPOLoss], Tensor]
+    weight: Callable[[Tensor, Totals, GRPOLoss], Tensor]
+    sequence_term: bool = False
+    epsilon: float = 0.2
 
 
 GRPO_TYPES: dict[str, GRPOType] = {}
 
-
-def clipped(ratio: Tensor, advantages: Tensor, loss: GRPOLoss) -> Tensor:
-    """-min(rho A, clip(rho) A), arXiv 2402.03300 Eq. 3 (from PPO, 1707.06347 Eq. 7)."""
-    low, high = loss.clip_range
-    return -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {}
+"""kl_estimator -> k(d) of d = log p - log p_ref, elementwise (Schulman, "Approximating KL divergence")."""
 
 
-def sequence_mean(policy: CompletionLogps, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / (B |y_i|): the mean over completions of their token means."""
-    return divide(1 / policy.lengths.clamp(min=1)[:, None], totals.num_sequences)
+@variant(KL_ESTIMATORS)
+def k1(d: Tensor) -> Tensor:
+    """d: unbiased, and as a loss its gradient has mean 0 on policy; for use in rewards."""
+    return d
 
 
-def token_mean(policy: CompletionLogps, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / N: every token of the step weighs the same (DAPO, arXiv 2503.14476 Eq. 8)."""
-    return divide(torch.ones_like(policy.lengths)[:, None], totals.num_tokens)
+@variant(KL_ESTIMATORS)
+def k2(d: Tensor) -> Tensor:
+    """d^2 / 2: biased, but its gradient is that of KL(policy || reference) on policy."""
+    return d**2 / 2
 
 
-def constant_length(policy: CompletionLogps, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / (B max_completion_length): no length bias (Dr. GRPO, arXiv 2503.20783)."""
-    return divide(torch.ones_like(policy.lengths)[:, None], totals.num_sequences * loss.max_completion_length)
-
-
-GRPO_TYPES["grpo"] = GRPOType(clipped, sequence_mean)
-GRPO_TYPES["dapo"] = GRPOType(clipped, token_mean)
-GRPO_TYPES["bnpo"] = GRPOType(clipped, token_mean)
-GRPO_TYPES["dr_grpo"] = GRPOType(clipped, constant_length)
+@variant(KL_ESTIMATORS)
+def k3(d: Tensor) -> Tensor:
+    """exp(-d) + d - 1 >= 0: unbiased; its plain gradient is that of the forward KL. In this form exact at small d."""
+    return torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d
 
 
 @register("grpo")
@@ -87,32 +115,59 @@ class GRPOLoss(Loss):
     """L = sum_i w_i sum_t l_it, with the weights w_i of the `loss_type`; see the module for l."""
 
     kind: ClassVar[Kind] = Kind.GROUPED
-    uses_reference: ClassVar[bool] = True
 
     loss_type: str = "dapo"
-    """dapo, grpo, dr_grpo, or bnpo."""
+    """dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo, gmpo, or rloo."""
     beta: float = 0.0
     """Weight of the KL term to the reference; 0 needs no reference."""
-    epsilon: float = 0.2
-    """Clip range below 1."""
-    epsilon_high: float | None = None
-    """Clip range above 1 (default: epsilon)."""
-    importance_sampling_level: str = "token"
-    """token, or sequence (GSPO)."""
+    kl_estimator: str = "k3"
+    """k1, k2, or k3."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio."""
+    epsilon: float | None = None
+    """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4)."""
+    epsilon_high: float | None = None
+    """Clip range above 1 (default: epsilon); cispo: the cap itself."""
+    delta: float | None = None
+    """Cap of the unclipped ratio (INTELLECT-2); from 1 + epsilon_high on it is PPO's dual clip."""
+    importance_sampling_level: str = "token"
+    """token, or sequence (GSPO)."""
+    off_policy_mask_threshold: float | None = None
+    """Drop completions of negative advantage whose mean log(p_old / p) is above this (DeepSeek-V3.2)."""
+    top_entropy_quantile: float = 1.0
+    """Share of tokens, those of highest entropy over the step, that the policy term is taken of."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
     max_completion_length: int = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo."""
+    sapo_temperature_pos: float = 1.0
+    """sapo: where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """sapo: elsewhere."""
+    vespo_k_pos: float = 2.0
+    """vespo: power of the ratio where the advantage is not negative."""
+    vespo_lambda_pos: float = 3.0
+    """vespo: rate of its exponential damping there."""
+    vespo_k_neg: float = 3.0
+    """vespo: power where the advantage is negative."""
+    vespo_lambda_neg: float = 2.0
+    """vespo: damping there."""
 
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, GRPO_TYPES)
         check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
-        check_positive("epsilon", self.epsilon)
-        if self.epsilon_high is not None:
-            check_positive("epsilon_high", self.epsilon_high)
-        check_positive("max_completion_length", self.max_completion_length)
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for name in ("epsilon", "epsilon_high", "delta", "max_completion_length", "sapo_temperature_pos"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        check_positive("sapo_temperature_neg", self.sapo_temperature_neg)
+        check_range("top_entropy_quantile", self.top_entropy_quantile, 0, 1)
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must not be negative")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in UNDEFINED.get(self.loss_type, ()) and value != field.default:
+                raise ValueError(f"{field.name}={value} has no meaning for {self.loss_type}; leave it out")
 
     @property
     def wants_reference(self) -> bool:
@@ -120,9 +175,24 @@ class GRPOLoss(Loss):
         return self.beta > 0
 
     @property
-    def clip_range(self) -> tuple[float, float]:
-        """(low, high) of the ratio."""
-        return 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+    def stats(self) -> tuple[str, ...]:
+        """The entropy, as a metric too."""
+        return ("entropy",)
+
+    @property
+    def window_pass(self) -> Literal["own"] | None:
+        """For the entropy's quantile."""
+        return "own" if self.top_entropy_quantile < 1 else None
+
+    @property
+    def epsilons(self) -> tuple[float, float]:
+        """How far the ratio may go below and above 1 (gmpo: its logarithm, below and above 0)."""
+        low = GRPO_TYPES[self.loss_type].epsilon if self.epsilon is None else self.epsilon
+        return low, low if self.epsilon_high is None else self.epsilon_high
+
+    def collect(self, policy: CompletionLogps, ref: CompletionLogps | None = None) -> Tensor:
+        """[n], the entropies of all scored tokens."""
+        return policy.needed("entropy").detach()[policy.completion_mask]
 
     def __call__(
         self,
@@ -135,40 +205,67 @@ class GRPOLoss(Loss):
     ) -> LossOutput:
         """policy, old, ref: [C, T]; advantages: [C]. Without `old` the batch is on policy (rho = 1).
 
-        Raises ValueError or TypeError for shapes and dtypes that do not fit, or where beta needs a `ref`.
+        Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
         if advantages.shape != mask.shape[:1]:
             raise ValueError(f"advantages must be [{len(mask)}], one a completion, got {list(advantages.shape)}")
         policy.check_like(tokens=True, old=old, ref=ref)
-        logps = policy.logps
-        log_ratio = logps - (logps if old is None else old.logps).detach()
-        if self.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.sum(-1, keepdim=True) / policy.lengths.clamp(min=1)[:, None]
-        ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
-        advantages = advantages.to(ratio.dtype)[:, None]
-        surrogate, weight = GRPO_TYPES[self.loss_type]
-        per_token_loss = surrogate(ratio, advantages, self).expand(mask.shape)
-
-        metrics = self._clip_metrics(ratio, advantages, mask)
+        kept, num_kept = self._kept(policy, totals)
+        x = self._ratios(policy, old, advantages, kept)
+        surrogate, weight, sequence_term, _ = GRPO_TYPES[self.loss_type]
+        per_token_loss = surrogate(x, self) * self._on_policy(x)
+        per_token_loss = per_token_loss.expand(mask.shape)
+        if not sequence_term:
+            per_token_loss = per_token_loss * kept
+        metrics = self._clip_metrics(x, mask)
         if self.beta > 0:
             if ref is None:
                 raise ValueError(f"beta={self.beta} needs the reference log-probs, ref is None")
-            d = logps - ref.logps.detach()
-            kl = torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
-            kl = kl * ratio if self.use_bias_correction_kl else kl
+            kl = KL_ESTIMATORS[self.kl_estimator](x.logps - ref.logps.detach())
+            kl = kl * x.ratio if self.use_bias_correction_kl and not sequence_term else kl
             per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = Mean.of(kl, mask)
+        loss = (weight(x.lengths, totals, self) * policy.masked(per_token_loss)).sum()
         if policy.entropy is not None:
             metrics["entropy"] = Mean.of(policy.entropy, mask)
-        per_token_loss = torch.where(mask, per_token_loss, per_token_loss.new_zeros(()))
-        return LossOutput((weight(policy, totals, self) * per_token_loss).sum(), metrics)
+        if self.entropy_coef:
+            entropy = (policy.needed("entropy") * kept).sum()
+            loss = loss - self.entropy_coef * divide(entropy, num_kept)
+        return LossOutput(loss, metrics)
+
+    def _ratios(self, policy: CompletionLogps, old: CompletionLogps | None, advantages: Tensor, kept: Tensor) -> Ratios:
+        logps, lengths = policy.logps, policy.lengths.clamp(min=1)[:, None]
+        log_ratio = logps - (logps if old is None else old.logps).detach()
+        sequence = self.importance_sampling_level == "sequence"
+        exponent = log_ratio.sum(-1, keepdim=True) / lengths if sequence else log_ratio
+        ratio = exponent.clamp(max=MAX_EXPONENT).exp()
+        return Ratios(ratio, log_ratio, logps, advantages.to(ratio.dtype)[:, None], lengths, kept)
+
+    def _on_policy(self, x: Ratios) -> Tensor | float:
+        """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1."""
+        if self.off_policy_mask_threshold is None:
+            return 1.0
+        drift = -x.log_ratio.detach().sum(-1, keepdim=True) / x.lengths
+        return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)
+
+    def _kept(self, policy: CompletionLogps, totals: Totals) -> tuple[Tensor, float | Tensor]:
+        """[C, T] bool, scored tokens in the step's top entropy quantile (arXiv 2506.01939), and their number there."""
+        if self.window_pass is None:
+            return policy.completion_mask, totals.num_tokens
+        if totals.collected is None:
+            raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
+        if not totals.collected.numel():
+            return policy.completion_mask, 0
+        threshold = totals.collected.quantile(1 - self.top_entropy_quantile)
+        kept = policy.completion_mask & (policy.needed("entropy").detach() >= threshold)
+        return kept, (totals.collected >= threshold).sum()
 
     @torch.no_grad()
-    def _clip_metrics(self, ratio: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Mean]:
-        low, high = self.clip_range
-        below = ((ratio < low) & (advantages < 0)).expand(mask.shape).to(ratio.dtype)
-        above = ((ratio > high) & (advantages > 0)).expand(mask.shape).to(ratio.dtype)
+    def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:
+        low, high = self.epsilons
+        below = ((x.ratio < 1 - low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
+        above = ((x.ratio > 1 + high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
         return {
             "clip_ratio/low_mean": Mean.of(below, mask),
             "clip_ratio/high_mean": Mean.of(above, mask),

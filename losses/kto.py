@@ -6,18 +6,22 @@ KL(policy || reference), Eqs. 7 and 8:
     desirable:    w_d (1 - sigmoid(beta (r - z)))        undesirable:  w_u (1 - sigmoid(beta (z - r)))
     z = max(0, mean over the step of the log-ratios of mismatched completions), without gradient
 
-Differs from TRL 1.16: z is one number for the optimizer step and all processes; TRL's is one a micro-batch.
+A variant is a value function of the signed distance from a shift, and the shift, entered in `KTO_TYPES`.
+
+Differs from TRL 1.16: (1) z is one number for the optimizer step and all processes; TRL's is one a micro-batch;
+(2) `bco` is not in TRL any more.
 Differs from the paper: as in TRL, the sum is divided by the number of examples, not of their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .types import (
     CompletionLogps,
@@ -28,34 +32,75 @@ from .types import (
     Totals,
     check_choice,
     check_positive,
+    choose,
     divide,
     register,
-    variant,
 )
 
-KTO_TYPES: dict[str, Callable[[Tensor, Tensor, Tensor, KTOLoss], Tensor]] = {}
-"""loss_type -> the unweighted loss of each example from (r [C], z scalar, label [C] as +1 or -1), [C]."""
+
+class KTOType(NamedTuple):
+    """value(x [C]) -> the loss of an example whose reward lies x above the shift (below, for label False), [C].
+
+    shift(totals, loss): what rewards beta r are compared with, scalar, without gradient.
+    window_pass: what the shift is computed from, see `Loss.window_pass`.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    shift: Callable[[Totals, KTOLoss], Tensor]
+    window_pass: Literal["own", "mismatched"] | None
 
 
-@variant(KTO_TYPES)
-def kto(r: Tensor, z: Tensor, sign: Tensor, loss: KTOLoss) -> Tensor:
-    """1 - sigmoid(+-beta (r - z)) = sigmoid(-+beta (r - z)), Eq. 7."""
-    return (-sign * loss.beta * (r - z)).sigmoid()
+def saturating(x: Tensor) -> Tensor:
+    """1 - sigmoid(x), arXiv 2402.01306 Eq. 7."""
+    return (-x).sigmoid()
+
+
+def logistic(x: Tensor) -> Tensor:
+    """-log sigmoid(x), arXiv 2404.04656: convex, never saturated on the wrong side."""
+    return softplus(-x)
+
+
+def kl_estimate(totals: Totals, loss: KTOLoss) -> Tensor:
+    """beta z, z = max(0, mean of mismatched log-ratios)."""
+    if totals.collected is None or totals.collected.numel() == 0:
+        raise ValueError(
+            "KTO's KL term needs the log-ratios of mismatched completions in totals.collected; "
+            "a step of one example has none, so use at least two examples a step"
+        )
+    return loss.beta * totals.collected.detach().mean().clamp(min=0)
+
+
+def nothing(totals: Totals, loss: KTOLoss) -> Tensor:
+    """0"""
+    return torch.zeros(())
+
+
+def running_mean(totals: Totals, loss: KTOLoss) -> Tensor:
+    """delta, the mean reward beta r of all examples so far, this step's included."""
+    so_far = loss.advance(totals)
+    return torch.tensor(so_far["reward_sum"] / max(so_far["num_examples"], 1), dtype=torch.float64)
+
+
+KTO_TYPES = {
+    "kto": KTOType(saturating, kl_estimate, "mismatched"),
+    "apo_zero_unpaired": KTOType(saturating, nothing, None),  # arXiv 2408.06266, Eq. 7 unpaired
+    "bco": KTOType(logistic, running_mean, "own"),  # arXiv 2404.04656
+}
+"""loss_type -> the loss of an example."""
 
 
 @register("kto")
 @dataclass(frozen=True, kw_only=True)
 class KTOLoss(Loss):
-    """L = sum of w(label) l(r, z, label) / B, B the examples of the whole step."""
+    """L = sum of w(label) value(+-(beta r - shift)) / B, B the examples of the whole step."""
 
     kind: ClassVar[Kind] = Kind.LABELED
-    uses_reference: ClassVar[bool] = True
-    window_pass: ClassVar[Literal["own", "mismatched"] | None] = "mismatched"
+    wants_reference: ClassVar[bool] = True  # type: ignore[misc]
 
     beta: float = 0.1
     """Strength of the pull towards the reference (1 / nats)."""
     loss_type: str = "kto"
-    """kto."""
+    """kto, apo_zero_unpaired, or bco."""
     desirable_weight: float = 1.0
     """Weight of examples labelled True."""
     undesirable_weight: float = 1.0
@@ -65,35 +110,50 @@ class KTOLoss(Loss):
         check_choice("loss_type", self.loss_type, KTO_TYPES)
         check_positive("beta", self.beta)
 
-    def collect(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:
-        """[C], log-ratios of mismatched completions, for z."""
+    @property
+    def window_pass(self) -> Literal["own", "mismatched"] | None:
+        """For the shift."""
+        return KTO_TYPES[self.loss_type].window_pass
+
+    def collect(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:  # type: ignore[override]
+        """[C], log-ratios, of mismatched completions (kto) or of the examples' own (bco; NaN with nothing scored)."""
         policy.check_like(tokens=False, ref=ref)
-        return (policy.sums - ref.sums).detach()
+        r = (policy.sums - ref.sums).detach()
+        return r.masked_fill(~policy.completion_mask.any(-1), torch.nan) if self.window_pass == "own" else r
+
+    def advance(self, totals: Totals) -> Mapping[str, float]:
+        """bco's running mean, as the sum and number of rewards so far."""
+        if self.window_pass != "own":
+            return totals.state
+        if totals.collected is None:
+            raise ValueError("bco shifts rewards by their running mean: it needs the step's in totals.collected")
+        known = totals.collected[~totals.collected.isnan()].double()
+        return {
+            "reward_sum": totals.state.get("reward_sum", 0.0) + self.beta * float(known.sum()),
+            "num_examples": totals.state.get("num_examples", 0.0) + len(known),
+        }
 
     def __call__(self, policy: CompletionLogps, ref: CompletionLogps, label: Tensor, *, totals: Totals) -> LossOutput:
-        """policy, ref: [C, T]; label: [C] bool; totals.collected: mismatched log-ratios of the whole step.
+        """policy, ref: [C, T]; label: [C] bool; totals.collected: what `collect` gave of the whole step.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where `collected` is missing.
         """
-        if totals.collected is None or totals.collected.numel() == 0:
-            raise ValueError(
-                "KTO's KL term needs the log-ratios of mismatched completions in totals.collected; "
-                "a step of one example has none, so use at least two examples a step"
-            )
         if label.dtype != policy.completion_mask.dtype or label.shape != policy.sums.shape:
             raise ValueError(f"label must be bool [{len(policy.sums)}], got {label.dtype} {list(label.shape)}")
         policy.check_like(tokens=False, ref=ref)
-        r = policy.sums - ref.sums.detach()
-        kl = totals.collected.detach().to(r).mean().clamp(min=0)
-        weight = torch.where(label, r.new_tensor(self.desirable_weight), r.new_tensor(self.undesirable_weight))
+        value, shift_of, _ = KTO_TYPES[self.loss_type]
+        rewards = self.beta * (policy.sums - ref.sums.detach())
+        shift = shift_of(totals, self).to(rewards)
+        sign = 2 * label.to(rewards.dtype) - 1
+        weight = choose(label, self.desirable_weight, self.undesirable_weight, rewards)
         scored = policy.completion_mask.any(-1)
-        losses = weight * KTO_TYPES[self.loss_type](r, kl, 2 * label.to(r.dtype) - 1, self)
-        rewards = self.beta * r
+        losses = weight * value(sign * (rewards - shift))
         metrics = {
-            "kl": Mean.of(kl, scored.any()),
             "rewards/chosen": Mean.of(rewards, label & scored),
             "rewards/rejected": Mean.of(rewards, ~label & scored),
             "logps/chosen": Mean.of(policy.sums, label & scored),
             "logps/rejected": Mean.of(policy.sums, ~label & scored),
         }
-        return LossOutput(divide(losses.where(scored, r * 0).sum(), totals.num_sequences), metrics)
+        if self.loss_type == "kto":
+            metrics["kl"] = Mean.of(shift / self.beta, scored.any())
+        return LossOutput(divide(losses.where(scored, rewards * 0).sum(), totals.num_sequences), metrics)

@@ -6,13 +6,14 @@ The chunked form that never recomputes the head is in `_two_gemm.py`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from collections.abc import Collection
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import Transform, TwoGemm
+from ._two_gemm import STATS, Transform, TwoGemm
 from .types import check_choice, check_positive
 
 IMPLEMENTATIONS = {
@@ -23,10 +24,15 @@ IMPLEMENTATIONS = {
 
 
 class TokenLogps(NamedTuple):
-    """logps, entropy: [N], nats, float32 (float64 for float64 inputs)."""
+    """[N] each, nats, float32 (float64 for float64 inputs); None what was not asked for.
+
+    entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient.
+    """
 
     logps: Tensor
-    entropy: Tensor
+    entropy: Tensor | None = None
+    log_z: Tensor | None = None
+    log_sum_p2: Tensor | None = None
 
 
 @overload
@@ -39,7 +45,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    entropy: Literal[False] = False,
+    stats: None = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
 ) -> Tensor: ...
@@ -55,7 +61,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    entropy: Literal[True],
+    stats: Collection[str],
     impl: str = "auto",
     chunk_tokens: int | None = None,
 ) -> TokenLogps: ...
@@ -70,7 +76,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    entropy: bool = False,
+    stats: Collection[str] | None = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
 ) -> Tensor | TokenLogps:
@@ -78,8 +84,8 @@ def linear_logps(
 
     hidden: [N, H]; weight: [V, H] and bias: [V] or None, all of one dtype (float64, float32, bfloat16,
     float16); under autocast they are cast to its dtype. targets: [N] int64 in [0, V).
-    Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs); with `entropy=True` a
-    `TokenLogps` with the entropy -sum_v p log p [N] beside them. Both carry gradients to hidden, weight, bias.
+    Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs), with gradients to hidden, weight, bias.
+    stats: some of entropy, log_z, log_sum_p2; then a `TokenLogps` with these row statistics beside them.
 
     impl: "eager", "two_gemm", or "auto" (two_gemm). chunk_tokens: rows of logits alive at a time in two_gemm
     (default: 256 on CPU, 4.2 million / H on a GPU). With a frozen head two_gemm takes two matrix products,
@@ -96,14 +102,18 @@ def linear_logps(
     check_positive("temperature", temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
+    for name in stats or ():
+        check_choice("stats", name, STATS)
+    asked = tuple(name for name in STATS if name in (stats or ()))
     transform = Transform(temperature, logit_scale, softcap)
     if impl == "eager":
-        return _eager(hidden, weight, targets, bias, transform, entropy)
+        out = _eager(hidden, weight, targets, bias, transform, asked)
+        return out.logps if stats is None else out
     rows = default_chunk_tokens(hidden) if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
     grad = torch.is_grad_enabled()
-    logps, entropies = TwoGemm.apply(hidden, weight, bias, targets, transform, rows, entropy, grad)
-    return TokenLogps(logps, entropies) if entropy else logps
+    logps, *values = TwoGemm.apply(hidden, weight, bias, targets, transform, rows, asked, grad)
+    return logps if stats is None else TokenLogps(logps, **dict(zip(asked, values, strict=True)))
 
 
 def default_chunk_tokens(hidden: Tensor) -> int:
@@ -114,13 +124,17 @@ def default_chunk_tokens(hidden: Tensor) -> int:
 
 
 def _eager(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, entropy: bool
-) -> Tensor | TokenLogps:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, asked: tuple[str, ...]
+) -> TokenLogps:
     raw = linear(hidden, weight, bias)
     z = transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
     all_logps = z.log_softmax(-1)
-    logps = all_logps.gather(-1, targets[:, None])[:, 0]
-    return TokenLogps(logps, -(all_logps.exp() * all_logps).sum(-1)) if entropy else logps
+    compute = {
+        "entropy": lambda: -(all_logps.exp() * all_logps).sum(-1),
+        "log_z": lambda: z.logsumexp(-1),
+        "log_sum_p2": lambda: (2 * all_logps.detach()).logsumexp(-1),
+    }
+    return TokenLogps(all_logps.gather(-1, targets[:, None])[:, 0], **{name: compute[name]() for name in asked})
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ class ORPOLoss(Loss):
     """
 
     kind: ClassVar[Kind] = Kind.PAIRED
-    scores_prompt: ClassVar[bool] = True
+    scores_prompt: ClassVar[bool] = True  # type: ignore[misc]
 
     beta: float = 0.1
     """Weight of the odds-ratio term (lambda in the paper)."""
@@ -51,10 +51,8 @@ class ORPOLoss(Loss):
         Raises ValueError or TypeError for shapes and dtypes that do not fit.
         """
         prompt_sum = 0.0 if policy.prompt is None else policy.prompt.sums
-        chosen, rejected = policy.chosen.sums, policy.rejected.sums
-        nll = -(chosen + prompt_sum)
-        chosen_average = chosen / policy.chosen.lengths.clamp(min=1)
-        rejected_average = rejected / policy.rejected.lengths.clamp(min=1)
+        nll = -(policy.chosen.sums + prompt_sum)
+        chosen_average, rejected_average = policy.chosen.averages, policy.rejected.averages
         ratio = log_odds(chosen_average) - log_odds(rejected_average)
         odds_loss = -logsigmoid(ratio).where(policy.scored, ratio * 0)
         num_nll_tokens = totals.num_chosen_tokens + totals.num_prompt_tokens

@@ -9,8 +9,8 @@ split of a step into micro-batches and processes is the same number with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -27,6 +27,10 @@ class Kind(StrEnum):
     GROUPED = "grouped"  # a prompt and its rollouts:                loss(policy, [ref,] advantages, old, totals=...)
 
 
+OPTIONAL = ("entropy", "log_z", "log_sum_p2", "weights")
+"""What `CompletionLogps` may hold beside log-probabilities."""
+
+
 @dataclass(frozen=True)
 class CompletionLogps:
     """Log-probabilities of C completions, padded to T tokens.
@@ -34,12 +38,16 @@ class CompletionLogps:
     per_token_logps: [C, T], nats, any floating dtype. Values where the mask is False are never read,
         whatever they are (NaN included).
     completion_mask: [C, T] bool, True where a token is scored. A row may be empty.
-    entropy: [C, T] in nats, or None where it was not asked for.
+    entropy, log_z, log_sum_p2: [C, T], the `stats` of `linear_logps`, each None where it was not asked for.
+    weights: [C, T], at least 0, how much each token counts (SFT); None: all alike.
     """
 
     per_token_logps: Tensor
     completion_mask: Tensor
     entropy: Tensor | None = None
+    log_z: Tensor | None = None
+    log_sum_p2: Tensor | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         logps, mask = self.per_token_logps, self.completion_mask
@@ -48,8 +56,10 @@ class CompletionLogps:
                 "per_token_logps and completion_mask must both be [completions, tokens], "
                 f"got {tuple(logps.shape)} and {tuple(mask.shape)}"
             )
-        if self.entropy is not None and self.entropy.shape != mask.shape:
-            raise ValueError(f"entropy must be {list(mask.shape)} as the mask, got {list(self.entropy.shape)}")
+        for name in OPTIONAL:
+            values = getattr(self, name)
+            if values is not None and values.shape != mask.shape:
+                raise ValueError(f"{name} must be {list(mask.shape)} as the mask, got {list(values.shape)}")
         if not logps.is_floating_point() or mask.dtype != torch.bool:
             raise TypeError(
                 f"per_token_logps must be floating point and completion_mask bool, got {logps.dtype} and {mask.dtype}"
@@ -70,6 +80,11 @@ class CompletionLogps:
         """[C], number of scored tokens, in the dtype of `logps`."""
         return self.completion_mask.sum(-1).to(self.logps.dtype)
 
+    @property
+    def averages(self) -> Tensor:
+        """[C], mean log-probability of each completion's scored tokens; 0 where there are none."""
+        return self.sums / self.lengths.clamp(min=1)
+
     def masked(self, values: Tensor) -> Tensor:
         """`values` [C, T] with 0 where masked, promoted to at least float32."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -77,8 +92,22 @@ class CompletionLogps:
 
     def detach(self) -> CompletionLogps:
         """The same without a graph."""
-        entropy = None if self.entropy is None else self.entropy.detach()
-        return dataclasses.replace(self, per_token_logps=self.per_token_logps.detach(), entropy=entropy)
+        return self._each(Tensor.detach)
+
+    def rows(self, at: slice) -> CompletionLogps:
+        """Some of the completions."""
+        return self._each(lambda values: values[at])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CompletionLogps:
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return CompletionLogps(**{k: v if v is None else change(v) for k, v in tensors.items()})  # type: ignore[arg-type]
+
+    def needed(self, stat: str) -> Tensor:
+        """The optional tensor of that name [C, T], 0 where masked. ValueError where it is missing."""
+        values = getattr(self, stat)
+        if values is None:
+            raise ValueError(f"this loss needs the policy's {stat} of every token, which is None")
+        return self.masked(values)
 
     def check_like(self, *, tokens: bool, **others: CompletionLogps | None) -> None:
         """Raise ValueError for any of `others` with other rows (and `tokens`) than these, before they broadcast."""
@@ -96,16 +125,19 @@ class PairLogps:
     """Pairs: `chosen` and `rejected` have one row a pair, in the same order.
 
     prompt: log-probabilities of the prompt's own tokens, for losses with `scores_prompt` (ORPO).
+    gold: a third completion of each prompt, for losses with `scores_gold` (TPO).
     """
 
     chosen: CompletionLogps
     rejected: CompletionLogps
     prompt: CompletionLogps | None = None
+    gold: CompletionLogps | None = None
 
     def __post_init__(self) -> None:
-        rows = [len(x.completion_mask) for x in (self.chosen, self.rejected, self.prompt) if x is not None]
+        parts = (self.chosen, self.rejected, self.prompt, self.gold)
+        rows = [len(x.completion_mask) for x in parts if x is not None]
         if len(set(rows)) != 1:
-            raise ValueError(f"chosen, rejected and prompt must have one row a pair, got {rows} rows")
+            raise ValueError(f"chosen, rejected, prompt and gold must have one row a pair, got {rows} rows")
 
     @property
     def scored(self) -> Tensor:
@@ -115,35 +147,44 @@ class PairLogps:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What a loss divides by: counts over the whole optimizer step, all micro-batches and processes.
+    """What a loss knows of the whole optimizer step, all micro-batches and processes: what it divides by.
 
-    num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, ORPO), completions (GRPO).
+    num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, CPO, ORPO), completions (GRPO).
     num_tokens: scored completion tokens, of chosen and rejected together for pairs.
-    num_chosen_tokens: scored completion tokens of chosen completions (pairs).
+    num_chosen_tokens, num_gold_tokens: scored completion tokens of those completions (pairs).
     num_prompt_tokens: scored prompt tokens (losses with `scores_prompt`).
-    collected: [n], what `Loss.collect` returned, concatenated over the whole step (`window_pass`).
+    sum_weights: sum of the weights of scored tokens; num_tokens where tokens have none (the default).
+    collected: [n, ...], what `Loss.collect` returned, concatenated over the whole step (`window_pass`).
+    own: [C] int64, which rows of `collected` this micro-batch's examples are, where `collect` gives one for each.
+    state: named numbers from the steps before this one, see `Loss.advance`.
     """
 
     num_sequences: float
     num_tokens: float
     num_chosen_tokens: float = 0
+    num_gold_tokens: float = 0
     num_prompt_tokens: float = 0
+    sum_weights: float | None = None
     collected: Tensor | None = None
+    own: Tensor | None = None
+    state: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(policy: CompletionLogps | PairLogps, collected: Tensor | None = None) -> Totals:
         """The totals of a step that consists of this one batch."""
         if isinstance(policy, CompletionLogps):
-            mask = policy.completion_mask
-            return Totals(num_sequences=len(mask), num_tokens=int(mask.sum()), collected=collected)
-        chosen = int(policy.chosen.completion_mask.sum())
-        return Totals(
-            num_sequences=len(policy.chosen.completion_mask),
-            num_tokens=chosen + int(policy.rejected.completion_mask.sum()),
-            num_chosen_tokens=chosen,
-            num_prompt_tokens=0 if policy.prompt is None else int(policy.prompt.completion_mask.sum()),
-            collected=collected,
-        )
+            mask, weights = policy.completion_mask, policy.weights
+            counts: dict[str, float] = {"num_tokens": int(mask.sum())}
+            if weights is not None:
+                counts["sum_weights"] = float(policy.masked(weights).sum())
+        else:
+            mask = policy.chosen.completion_mask
+            chosen, rejected = int(mask.sum()), int(policy.rejected.completion_mask.sum())
+            counts = {"num_tokens": chosen + rejected, "num_chosen_tokens": chosen}
+            for name, part in (("num_prompt_tokens", policy.prompt), ("num_gold_tokens", policy.gold)):
+                counts[name] = 0 if part is None else int(part.completion_mask.sum())
+        own = torch.arange(len(mask), device=mask.device)
+        return Totals(num_sequences=len(mask), **counts, collected=collected, own=own)  # type: ignore[arg-type]
 
 
 class Mean(NamedTuple):
@@ -169,25 +210,48 @@ class LossOutput(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What every loss declares beside its own fields; see `Kind` for what it is called with."""
+    """What every loss declares beside its own fields; see `Kind` for what it is called with.
+
+    A subclass sets what differs, as a class attribute or, where it depends on the options, as a property.
+    """
 
     kind: ClassVar[Kind]
-    # The loss compares with a reference model: it is called with `ref`.
-    uses_reference: ClassVar[bool] = False
-    # The prompt's own tokens are scored along the chosen path (`PairLogps.prompt`).
-    scores_prompt: ClassVar[bool] = False
-    # A pass without gradient over the whole step before its losses: on the examples as they are ("own"),
-    # or on prompts each with another example's completion ("mismatched"). `collect` says what it gathers.
-    window_pass: ClassVar[Literal["own", "mismatched"] | None] = None
 
     @property
     def wants_reference(self) -> bool:
-        """Whether this configuration needs reference log-probs; where False, `ref` may be left out."""
-        return self.uses_reference
+        """It compares with a reference model: it is called with `ref`."""
+        return False
 
-    def collect(self, policy: Any, ref: Any) -> Tensor:
-        """[n]: what of each micro-batch of the `window_pass` goes into `Totals.collected`."""
+    @property
+    def scores_prompt(self) -> bool:
+        """The prompt's own tokens are scored along the chosen path (`PairLogps.prompt`)."""
+        return False
+
+    @property
+    def scores_gold(self) -> bool:
+        """Rows have a third, gold completion (`PairLogps.gold`)."""
+        return False
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """The `stats` of `linear_logps` that the loss or its metrics use."""
+        return ()
+
+    @property
+    def window_pass(self) -> Literal["own", "mismatched"] | None:
+        """A pass without gradient over the whole step before its losses, for `collect`.
+
+        On the examples as they are ("own"), or on prompts each with another example's completion ("mismatched").
+        """
+        return None
+
+    def collect(self, policy: Any, ref: Any = None) -> Tensor:
+        """[n, ...]: what of each micro-batch of the `window_pass` goes into `Totals.collected`."""
         raise NotImplementedError(f"{type(self).__name__} declares a window_pass but no collect()")
+
+    def advance(self, totals: Totals) -> Mapping[str, float]:
+        """The running state for the next step, from this step's totals (`state` and `collected`)."""
+        return totals.state
 
     def __call__(self, *args: Any, **kwargs: Any) -> LossOutput:
         """One micro-batch's share of the step's loss; the arguments depend on `kind`."""
@@ -217,27 +281,42 @@ def variant(table: dict[str, F], name: str | None = None) -> Callable[[F], F]:
     """Function decorator: enter a formula into a loss's table of `loss_type`s, under its own name by default."""
 
     def add(formula: F) -> F:
-        key = name or formula.__name__
-        if key in table:
-            raise ValueError(f"a variant named {key!r} is registered already")
-        table[key] = formula
+        enter(table, name or formula.__name__, formula)
         return formula
 
     return add
 
 
-def check_choice(field: str, value: str, table: Mapping[str, Any]) -> None:
+def enter(table: dict[str, Any], name: str, formula: Any) -> None:
+    """Put a variant into its table. ValueError where the name is taken."""
+    if name in table:
+        raise ValueError(f"a variant named {name!r} is registered already")
+    table[name] = formula
+
+
+def check_choice(name: str, value: str, table: Collection[str]) -> None:
     """Raise ValueError naming the field, its value and what it may be."""
     if value not in table:
-        raise ValueError(f"{field}={value!r} is unknown, expected one of: {', '.join(table)}")
+        raise ValueError(f"{name}={value!r} is unknown, expected one of: {', '.join(table)}")
 
 
-def check_positive(field: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a finite number above 0."""
     if not 0 < value < float("inf"):
-        raise ValueError(f"{field}={value} must be positive and finite")
+        raise ValueError(f"{name}={value} must be positive and finite")
 
 
 def divide(total: Tensor, by: float | Tensor) -> Tensor:
     """`total / by`, and 0 (with a graph) where a step has nothing to divide by."""
     return total / by if by > 0 else total * 0.0
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} must be in [{low:g}, {high:g}]")
+
+
+def choose(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """`yes` or `no` elementwise, in the dtype of `like` (torch.where of two numbers would round them to float32)."""
+    return torch.where(where, like.new_tensor(yes), like.new_tensor(no))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from logratio.losses import linear_logps
+from logratio.losses import TokenLogps, linear_logps
 
 from .packing import PackedBatch, attention_mask
 
@@ -22,15 +22,17 @@ REFERENCE_ADAPTER = "reference"
 class Policy(nn.Module):
     """A causal language model, perhaps with adapters; `forward` gives log-probabilities of what a batch scores.
 
-    temperature: divides the logits, as in sampling. entropy: forward returns entropies too.
+    temperature: divides the logits, as in sampling. stats: the row statistics that forward returns too.
     shared: whether a prompt and its completions are packed into one row (see `sharing.py`).
     """
 
-    def __init__(self, model: Any, *, temperature: float = 1.0, entropy: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, temperature: float = 1.0, stats: tuple[str, ...] = (), shared: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.entropy = entropy
+        self.stats = stats
         self.shared = shared
         self.window = sliding_window(self.causal_lm.config)
 
@@ -43,14 +45,12 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """-> (log-probabilities, entropies or None), [paths, T] as `batch.scored`, float32, 0 where not scored."""
+    def forward(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probabilities and the asked for `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
-        if self.entropy:
-            logps, entropy = linear_logps(hidden, weight, batch.targets, entropy=True, **options)
-            return batch.unflatten(logps), batch.unflatten(entropy.detach())
-        return batch.unflatten(linear_logps(hidden, weight, batch.targets, **options)), None
+        out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)
+        return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """[R, L, H], the backbone's last hidden states."""

@@ -47,7 +47,7 @@ class AdapterReference:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy), self.policy.as_reference():
-            return self.wrapped(batch)[0]
+            return self.wrapped(batch).logps
 
 
 class ModelReference:
@@ -58,7 +58,7 @@ class ModelReference:
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy):
-            return self.policy(batch)[0]
+            return self.policy(batch).logps
 
 
 class StoredReference:

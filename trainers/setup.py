@@ -147,6 +147,7 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             max_length=options.max_length,
             completion_only_loss=options.completion_only_loss,
             assistant_only_loss=options.assistant_only_loss,
+            gold=config.loss.scores_gold,
         )
         return list(examples), str(report)
 
@@ -221,7 +222,7 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     model = add_adapters(model, config.model, frozen_copy=frozen_copy)
     check_trainable(model)
     temperature = config.rollout.temperature if config.rollout else 1.0
-    policy = Policy(model, temperature=temperature, entropy=config.loss.kind is Kind.GROUPED)
+    policy = Policy(model, temperature=temperature, stats=config.loss.stats)
     obstacle = why_not_shared(policy)
     policy.shared = not obstacle
     policy.train()

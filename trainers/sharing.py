@@ -93,7 +93,7 @@ def _check_causal(policy: Policy, batch: PackedBatch) -> None:
 
 def _check_head(policy: Policy, batch: PackedBatch, logits: torch.Tensor) -> None:
     """Raise UserError unless our log-probabilities are those of the model's own logits."""
-    ours, _ = policy(batch)
+    ours = policy(batch).logps
     own = (logits.float() / policy.temperature).log_softmax(-1).flatten(0, 1)[batch.hidden_index]
     own = batch.unflatten(own.gather(-1, batch.targets[:, None])[:, 0])
     if not torch.allclose(ours.float(), own, rtol=1e-2, atol=1e-3 if logits.dtype == torch.float32 else 0.1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, Totals
+from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, TokenLogps, Totals
 
 from .data import Completion, Example
 from .errors import UserError
@@ -27,11 +27,12 @@ from .reference import Reference, inference
 
 @dataclass
 class MicroBatch:
-    """A packed batch and what was computed of it without gradient, [paths, T] each."""
+    """A packed batch and what was computed of it without gradient, [paths, T] each; own: see `Totals.own`."""
 
     batch: PackedBatch
     ref: Tensor | None = None
     old: Tensor | None = None
+    own: Tensor | None = None
 
 
 @dataclass
@@ -61,14 +62,25 @@ class StepResult:
 
 def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
     """What a loss divides by, counted from the examples of a step."""
-    scored = [[sum(c.scored) if c.scored is not None else len(c.ids) for c in e.completions] for e in examples]
     per_completion = loss.kind is Kind.GROUPED
     return Totals(
         num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
-        num_tokens=sum(map(sum, scored)),
-        num_chosen_tokens=sum(s[0] for s in scored),
+        num_tokens=sum(sum(_scored(c)) for e in examples for c in e.completions),
+        num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
+        num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
         num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
+        sum_weights=sum(
+            weight
+            for e in examples
+            for c in e.completions
+            for weight, scored in zip(c.weights or [1.0] * len(c.ids), _scored(c), strict=True)
+            if scored
+        ),
     )
+
+
+def _scored(completion: Completion) -> Sequence[bool]:
+    return [True] * len(completion.ids) if completion.scored is None else completion.scored
 
 
 def _prompt_tokens(example: Example) -> int:
@@ -77,31 +89,34 @@ def _prompt_tokens(example: Example) -> int:
 
 
 def loss_inputs(
-    loss: Loss, batch: PackedBatch, logps: Tensor, entropy: Tensor | None, ref: Tensor | None, old: Tensor | None
+    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None, old: Tensor | None
 ) -> dict[str, Any]:
-    """The arguments, beside `totals`, that a loss of this kind is called with."""
-    if loss.kind is Kind.PAIRED:
-        inputs: dict[str, Any] = {"policy": _pairs(batch, logps, loss.scores_prompt)}
-        if loss.wants_reference and ref is not None:
-            inputs["ref"] = _pairs(batch, ref, False)
-        return inputs
+    """The arguments, beside `totals`, that a loss of this kind is called with. out, ref, old: [paths, T] each."""
     mask = batch.scored
-    inputs = {"policy": CompletionLogps(logps, mask, entropy)}
-    if loss.wants_reference and ref is not None:
-        inputs["ref"] = CompletionLogps(ref, mask)
+    policy = CompletionLogps(out.logps, mask, out.entropy, out.log_z, out.log_sum_p2, batch.weights)
+    others = {"ref": ref} if loss.wants_reference and ref is not None else {}
+    logps = {"policy": policy} | {name: CompletionLogps(values, mask) for name, values in others.items()}
+    if loss.kind is Kind.PAIRED:
+        return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
+    inputs: dict[str, Any] = dict(logps)
     if loss.kind is Kind.LABELED:
         inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
     if loss.kind is Kind.GROUPED:
         advantages = [a for e in batch.examples for a in e.advantages or ()]
-        inputs["advantages"] = torch.tensor(advantages, dtype=logps.dtype, device=mask.device)
+        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype, device=mask.device)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
     return inputs
 
 
-def _pairs(batch: PackedBatch, logps: Tensor, scores_prompt: bool) -> PairLogps:
-    n = batch.num_completions
-    chosen, rejected = (CompletionLogps(logps[k:n:2], batch.scored[k:n:2]) for k in (0, 1))
-    return PairLogps(chosen, rejected, CompletionLogps(logps[n:], batch.scored[n:]) if scores_prompt else None)
+def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -> PairLogps:
+    """Paths by their place in an example; more: with the prompt or the gold completion where the loss scores it."""
+    n, k = batch.num_completions, 3 if loss.scores_gold else 2
+    return PairLogps(
+        paths.rows(slice(0, n, k)),
+        paths.rows(slice(1, n, k)),
+        paths.rows(slice(n, None)) if more and loss.scores_prompt else None,
+        paths.rows(slice(2, n, k)) if more and loss.scores_gold else None,
+    )
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
@@ -134,6 +149,7 @@ class Step:
         self.loss, self.reference, self.max_length = loss, reference, max_length
         self.micro_batch_tokens = micro_batch_tokens
         self.packing: dict[str, Any] = {"shared": policy.shared, "pad_id": pad_id}
+        self.state: Mapping[str, float] = {}  # what the loss carries from step to step
 
     def micro_batches(self, examples: Sequence[Example], dealt: bool = False) -> list[MicroBatch]:
         """This process's micro-batches of a step that all processes know (or, with `dealt`, of its own share).
@@ -165,7 +181,7 @@ class Step:
 
     def fill_reference(self, micros: Sequence[MicroBatch]) -> None:
         """Compute the reference's log-probabilities where the loss wants them and they are not there yet."""
-        if self.loss.wants_reference and self.reference is not None:
+        if self.reference is not None:
             for micro in micros:
                 if micro.ref is None:
                     micro.ref = self.reference(micro.batch)
@@ -174,17 +190,17 @@ class Step:
         """Fix the log-probabilities that later updates on the same rollouts are compared with."""
         for micro in micros:
             with inference(self.policy):
-                micro.old = self.wrapped(micro.batch)[0]
+                micro.old = self.wrapped(micro.batch).logps
 
     def totals(self, examples: Sequence[Example], micros: Sequence[MicroBatch], dealt: bool = False) -> Totals:
         """Totals over the step and all processes, with what the loss collects in a pass before it."""
-        totals = count_totals(examples, self.loss)
+        totals = dataclasses.replace(count_totals(examples, self.loss), state=self.state)
         if dealt and self.accelerator.num_processes > 1:
-            counts = {f.name: getattr(totals, f.name) for f in dataclasses.fields(totals) if f.name != "collected"}
+            counts = {k: v for k, v in dataclasses.asdict(totals).items() if isinstance(v, int | float)}
             summed = self.accelerator.reduce(
                 torch.tensor(list(counts.values()), dtype=torch.float64, device=self.accelerator.device), "sum"
             )
-            totals = Totals(**dict(zip(counts, summed.tolist(), strict=True)))
+            totals = dataclasses.replace(totals, **dict(zip(counts, summed.tolist(), strict=True)))
         if self.loss.window_pass is None:
             return totals
         passed = micros
@@ -195,21 +211,30 @@ class Step:
         return dataclasses.replace(totals, collected=self._collect(passed))
 
     def _collect(self, micros: Sequence[MicroBatch]) -> Tensor:
+        """What the loss collects of the micro-batches, of all processes in order; tells each micro-batch its rows."""
         self.fill_reference(micros)
         values = []
         for micro in micros:
             with inference(self.policy):
-                logps, _ = self.wrapped(micro.batch)
-                inputs = loss_inputs(self.loss, micro.batch, logps, None, micro.ref, None)
-                inputs = {k: v for k, v in inputs.items() if k in ("policy", "ref")}
-                collected = self.loss.collect(**inputs)
+                inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, None)
+                collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
                 values.append(collected[:0] if micro.batch.is_filler else collected)
-        mine = torch.cat(values)
-        if self.accelerator.num_processes == 1:
-            return mine
-        padded = self.accelerator.pad_across_processes(mine, pad_index=float("nan"))
-        everyone = self.accelerator.gather(padded)
-        return everyone[~everyone.isnan()]
+        everyone, start = self._gathered(torch.cat(values))
+        for micro, part in zip(micros, values, strict=True):
+            rows = len(micro.batch.examples)
+            # a filler has nothing scored; its rows stand for nothing and may be any
+            micro.own = torch.arange(start, start + rows, device=everyone.device) * (not micro.batch.is_filler)
+            start += len(part)
+        return everyone
+
+    def _gathered(self, mine: Tensor) -> tuple[Tensor, int]:
+        """Rows of all processes, one after the other, and where this process's begin."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return mine, 0
+        counts = self.accelerator.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
+        padded = self.accelerator.gather(self.accelerator.pad_across_processes(mine)).unflatten(0, (world, -1))
+        return torch.cat([rows[:n] for rows, n in zip(padded, counts, strict=True)]), sum(counts[:rank])
 
     def __call__(self, micros: Sequence[MicroBatch], totals: Totals, *, backward: bool = True) -> StepResult:
         """Run the micro-batches, add their gradients, and return this process's part of loss and metrics.
@@ -222,9 +247,8 @@ class Step:
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1
             with self._no_sync(not last and backward), torch.set_grad_enabled(backward):
-                logps, entropy = self.wrapped(micro.batch)
-                inputs = loss_inputs(self.loss, micro.batch, logps, entropy, micro.ref, micro.old)
-                output = self.loss(**inputs, totals=totals)
+                inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, micro.old)
+                output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
                 if backward:
                     # DDP averages gradients over processes; the totals have divided already
                     self.accelerator.backward(output.loss * self.accelerator.num_processes)
@@ -234,6 +258,8 @@ class Step:
             if not finite:
                 rows = rows_of(micro.batch.examples)
                 raise UserError(f"the loss is not finite; its micro-batch holds the rows {rows} of the data set")
+        if backward:
+            self.state = self.loss.advance(totals)
         return result
 
     def _no_sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:

@@ -49,7 +49,7 @@ def cpo(
             raise ValueError(f"no formula for CPO's loss_type={loss_type!r}")
         total = total + loss
     if cpo_alpha is None:
-        cpo_alpha = 0.0 if loss_type == "simper" else 1.0
+        cpo_alpha = 0.0 if loss_type in ("alphapo", "simper") else 1.0  # AlphaPO and SimPER have no NLL
     return total / max(len(chosen), 1) + cpo_alpha * token_mean(chosen)
 
 

@@ -19,7 +19,7 @@ class Options:
 
     loss_type: str = "dapo"
     beta: float = 0.0
-    epsilon: float = 0.2
+    epsilon: float | None = None
     epsilon_high: float | None = None
     delta: float | None = None
     importance_sampling_level: str = "token"
@@ -37,8 +37,14 @@ class Options:
     max_completion_length: int = 512
 
     @property
+    def low(self) -> float:
+        if self.epsilon is not None:
+            return self.epsilon
+        return 0.4 if self.loss_type == "gmpo" else 0.2  # arXiv 2507.20673, in log space; 2402.03300
+
+    @property
     def high(self) -> float:
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return self.low if self.epsilon_high is None else self.epsilon_high
 
 
 def grpo(
@@ -83,8 +89,6 @@ def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
     if o.importance_sampling_level not in ("token", "sequence"):
         raise ValueError(f"no formula for importance_sampling_level={o.importance_sampling_level!r}")
-    if o.loss_type == "vespo" and o.importance_sampling_level == "sequence":
-        raise ValueError("vespo has its own weight of the whole sequence")
     if o.loss_type == "rloo" and (o.beta or o.top_entropy_quantile < 1 or o.delta is not None):
         raise ValueError(
             "rloo is one term a sequence: its KL is in the reward, and it has no delta and no chosen tokens"
@@ -149,7 +153,7 @@ def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float
         return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
     if o.loss_type == "vespo":
         return -_vespo_weight(y, old, advantage, o) * advantage * y[t]
-    clipped = torch.clamp(ratio, 1 - o.epsilon, 1 + o.high)  # epsilon_high: arXiv 2503.14476 Sec. 3.1
+    clipped = torch.clamp(ratio, 1 - o.low, 1 + o.high)  # epsilon_high: arXiv 2503.14476 Sec. 3.1
     if o.delta is not None:
         ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
     return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
@@ -167,7 +171,7 @@ def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options) -> float
 def _rloo(y: Tensor, old: Tensor, advantage: float, o: Options) -> Tensor:
     """The clipped surrogate of the whole sequence's ratio: the one action of arXiv 2402.14740, which has no clip."""
     ratio = torch.exp((y - old).sum())
-    return -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - o.epsilon, 1 + o.high) * advantage)
+    return -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - o.low, 1 + o.high) * advantage)
 
 
 def _gmpo(y: Tensor, old: Tensor, advantage: float, keep: Sequence[bool], o: Options) -> Tensor:
@@ -176,7 +180,7 @@ def _gmpo(y: Tensor, old: Tensor, advantage: float, keep: Sequence[bool], o: Opt
     for t in range(len(y)):
         if keep[t]:
             h = y[t] - old[t]
-            clipped = torch.clamp(h, -o.epsilon, o.high)
+            clipped = torch.clamp(h, -o.low, o.high)
             total = total + (torch.minimum(h, clipped) if advantage > 0 else torch.maximum(h, clipped))
             count += 1
     return -advantage * torch.exp(total / max(count, 1))

@@ -74,7 +74,7 @@ def test_values_are_the_definition(kwargs, impl, with_bias):
     hidden, weight, bias, targets = head()
     kwargs = kwargs | {"bias": bias if with_bias else None}
     expected, entropies = by_hand(hidden, weight, targets, **kwargs)
-    got = linear_logps(hidden, weight, targets, impl=impl, entropy=True, chunk_tokens=2, **kwargs)
+    got = linear_logps(hidden, weight, targets, impl=impl, stats=("entropy",), chunk_tokens=2, **kwargs)
     torch.testing.assert_close(got.logps, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(got.entropy, entropies, rtol=1e-12, atol=1e-13)
     alone = linear_logps(hidden, weight, targets, impl=impl, chunk_tokens=2, **kwargs)
@@ -89,9 +89,9 @@ def test_gradcheck(kwargs, trains, outputs):
     leaves = [t.requires_grad_(name in trains) for name, t in zip("hwb", (hidden, weight, bias), strict=True)]
 
     def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        wants = outputs != "logps"
-        out = linear_logps(hidden, weight, targets, bias=bias, entropy=wants, impl="two_gemm", chunk_tokens=2, **kwargs)
-        return {"logps": (out,), "entropy": out[1:], "both": tuple(out)}[outputs]
+        stats = None if outputs == "logps" else ("entropy",)
+        out = linear_logps(hidden, weight, targets, bias=bias, stats=stats, impl="two_gemm", chunk_tokens=2, **kwargs)
+        return {"logps": (out,), "entropy": out[1:2], "both": tuple(out[:2])}[outputs]
 
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -128,7 +128,7 @@ def test_error_budget_of_the_entropy(kwargs, make, products, dtype, monkeypatch)
     results = []
     for impl, to in (("two_gemm", dtype), ("eager", dtype), ("eager", torch.float64)):
         leaves = [t.to(to).detach().requires_grad_() for t in (hidden, weight, bias)]
-        entropy = linear_logps(*leaves[:2], targets, bias=leaves[2], entropy=True, impl=impl, **kwargs).entropy
+        entropy = linear_logps(*leaves[:2], targets, bias=leaves[2], stats=("entropy",), impl=impl, **kwargs).entropy
         (entropy * torch.linspace(-1, 1.3, 24)).sum().backward()
         results.append([entropy.detach().double(), *(leaf.grad.double() for leaf in leaves)])
     for ours, eager, exact in zip(*results, strict=True):
@@ -174,7 +174,7 @@ def test_chunks_do_not_matter(trains, chunk_tokens):
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW], ids=str)
 def test_dtypes_out(impl, dtype):
     hidden, weight, bias, targets = head(dtype=dtype)
-    got = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl=impl)
+    got = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",), impl=impl)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert got.logps.dtype == got.entropy.dtype == expected
     grads = gradients([hidden, weight, bias, targets], torch.ones(5), impl=impl)
@@ -185,7 +185,7 @@ def test_dtypes_out(impl, dtype):
 def test_no_tokens(impl):
     hidden, weight, bias, targets = head(n=0)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    got = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl=impl)
+    got = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",), impl=impl)
     assert got.logps.shape == got.entropy.shape == (0,)
     (got.logps.sum() + got.entropy.sum()).backward()
     assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
@@ -196,11 +196,11 @@ def test_no_tokens(impl):
 def test_second_backward_gives_the_right_gradient(trains):
     hidden, weight, bias, targets = head()
     leaves = [t.requires_grad_() for t, name in zip((hidden, weight, bias), "hwb", strict=True) if name in trains]
-    logps, entropy = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl="two_gemm", chunk_tokens=2)
+    logps, entropy, *_ = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",), impl="two_gemm", chunk_tokens=2)
     for coefficients in (torch.ones(5), torch.tensor([3.0, 0.0, -1.0, 2.0, 0.5])):
         for with_entropy in (False, True, False):
             ours = (logps * coefficients).sum() + (entropy * coefficients).sum() * with_entropy
-            eager = linear_logps(hidden, weight, targets, bias=bias, entropy=True, impl="eager")
+            eager = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",), impl="eager")
             theirs = (eager.logps * coefficients).sum() + (eager.entropy * coefficients).sum() * with_entropy
             got = torch.autograd.grad(ours, leaves, retain_graph=True)
             torch.testing.assert_close(got, torch.autograd.grad(theirs, leaves), rtol=1e-12, atol=1e-13)
@@ -255,7 +255,7 @@ def test_autocast_leaves_float64(impl):
 def test_backward_inside_autocast_keeps_the_forward_dtype(trains):
     hidden, weight, bias, targets = head(dtype=torch.float32)
     leaves = [t.requires_grad_() for t, name in zip((hidden, weight, bias), "hwb", strict=True) if name in trains]
-    logps, entropy = linear_logps(hidden, weight, targets, bias=bias, entropy=True)
+    logps, entropy, *_ = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",))
     outside = torch.autograd.grad((logps + entropy).sum(), leaves, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = torch.autograd.grad((logps + entropy).sum(), leaves)
@@ -287,7 +287,7 @@ def test_products_of_a_training_step(trains, expected, entropy):
     tensors = head()
     leaves = [t.requires_grad_(name in trains) for t, name in zip(tensors, "hwb", strict=False)]
     with Products(tensors) as products:
-        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], entropy=entropy, chunk_tokens=2)
+        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], stats=("entropy",) if entropy else None, chunk_tokens=2)
         (out.logps if entropy else out).sum().backward()  # the entropy as a metric costs no product
     assert products.count == expected
 
@@ -330,8 +330,8 @@ class Allocations(TorchDispatchMode):
         ({}, 1),
         ({"temperature": 0.7, "logit_scale": 3.0}, 1),
         ({"softcap": 2.0}, 2),
-        ({"entropy": True}, 2),
-        ({"entropy": True, "softcap": 2.0}, 3),
+        ({"stats": ("entropy",)}, 2),
+        ({"stats": ("entropy",), "softcap": 2.0}, 3),
     ],
     ids=str,
 )
@@ -343,7 +343,7 @@ def test_frozen_head_makes_one_tile_for_all_chunks(kwargs, tiles, with_bias):
     with Allocations(hidden, weight, bias, targets) as made:
         kwargs = kwargs | {"bias": bias if with_bias else None}
         out = linear_logps(hidden.requires_grad_(), weight, targets, chunk_tokens=chunk, **kwargs)
-        (out[0] if "entropy" in kwargs else out).sum().backward()
+        (out[0] if "stats" in kwargs else out).sum().backward()
     assert sum(numel >= chunk * v for numel in made.numels()) == tiles
     assert max(made.numels()) == chunk * v
 
@@ -354,8 +354,8 @@ def test_trainable_head_makes_no_logits(entropy):
     hidden, weight, bias, targets = head(n, 4, v, dtype=torch.float32)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     with Allocations(hidden, weight, bias, targets) as made:
-        out = linear_logps(*leaves[:2], targets, bias=bias, chunk_tokens=chunk, entropy=entropy)
-        (sum(out) if entropy else out).sum().backward()
+        out = linear_logps(*leaves[:2], targets, bias=bias, chunk_tokens=chunk, stats=("entropy",) if entropy else None)
+        (out.logps + out.entropy if entropy else out).sum().backward()
     tile_sized = [numel for numel in made.numels() if numel >= chunk * v]
     # forward and backward one set of tiles each; [V, H] the gradient's sum, and autograd's copy of it
     assert sum(numel == chunk * v for numel in tile_sized) == (4 if entropy else 2)
@@ -368,7 +368,7 @@ def test_inputs_are_not_modified(impl):
     before = [t.clone() for t in tensors]
     gradients(tensors, torch.ones(5), "hwb", impl=impl, **OPTIONS["all"])
     leaf = tensors[0].requires_grad_()
-    linear_logps(leaf, tensors[1], tensors[3], entropy=True, impl=impl).logps.sum().backward()
+    linear_logps(leaf, tensors[1], tensors[3], stats=("entropy",), impl=impl).logps.sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert [t._version for t in tensors] == [0] * 4
 
@@ -381,7 +381,7 @@ def test_extreme_logits_are_finite(impl, dtype, trains):
     hidden = torch.tensor([[100.0], [-100.0], [100.0]], dtype=dtype)
     weight = torch.tensor([[100.0], [-100.0], [0.0]], dtype=dtype)
     leaves = [hidden.requires_grad_(), weight.requires_grad_("w" in trains)]
-    logps, entropy = linear_logps(*leaves, torch.tensor([0, 0, 2]), entropy=True, impl=impl)
+    logps, entropy, *_ = linear_logps(*leaves, torch.tensor([0, 0, 2]), stats=("entropy",), impl=impl)
     assert logps.tolist() == pytest.approx([0.0, -2e4, -1e4], rel=1e-2, abs=0)
     assert entropy.tolist() == [0.0, 0.0, 0.0]
     (logps + entropy).sum().backward()

@@ -30,8 +30,8 @@ CPO = [
     ("simpo", {"beta": 0.5, "simpo_gamma": 0.0}, log(3 / 2)),
     ("simpo", {"label_smoothing": 0.25}, 0.75 * log(1 + exp(0.5) / 4) + 0.25 * log(1 + 4 * exp(-0.5))),
     ("simpo", {"alpha": 1.0}, log(1 + exp(-5.5))),  # 1 - 2 = -1 and 1 - 8 = -7, less gamma
-    ("alphapo", {"alpha": 1.0}, log(1 + exp(-5.5))),
-    ("alphapo", {}, log(1 + exp(0.5) / 4)),
+    ("alphapo", {"alpha": 1.0, "cpo_alpha": 1.0}, log(1 + exp(-5.5))),
+    ("alphapo", {"cpo_alpha": 1.0}, log(1 + exp(0.5) / 4)),
     ("simper", {}, 1 / 8 - 1 / 2),
 ]
 

@@ -1,0 +1,188 @@
+"""Contrastive Preference Optimization (Xu et al., arXiv 2401.08417) and its kin: pairs without a reference model.
+
+With s a completion's log-probability (its sum over tokens, or its average where the variant says so):
+
+    L = sum over pairs of l(s_w, s_l) / P + weight * NLL,   NLL = the token mean over the step
+
+CPO's NLL is that of the chosen completion, TPO's that of a third, gold one. A variant is one function, entered in
+`CPO_TYPES` or `TPO_TYPES`.
+
+Differs from TRL 1.16: (1) the NLL is the token mean of the optimizer step, TRL's of the micro-batch; (2) `alpha` is
+computed with expm1 and stops at exponents of 40, where TRL overflows to NaN; an empty completion has average 0, in TRL
+0/0. As in TRL, `simpo` keeps the NLL unless cpo_alpha is 0 (the paper has none), and `alphapo` is `simpo` without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dpo import MAX_EXPONENT, preference_metrics
+from .dpo_types import smoothed
+from .types import (
+    CompletionLogps,
+    Kind,
+    Loss,
+    LossOutput,
+    Mean,
+    PairLogps,
+    Totals,
+    check_choice,
+    check_positive,
+    check_range,
+    divide,
+    register,
+)
+
+
+class CPOType(NamedTuple):
+    """formula(s_w [P], s_l [P], loss) -> [P]. averages: s is the average over tokens. nll: cpo_alpha's default."""
+
+    formula: Callable[[Tensor, Tensor, Any], Tensor]
+    averages: bool
+    nll: float = 1.0
+
+
+def sigmoid(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """(1 - e) sp(-x) + e sp(x), x = beta (s_w - s_l), arXiv 2401.08417 Eq. 3 with smoothed labels."""
+    return smoothed(loss.beta * (chosen - rejected), loss.label_smoothing)
+
+
+def hinge(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """max(0, 1 - beta (s_w - s_l)), SLiC-HF, arXiv 2305.10425."""
+    return (1 - loss.beta * (chosen - rejected)).relu()
+
+
+def ipo(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """(s_w - s_l - 1/(2 beta))^2, arXiv 2310.12036 Eq. 17 without a reference."""
+    return (chosen - rejected - 1 / (2 * loss.beta)) ** 2
+
+
+def simpo(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """sp(-(beta (s_w - s_l) - gamma)), arXiv 2405.14734; AlphaPO (2501.03884) where `alpha` is not 0."""
+    return smoothed(loss.beta * (chosen - rejected) - loss.simpo_gamma, loss.label_smoothing)
+
+
+def simper(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """-exp(s_w) + exp(s_l), inverse perplexities, arXiv 2502.00883: no beta, no reference."""
+    return rejected.exp() - chosen.exp()
+
+
+def tpo_l(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
+    """sp(-(beta (s_w - s_l) - gamma)), the length-normalised TPO, arXiv 2405.16681."""
+    return smoothed(loss.beta * (chosen - rejected) - loss.tpo_l_gamma, loss.label_smoothing)
+
+
+CPO_TYPES = {
+    "sigmoid": CPOType(sigmoid, averages=False),
+    "hinge": CPOType(hinge, averages=False),
+    "ipo": CPOType(ipo, averages=True),
+    "simpo": CPOType(simpo, averages=True),
+    "alphapo": CPOType(simpo, averages=True, nll=0.0),
+    "simper": CPOType(simper, averages=True, nll=0.0),
+}
+TPO_TYPES = {name: CPO_TYPES[name] for name in ("sigmoid", "hinge", "ipo")} | {"tpo-l": CPOType(tpo_l, averages=True)}
+
+
+def _scores(kind: CPOType, policy: PairLogps, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
+    """s_w, s_l [P]; (1 - P^-alpha) / alpha in their place where `alpha` is not 0, whose limit there is log P."""
+
+    def score(completion: CompletionLogps) -> Tensor:
+        s = completion.averages if kind.averages else completion.sums
+        return -torch.expm1((-alpha * s).clamp(max=MAX_EXPONENT)) / alpha if alpha else s
+
+    return score(policy.chosen), score(policy.rejected)
+
+
+def _with_nll(
+    kind: CPOType,
+    scores: tuple[Tensor, Tensor],
+    policy: PairLogps,
+    nll: tuple[float, Tensor, float],
+    loss: Any,
+    by: float,
+) -> LossOutput:
+    """The sum over pairs / `by` + weight * sum of -log p / tokens; nll = (weight, log p of completions, tokens)."""
+    chosen, rejected = scores
+    per_pair_loss = kind.formula(chosen, rejected, loss).where(policy.scored, chosen * 0)
+    weight, sums, tokens = nll
+    value = divide(per_pair_loss.sum(), by) - weight * divide(sums.sum(), tokens)
+    return LossOutput(value, preference_metrics(loss.beta * chosen, loss.beta * rejected, policy))
+
+
+@register("cpo")
+@dataclass(frozen=True, kw_only=True)
+class CPOLoss(Loss):
+    """L = sum over pairs of l(s_w, s_l) / P + cpo_alpha * NLL(chosen); P pairs and NLL tokens of the whole step."""
+
+    kind: ClassVar[Kind] = Kind.PAIRED
+
+    beta: float = 0.1
+    """Steepness in s_w - s_l (1 / nats)."""
+    loss_type: str = "sigmoid"
+    """sigmoid, hinge, ipo, simpo, alphapo, or simper."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped: sigmoid, simpo, alphapo."""
+    cpo_alpha: float | None = None
+    """Weight of the chosen completion's NLL (default: 1, as in TRL; 0 for alphapo and simper)."""
+    simpo_gamma: float = 0.5
+    """simpo, alphapo: margin to reach, in units of beta s."""
+    alpha: float = 0.0
+    """Reward (1 - P^-alpha) / alpha in place of log P, for every loss_type, as in TRL (AlphaPO: 0.25); 0 is log P."""
+
+    def __post_init__(self) -> None:
+        check_choice("loss_type", self.loss_type, CPO_TYPES)
+        check_positive("beta", self.beta)
+        check_range("label_smoothing", self.label_smoothing, 0, 1)
+
+    def __call__(self, policy: PairLogps, *, totals: Totals) -> LossOutput:
+        """policy: chosen and rejected [P, T] each. Raises ValueError or TypeError for what does not fit."""
+        kind = CPO_TYPES[self.loss_type]
+        weight = kind.nll if self.cpo_alpha is None else self.cpo_alpha
+        scores = _scores(kind, policy, self.alpha)
+        nll = (weight, policy.chosen.sums, totals.num_chosen_tokens)
+        out = _with_nll(kind, scores, policy, nll, self, totals.num_sequences)
+        mean_nll = Mean(-policy.chosen.sums.detach().sum(), policy.chosen.completion_mask.sum())
+        return LossOutput(out.loss, out.metrics | {"nll_loss": mean_nll})
+
+
+@register("tpo")
+@dataclass(frozen=True, kw_only=True)
+class TPOLoss(Loss):
+    """Triple Preference Optimization (arXiv 2405.16681 Sec. 3): L = sum of l(s_w, s_l) / P + tpo_alpha * NLL(gold)."""
+
+    kind: ClassVar[Kind] = Kind.PAIRED
+
+    beta: float = 0.01
+    """Steepness in s_w - s_l (1 / nats)."""
+    loss_type: str = "sigmoid"
+    """sigmoid, hinge, ipo, or tpo-l."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped: sigmoid, tpo-l."""
+    tpo_alpha: float = 1.0
+    """Weight of the gold completion's NLL; at 0 no gold completion is needed."""
+    tpo_l_gamma: float = 0.5
+    """tpo-l: margin to reach, in units of beta s."""
+
+    def __post_init__(self) -> None:
+        check_choice("loss_type", self.loss_type, TPO_TYPES)
+        check_positive("beta", self.beta)
+        check_range("label_smoothing", self.label_smoothing, 0, 1)
+
+    @property
+    def scores_gold(self) -> bool:
+        """Unless its NLL has no weight."""
+        return self.tpo_alpha != 0
+
+    def __call__(self, policy: PairLogps, *, totals: Totals) -> LossOutput:
+        """policy: chosen, rejected and gold [P, T] each. Raises ValueError or TypeError for what does not fit."""
+        if self.scores_gold and policy.gold is None:
+            raise ValueError(f"tpo_alpha={self.tpo_alpha} needs the gold completions, policy.gold is None")
+        kind = TPO_TYPES[self.loss_type]
+        gold = policy.chosen if policy.gold is None else policy.gold
+        nll = (self.tpo_alpha, gold.sums, totals.num_gold_tokens)
+        return _with_nll(kind, _scores(kind, policy), policy, nll, self, totals.num_sequences)

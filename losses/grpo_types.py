@@ -1,0 +1,97 @@
+"""The variants of GRPO: surrogates (the policy term of a token or of a completion) and weights (the normalisers).
+
+rho, A and the rest are those of `grpo.py`; all values are to be minimised.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dpo import MAX_EXPONENT
+from .grpo import GRPO_TYPES, GRPOLoss, GRPOType, Ratios
+from .types import Totals, choose, divide
+
+
+def clipped(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-min(min(rho, delta) A, clip(rho) A), arXiv 2402.03300 Eq. 3 (PPO, 1707.06347 Eq. 7), delta: 2505.07291."""
+    low, high = loss.epsilons
+    capped = x.ratio.clamp(max=math.inf if loss.delta is None else loss.delta)
+    return -torch.min(capped * x.advantages, x.ratio.clamp(1 - low, 1 + high) * x.advantages)
+
+
+def capped_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-sg(min(rho, epsilon_high)) A log p, CISPO, arXiv 2506.13585: every token keeps a gradient."""
+    return -x.ratio.clamp(max=loss.epsilons[1]).detach() * x.advantages * x.logps
+
+
+def soft_gate(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, tau by the sign of A, SAPO, arXiv 2511.20347; slope -A at rho = 1."""
+    tau = choose(x.advantages > 0, loss.sapo_temperature_pos, loss.sapo_temperature_neg, x.ratio)
+    return -(tau * (x.ratio - 1)).sigmoid() * 4 / tau * x.advantages
+
+
+def gamma_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-sg(phi(W)) A log p, phi(W) = exp(lam + k log W - lam W), W = exp(sum log rho), VESPO, arXiv 2602.10693 Sec. 3.4.
+
+    phi(1) = 1. Log-ratios stop at +-20 a token and at [log 1e-8, 20] a sequence, as in the authors' code and TRL.
+    """
+    positive = x.advantages >= 0
+    k = choose(positive, loss.vespo_k_pos, loss.vespo_k_neg, x.ratio)
+    lam = choose(positive, loss.vespo_lambda_pos, loss.vespo_lambda_neg, x.ratio)
+    log_w = x.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
+    return -(lam + k * log_w - lam * log_w.exp()).exp() * x.advantages * x.logps
+
+
+def geometric_mean(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-A exp(mean_t h), h = min(log rho, clip) for A > 0 and max(log rho, clip) else, GMPO, arXiv 2507.20673.
+
+    clip: log rho held in [-epsilon, epsilon_high].
+    """
+    low, high = loss.epsilons
+    bounded = x.log_ratio.clamp(-low, high)
+    h = torch.where(x.advantages > 0, torch.min(x.log_ratio, bounded), torch.max(x.log_ratio, bounded))
+    mean = torch.where(x.kept, h, 0.0).sum(-1, keepdim=True) / x.kept.sum(-1, keepdim=True).clamp(min=1)
+    return -mean.clamp(max=MAX_EXPONENT).exp() * x.advantages
+
+
+def whole_sequence(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-min(W A, clip(W) A), W = exp(sum log rho), RLOO, arXiv 2402.14740, clipped as TRL does (the paper does not)."""
+    total = torch.where(x.kept, x.log_ratio, 0.0).sum(-1, keepdim=True)
+    return clipped(x._replace(ratio=total.clamp(max=MAX_EXPONENT).exp()), loss)
+
+
+def sequence_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
+    """1 / (B |y_i|): the mean over completions of their token means."""
+    return divide(1 / lengths, totals.num_sequences)
+
+
+def sequence_sum(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
+    """1 / B: the mean over completions of their token sums (LUSPO, arXiv 2602.05261)."""
+    return divide(torch.ones_like(lengths), totals.num_sequences)
+
+
+def token_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
+    """1 / N: every token of the step weighs the same (DAPO, arXiv 2503.14476 Eq. 8)."""
+    return divide(torch.ones_like(lengths), totals.num_tokens)
+
+
+def constant_length(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
+    """1 / (B max_completion_length): no length bias (Dr. GRPO, arXiv 2503.20783)."""
+    return divide(torch.ones_like(lengths), totals.num_sequences * loss.max_completion_length)
+
+
+GRPO_TYPES |= {
+    "dapo": GRPOType(clipped, token_mean),
+    "grpo": GRPOType(clipped, sequence_mean),
+    "dr_grpo": GRPOType(clipped, constant_length),
+    "bnpo": GRPOType(clipped, token_mean),
+    "luspo": GRPOType(clipped, sequence_sum),
+    "sapo": GRPOType(soft_gate, sequence_mean),
+    "cispo": GRPOType(capped_weight, token_mean),
+    "vespo": GRPOType(gamma_weight, token_mean),
+    "gmpo": GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4),
+    "rloo": GRPOType(whole_sequence, sequence_mean, sequence_term=True),
+}

@@ -1,0 +1,98 @@
+"""The row statistics beside the log-probabilities: log Z and log sum p^2, alone and together with the entropy."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from logratio.losses import TokenLogps, linear_logps
+from logratio.losses._two_gemm import STATS
+
+OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 1.3}, {"softcap": 2.0, "temperature": 1.5}]
+SUBSETS = [c for n in range(4) for c in itertools.combinations(STATS, n)]
+
+
+def head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """hidden [5, 3], weight [7, 3], bias [7], targets [5]."""
+    torch.manual_seed(0)
+    shapes = ((5, 3), (7, 3), (7,))
+    return [*(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes), torch.tensor([0, 6, 2, 2, 5])]
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor, **kwargs: float) -> Tensor:
+    z = (hidden @ weight.T + bias) * kwargs.get("logit_scale", 1.0)
+    if "softcap" in kwargs:
+        z = kwargs["softcap"] * torch.tanh(z / kwargs["softcap"])
+    return z / kwargs.get("temperature", 1.0)
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
+@pytest.mark.parametrize("impl", ["eager", "two_gemm"])
+@pytest.mark.parametrize("stats", SUBSETS, ids=str)
+def test_values_are_the_definitions(kwargs, impl, stats):
+    hidden, weight, bias, targets = head()
+    out = linear_logps(hidden, weight, targets, bias=bias, impl=impl, stats=stats, chunk_tokens=2, **kwargs)
+    z = logits(hidden, weight, bias, **kwargs)
+    p = z.softmax(-1)
+    expected = {
+        "entropy": -(p * p.log()).sum(-1),
+        "log_z": z.exp().sum(-1).log(),
+        "log_sum_p2": (p**2).sum(-1).log(),
+    }
+    assert isinstance(out, TokenLogps)
+    for name in STATS:
+        if name in stats:
+            torch.testing.assert_close(getattr(out, name), expected[name], rtol=1e-12, atol=1e-13)
+        else:
+            assert getattr(out, name) is None
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
+@pytest.mark.parametrize("trains", ["h", "w", "b", "hwb"])
+@pytest.mark.parametrize(
+    "outputs", [("log_z",), ("logps", "log_z"), ("entropy", "log_z"), ("logps", "entropy", "log_z")]
+)
+def test_gradients_are_those_of_the_values(kwargs, trains, outputs):
+    hidden, weight, bias, targets = head()
+    leaves = [t.requires_grad_(name in trains) for name, t in zip("hwb", (hidden, weight, bias), strict=True)]
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out = linear_logps(hidden, weight, targets, bias=bias, stats=STATS, impl="two_gemm", chunk_tokens=2, **kwargs)
+        return tuple(getattr(out, name) for name in outputs)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("impl", ["eager", "two_gemm"])
+def test_log_sum_p2_is_a_constant(impl):
+    hidden, weight, bias, targets = head()
+    out = linear_logps(hidden.requires_grad_(), weight, targets, bias=bias, impl=impl, stats=STATS)
+    assert not out.log_sum_p2.requires_grad and out.log_z.requires_grad and out.logps.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["eager", "two_gemm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_logits_stay_finite(impl, dtype):
+    """A certainty (log sum p^2 = 0) and a uniform law (-log V), at logits of +-1e3."""
+    hidden = torch.tensor([[1.0], [0.0]], dtype=dtype)
+    weight = torch.tensor([[1000.0], [-1000.0], [-1000.0]], dtype=dtype)
+    out = linear_logps(hidden.requires_grad_(), weight, torch.tensor([1, 1]), impl=impl, stats=STATS)
+    assert out.log_sum_p2.tolist() == pytest.approx([0.0, -torch.tensor(3.0).log().item()], abs=1e-6)
+    assert out.log_z.tolist() == pytest.approx([1000.0, torch.tensor(3.0).log().item()], rel=1e-6)
+    assert out.log_z.dtype == out.log_sum_p2.dtype == torch.float32
+    (out.log_z.sum() + out.logps.sum() + out.entropy.sum()).backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_the_order_and_repetition_of_names_do_not_matter():
+    hidden, weight, bias, targets = head()
+    one = linear_logps(hidden, weight, targets, bias=bias, stats=["log_sum_p2", "entropy", "entropy"])
+    two = linear_logps(hidden, weight, targets, bias=bias, stats={"entropy", "log_sum_p2"})
+    assert torch.equal(one.entropy, two.entropy) and torch.equal(one.log_sum_p2, two.log_sum_p2) and one.log_z is None
+
+
+def test_an_unknown_name_is_refused():
+    hidden, weight, _, targets = head()
+    with pytest.raises(ValueError, match="stats='perplexity' is unknown, expected one of: entropy, log_z, log_sum_p2"):
+        linear_logps(hidden, weight, targets, stats=["perplexity"])
