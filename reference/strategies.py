@@ -1,9 +1,9 @@
 """Hypothesis strategies for batches of log-probabilities: what any loss of this field must bear.
 
 Batches are plain float64 tensors, so they serve any implementation. They are ragged, have holes in their masks, empty
-rows, batches of one row and of none scored, labels of one class, log-probs from exactly 0 to -1e4, and ratios from
-exactly 1 to exp(+-1e4). Masks, labels and shapes are drawn one by one, so that a failure shrinks to the fewest rows
-and tokens; the numbers come from a drawn seed and size.
+rows, batches of one row and of none scored, labels of one class, advantages that are all equal or all 0, log-probs
+from exactly 0 to exactly -1e4, and log-ratios from exactly 0 to +-1e4. Masks, labels and shapes are drawn one by one,
+so that a failure shrinks to the fewest rows and tokens; the numbers come from a drawn seed and size.
 
     @given(batches("paired"))
     def test_padding(batch):
@@ -24,12 +24,16 @@ PARTS = {
     "sequence": ("completion",),
     "labeled": ("completion",),
     "grouped": ("completion",),
-    "paired": ("chosen", "rejected", "prompt"),
+    "paired": ("chosen", "rejected", "prompt", "gold"),
 }
 """kind -> what one example of it consists of."""
 
-SIZES = (0.0, 1e-3, 1.0, 30.0, 1e4)
-SPREADS = (0.0, 1e-3, 0.3, 1e4)
+LOGPS = ("policy", "ref", "old")
+STATS = ("entropy", "log_z", "log_sum_p2")
+
+# In steps of a power of two, so that sums of numbers at their ends are exact, in any order.
+SIZES = (0.0, 2.0**-10, 1.0, 30.0, 1e4)
+SPREADS = (0.0, 2.0**-10, 0.25, 1e4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +41,12 @@ class Batch:
     """A batch of one kind: C examples, T tokens (T differs between parts).
 
     masks: part -> [C, T] bool, True where scored.
-    tokens: role -> part -> [C, T] nats; roles: `policy`, `ref`, `old`, `entropy`. Log-probs are at most 0.
+    tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old` (nats, at most 0) and the policy's statistics
+        `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12 to 0);
+        for sequences perhaps `weights` (at least 0).
     rows: name -> [C]; `label` bool (labeled), `advantages` (grouped).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
+    earlier: steps on this same batch that came before, for losses that carry a state.
     """
 
     kind: str
@@ -47,6 +54,7 @@ class Batch:
     tokens: dict[str, dict[str, Tensor]]
     rows: dict[str, Tensor]
     collected: Tensor
+    earlier: int = 0
 
     def __len__(self) -> int:
         return len(next(iter(self.masks.values())))
@@ -57,38 +65,62 @@ def batches(
     draw: st.DrawFn,
     kind: str,
     *,
+    min_rows: int = 1,
     max_rows: int = 4,
     max_tokens: int = 5,
     max_size: float = 1e4,
     all_masked: bool = False,
+    distinct: bool = False,
 ) -> Batch:
-    """Batches of a kind with 1 to `max_rows` examples, log-probs and log-ratios up to about `max_size` nats."""
-    count = draw(st.integers(1, max_rows), label="rows")
+    """Batches of a kind with `min_rows` to `max_rows` examples, log-probs and log-ratios up to about `max_size` nats.
+
+    distinct: no two numbers are equal by design, for losses that rank them (where two are equal, the order of the rows
+    decides who is first).
+    """
+    count = draw(st.integers(min_rows, max_rows), label="rows")
     masks = {}
     for part in PARTS[kind]:
         width = draw(st.integers(1, max_tokens), label=f"{part} tokens")
         bits = st.just(0) if all_masked else st.integers(0, 2**width - 1)
         rows = [[bool(row >> t & 1) for t in range(width)] for row in draw(_lists(bits, count), label=f"{part} mask")]
         masks[part] = torch.tensor(rows)
-    size = draw(st.sampled_from([s for s in SIZES if s <= max_size]), label="size of log-probs")
-    spread = draw(st.sampled_from([s for s in SPREADS if s <= max_size]), label="size of log-ratios")
+    sizes, spreads = ([s for s in choices if s <= max_size and (s or not distinct)] for choices in (SIZES, SPREADS))
+    size = draw(st.sampled_from(sizes), label="size of log-probs")
+    spread = draw(st.sampled_from(spreads), label="size of log-ratios")
+    ends = not distinct and draw(st.booleans(), label="only the ends of each range")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16), label="seed"))
 
     def uniform(shape: Sequence[int]) -> Tensor:
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+        numbers = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return numbers.round() if ends else numbers
+
+    def around_zero(shape: Sequence[int]) -> Tensor:
+        return 2 * uniform(shape) - 1
 
     policy = {part: -size * uniform(mask.shape) for part, mask in masks.items()}
-    tokens = {"policy": policy, "entropy": {part: 12 * uniform(mask.shape) for part, mask in masks.items()}}
+    tokens = {
+        "policy": policy,
+        "entropy": {part: 12 * uniform(mask.shape) for part, mask in masks.items()},
+        "log_z": {part: size * around_zero(mask.shape) for part, mask in masks.items()},
+        # one token's p^2 is never more than the sum
+        "log_sum_p2": {part: (-12 * uniform(mask.shape)).maximum(2 * policy[part]) for part, mask in masks.items()},
+    }
     for role in ("ref", "old"):
-        moved = {part: logps + spread * (2 * uniform(logps.shape) - 1) for part, logps in policy.items()}
-        tokens[role] = {part: logps.clamp(max=0.0) for part, logps in moved.items()}
+        tokens[role] = {
+            part: (logps + spread * around_zero(logps.shape)).clamp(max=0.0) for part, logps in policy.items()
+        }
+    if kind == "sequence" and draw(st.booleans(), label="weights"):
+        tokens["weights"] = {part: (3 * uniform(mask.shape) - 1).clamp(min=0) for part, mask in masks.items()}
     extras: dict[str, Tensor] = {}
     if kind == "labeled":
-        extras["label"] = torch.tensor(draw(_lists(st.booleans(), count), label="label"))
+        labels = st.one_of(_lists(st.booleans(), count), *(st.just([one] * count) for one in (False, True)))
+        extras["label"] = torch.tensor(draw(labels, label="label"))
     if kind == "grouped":
-        extras["advantages"] = 2 * (2 * uniform([count]) - 1) * draw(st.sampled_from([1.0, 0.0]), label="advantages")
-    collected = spread * (2 * uniform([count + 1 if kind == "labeled" else 0]) - 1)
-    return Batch(kind, masks, tokens, extras, collected)
+        alike = draw(st.sampled_from(["zero", "equal", "different"]), label="advantages")
+        values = 2 * around_zero([1 if alike == "equal" else count]).expand(count).clone()
+        extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
+    collected = spread * around_zero([count + 1 if kind == "labeled" else 0])
+    return Batch(kind, masks, tokens, extras, collected, draw(st.integers(0, 2), label="earlier steps"))
 
 
 def _lists(elements: st.SearchStrategy, count: int) -> st.SearchStrategy:
@@ -106,12 +138,11 @@ def partitions(draw: st.DrawFn, count: int) -> list[list[int]]:
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
     """These examples, in this order; `collected` stays, being of the whole step."""
     at = torch.tensor(rows, dtype=torch.int64)
-    return Batch(
-        batch.kind,
-        {part: mask[at] for part, mask in batch.masks.items()},
-        {role: {part: values[at] for part, values in parts.items()} for role, parts in batch.tokens.items()},
-        {name: values[at] for name, values in batch.rows.items()},
-        batch.collected,
+    return replace(
+        batch,
+        masks={part: mask[at] for part, mask in batch.masks.items()},
+        tokens={role: {part: values[at] for part, values in parts.items()} for role, parts in batch.tokens.items()},
+        rows={name: values[at] for name, values in batch.rows.items()},
     )
 
 

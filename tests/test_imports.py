@@ -1,4 +1,7 @@
-"""The direction of imports: losses <- trainers <- benchmarks; reference stands apart from what it judges."""
+"""The direction of imports: losses <- trainers <- benchmarks; reference stands apart from what it judges.
+
+One exception: the laws speak of losses in the vocabulary of `losses/types.py`, which has no formula in it.
+"""
 
 import ast
 import subprocess
@@ -16,6 +19,10 @@ MAY_IMPORT = {
     "reference": {"reference"},
     "benchmarks": set(FOLDERS),
 }
+
+
+VOCABULARY = "logratio.losses.types"
+SPEAK_IT = {"_law_book.py", "_law_runs.py", "family_laws.py", "family_laws_grpo.py", "generic_laws.py", "laws.py"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -43,6 +50,8 @@ def test_direction(folder):
     for path in files(folder):
         for line, name in imports(path):
             parts = name.split(".")
+            if folder == "reference" and path.name in SPEAK_IT and f"{name}.".startswith(f"{VOCABULARY}."):
+                continue
             if parts[0] == "logratio" and parts[1] not in MAY_IMPORT[folder]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
     assert not wrong

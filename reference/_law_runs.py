@@ -1,0 +1,168 @@
+"""A loss run on a batch of `strategies`, as the trainer would, and the comparison of two such runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logratio.losses.types import CompletionLogps, Kind, Loss, PairLogps, Totals
+
+from .strategies import PARTS, STATS, Batch, convert
+
+RTOL = 1e-10
+"""float64's rounding of sums in another order."""
+
+
+class Result(NamedTuple):
+    """A loss, its gradient by the policy's tensors ("chosen", "chosen entropy"), and its metrics (total, count)."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    metrics: dict[str, tuple[float, float]]
+
+
+def parts_of(loss: Loss) -> tuple[str, ...]:
+    """What of an example the loss is given."""
+    unused = {"prompt": not loss.scores_prompt, "gold": not loss.scores_gold}
+    return tuple(part for part in PARTS[loss.kind] if not unused.get(part))
+
+
+def logps_of(loss: Loss, batch: Batch, role: str, part: str = "completion") -> CompletionLogps:
+    """The policy's come with the statistics that the loss has asked for, and with weights where the batch has them."""
+    wanted = [*(name for name in STATS if name in loss.stats), "weights"] if role == "policy" else []
+    more = {name: batch.tokens[name][part] for name in wanted if name in batch.tokens}
+    return CompletionLogps(batch.tokens[role][part], batch.masks[part], **more)
+
+
+def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
+    """What a loss of the batch's kind is called with beside `totals`."""
+    roles = {"policy": True, "ref": loss.wants_reference, "old": loss.kind is Kind.GROUPED}
+    kwargs: dict[str, Any] = {}
+    for role in (role for role, wanted in roles.items() if wanted):
+        if loss.kind is Kind.PAIRED:
+            parts = ("chosen", "rejected") if role == "ref" else parts_of(loss)
+            kwargs[role] = PairLogps(**{part: logps_of(loss, batch, role, part) for part in parts})
+        else:
+            kwargs[role] = logps_of(loss, batch, role)
+    return kwargs | batch.rows
+
+
+def collect(loss: Loss, batch: Batch) -> Tensor:
+    """`loss.collect` on the batch, as in the pass before a step."""
+    with torch.no_grad():
+        return loss.collect(**{name: x for name, x in inputs(loss, batch).items() if name in ("policy", "ref")})
+
+
+def totals_of(loss: Loss, batch: Batch) -> Totals:
+    """The totals of a step that is this batch, after `batch.earlier` steps on the same."""
+    collected = {"mismatched": lambda: batch.collected, "own": lambda: collect(loss, batch), None: lambda: None}
+    totals = Totals.of(inputs(loss, batch)["policy"], collected[loss.window_pass]())
+    for _ in range(batch.earlier):
+        totals = replace(totals, state=loss.advance(totals))
+    return totals
+
+
+def arguments(loss: Loss, batch: Batch) -> dict[str, Any]:
+    """`inputs` and the `totals` of this batch alone."""
+    return inputs(loss, batch) | {"totals": totals_of(loss, batch)}
+
+
+def leaves_of(loss: Loss, batch: Batch) -> dict[tuple[str, str], Tensor]:
+    """(role, part) -> what of the policy a gradient may flow into: log-probs and the asked for statistics."""
+    roles = ("policy", *(name for name in STATS if name in loss.stats))
+    return {(role, part): batch.tokens[role][part] for role in roles for part in parts_of(loss)}
+
+
+def with_leaves(batch: Batch, leaves: Mapping[tuple[str, str], Tensor]) -> Batch:
+    """The batch with these tensors in the places of its own."""
+    tokens = {role: dict(parts) for role, parts in batch.tokens.items()}
+    for (role, part), values in leaves.items():
+        tokens[role][part] = values
+    return replace(batch, tokens=tokens)
+
+
+def copy(batch: Batch) -> Batch:
+    """The same numbers in other tensors."""
+    return replace(convert(batch, torch.clone), masks={part: mask.clone() for part, mask in batch.masks.items()})
+
+
+def run(loss: Loss, batch: Batch, totals: Totals | None = None, **changed: Any) -> Result:
+    """Value, gradient and metrics; `changed` replaces arguments of the loss."""
+    leaves = {key: values.detach().clone().requires_grad_() for key, values in leaves_of(loss, batch).items()}
+    kwargs = inputs(loss, with_leaves(batch, leaves))
+    totals = totals_of(loss, batch) if totals is None else totals
+    out = loss(**kwargs | changed, totals=totals)
+    out.loss.backward()
+    grads = {
+        part if role == "policy" else f"{part} {role}": leaf.grad
+        for (role, part), leaf in leaves.items()
+        if leaf.grad is not None
+    }
+    return Result(out.loss.detach(), grads, {k: (m.total.item(), m.count.item()) for k, m in out.metrics.items()})
+
+
+def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list) -> None:
+    """Raise AssertionError unless value, gradient and means of the metrics agree to `RTOL`.
+
+    terms: what may have cancelled in the loss, for its tolerance.
+    """
+    same_value(got.loss, expected.loss, terms)
+    same_gradient(got.grads, expected.grads)
+    if got.metrics.keys() != expected.metrics.keys():
+        raise AssertionError(f"metrics {sorted(got.metrics)}, expected {sorted(expected.metrics)}")
+    for name in expected.metrics:
+        means = [total / max(count, 1) for total, count in (got.metrics[name], expected.metrics[name])]
+        if not math.isclose(*means, rel_tol=1e-9, abs_tol=1e-9):
+            raise AssertionError(f"the mean of the metric {name} is {means[0]:.12g}, expected {means[1]:.12g}")
+
+
+def same_value(got: Tensor | float, expected: Tensor | float, terms: Callable[[], list[float]] = list) -> None:
+    """Raise AssertionError unless they agree to `RTOL` of the largest, that of `terms` included."""
+    got, expected = float(got), float(expected)
+    off = abs(got - expected)
+    if not off <= RTOL * abs(expected) and not off <= RTOL * max(map(abs, (expected, *terms()))):
+        raise AssertionError(f"the loss is {got:.12g}, expected {expected:.12g}")
+
+
+def same_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise AssertionError unless they agree to `RTOL` of each tensor's largest entry; an absent one is 0."""
+    for name in sorted({*got, *expected}):
+        a, b = got.get(name), expected.get(name)
+        a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
+        if not (a - b).abs().max() <= RTOL * max(a.abs().max().item(), b.abs().max().item()):
+            raise AssertionError(f"the gradient of {name} is {numbers(a)}, expected {numbers(b)}")
+
+
+def numbers(values: Tensor, mask: Tensor | None = None) -> str:
+    """Rows of numbers, `_` where masked."""
+    if values.ndim == 1:
+        return "[" + ", ".join(f"{x:.7g}" if isinstance(x, float) else str(x) for x in values.tolist()) + "]"
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    rows = (
+        ", ".join(f"{x:.7g}" if on else "_" for x, on in zip(row, ons, strict=True))
+        for row, ons in zip(values.tolist(), mask.tolist(), strict=True)
+    )
+    return "[" + ", ".join(f"[{row}]" for row in rows) + "]"
+
+
+def show(loss: Loss, batch: Batch) -> str:
+    """The batch as the loss sees it, a line a tensor; `_` marks what is masked."""
+    plural = "" if len(batch) == 1 else "s"
+    lines = [f"{batch.kind} batch of {len(batch)} example{plural} (`_` is masked):"]
+    for part in parts_of(loss):
+        for role, tensors in batch.tokens.items():
+            seen = {"policy": True, "ref": loss.wants_reference and part in ("chosen", "rejected", "completion")}
+            seen |= {"old": loss.kind is Kind.GROUPED, "weights": True}
+            if seen.get(role, role in loss.stats):
+                lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
+    lines += [f"  {name:<22}{numbers(values)}" for name, values in batch.rows.items()]
+    if loss.window_pass == "mismatched":
+        lines.append(f"  {'collected':<22}{numbers(batch.collected)}")
+    if batch.earlier and type(loss).advance is not Loss.advance:
+        lines.append(f"  {batch.earlier} steps on the same batch came before")
+    return "\n".join(lines)
