@@ -1,0 +1,166 @@
+"""`logratio atlas`: every loss that TRL or Liger has too, measured against theirs, and why the ones that differ do.
+
+Three tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
+Splits: how far each one's gradient moves when the same batch is cut in micro-batches, as its user would accumulate.
+Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. A verdict is a measurement: one
+without its reason in `_atlas_reasons.py`, or a reason without its measurement, is an error (status 1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from logratio.losses import LOSSES
+from logratio.reference import trl
+from logratio.trainers.errors import UserError
+
+from . import _peers
+from ._atlas_cases import ATLAS, Asked, Compared
+from ._atlas_faults import FAULTS, measure_faults
+from ._atlas_reasons import REASONS, SPLIT_REASONS
+from ._atlas_text import markdown
+from .truths import Gradient
+from .verify import relative_errors
+
+EQUAL = 1e-4
+"""Relative error in float32 up to which two losses, or two gradients, are the same."""
+CLEAR = 10
+"""How many times that it takes to be different."""
+PEERS = {"trl": _peers.trls, "liger": _peers.ligers}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write docs/atlas.json and docs/atlas.md; status 1 where a verdict and its reason do not fit."""
+
+    def options(method: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
+        """Measure every loss against TRL's and Liger's, and say why those that differ do.
+
+        Args:
+            method: only this one of sft, dpo, kto, orpo, cpo, tpo, grpo, and write nothing.
+            out: folder of atlas.json and atlas.md.
+        """
+        return method, out
+
+    method, out = tyro.cli(options, args=argv, prog="logratio atlas")
+    if method is not None and method not in LOSSES:
+        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
+    if _peers.liger_installed() != _peers.LIGER_VERSION:
+        raise UserError(
+            f"the atlas needs liger-kernel=={_peers.LIGER_VERSION}, found {_peers.liger_installed()}: "
+            "pip install 'logratio[peers]'"
+        )
+    compared = [case for case in ATLAS if method in (None, case.method)]
+    atlas = measure(compared, FAULTS if method is None else [])
+    Console(highlight=False).print(markdown(atlas), markup=False, soft_wrap=True)
+    wrong = problems(atlas)
+    if method is None:
+        wrong += stale(atlas)
+    for line in wrong:
+        print(f"error: {line}")
+    if method is None and not wrong:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "atlas.json").write_text(json.dumps(atlas, indent=1) + "\n")
+        (out / "atlas.md").write_text(markdown(atlas))
+    return 1 if wrong else 0
+
+
+def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[str, Any]:
+    """All that the atlas says, ready for JSON."""
+    torch.set_num_threads(1)
+    variants, splits = [], []
+    for case in compared:
+        more, split = measure_one(case)
+        variants += more
+        splits.append(split)
+    return {
+        "command": "logratio atlas",
+        "versions": _peers.versions(),
+        "trl_pinned": trl.TRL_VERSION,
+        "batch": _peers.BATCH,
+        "parts": _peers.PARTS,
+        "equal": EQUAL,
+        "variants": variants,
+        "splits": splits,
+        "faults": measure_faults(faults),
+    }
+
+
+def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each peer that has the loss; and one of all changes under a split."""
+    whole, split = (_peers.ours(case.method, case.options, parts) for parts in (1, _peers.PARTS))
+    rows: list[dict[str, Any]] = []
+    changes: dict[str, Any] = {"variant": case.name, "ours": rounded(_peers.change(whole, split)), "reasons": {}}
+    scale = 0.0
+    asked: dict[str, Asked | None] = {"trl": case.trl, "liger": case.liger}
+    for peer, name_and_options in asked.items():
+        if name_and_options is None:
+            continue
+        row: dict[str, Any] = {"variant": case.name, "peer": peer, "our_loss": rounded(whole.loss, 6)}
+        try:
+            theirs, cut = (PEERS[peer](*name_and_options, parts) for parts in (1, _peers.PARTS))
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            row |= {"verdict": "refused", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+        else:
+            # Liger's own |loss| is no measure where terms of both signs cancel
+            scale = max(scale, theirs.scale)
+            errors = relative_errors(whole, Gradient(theirs.loss, scale, theirs.grads))
+            row |= {
+                "loss": rounded(theirs.loss, 6),
+                "loss_rel_err": rounded(errors[0]),
+                "grad_rel_err": rounded(errors[1]),
+            }
+            row["verdict"] = "equal" if max(errors) <= EQUAL else "different"
+            changes[peer] = rounded(_peers.change(theirs, cut))
+            if changes[peer] > EQUAL:
+                changes["reasons"][peer] = SPLIT_REASONS.get((peer, case.name), "")
+        row["reason"] = "" if row["verdict"] == "equal" else REASONS.get((peer, case.name), "")
+        rows.append(row)
+    return rows, changes
+
+
+def rounded(value: float, digits: int = 2) -> float:
+    """To so many significant digits: what is below is rounding of the machine."""
+    return float(f"{value:.{digits}g}")
+
+
+def problems(atlas: dict[str, Any]) -> list[str]:
+    """Where a measurement and what is said of it do not fit."""
+    out = []
+    for row in atlas["variants"]:
+        name, verdict = f"{row['peer']}, {row['variant']}", row["verdict"]
+        known = (row["peer"], row["variant"]) in REASONS
+        if verdict != "equal" and not row["reason"]:
+            out.append(f"{name}: {verdict} without a reason ({row.get('error') or row.get('grad_rel_err')})")
+        elif verdict == "equal" and known:
+            out.append(f"{name}: equal, where a reason says that it is not")
+        elif verdict == "different" and max(row["loss_rel_err"], row["grad_rel_err"]) < CLEAR * atlas["equal"]:
+            out.append(f"{name}: neither equal nor clearly different ({row['grad_rel_err']})")
+        elif known and row["reason"].startswith("Refused") != (verdict == "refused"):
+            out.append(f"{name}: {verdict}, which is not what its reason says")
+    for row in atlas["splits"]:
+        if row["ours"] > atlas["equal"]:
+            out.append(f"ours, {row['variant']}: a split changes the gradient by {row['ours']}")
+        for peer in PEERS:
+            known, moved = (peer, row["variant"]) in SPLIT_REASONS, row.get(peer, 0.0) > atlas["equal"]
+            if moved != known:
+                out.append(f"{peer}, {row['variant']}: a split changes it by {row.get(peer)}, reason known: {known}")
+    for row in atlas["faults"]:
+        for peer in ("trl", "liger"):
+            if peer in row and row[peer]["sound"]:
+                out.append(f"{peer}, {row['fault']}: no fault was seen ({row[peer]['shown']})")
+        if not row["ours"]["sound"]:
+            out.append(f"ours, {row['fault']}: {row['ours']['shown']}")
+    return out
+
+
+def stale(atlas: dict[str, Any]) -> list[str]:
+    """Reasons for rows that are not there."""
+    rows = {(row["peer"], row["variant"]) for row in atlas["variants"]}
+    return [f"{peer}, {name}: a reason for no row" for peer, name in {*REASONS, *SPLIT_REASONS} - rows]
