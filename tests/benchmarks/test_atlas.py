@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from logratio.benchmarks import _peers, atlas
+from logratio.benchmarks import _atlas_tensors, _peers, atlas
 from logratio.benchmarks._atlas_cases import ATLAS, Compared, same
 from logratio.benchmarks._atlas_faults import FAULTS, Fault, guarded, measure_faults, sound
 from logratio.benchmarks._atlas_reasons import REASONS
-from logratio.benchmarks._atlas_tensors import Outcome
+from logratio.benchmarks._atlas_tensors import Outcome, Rollout
 from logratio.benchmarks._atlas_text import markdown
 from logratio.trainers.errors import UserError
 
@@ -132,6 +132,27 @@ def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ours_is_sound_where_a_peer_is_not(fault: Fault) -> None:
     out = guarded(fault.ours)
     assert sound(out, fault.exact), out
+
+
+BENIGN = {
+    "dpo": ((0.5, -0.3), {"loss_type": "discopop"}),
+    "cpo": ((-0.7, -1.1), {"loss_type": "alphapo", "alpha": 0.25}),
+    "orpo": ((-0.7, -1.1), {}),
+    "grpo": ((Rollout([-1.0, -2.0], [-1.3, -1.8], [-1.1, -1.9], advantage=-0.7),), {"loss_type": "sapo", "beta": 0.3}),
+}
+
+
+@pytest.mark.parametrize(
+    "peer, method",
+    [("trl", method) for method in BENIGN]
+    + [pytest.param("liger", method, marks=needs_liger) for method in ("dpo", "orpo", "grpo")],
+)
+def test_on_ordinary_inputs_a_peer_gives_what_we_do(peer: str, method: str) -> None:
+    """So that a fault is the peer's, and not of the way in which it is run."""
+    inputs, options = BENIGN[method]
+    expected = getattr(_atlas_tensors, f"our_{method}")(*inputs, **options)
+    found = getattr(_atlas_tensors, f"{peer}_{method}")(*inputs, **options)
+    assert found.error == "" and found[:2] == pytest.approx(expected[:2], rel=1e-5) and expected.value != 0
 
 
 def test_trls_faults_are_seen_in_its_own_trainers() -> None:
