@@ -33,7 +33,7 @@ STATS = ("entropy", "log_z", "log_sum_p2")
 
 # In steps of a power of two, so that sums of numbers at their ends are exact, in any order.
 SIZES = (0.0, 2.0**-10, 1.0, 30.0, 1e4)
-SPREADS = (0.0, 2.0**-10, 0.25, 1e4)
+SPREADS = (0.0, 2.0**-10, 0.25, 4.0, 1e4)
 
 
 @dataclass(frozen=True, eq=False)
