@@ -1,9 +1,11 @@
 """Masks, totals, metrics and the registry."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from logratio.losses import LOSSES, CompletionLogps, DPOLoss, Loss, Mean, PairLogps, Totals, register, variant
+from logratio.losses import LOSSES, CompletionLogps, DPOLoss, Loss, Mean, PairLogps, SFTLoss, Totals, register, variant
 from logratio.losses.types import check_choice, check_positive, divide
 
 MASK = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
@@ -29,7 +31,7 @@ def test_detach_keeps_no_graph():
     logps = LOGPS.clone().requires_grad_()
     x = CompletionLogps(logps, MASK, logps * 2).detach()
     assert not x.per_token_logps.requires_grad and not x.entropy.requires_grad
-    assert x.completion_mask is MASK
+    assert x.completion_mask.equal(MASK) and x.log_z is None
 
 
 @pytest.mark.parametrize(
@@ -73,13 +75,22 @@ def test_check_like_names_who_and_what():
 
 
 def test_totals_count_what_is_scored():
+    def counts(totals: Totals) -> Totals:
+        assert totals.own.tolist() == [0, 1, 2]
+        return dataclasses.replace(totals, own=None)
+
     x = CompletionLogps(LOGPS, MASK)
-    assert Totals.of(x) == Totals(num_sequences=3, num_tokens=3)
+    assert counts(Totals.of(x)) == Totals(num_sequences=3, num_tokens=3)
     one = CompletionLogps(LOGPS[:, 1:2], MASK[:, 1:2])
     full = CompletionLogps(torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool))
     expected = Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=3, num_prompt_tokens=12)
-    assert Totals.of(PairLogps(x, one, full)) == expected
-    assert Totals.of(PairLogps(one, x)) == Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=2)
+    assert counts(Totals.of(PairLogps(x, one, full))) == expected
+    assert counts(Totals.of(PairLogps(one, x))) == Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=2)
+    gold = Totals.of(PairLogps(one, x, gold=full))
+    assert counts(gold) == Totals(num_sequences=3, num_tokens=5, num_chosen_tokens=2, num_gold_tokens=12)
+    weights = torch.tensor([[0.5, 2.0, torch.nan], [9.0, 0.25, 9.0], [9.0, 9.0, 9.0]])
+    weighted = Totals.of(CompletionLogps(LOGPS, MASK, weights=weights))
+    assert counts(weighted) == Totals(num_sequences=3, num_tokens=3, sum_weights=2.75)
     collected = torch.ones(2)
     assert Totals.of(x, collected).collected is collected
 
@@ -122,9 +133,11 @@ def test_names_are_registered_once():
 
 
 def test_a_loss_that_collects_nothing_says_so():
-    with pytest.raises(NotImplementedError, match=r"DPOLoss declares a window_pass but no collect\(\)"):
-        DPOLoss().collect(None, None)
+    with pytest.raises(NotImplementedError, match=r"SFTLoss declares a window_pass but no collect\(\)"):
+        SFTLoss().collect(None, None)
+    with pytest.raises(NotImplementedError):
+        Loss()()
 
 
 def test_the_methods():
-    assert set(LOSSES) >= {"sft", "dpo", "kto", "orpo", "grpo"}
+    assert set(LOSSES) >= {"sft", "dpo", "kto", "cpo", "tpo", "orpo", "grpo"}
