@@ -1,0 +1,238 @@
+"""Every variant of DPO by hand: value and slopes at the reference, away from it, and on both sides of kinks."""
+
+import math
+from math import exp, log
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from logratio.losses import DPO_TYPES, CompletionLogps, DPOLoss, PairLogps, Totals
+
+
+def sp(x: float) -> float:
+    return max(x, 0) + math.log1p(exp(-abs(x)))
+
+
+def sg(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def bump(x: float) -> float:
+    """The slope of sg."""
+    return sg(x) * sg(-x)
+
+
+# Chosen: two tokens, log p = -3. Rejected: three tokens (and a hole), log p = -6. The reference: log p - r.
+CHOSEN = ([-1.0, -2.0], [True, True])
+REJECTED = ([-1.0, math.nan, -2.0, -3.0], [True, False, True, True])
+
+
+class Sides(NamedTuple):
+    """A pair's log-probs; r is spread over the reference's first token."""
+
+    policy: PairLogps
+    ref: PairLogps
+
+    @staticmethod
+    def of(r_w: float, r_l: float) -> "Sides":
+        sides = []
+        for by in ((0.0, 0.0), (r_w, r_l)):
+            rows = [
+                CompletionLogps(
+                    torch.tensor([[logps[0] - shift, *logps[1:]]], dtype=torch.float64, requires_grad=True),
+                    torch.tensor([mask]),
+                )
+                for (logps, mask), shift in zip((CHOSEN, REJECTED), by, strict=True)
+            ]
+            sides.append(PairLogps(*rows))
+        return Sides(*sides)
+
+
+def value_and_slopes(loss: DPOLoss, r_w: float, r_l: float, state: dict[str, float]) -> tuple[float, float, float]:
+    """The loss of the pair, and its derivative in a chosen and in a rejected token's log-prob: alike for all scored."""
+    policy, ref = Sides.of(r_w, r_l)
+    collected = loss.collect(policy, ref)
+    totals = Totals(
+        num_sequences=1, num_tokens=99, num_chosen_tokens=2, collected=collected, own=torch.tensor([0]), state=state
+    )
+    value = loss(policy, ref, totals=totals).loss
+    value.backward()
+    assert ref.chosen.per_token_logps.grad is None and ref.rejected.per_token_logps.grad is None
+    up, down = policy.chosen.per_token_logps.grad[0], policy.rejected.per_token_logps.grad[0]
+    assert up[0] == up[1] and down[0] == down[2] == down[3] and down[1] == 0
+    return value.item(), up[0].item(), down[0].item()
+
+
+# loss_type: (options, value, slope of chosen, slope of rejected) where the policy is the reference; beta = 0.1.
+# Rainbow: averages -1.5 and -2, of both models: D = 0.5, to beat 0.25 * 0.5 + 0.75 * 0.1.
+B = 0.1
+RAINBOW = 0.1 * (0.5 - 0.125 - 0.075)
+AT_REFERENCE = {
+    "sigmoid": ({}, log(2), -B / 2, B / 2),
+    "hinge": ({}, 1, -B, B),
+    "ipo": ({}, 25, -10 / 2, 10 / 3),
+    "sigmoid_norm": ({}, log(2), -B / 2 / 2, B / 2 / 3),
+    "exo_pair": ({"label_smoothing": 1e-3}, -log(2) - log(1e-3 * 0.999) / 2, -B * log(999) / 4, B * log(999) / 4),
+    "nca_pair": ({}, 2 * log(2), -B / 4, B / 4),
+    "robust": ({"label_smoothing": 0.1}, log(2), -B / 2 / 0.8, B / 2 / 0.8),
+    "cdpo": ({"label_smoothing": 0.1}, log(2), -B / 2 * 0.8, B / 2 * 0.8),
+    "bco_pair": ({}, 2 * log(2), -B / 2, B / 2),
+    "sppo_hard": ({}, 50, -10, 10),
+    "aot": ({"label_smoothing": 0.1}, log(2), -B / 2 * 0.8, B / 2 * 0.8),
+    "aot_unpaired": ({"label_smoothing": 0.1}, log(2), -B / 2 * 0.8, B / 2 * 0.8),
+    "apo_zero": ({}, 1, -B / 4, B / 4),
+    "apo_down": ({}, 1, 0, B / 4),
+    "discopop": ({}, (1 + log(2)) / 2, B * (-0.75 + (1 - log(2)) / 0.2), -B * (-0.75 + (1 - log(2)) / 0.2)),
+    "sft": ({}, 1.5, -0.5, 0),
+    "irpo": ({}, log(2) + 1.5, -B / 2 - 0.5, B / 2),
+    "dpop": ({}, log(2), -B / 2, B / 2),  # at the kink: the slope of the right side
+    "cal_dpo": ({}, log(2) + 0.5 * 50, -0.5 - 0.5 * 10, 0.5 + 0.5 * 10),
+    "r_dpo": ({}, sp(0.1), -B * sg(0.1), B * sg(0.1)),  # chosen is one token shorter
+    "chi_po": ({}, log(2), -B, B),
+    "rainbow": ({}, sp(-RAINBOW), -B * sg(-RAINBOW) / 2, B * sg(-RAINBOW) / 3),
+    "beta_dpo": ({}, log(2), -B / 2, B / 2),
+}
+
+
+@pytest.mark.parametrize("loss_type", DPO_TYPES)
+def test_where_the_policy_is_the_reference(loss_type):
+    options, *expected = AT_REFERENCE[loss_type]
+    got = value_and_slopes(DPOLoss(loss_type=loss_type, **options), 0.0, 0.0, {})
+    assert got == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+# (loss_type, options beside beta = 0.5, r_w, r_l, value, slope of chosen, slope of rejected).
+# (3, -1): x = 2, averages 3/2 and -1/3. (-1, 2): x = -3/2.
+H = 0.5
+E = {"label_smoothing": 0.2}
+Point = tuple[str, dict[str, Any], float, float, float, float, float]
+
+
+def of_x(name: str, options: dict[str, Any], r_w: float, r_l: float, value: float, slope: float) -> Point:
+    """A function of x = beta (r_w - r_l) and its slope there."""
+    return name, options, r_w, r_l, value, H * slope, -H * slope
+
+
+POINTS: list[Point] = [
+    ("sigmoid", {}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
+    ("sigmoid", E, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),  # label smoothing is cdpo's
+    ("hinge", {}, 3, -1, 0, 0, 0),
+    ("hinge", {}, 2, 0, 0, 0, 0),  # at the kink
+    ("hinge", {}, 1.9, 0, 0.05, -H, H),
+    ("hinge", {}, -1, 2, 2.5, -H, H),
+    ("ipo", {}, 3, -1, (11 / 6 - 1) ** 2, 2 * (5 / 6) / 2, -2 * (5 / 6) / 3),
+    ("ipo", {}, -1, 2, (-7 / 6 - 1) ** 2, -2 * (13 / 6) / 2, 2 * (13 / 6) / 3),
+    ("sigmoid_norm", {}, 3, -1, sp(-11 / 12), -H / 2 * sg(-11 / 12), H / 3 * sg(-11 / 12)),
+    ("sigmoid_norm", {}, -1, 2, sp(7 / 12), -H / 2 * sg(7 / 12), H / 3 * sg(7 / 12)),
+    ("cdpo", E, 3, -1, 0.8 * sp(-2) + 0.2 * sp(2), H * (sg(2) - 0.8), -H * (sg(2) - 0.8)),
+    ("cdpo", E, -1, 2, 0.8 * sp(1.5) + 0.2 * sp(-1.5), H * (sg(-1.5) - 0.8), -H * (sg(-1.5) - 0.8)),
+    ("cdpo", {}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
+    of_x("robust", E, 3, -1, (0.8 * sp(-2) - 0.2 * sp(2)) / 0.6, -(0.8 * sg(-2) + 0.2 * sg(2)) / 0.6),
+    of_x("robust", E, -1, 2, (0.8 * sp(1.5) - 0.2 * sp(-1.5)) / 0.6, -(0.8 * sg(1.5) + 0.2 * sg(-1.5)) / 0.6),
+    ("robust", {}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
+    *[
+        of_x("exo_pair", E, r_w, r_l, sg(x) * log(sg(x) / 0.8) + sg(-x) * log(sg(-x) / 0.2), bump(x) * (x - log(4)))
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+    ],
+    ("exo_pair", E, 2 * log(4), 0, 0, 0, 0),  # the two laws are equal
+    ("nca_pair", {}, 3, -1, sp(-1.5) + sp(1.5) / 2 + sp(-0.5) / 2, H * (sg(1.5) / 2 - sg(-1.5)), H * sg(-0.5) / 2),
+    ("nca_pair", {}, -1, 2, sp(0.5) + sp(-0.5) / 2 + sp(1) / 2, H * (sg(-0.5) / 2 - sg(0.5)), H * sg(1) / 2),
+    ("bco_pair", {}, 3, -1, sp(-1.5) + sp(-0.5), -H * sg(-1.5), H * sg(-0.5)),
+    ("bco_pair", {}, -1, 2, sp(0.5) + sp(1), -H * sg(0.5), H * sg(1)),
+    ("sppo_hard", {}, 3, -1, (3 - 1) ** 2, 4, 0),
+    ("sppo_hard", {}, -1, 2, (-1 - 1) ** 2 + (2 + 1) ** 2, -4, 6),
+    ("apo_zero", {}, 3, -1, sg(-1.5) + sg(-0.5), -H * bump(1.5), H * bump(0.5)),
+    ("apo_zero", {}, -1, 2, sg(0.5) + sg(1), -H * bump(0.5), H * bump(1)),
+    ("apo_down", {}, 3, -1, sg(1.5) + sg(-2), H * (bump(1.5) - bump(2)), H * bump(2)),
+    ("apo_down", {}, -1, 2, sg(-0.5) + sg(1.5), H * (bump(0.5) - bump(1.5)), H * bump(1.5)),
+    *[
+        of_x(
+            *("discopop", {"discopop_tau": 0.5}, r_w, r_l, sg(-2 * x) * sp(-x) + sg(2 * x) * exp(-x)),
+            2 * bump(2 * x) * (exp(-x) - sp(-x)) - sg(-2 * x) * sg(-x) - sg(2 * x) * exp(-x),
+        )
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+    ],
+    ("sft", {}, 3, -1, 1.5, -0.5, 0),
+    ("irpo", {"irpo_alpha": 0.3}, 3, -1, sp(-2) + 0.3 * 1.5, -H * sg(-2) - 0.3 / 2, H * sg(-2)),
+    ("irpo", {"irpo_alpha": 0.0}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
+    ("dpop", {"dpop_lambda": 5.0}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
+    ("dpop", {"dpop_lambda": 5.0}, -1, 2, sp(4), -H * 6 * sg(4), H * sg(4)),  # -3 - 5 * 1 nats
+    ("dpop", {}, -0.1, -4, sp(0.55), -H * 51 * sg(0.55), H * sg(0.55)),  # 3.9 - 50 * 0.1
+    ("cal_dpo", {"cal_dpo_coef": 0.1}, 3, -1, sp(-4) + 0.1 * 4, -sg(-4) + 0.1 * 4, sg(-4)),
+    ("cal_dpo", {"cal_dpo_coef": 0.1}, -1, 2, sp(3) + 0.1 * 13, -sg(3) - 0.1 * 4, sg(3) + 0.1 * 6),
+    ("r_dpo", {"r_dpo_alpha": 0.3}, 3, -1, sp(-1.7), -H * sg(-1.7), H * sg(-1.7)),
+    ("r_dpo", {"r_dpo_alpha": -0.3}, -1, 2, sp(1.2), -H * sg(1.2), H * sg(1.2)),
+    *[
+        ("chi_po", options, r_w, r_l, sp(-y), -H * (1 + exp(r_w)) * sg(-y), H * (1 + exp(r_l)) * sg(-y))
+        for options, r_w, r_l, y in (
+            ({}, 0.5, -0.3, H * (exp(0.5) + 0.5 - exp(-0.3) + 0.3)),
+            ({}, -1, 2, H * (exp(-1) - 1 - exp(2) - 2)),
+            ({"chi_po_r_max": 15.0}, 4, -1, H * (exp(4) + 4 - exp(-1) + 1)),  # 29.6
+        )
+    ],
+    ("chi_po", {"chi_po_r_max": 0.5}, 3, -1, sp(-1), 0, 0),
+    ("chi_po", {"chi_po_r_max": 0.5}, -1, 2, sp(1), 0, 0),
+    ("chi_po", {}, 4, -1, sp(-20), 0, 0),  # the same above its limit
+    *[
+        ("rainbow", {"rainbow_mu": mu, "rainbow_gamma": 0.4}, 3, -1, sp(-y), -H / 2 * sg(-y), H / 3 * sg(-y))
+        # own averages -3/2 and -2; the reference's -6/2 and -5/3
+        for mu, y in ((0.25, H * (0.5 - 0.25 * (-4 / 3) - 0.75 * 0.4)), (1.0, 11 / 12), (0.0, H * (0.5 - 0.4)))
+    ],
+    ("beta_dpo", {}, 3, -1, sp(-6.8), -1.7 * sg(-6.8), 1.7 * sg(-6.8)),  # 0.5 (1 + 0.6 (4 - 0)) = 1.7
+    ("beta_dpo", {"beta_dpo_coef": 0.2}, -1, 2, sp(0.6), -0.2 * sg(0.6), 0.2 * sg(0.6)),  # 0.5 (1 + 0.2 (-3))
+    ("beta_dpo", {}, -1, 2, sp(0.003), -1e-3 * sg(0.003), 1e-3 * sg(0.003)),  # 0.5 (1 - 1.8) < 1e-3
+    *[
+        (name, E, r_w, r_l, 0.8 * sp(-x) + 0.2 * sp(x), H * (sg(x) - 0.8), -H * (sg(x) - 0.8))
+        for name in ("aot", "aot_unpaired")
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+    ],
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]},{p[3]}")
+def test_away_from_the_reference(point):
+    loss_type, options, r_w, r_l, *expected = point
+    got = value_and_slopes(DPOLoss(**{"loss_type": loss_type, "beta": H} | options), r_w, r_l, {})
+    assert got == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+def test_each_variant_stands_in_both_tables():
+    assert set(AT_REFERENCE) == set(DPO_TYPES) == {point[0] for point in POINTS}
+
+
+def test_beta_dpo_compares_the_mean_margin_with_the_earlier_steps():
+    """0.5 (1 + 0.6 (4 - 3)) = 0.8."""
+    loss = DPOLoss(loss_type="beta_dpo", beta=H)
+    assert value_and_slopes(loss, 3, -1, {"margin": 3.0}) == pytest.approx((sp(-3.2), -0.8 * sg(-3.2), 0.8 * sg(-3.2)))
+    slow = (sp(-0.004), -1e-3 * sg(-0.004), 1e-3 * sg(-0.004))
+    assert value_and_slopes(loss, 3, -1, {"margin": 1e3}) == pytest.approx(slow, rel=1e-12)
+
+
+def test_exponents_stop_at_forty():
+    """discopop at tau = 2: exp(-x / 2), at x = -200 held at exp(40) with no slope; chi_po: exp(r_w)."""
+    got = value_and_slopes(DPOLoss(loss_type="discopop", discopop_tau=2.0, beta=1.0), -200.0, 0.0, {})
+    assert got == pytest.approx((exp(40), -1.0, 1.0), rel=1e-12)
+    got = value_and_slopes(DPOLoss(loss_type="discopop", discopop_tau=2.0, beta=1.0), -78.0, 0.0, {})
+    assert got == pytest.approx((exp(39), -exp(39) / 2, exp(39) / 2), rel=1e-12)
+    got = value_and_slopes(DPOLoss(loss_type="chi_po", beta=1e-17), 50.0, 0.0, {})
+    x = 1e-17 * exp(40)
+    assert got == pytest.approx((sp(-x), -1e-17 * sg(-x), 2e-17 * sg(-x)), rel=1e-12, abs=1e-25)
+    got = value_and_slopes(DPOLoss(loss_type="chi_po", beta=1e-17), 39.0, 0.0, {})
+    x = 1e-17 * exp(39)
+    assert got == pytest.approx((sp(-x), -x * sg(-x), 2e-17 * sg(-x)), rel=1e-9, abs=1e-25)
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["sigmoid", "cdpo", "exo_pair", "robust", "discopop", "beta_dpo", "chi_po", "dpop"]
+)
+def test_finite_in_float32_wherever_the_ratios_are(loss_type):
+    for r_w, r_l in ((1e4, -1e4), (-1e4, 1e4), (-200.0, 0.0), (100.0, 100.0)):
+        policy = PairLogps(
+            *(CompletionLogps(torch.tensor([[r]], requires_grad=True), torch.ones(1, 1).bool()) for r in (r_w, r_l))
+        )
+        ref = PairLogps(*(CompletionLogps(torch.zeros(1, 1), torch.ones(1, 1).bool()) for _ in range(2)))
+        loss = DPOLoss(loss_type=loss_type, label_smoothing=0.01)
+        value = loss(policy, ref, totals=Totals.of(policy, loss.collect(policy, ref))).loss
+        value.backward()
+        assert value.isfinite() and policy.chosen.per_token_logps.grad.isfinite().all()
