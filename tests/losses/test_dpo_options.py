@@ -1,0 +1,273 @@
+"""DPO's options by hand: f-divergences, LD-DPO, WPO, several losses at once, what is refused, and the metrics."""
+
+import dataclasses
+import math
+from math import exp, log
+
+import pytest
+import torch
+
+from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals
+from logratio.losses.dpo import MAX_EXPONENT
+
+DIVERGENT = {"sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
+
+
+def sp(x: float) -> float:
+    return math.log1p(exp(x))
+
+
+def sg(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def row(logps: list[float], stat: list[float] | None = None) -> CompletionLogps:
+    """One completion; NaN is a hole in the mask."""
+    values = torch.tensor([logps], dtype=torch.float64, requires_grad=True)
+    log_sum_p2 = None if stat is None else torch.tensor([stat], dtype=torch.float64)
+    return CompletionLogps(values, ~values.detach().isnan(), log_sum_p2=log_sum_p2)
+
+
+def ratios(r_w: float, r_l: float) -> tuple[PairLogps, PairLogps]:
+    """One token each; the reference's log-probs are -1."""
+    return PairLogps(row([r_w - 1]), row([r_l - 1])), PairLogps(row([-1.0]), row([-1.0]))
+
+
+def run(loss: DPOLoss, policy: PairLogps, ref: PairLogps) -> tuple[float, list[float], list[float]]:
+    """(value, slopes of the chosen's tokens, of the rejected's) where this is the whole step."""
+    value = loss(policy, ref, totals=Totals.of(policy, loss.collect(policy, ref))).loss
+    value.backward()
+    return value.item(), *(x.per_token_logps.grad.flatten().tolist() for x in (policy.chosen, policy.rejected))
+
+
+def test_defaults():
+    assert dataclasses.asdict(DPOLoss()) == {
+        "beta": 0.1,
+        "loss_type": ("sigmoid",),
+        "loss_weights": None,
+        "label_smoothing": 0.0,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "use_weighting": False,
+        "discopop_tau": 0.05,
+        "irpo_alpha": 1.0,
+        "dpop_lambda": 50.0,
+        "cal_dpo_coef": 0.5,
+        "r_dpo_alpha": 0.1,
+        "chi_po_r_max": 10.0,
+        "rainbow_mu": 0.25,
+        "rainbow_gamma": 0.1,
+        "beta_dpo_coef": 0.6,
+        "beta_dpo_momentum": 0.9,
+    }
+    loss = DPOLoss()
+    assert (loss.stats, loss.scores_prompt, loss.scores_gold, loss.wants_reference) == ((), False, False, True)
+
+
+# f(r), f'(r) at r = 2 and r = -1
+SCORES = {
+    "reverse_kl": ({}, (2, 1), (-1, 1)),
+    "forward_kl": ({}, (1 - exp(-2), exp(-2)), (1 - exp(1), exp(1))),
+    "js_divergence": ({}, (log(2) + log(sg(2)), sg(-2)), (log(2) + log(sg(-1)), sg(1))),
+    "alpha_divergence": ({}, (2 - 2 * exp(-1), exp(-1)), (2 - 2 * exp(0.5), exp(0.5))),
+    "alpha 1": ({"f_alpha_divergence_coef": 1.0}, (2, 1), (-1, 1)),
+    "alpha 0": ({"f_alpha_divergence_coef": 0.0}, (1 - exp(-2), exp(-2)), (1 - exp(1), exp(1))),
+    "alpha 3": ({"f_alpha_divergence_coef": 3.0}, ((exp(4) - 1) / 2, exp(4)), ((exp(-2) - 1) / 2, exp(-2))),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_f_divergences_by_hand(name):
+    """-log sigmoid((f(r_w) - f(r_l)) / 2); the metrics stay those of the log-ratios."""
+    options, (f_w, slope_w), (f_l, slope_l) = SCORES[name]
+    kind = name if name in F_DIVERGENCES else "alpha_divergence"
+    policy, ref = ratios(2.0, -1.0)
+    loss = DPOLoss(beta=0.5, f_divergence_type=kind, **options)
+    x = 0.5 * (f_w - f_l)
+    expected = (sp(-x), [-0.5 * slope_w * sg(-x)], [0.5 * slope_l * sg(-x)])
+    assert run(loss, policy, ref) == tuple(pytest.approx(e, rel=1e-12) for e in expected)
+    metrics = loss(policy, ref, totals=Totals.of(policy)).metrics
+    assert metrics["rewards/chosen"].total.item() == 1.0 and metrics["rewards/rejected"].total.item() == -0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "r", "limit"),
+    [
+        ({"f_divergence_type": "forward_kl"}, -50.0, 1 - exp(40)),
+        ({"f_divergence_type": "alpha_divergence"}, -100.0, 2 - 2 * exp(40)),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 2.0}, 50.0, exp(40) - 1),
+    ],
+)
+def test_exponents_stop_at_forty(options, r, limit):
+    """Beyond there is no slope; just before there is."""
+    assert MAX_EXPONENT == 40
+    loss = DPOLoss(loss_type="ipo", beta=0.5, **options)
+    value, (up,), _ = run(loss, *ratios(r, 0.0))
+    assert value == pytest.approx((limit - 1) ** 2, rel=1e-12) and up == 0
+    value, (up,), _ = run(loss, *ratios(r * 39 / 50, 0.0))
+    assert 0 < value < (limit - 1) ** 2 and abs(up) > 1e16
+
+
+def test_which_variants_take_another_divergence():
+    for name in DPO_TYPES:
+        options = {"loss_type": name, "label_smoothing": 0.1, "f_divergence_type": "js_divergence"}
+        if name in DIVERGENT:
+            assert DPOLoss(**options).loss_type == (name,)
+        else:
+            with pytest.raises(ValueError, match=f"f_divergence_type='js_divergence' is not defined for {name}$"):
+                DPOLoss(**options)
+            DPOLoss(**options | {"f_divergence_type": "reverse_kl"})
+    with pytest.raises(ValueError, match="is not defined for cdpo, sppo_hard$"):
+        DPOLoss(loss_type=("cdpo", "sigmoid", "sppo_hard"), f_divergence_type="forward_kl")
+
+
+# Chosen: -1, hole, -2, -4; reference -2, -3, -8 (r: 1, 1, 4). Rejected: -1, -3; reference -1, -2 (r: 0, -1).
+LONG, LONG_REF = [-1.0, math.nan, -2.0, -4.0], [-2.0, -3.0, math.nan, -8.0]
+SHORT, SHORT_REF = [-1.0, -3.0], [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_ld_alpha_weighs_what_is_longer_than_the_other_side(alpha):
+    """Two tokens are shared: r_w = 1 + 1 + 4 alpha, r_l = -1. A hole in the mask is no token."""
+    loss = DPOLoss(beta=0.5, ld_alpha=alpha)
+    policy = PairLogps(row(LONG), row(SHORT))
+    x = 0.5 * (2 + 4 * alpha + 1)
+    s = 0.5 * sg(-x)
+    expected = (sp(-x), [-s, 0, -s, -alpha * s], [s, s])
+    assert run(loss, policy, PairLogps(row(LONG_REF), row(SHORT_REF))) == tuple(pytest.approx(e) for e in expected)
+    policy = PairLogps(row(SHORT), row(LONG))
+    s = 0.5 * sg(x)
+    expected = (sp(x), [-s, -s], [s, 0, s, alpha * s])
+    ref = PairLogps(row(SHORT_REF), row(LONG_REF))
+    assert run(loss, policy, ref) == tuple(pytest.approx(e) for e in expected)
+    metrics = loss(policy, ref, totals=Totals.of(policy)).metrics
+    assert metrics["rewards/rejected"].total.item() == 1 + 2 * alpha  # as the loss has it
+    assert metrics["logps/rejected"].total.item() == -7
+
+
+def test_ld_alpha_does_not_change_the_nll():
+    loss = DPOLoss(loss_type="irpo", beta=0.5, ld_alpha=0.0)
+    policy, ref = PairLogps(row(LONG), row(SHORT)), PairLogps(row(LONG_REF), row(SHORT_REF))
+    assert run(loss, policy, ref)[0] == pytest.approx(sp(-1.5) + 7 / 3)
+
+
+def test_weighting_by_hand():
+    """Weights: exp of the mean of log p - log sum p^2, here of 1 and -2 (or -1), and of 0.5; no gradient."""
+    policy = PairLogps(row([-1.0, math.nan, -4.0], [-2.0, math.nan, -2.0]), row([-1.0], [-1.5]))
+    ref = PairLogps(row([-2.0, math.nan, -4.0]), row([-2.0]))
+    loss = DPOLoss(loss_type="cdpo", label_smoothing=0.2, beta=0.5, use_weighting=True)
+    heavier = PairLogps(row([-1.0, math.nan, -4.0], [-2.0, math.nan, -3.0]), row([-1.0], [-1.5]))
+    for p, w in ((policy, exp(-1 / 2) * exp(0.5)), (heavier, exp(0.0) * exp(0.5))):
+        s = -w * 0.5 * (0.8 - 0.5)  # x = 0
+        value, up, down = run(loss, p, ref)
+        assert value == pytest.approx(w * log(2), rel=1e-12)
+        assert up == pytest.approx([s, 0, s], rel=1e-12) and down == pytest.approx([-s], rel=1e-12)
+    assert loss.stats == ("log_sum_p2",)
+
+
+def test_weighting_where_a_side_is_empty():
+    """exp of no tokens: 1."""
+    policy = PairLogps(row([-1.0], [-1.5]), row([math.nan], [math.nan]))
+    ref = PairLogps(row([-1.0]), row([math.nan]))
+    value, up, down = run(DPOLoss(use_weighting=True), policy, ref)
+    assert value == pytest.approx(exp(0.5) * log(2)) and up == [pytest.approx(-0.05 * exp(0.5))] and down == [0]
+
+
+def test_weighting_needs_the_sum_of_squares():
+    policy = PairLogps(row([-1.0], [-1.5]), row([-1.0]))
+    with pytest.raises(ValueError, match="this loss needs the policy's log_sum_p2 of every token, which is None"):
+        DPOLoss(use_weighting=True)(policy, policy, totals=Totals.of(policy))
+
+
+@pytest.mark.parametrize(
+    ("weights", "numbers"), [(None, (1, 1, 1)), ((1.0, 1.0, 1.0), (1, 1, 1)), ((0.8, 0.0, -3.0), (0.8, 0, -3))]
+)
+def test_several_losses_are_added_up(weights, numbers):
+    """sigmoid, hinge and sppo_hard at beta = 1/2: x = 3/2."""
+    loss = DPOLoss(loss_type=("sigmoid", "hinge", "sppo_hard"), loss_weights=weights, beta=0.5)
+    a, b, c = numbers
+    value, up, down = run(loss, *ratios(1.5, -0.2))
+    x = 0.5 * 1.7
+    assert value == pytest.approx(a * sp(-x) + b * (1 - x) + c * (0.5**2 + 0.8**2), rel=1e-12)
+    assert up == [pytest.approx(-a * 0.5 * sg(-x) - b * 0.5 + c * 2 * 0.5, rel=1e-12)]
+    assert down == [pytest.approx(a * 0.5 * sg(-x) + b * 0.5 + c * 2 * 0.8, rel=1e-12)]
+
+
+def test_one_name_is_a_tuple_of_one():
+    assert DPOLoss(loss_type="ipo") == DPOLoss(loss_type=("ipo",)) and DPOLoss(loss_type="ipo").loss_type == ("ipo",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, sigmoid_norm, "),
+        ({"loss_type": ("ipo", "best")}, "loss_type='best' is unknown"),
+        ({"loss_type": ()}, r"loss_weights=None must have one number for each of \(\)"),
+        ({"loss_weights": (1.0, 2.0)}, r"loss_weights=\(1.0, 2.0\) must have one number for each of \('sigmoid',\)"),
+        ({"loss_type": ("ipo", "sft"), "loss_weights": (1.0,)}, r"each of \('ipo', 'sft'\)"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is unknown, expected one of: reverse_kl, forward_kl, "),
+        ({"beta": 0.0}, "beta=0.0 must be positive and finite"),
+        ({"discopop_tau": 0.0}, "discopop_tau=0.0 must be positive and finite"),
+        ({"chi_po_r_max": -1.0}, "chi_po_r_max=-1.0 must be positive and finite"),
+        ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 must be in \[0, 1\]"),
+        ({"label_smoothing": 1.1}, r"label_smoothing=1.1 must be in \[0, 1\]"),
+        ({"label_smoothing": math.nan}, r"label_smoothing=nan must be in \[0, 1\]"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting weighs pairs, which aot and aot_unpaired take ap"),
+        ({"loss_type": ("ipo", "aot_unpaired"), "use_weighting": True}, "leave one of them out"),
+        ({"loss_type": "exo_pair"}, r"exo_pair needs label_smoothing above 0 \(1e-3, say\), got 0.0"),
+        ({"loss_type": ("ipo", "exo_pair"), "label_smoothing": 1.0}, "exo_pair needs label_smoothing .* got 1.0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs label_smoothing below 0.5, got 0.5"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DPOLoss(**options)
+
+
+def test_what_is_just_allowed():
+    for options in (
+        {"loss_type": "cdpo", "label_smoothing": 1.0},
+        {"loss_type": "exo_pair", "label_smoothing": 0.999},
+        {"loss_type": "robust", "label_smoothing": 0.499},
+        {"loss_type": ("ipo", "sigmoid"), "use_weighting": True, "label_smoothing": 0.9},
+    ):
+        DPOLoss(**options)
+
+
+def test_a_reference_of_other_rows_is_refused_and_of_other_tokens_is_not():
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    one, two = row([-1.0, -2.0]), CompletionLogps(torch.zeros(2, 1).double(), mask)
+    with pytest.raises(ValueError, match=r"ref must have the policy's rows, got \[1, 2\] for \[2, 1\]"):
+        DPOLoss()(PairLogps(two, two), PairLogps(one, one), totals=Totals(num_sequences=2, num_tokens=4))
+    policy, ref = PairLogps(row([-1.0]), row([-2.0])), PairLogps(row([-1.5, -1.5]), row([math.nan, -2.0]))
+    assert run(DPOLoss(beta=0.5), policy, ref)[0] == pytest.approx(sp(-1.0))
+
+
+def test_metrics_of_several_pairs():
+    """Rewards 0.5 over 0.1; a tie, which is no win; -0.2 over 0.3; nothing scored."""
+    hole = [math.nan]
+    columns = {
+        "w": [-1.0, -2.0, -3.0],
+        "l": [-4.0, -2.0, -1.0],
+        "ref w": [-6.0, -2.0, -1.0],
+        "ref l": [-5.0, -2.0, -4.0],
+    }
+    sides = [
+        CompletionLogps(torch.tensor([[x] for x in values + hole]), torch.tensor([[True]] * 3 + [[False]]))
+        for values in columns.values()
+    ]
+    policy, ref = PairLogps(*sides[:2]), PairLogps(*sides[2:])
+    metrics = DPOLoss()(policy, ref, totals=Totals.of(policy)).metrics
+    assert {name: mean.total.item() for name, mean in metrics.items()} == pytest.approx(
+        {
+            "rewards/chosen": 0.3,
+            "rewards/rejected": 0.4,
+            "rewards/accuracies": 1.0,
+            "rewards/margins": -0.1,
+            "logps/chosen": -6.0,
+            "logps/rejected": -7.0,
+        }
+    )
+    assert {mean.count.item() for mean in metrics.values()} == {3}
