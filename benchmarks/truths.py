@@ -70,7 +70,7 @@ def random_model(config: Any, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter *= 0.5  # log-ratios of a few nats: exp(r) of ten and more is ill-conditioned in float32
+                parameter.mul_(0.5)  # log-ratios of a few nats: exp(r) of ten and more is ill-conditioned in float32
     return model
 
 
@@ -240,17 +240,13 @@ def oracle_dpo(case: Case, model: Any, examples: list[Example], seed: int) -> tu
 
 
 def oracle_kto(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    labels = [bool(e.label) for e in examples]
-    own, other = (
-        [
-            [x.completion for x in plain_passes(model, items, 0)],
-            of_reference(model, lambda items=items: plain_passes(model, items, 0)),  # type: ignore[misc]
-        ]
-        for items in (examples, mismatched(examples, MAX_LENGTH))
-    )
+    labels, others = [bool(e.label) for e in examples], mismatched(examples, MAX_LENGTH)
+    policy, kl_policy = ([x.completion for x in plain_passes(model, items, 0)] for items in (examples, others))
+    ref = of_reference(model, lambda: plain_passes(model, examples, 0))
+    kl_ref = of_reference(model, lambda: plain_passes(model, others, 0))
     count = int(case.state.get("num_examples", 0))
     state = (case.state.get("reward_sum", 0.0) / max(count, 1), count)
-    return oracle.kto(*own, labels, *other, bco_state=state, **case.options), 0.0
+    return oracle.kto(policy, ref, labels, kl_policy, kl_ref, bco_state=state, **case.options), 0.0
 
 
 def oracle_pairs(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:

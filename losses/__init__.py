@@ -1,6 +1,7 @@
 """The mathematics: `linear_logps` and the losses. Imports torch only."""
 
 from . import dpo_types, grpo_types  # they fill the tables
+from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
@@ -22,6 +23,7 @@ from .types import (
 )
 
 __all__ = [
+    "ADVANTAGES",
     "CPO_TYPES",
     "DPO_TYPES",
     "F_DIVERGENCES",
@@ -51,6 +53,7 @@ __all__ = [
     "TPOLoss",
     "TokenLogps",
     "Totals",
+    "advantage",
     "dpo_type",
     "dpo_types",
     "grpo_types",

@@ -215,27 +215,3 @@ def normalize_then_sum(by_function: Tensor, weights: Tensor) -> Tensor:
     normalized = _minus(by_function, _mean(by_function, GROUP), GROUP) / (_std(by_function, GROUP) + EPS)
     summed = (normalized.nan_to_num(0.0) * weights).sum(-1)
     return torch.where(by_function.isnan().all(-1), torch.nan, summed)
-
-
-# KL in the reward -----------------------------------------------------------------------------------------------------
-
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {}
-"""k1, k2, k3: what a token adds to an estimate of KL(policy || reference), from d = log policy - log reference."""
-
-
-@variant(KL_ESTIMATORS)
-def k1(d: Tensor) -> Tensor:
-    """d: unbiased, of either sign."""
-    return d
-
-
-@variant(KL_ESTIMATORS)
-def k2(d: Tensor) -> Tensor:
-    """d^2 / 2: biased, not negative."""
-    return d.square() / 2
-
-
-@variant(KL_ESTIMATORS)
-def k3(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1: unbiased, not negative; formed as expm1(-d) + d, which does not cancel at small d."""
-    return torch.expm1(-d) + d

@@ -150,7 +150,7 @@ class Totals:
     """What a loss knows of the whole optimizer step, all micro-batches and processes: what it divides by.
 
     num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, CPO, ORPO), completions (GRPO).
-    num_tokens: scored completion tokens, of chosen and rejected together for pairs.
+    num_tokens: scored completion tokens, of all completions of a pair together.
     num_chosen_tokens, num_gold_tokens: scored completion tokens of those completions (pairs).
     num_prompt_tokens: scored prompt tokens (losses with `scores_prompt`).
     sum_weights: sum of the weights of scored tokens; num_tokens where tokens have none (the default).
@@ -183,6 +183,7 @@ class Totals:
             counts = {"num_tokens": chosen + rejected, "num_chosen_tokens": chosen}
             for name, part in (("num_prompt_tokens", policy.prompt), ("num_gold_tokens", policy.gold)):
                 counts[name] = 0 if part is None else int(part.completion_mask.sum())
+            counts["num_tokens"] += counts["num_gold_tokens"]
         own = torch.arange(len(mask), device=mask.device)
         return Totals(num_sequences=len(mask), **counts, collected=collected, own=own)  # type: ignore[arg-type]
 

@@ -46,7 +46,7 @@ class Policy(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def forward(self, batch: PackedBatch) -> TokenLogps:
-        """Log-probabilities and the asked for `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
+        """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
         out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from logratio.losses import Mean
-from logratio.losses.advantages import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, advantages_of, sum_then_normalize
+from logratio.losses import ADVANTAGES, KL_ESTIMATORS, Mean
+from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_normalize
 
 from .config import RolloutConfig
 from .data import Completion, Example, Prompt
@@ -23,7 +23,7 @@ from .errors import UserError
 from .policy import Policy
 from .reference import inference
 from .rewards import Reward, call_reward
-from .step import MicroBatch
+from .step import MicroBatch, gather_rows
 
 # Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
 GENERATION_ROWS = 256
@@ -209,17 +209,6 @@ class Rollouts:
             values = rolled.by_function[..., column]
             metrics[f"rewards/{name}/mean"] = Mean.of(values, ~values.isnan())
         return metrics
-
-
-def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows of all processes, which may hold different numbers of them, and which of them are this process's."""
-    if accelerator.num_processes == 1:
-        return rows, slice(None)
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = accelerator.pad_across_processes(rows.to(accelerator.device), dim=0)
-    parts = accelerator.gather(padded).to(rows.device).split(max(counts))
-    start = sum(counts[: accelerator.process_index])
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:

@@ -219,22 +219,14 @@ class Step:
                 inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, None)
                 collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
                 values.append(collected[:0] if micro.batch.is_filler else collected)
-        everyone, start = self._gathered(torch.cat(values))
+        everyone, mine = gather_rows(self.accelerator, torch.cat(values))
+        start = mine.start or 0
         for micro, part in zip(micros, values, strict=True):
             rows = len(micro.batch.examples)
             # a filler has nothing scored; its rows stand for nothing and may be any
             micro.own = torch.arange(start, start + rows, device=everyone.device) * (not micro.batch.is_filler)
             start += len(part)
         return everyone
-
-    def _gathered(self, mine: Tensor) -> tuple[Tensor, int]:
-        """Rows of all processes, one after the other, and where this process's begin."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if world == 1:
-            return mine, 0
-        counts = self.accelerator.gather(torch.tensor([len(mine)], device=mine.device)).tolist()
-        padded = self.accelerator.gather(self.accelerator.pad_across_processes(mine)).unflatten(0, (world, -1))
-        return torch.cat([rows[:n] for rows, n in zip(padded, counts, strict=True)]), sum(counts[:rank])
 
     def __call__(self, micros: Sequence[MicroBatch], totals: Totals, *, backward: bool = True) -> StepResult:
         """Run the micro-batches, add their gradients, and return this process's part of loss and metrics.
@@ -271,3 +263,14 @@ def rows_of(examples: Sequence[Example]) -> str:
     rows = sorted({e.row for e in examples})
     shown = ", ".join(map(str, rows[:16]))
     return shown if len(rows) <= 16 else f"{shown} and {len(rows) - 16} more"
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
+    """The rows of all processes, which may hold different numbers of them, and which of them are this process's."""
+    if accelerator.num_processes == 1:
+        return rows, slice(None)
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = accelerator.pad_across_processes(rows.to(accelerator.device), dim=0)
+    parts = accelerator.gather(padded).to(rows.device).split(max(counts))
+    start = sum(counts[: accelerator.process_index])
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))

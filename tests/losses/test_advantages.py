@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks.verify import random_model
+from logratio.benchmarks.truths import random_model
+from logratio.losses import KL_ESTIMATORS
 from logratio.losses.advantages import (
     ADVANTAGES,
     AGGREGATIONS,
-    KL_ESTIMATORS,
     SCALES,
     advantages_of,
     normalize,

@@ -196,7 +196,9 @@ def test_no_tokens(impl):
 def test_second_backward_gives_the_right_gradient(trains):
     hidden, weight, bias, targets = head()
     leaves = [t.requires_grad_() for t, name in zip((hidden, weight, bias), "hwb", strict=True) if name in trains]
-    logps, entropy, *_ = linear_logps(hidden, weight, targets, bias=bias, stats=("entropy",), impl="two_gemm", chunk_tokens=2)
+    logps, entropy, *_ = linear_logps(
+        hidden, weight, targets, bias=bias, stats=("entropy",), impl="two_gemm", chunk_tokens=2
+    )
     for coefficients in (torch.ones(5), torch.tensor([3.0, 0.0, -1.0, 2.0, 0.5])):
         for with_entropy in (False, True, False):
             ours = (logps * coefficients).sum() + (entropy * coefficients).sum() * with_entropy
@@ -287,7 +289,8 @@ def test_products_of_a_training_step(trains, expected, entropy):
     tensors = head()
     leaves = [t.requires_grad_(name in trains) for t, name in zip(tensors, "hwb", strict=False)]
     with Products(tensors) as products:
-        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], stats=("entropy",) if entropy else None, chunk_tokens=2)
+        stats = ("entropy",) if entropy else None
+        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], stats=stats, chunk_tokens=2)
         (out.logps if entropy else out).sum().backward()  # the entropy as a metric costs no product
     assert products.count == expected
 

@@ -30,8 +30,8 @@ CPO = [
     ("simpo", {"beta": 0.5, "simpo_gamma": 0.0}, log(3 / 2)),
     ("simpo", {"label_smoothing": 0.25}, 0.75 * log(1 + exp(0.5) / 4) + 0.25 * log(1 + 4 * exp(-0.5))),
     ("simpo", {"alpha": 1.0}, log(1 + exp(-5.5))),  # 1 - 2 = -1 and 1 - 8 = -7, less gamma
-    ("alphapo", {"alpha": 1.0, "cpo_alpha": 1.0}, log(1 + exp(-5.5))),
-    ("alphapo", {"cpo_alpha": 1.0}, log(1 + exp(0.5) / 4)),
+    ("alphapo", {"alpha": 1.0}, log(1 + exp(-5.5))),
+    ("alphapo", {}, log(1 + exp(0.5) / 4)),
     ("simper", {}, 1 / 8 - 1 / 2),
 ]
 
@@ -41,7 +41,7 @@ def test_cpo(name: str, options: dict, expected: float) -> None:
     options = {"loss_type": name, "beta": 1.0, **options}
     assert oracle.cpo(CHOSEN, REJECTED, cpo_alpha=0.0, **options).item() == pytest.approx(expected, abs=1e-14)
     assert oracle.cpo(CHOSEN, REJECTED, cpo_alpha=0.5, **options).item() == pytest.approx(expected + LN2 / 2)
-    default = 0 if name == "simper" else LN2
+    default = 0 if name in ("alphapo", "simper") else LN2
     assert oracle.cpo(CHOSEN, REJECTED, **options).item() == pytest.approx(expected + default, abs=1e-14)
     nothing = steps([])
     half = oracle.cpo(CHOSEN + nothing, REJECTED + nothing, cpo_alpha=0.0, **options)

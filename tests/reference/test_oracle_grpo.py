@@ -130,7 +130,9 @@ def test_vespo_takes_a_zero_advantage_and_given_parameters() -> None:
     options = dict(vespo_k_pos=1.0, vespo_lambda_pos=2.0, vespo_k_neg=4.0, vespo_lambda_neg=1.0, loss_type="vespo")
     assert one([2.0], 1.0, **options) == pytest.approx(2 * exp(2 - 4))
     assert one([2.0], -1.0, **options) == pytest.approx(-16 * exp(1 - 2))
-    assert one([2.0], 1.0, importance_sampling_level="sequence", loss_type="vespo") == one([2.0], 1.0, loss_type="vespo")
+    assert one([2.0], 1.0, importance_sampling_level="sequence", loss_type="vespo") == one(
+        [2.0], 1.0, loss_type="vespo"
+    )
 
 
 def test_gmpo_clips_each_log_ratio_and_averages_them() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks.verify import random_model
+from logratio.benchmarks.truths import random_model
 from logratio.reference import oracle, trl
 from logratio.trainers.tiny import tiny_tokenizer
 

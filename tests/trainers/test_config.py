@@ -10,8 +10,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from logratio.losses import LOSSES
-from logratio.losses.advantages import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, SCALES
+from logratio.losses import ADVANTAGES, KL_ESTIMATORS, LOSSES
+from logratio.losses.advantages import AGGREGATIONS, SCALES
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.errors import UserError
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from logratio.benchmarks.verify import exact
+from logratio.benchmarks.truths import exact
 from logratio.trainers.data import Completion, Example
 from logratio.trainers.packing import pack
 from logratio.trainers.policy import REFERENCE_ADAPTER, Policy, sliding_window
@@ -137,22 +137,22 @@ def test_rows_longer_than_the_table_of_positions_are_fine(random_model, pack_one
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_entropy_is_that_of_the_predictions_and_has_no_gradient(random_model):
+def test_entropy_is_that_of_the_predictions_and_can_be_trained(random_model):
     model = random_model("llama")
-    policy = Policy(model, temperature=0.7, entropy=True, shared=True)
+    policy = Policy(model, temperature=0.7, stats=("entropy",), shared=True)
     examples = ragged_examples()
     truth = [entropy for _, entropy in expected(model, examples, 0.7)]
     for mine, theirs in zip(packed(policy, examples, 60, which=1), truth, strict=True):
-        assert not mine.requires_grad
+        assert mine.requires_grad
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert Policy(model, shared=True)(pack(examples, 1000)[0])[1] is None
+    assert Policy(model, shared=True)(pack(examples, 1000)[0]).entropy is None
 
 
 def test_prompt_paths_are_scored_along_the_chosen_path(random_model, pack_one):
     model = random_model("llama")
     examples = ragged_examples()
     batch = pack_one(examples, scores_prompt=True)
-    logps, _ = Policy(model, shared=True)(batch)
+    logps = Policy(model, shared=True)(batch).logps
     for k, e in enumerate(examples):
         chosen = e.completions[0]
         all_logps, _ = plain_logps(model, e.prompt_ids, chosen.ids)
@@ -180,8 +180,8 @@ def test_reference_is_the_model_without_adapters(random_model, pack_one):
     batch = pack_one(ragged_examples())
     wanted, before = Policy(base, shared=True)(batch)[0], trainable(policy)
     with torch.no_grad(), policy.as_reference():
-        assert torch.equal(policy(batch)[0], wanted)
-    assert not torch.allclose(policy(batch)[0], wanted, atol=1e-2)
+        assert torch.equal(policy(batch).logps, wanted)
+    assert not torch.allclose(policy(batch).logps, wanted, atol=1e-2)
     assert trainable(policy) == before
 
 
@@ -193,17 +193,17 @@ def test_reference_is_the_frozen_copy_of_the_starting_adapter(random_model, pack
     policy.model.load_adapter(tmp_path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
     policy.model.set_adapter("default")
     batch = pack_one(ragged_examples())
-    start, before = policy(batch)[0].detach(), trainable(policy)
+    start, before = policy(batch).logps.detach(), trainable(policy)
     assert before and not any(REFERENCE_ADAPTER in name for name in before)
-    weighted([policy(batch)[0].flatten()]).backward()
+    weighted([policy(batch).logps.flatten()]).backward()
     grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if name in before:
                 p.add_(0.1)
         with policy.as_reference():
-            assert torch.equal(policy(batch)[0], start)
-        assert not torch.allclose(policy(batch)[0], start, atol=1e-2)
+            assert torch.equal(policy(batch).logps, start)
+        assert not torch.allclose(policy(batch).logps, start, atol=1e-2)
     with pytest.raises(RuntimeError, match="inside"), policy.as_reference():
         raise RuntimeError("inside")
     assert trainable(policy) == before

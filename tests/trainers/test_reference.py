@@ -149,9 +149,9 @@ def test_references_use_no_dropout_and_leave_the_policy_training(policy, random_
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
     assert not got.requires_grad and policy.training
     assert {name: p.requires_grad for name, p in policy.named_parameters()} == before
-    assert not torch.equal(policy(batch)[0], policy(batch)[0]), "dropout is on, so the test above means something"
+    assert not torch.equal(policy(batch).logps, policy(batch).logps), "dropout is on, so the test above means something"
     with inference(policy):
-        assert torch.equal(policy(batch)[0], policy(batch)[0])
+        assert torch.equal(policy(batch).logps, policy(batch).logps)
 
 
 def test_another_model_is_frozen(random_model, pack_one):
@@ -179,14 +179,14 @@ def run_of(method, pairs, tmp_path, *options):
 def test_full_fine_tuning_compares_with_the_starting_weights(pairs, tmp_path, pack_one):
     run = run_of("dpo", pairs, tmp_path)
     batch = pack_one(run.data.train)
-    start = run.policy(batch)[0].detach()
+    start = run.policy(batch).logps.detach()
     assert isinstance(run.step.reference, ModelReference)
     torch.testing.assert_close(run.step.reference(batch), start, rtol=0, atol=0)
     with torch.no_grad():
         for p in run.policy.parameters():
             p.mul_(0.5)
     torch.testing.assert_close(run.step.reference(batch), start, rtol=0, atol=0)
-    assert not torch.allclose(run.policy(batch)[0], start, atol=1e-2)
+    assert not torch.allclose(run.policy(batch).logps, start, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -283,7 +283,7 @@ def test_remax_compares_with_the_greedy_answer(policy, tokenizer):
         ({"scale_rewards": "none"}, lambda r, n: oracle.advantages(r, "none")),
         ({"multi_objective_aggregation": "normalize_then_sum"}, lambda r, n: oracle.normalize_then_sum([r])),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
 def test_the_options_choose_the_formula(policy, tokenizer, options, formula):
     def reward(prompts, completions, completion_ids, **_):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks import verify
-from logratio.losses import DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, Kind, Loss, Mean, Totals
+from logratio.benchmarks import truths
+from logratio.benchmarks.cases import CASES, Case
+from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
 from logratio.trainers import packing
 from logratio.trainers.data import Completion, Example
 from logratio.trainers.errors import UserError
@@ -22,35 +23,46 @@ from logratio.trainers.reference import AdapterReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs, mismatched
 
-TYPES: dict[str, Any] = {"sft": SFT_TYPES, "dpo": DPO_TYPES, "kto": KTO_TYPES, "grpo": GRPO_TYPES}
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "kto": [{"desirable_weight": 1.5}],
-    "grpo": [{"beta": 0.1}, {"importance_sampling_level": "sequence"}],
-}
 MAX_LENGTH = 20
 
 
-def every_loss() -> list[Any]:
-    cases = []
-    for name, cls in LOSSES.items():
-        for loss_type in TYPES.get(name, [None]):
-            for options in OPTIONS.get(name, [{}]):
-                chosen = options if loss_type is None else {"loss_type": loss_type, **options}
-                cases.append(pytest.param(cls(**chosen), id="-".join([name, *map(str, chosen.values())])))
-    return cases
+def chosen_cases() -> list[Any]:
+    """Every loss_type once, and once each option that asks the step for something: statistics, totals, a pass."""
+    first: dict[tuple[str, Any], Case] = {}
+    for case in CASES:
+        first.setdefault((case.method, case.options.get("loss_type")), case)
+    asking = ("use_weighting", "ld_alpha", "z_loss_coef", "top_entropy_quantile", "entropy_coef", "tpo_alpha")
+    for option in asking:
+        case = next(c for c in CASES if option in c.options)
+        first[case.method, option] = case
+    first["sft", "weighted"] = next(c for c in CASES if c.weighted)
+    level = "importance_sampling_level"
+    first["grpo", level] = next(c for c in CASES if c.options.get(level) == "sequence" and c.options["beta"])
+    named = {f"{case.method} {case.name}": case for case in first.values()}
+    return [pytest.param(case, id=name) for name, case in named.items()]
 
 
-every = pytest.mark.parametrize("loss", every_loss())
+every = pytest.mark.parametrize("case", chosen_cases())
 
 
-def examples_for(kind: Kind, count: int = 6, vocab: int = 256) -> list[Example]:
+def examples_of(case: Case) -> list[Example]:
+    """Ragged examples for a case, with token weights where it is about them."""
+    examples = examples_for(case.loss.kind, gold=case.loss.scores_gold)
+    if case.weighted:
+        for i, example in enumerate(examples[1:]):
+            weights = [(i + t) % 4 / 2 for t in range(len(example.completions[0].ids))]
+            example.completions[0] = dataclasses.replace(example.completions[0], weights=weights)
+    return examples
+
+
+def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = False) -> list[Example]:
     """Ragged examples of one kind; sequences have unscored tokens, one pair tokenizes its prompt's end otherwise."""
     rng = random.Random(0)
 
     def ids(high: int) -> list[int]:
         return [rng.randrange(vocab) for _ in range(rng.randint(1, high))]
 
-    sizes = {Kind.PAIRED: 2, Kind.GROUPED: 3}
+    sizes = {Kind.PAIRED: 3 if gold else 2, Kind.GROUPED: 3}
     examples = []
     for row in range(count):
         completions = [Completion(ids(9)) for _ in range(sizes.get(kind, 1))]
@@ -68,25 +80,26 @@ def examples_for(kind: Kind, count: int = 6, vocab: int = 256) -> list[Example]:
 @pytest.fixture(scope="module")
 def model():
     """A tiny Llama with LoRA that computes in float64."""
-    return verify.exact(verify.random_model(LlamaConfig, 0))
+    return truths.exact(truths.random_model(LlamaConfig, 0))
 
 
 def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
-    policy = Policy(copy.deepcopy(model), shared=shared, entropy=loss.kind is Kind.GROUPED)
+    policy = Policy(copy.deepcopy(model), shared=shared, stats=loss.stats)
     return Step(
         start_accelerator("no"),
         policy,
         policy,
         loss,
-        AdapterReference(policy, policy),
+        AdapterReference(policy, policy) if loss.wants_reference else None,
         micro_batch_tokens=micro_batch_tokens,
         max_length=MAX_LENGTH,
     )
 
 
-def run(model, loss: Loss, examples: list[Example], micro_batch_tokens: int, shared: bool = True):
-    """(number of micro-batches, loss and metrics, gradient, totals) of one step; rollouts are off policy."""
+def run(model, loss: Loss, examples: list[Example], micro_batch_tokens: int, shared: bool = True, state: Any = None):
+    """(number of micro-batches, loss and metrics, gradient, totals, state after it) of a step; rollouts off policy."""
     step = make_step(model, loss, micro_batch_tokens=micro_batch_tokens, shared=shared)
+    step.state = state or {}
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
         step.fill_old(micros)
@@ -97,48 +110,52 @@ def run(model, loss: Loss, examples: list[Example], micro_batch_tokens: int, sha
     totals = step.totals(examples, micros)
     result = step(micros, totals).reduced(step.accelerator)
     grads = [p.grad.flatten() for p in step.policy.parameters() if p.requires_grad]
-    return len(micros), result, torch.cat(grads), totals
+    return len(micros), result, torch.cat(grads), totals, step.state
 
 
 @every
-def test_the_cut_and_the_order_do_not_matter(model, loss, monkeypatch):
+def test_the_cut_and_the_order_do_not_matter(model, case, monkeypatch):
     """But for KTO's order, in which neighbours are mismatched."""
-    examples = examples_for(loss.kind)
+    loss, examples = case.loss, examples_of(case)
     with monkeypatch.context() as patch:
         patch.setattr(packing, "MIN_ROW_FILL", 0.0)  # everything in one micro-batch, however short its rows
-        count, whole, gradient, totals = run(model, loss, examples, 10_000)
+        count, whole, gradient, totals, state = run(model, loss, examples, 10_000, state=case.state)
     assert count == 1 and gradient.norm() > 1e-3
     moved = examples if loss.window_pass == "mismatched" else examples[3:] + examples[:3]
     for budget, shared, at_least in ((1, True, 6), (60, False, 2)):
-        parts, result, grads, counted = run(model, loss, moved, budget, shared)
+        parts, result, grads, counted, after = run(model, loss, moved, budget, shared, case.state)
         assert parts >= at_least
         assert result.keys() == whole.keys()
         for name, value in whole.items():
             assert result[name] == pytest.approx(value, rel=1e-10, abs=1e-12), name
         assert (grads - gradient).norm() <= 1e-10 * gradient.norm()
+        assert after == pytest.approx(state, rel=1e-10)
         if totals.collected is not None:
-            torch.testing.assert_close(counted.collected.sort()[0], totals.collected.sort()[0], rtol=1e-10, atol=1e-12)
+            one, other = (t.collected.sort(0)[0] for t in (counted, totals))
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @every
 @pytest.mark.parametrize("shared", [True, False])
-def test_totals_counted_from_examples_are_those_of_the_tensors(loss, shared):
-    examples = examples_for(loss.kind)
+def test_totals_counted_from_examples_are_those_of_the_tensors(case, shared):
+    loss, examples = case.loss, examples_of(case)
     counted = count_totals(examples, loss)
-    fields = ["num_sequences", "num_tokens"]
-    fields += ["num_chosen_tokens", "num_prompt_tokens"] if loss.kind is Kind.PAIRED else []
+    fields = ["num_sequences", "num_tokens", *(["sum_weights"] if case.weighted else [])]
+    if loss.kind is Kind.PAIRED:
+        fields += ["num_chosen_tokens", "num_prompt_tokens", "num_gold_tokens"]
     summed = dict.fromkeys(fields, 0)
-    for batch in pack(examples, 50, shared=shared, scores_prompt=loss.scores_prompt):
-        policy = loss_inputs(loss, batch, torch.zeros(batch.scored.shape), None, None, None)["policy"]
+    for batch in pack(examples, 10_000, shared=shared, scores_prompt=loss.scores_prompt):
+        policy = loss_inputs(loss, batch, TokenLogps(torch.zeros(batch.scored.shape)), None, None)["policy"]
         for field in fields:
             summed[field] += getattr(Totals.of(policy), field)
     assert {field: getattr(counted, field) for field in fields} == summed
-    assert all(value > 0 for field, value in summed.items() if field != "num_prompt_tokens" or loss.scores_prompt)
+    needed = {"num_prompt_tokens": loss.scores_prompt, "num_gold_tokens": loss.scores_gold}
+    assert all((value > 0) == needed.get(field, True) for field, value in summed.items())
 
 
 def test_evaluation_leaves_no_gradient_and_gives_the_same_numbers(model):
     loss, examples = LOSSES["dpo"](), examples_for(Kind.PAIRED)
-    _, whole, _, _ = run(model, loss, examples, 10_000)
+    _, whole, *_ = run(model, loss, examples, 10_000)
     step = make_step(model, loss, micro_batch_tokens=40)
     graphs = []
     step.wrapped = lambda batch: graphs.append(torch.is_grad_enabled()) or step.policy(batch)  # type: ignore[func-returns-value]
@@ -246,16 +263,18 @@ def test_metrics_are_means_over_what_was_counted():
 
 def test_fillers_count_for_nothing(model):
     """A process that has run out computes a micro-batch with nothing scored: loss, gradient and metrics stay."""
-    for name, cls in LOSSES.items():
-        loss = cls()
-        examples = examples_for(loss.kind)
+    losses = {name: cls() for name, cls in LOSSES.items()}
+    losses |= {name: DPOLoss(loss_type=name) for name in ("aot", "aot_unpaired", "beta_dpo")}
+    losses |= {"bco": KTOLoss(loss_type="bco"), "quantile": GRPOLoss(top_entropy_quantile=0.3, entropy_coef=0.1)}
+    for name, loss in losses.items():
+        examples = examples_for(loss.kind, gold=loss.scores_gold)
         step = make_step(model, loss, micro_batch_tokens=40)
         micros = step.micro_batches(examples)
-        totals = step.totals(examples, micros)
+        filled = [*micros, MicroBatch(micros[-1].batch.unscored())]
+        totals = step.totals(examples, filled)
         alone = step(micros, totals).reduced(step.accelerator)
         grads = [p.grad.clone() for p in step.policy.parameters() if p.requires_grad]
         step.policy.zero_grad()
-        filled = [*micros, MicroBatch(micros[-1].batch.unscored())]
         assert step(filled, totals).reduced(step.accelerator) == pytest.approx(alone, rel=1e-12), name
         for p, grad in zip((p for p in step.policy.parameters() if p.requires_grad), grads, strict=True):
             torch.testing.assert_close(p.grad, grad, rtol=1e-12, atol=1e-15)
