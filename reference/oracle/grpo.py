@@ -190,11 +190,11 @@ def _kept(logps: Sequence[Tensor], entropy: Sequence[Tensor] | None, share: floa
     """The tokens whose entropy is in the top `share` of the step: arXiv 2506.01939, ties with the bound included."""
     if share >= 1 or entropy is None:
         return [[True] * len(y) for y in logps]
-    everything = [float(h) for row in entropy for h in row]
+    everything = [float(h.detach()) for row in entropy for h in row]
     if not everything:
         return [[] for _ in logps]
     bound = _quantile(everything, 1 - share)
-    return [[float(h) >= bound for h in row] for row in entropy]
+    return [[float(h.detach()) >= bound for h in row] for row in entropy]
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
