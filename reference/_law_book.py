@@ -44,6 +44,21 @@ LAWS: dict[str, Law] = {}
 """Every law by its name, in the order in which `check_loss` tries them."""
 
 
+def named(check: Callable[..., None]) -> Callable[..., None]:
+    """Function decorator: the law's AssertionErrors begin with its name."""
+    name = check.__name__
+
+    @functools.wraps(check)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            check(*args, **kwargs)
+        except AssertionError as error:
+            text = str(error)
+            raise AssertionError(text if text.startswith(f"{name}: ") else f"{name}: {text}") from None
+
+    return wrapped
+
+
 def law(
     *, applies: Callable[[Loss], bool] = lambda loss: True, options: dict[str, Any] | None = None, **choices: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -51,16 +66,8 @@ def law(
 
     def add(check: Callable[..., None]) -> Callable[..., None]:
         name, statement = check.__name__, " ".join((check.__doc__ or "").split("\n\n")[0].split())
-
-        @functools.wraps(check)
-        def named(*args: Any, **kwargs: Any) -> None:
-            try:
-                check(*args, **kwargs)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from None
-
-        LAWS[name] = Law(name, statement, named, applies, options or {}, choices)
-        return named
+        LAWS[name] = Law(name, statement, named(check), applies, options or {}, choices)
+        return LAWS[name].check
 
     return add
 

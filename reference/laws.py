@@ -27,8 +27,9 @@ from logratio.losses.types import Loss
 from . import generic_laws  # it fills the book
 from ._law_book import LAWS, Law
 from ._law_runs import copy, show
+from .strategies import Batch, batches
 
-__all__ = ["LAWS", "Law", "LawViolation", "check_loss", "generic_laws", "laws_of"]
+__all__ = ["LAWS", "Law", "LawViolation", "check_loss", "for_every_batch", "generic_laws", "laws_of"]
 
 
 class LawViolation(AssertionError):
@@ -105,6 +106,35 @@ def _hold(one: Law, loss: Loss, max_examples: int, seed: int, choices: dict[str,
         show(loss, found["batch"]),
     ]
     raise LawViolation(one.name, "\n".join(lines)) from (None if isinstance(cause, AssertionError) else cause)
+
+
+def for_every_batch(
+    kind: str,
+    law: Callable[[Batch], None],
+    *,
+    max_examples: int = 20,
+    seed: int = 0,
+    shrink: bool = True,
+    **options: Any,
+) -> None:
+    """Call `law` on batches of `strategies`; where it raises, raise what the smallest such batch gives.
+
+    shrink: False for what the first gives. options: of `batches`. For the laws of `family_laws.py`.
+    """
+    for batch in _batches(kind, max_examples, seed, **options):
+        try:
+            law(copy(batch))
+        except AssertionError:
+            if shrink:
+                _given(batches(kind, **options), law, max_examples, seed)
+            raise
+
+
+@functools.lru_cache(64)
+def _batches(kind: str, max_examples: int, seed: int, **options: Any) -> list[Batch]:
+    drawn: list[Batch] = []
+    _given(batches(kind, **options), drawn.append, max_examples, seed)
+    return drawn
 
 
 @functools.lru_cache(256)
