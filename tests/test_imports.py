@@ -103,3 +103,16 @@ def test_the_property_kit_loads_neither_what_it_tests_nor_trl():
     loaded = loaded_by("logratio.reference.strategies")
     assert "logratio.reference" in loaded
     assert not loaded & {"logratio.losses", "logratio.trainers", "logratio.benchmarks", "trl", "transformers"}
+
+
+def test_a_variant_is_a_screenful():
+    """At most 15 lines of code for each function of the files that hold variants, docstring apart."""
+    long = {}
+    for name in ("dpo_types", "grpo_types", "advantages"):
+        for node in ast.walk(ast.parse((ROOT / "losses" / f"{name}.py").read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                if lines > 15:
+                    long[node.name] = lines
+    assert not long
