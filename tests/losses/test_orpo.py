@@ -1,5 +1,6 @@
 """ORPO: numbers by hand, and odds at their edges."""
 
+import dataclasses
 import math
 
 import pytest
@@ -59,6 +60,36 @@ def test_each_term_has_its_own_divisor():
     totals = Totals(num_sequences=5, num_tokens=10**9, num_chosen_tokens=30, num_prompt_tokens=10)
     loss = ORPOLoss(beta=0.5)(policy, totals=totals).loss
     assert loss.item() == pytest.approx(6 * LN2 / 40 + 0.5 * math.log(8) / 5, rel=1e-12)
+
+
+def test_pairs_of_different_lengths_and_one_that_scores_nothing():
+    """Three pairs of a step of six: chosen 2 and 4 bits against 1 bit, an empty chosen against 1 bit, nothing."""
+    nan = math.nan
+    chosen, rejected = (
+        torch.tensor(rows, dtype=torch.float64).requires_grad_()
+        for rows in ([[-2 * LN2, nan, -4 * LN2], [nan] * 3, [nan] * 3], [[-LN2], [-LN2], [nan]])
+    )
+    policy = PairLogps(*(CompletionLogps(x, ~x.detach().isnan()) for x in (chosen, rejected)))
+    totals = Totals(num_sequences=6, num_tokens=99, num_chosen_tokens=8)
+    loss, metrics = ORPOLoss(beta=0.5)(policy, totals=totals)
+    certain = -math.log(2**-52)  # log odds of an average of 0, held at the smallest number
+    assert loss.item() == pytest.approx(6 * LN2 / 8 + 0.5 * (math.log(8) + math.log1p(math.exp(-certain))) / 6)
+    loss.backward()
+    slope = 0.5 * 7 / 8 / 6
+    assert chosen.grad[0].tolist() == pytest.approx([-1 / 8 - slope / (7 / 8) / 2, 0, -1 / 8 - slope / (7 / 8) / 2])
+    assert rejected.grad[0].item() == pytest.approx(slope / (1 / 2))
+    assert (chosen.grad[1:] == 0).all() and rejected.grad[2] == 0 < rejected.grad[1]
+    assert {mean.count.item() for mean in metrics.values()} == {2}
+    assert metrics["rewards/rejected"].total.item() == pytest.approx(-LN2)
+    assert metrics["log_odds_ratio"].total.item() == pytest.approx(-math.log(8))
+
+
+def test_options_of_orpo():
+    loss = ORPOLoss()
+    assert dataclasses.asdict(loss) == {"beta": 0.1} and loss.scores_prompt
+    assert not loss.wants_reference and not loss.scores_gold and loss.window_pass is None
+    with pytest.raises(ValueError, match="beta=0 must be positive and finite"):
+        ORPOLoss(beta=0)
 
 
 def odds_term(chosen: float, rejected: float) -> float:

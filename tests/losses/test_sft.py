@@ -1,5 +1,6 @@
 """SFT: numbers by hand, and what dft's gradient is."""
 
+import dataclasses
 import math
 
 import pytest
@@ -42,6 +43,76 @@ def test_dft_by_hand():
     loss.backward()
     expected = -torch.tensor([[0.5, 0.25, 1.0], [0.0, 0.125, 0.0]], dtype=torch.float64) / 4
     torch.testing.assert_close(x.per_token_logps.grad, expected)
+
+
+LOG_Z = [[1.0, -2.0, 3.0], [math.nan, 0.5, math.inf]]
+WEIGHTS = [[0.5, 2.0, 0.0], [math.nan, 1.5, 9.0]]
+
+
+def with_stats(log_z: bool = False, weights: bool = False) -> CompletionLogps:
+    """Each a leaf of its own; nothing is read where nothing is scored."""
+    z, w = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (LOG_Z, WEIGHTS))
+    return CompletionLogps(policy().per_token_logps, MASK, log_z=z if log_z else None, weights=w if weights else None)
+
+
+def test_z_loss_by_hand():
+    """0.1 (log Z)^2 per token, beside nll and beside dft."""
+    for loss_type, bits in (("nll", 6), ("dft", 1 / 2 + 2 / 4 + 3 / 8)):
+        x = with_stats(log_z=True)
+        loss, metrics = SFTLoss(loss_type=loss_type, z_loss_coef=0.1)(x, totals=Totals.of(x))
+        assert loss.item() == pytest.approx((bits * math.log(2) + 0.1 * (1 + 4 + 9 + 0.25)) / 4, rel=1e-12)
+        loss.backward()
+        expected = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.5, 0.0]], dtype=torch.float64) * 0.2 / 4
+        torch.testing.assert_close(x.log_z.grad, expected)
+        assert metrics["nll"].total.item() == pytest.approx(6 * math.log(2))  # the metric is the nll alone
+        assert set(metrics) == {"nll"}
+
+
+def test_weighted_tokens_by_hand():
+    """Bits 1, 2, 0, 3 weigh 1/2, 2, 0, 3/2: divided by the sum of weights, which get no gradient."""
+    x = with_stats(weights=True)
+    totals = Totals.of(x.detach())
+    assert totals.sum_weights == 4
+    loss, metrics = SFTLoss()(x, totals=totals)
+    assert loss.item() == pytest.approx((0.5 + 4 + 4.5) / 4 * math.log(2), rel=1e-12)
+    loss.backward()
+    expected = -torch.tensor([[0.5, 2.0, 0.0], [0.0, 1.5, 0.0]], dtype=torch.float64) / 4
+    torch.testing.assert_close(x.per_token_logps.grad, expected, rtol=1e-12, atol=0)
+    assert x.weights.grad is None
+    assert (metrics["nll"].total.item(), metrics["nll"].count.item()) == (pytest.approx(6 * math.log(2)), 4)
+
+
+def test_weights_weigh_the_z_loss_too_and_dft():
+    x = with_stats(log_z=True, weights=True)
+    totals = Totals(num_sequences=2, num_tokens=4, sum_weights=20.0)
+    loss = SFTLoss(loss_type="dft", z_loss_coef=0.1)(x, totals=totals).loss
+    bits = 0.5 / 2 + 2 * 2 / 4 + 1.5 * 3 / 8
+    z = 0.5 * 1 + 2 * 4 + 1.5 * 0.25
+    assert loss.item() == pytest.approx((bits * math.log(2) + 0.1 * z) / 20, rel=1e-12)
+
+
+def test_without_a_sum_of_weights_it_is_divided_by_tokens():
+    x = with_stats(weights=True)
+    loss = SFTLoss()(x, totals=Totals(num_sequences=9, num_tokens=8)).loss
+    assert loss.item() == pytest.approx(9 / 8 * math.log(2), rel=1e-12)
+    nothing = SFTLoss()(x, totals=Totals(num_sequences=9, num_tokens=8, sum_weights=0.0)).loss
+    assert nothing.item() == 0
+    few = SFTLoss()(x, totals=Totals(num_sequences=9, num_tokens=8, sum_weights=0.25)).loss
+    assert few.item() == pytest.approx(9 * 4 * math.log(2), rel=1e-12)
+
+
+def test_options_of_sft():
+    assert dataclasses.asdict(SFTLoss()) == {"loss_type": "nll", "z_loss_coef": 0.0}
+    assert SFTLoss().stats == () and SFTLoss(z_loss_coef=1e-4).stats == ("log_z",)
+    assert not SFTLoss().wants_reference and SFTLoss().window_pass is None
+    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft"):
+        SFTLoss(loss_type="ce")
+    for value in (-0.1, math.nan):
+        with pytest.raises(ValueError, match=f"z_loss_coef={value} must not be negative"):
+            SFTLoss(z_loss_coef=value)
+    x = policy()
+    with pytest.raises(ValueError, match="this loss needs the policy's log_z of every token, which is None"):
+        SFTLoss(z_loss_coef=0.1)(x, totals=Totals.of(x))
 
 
 @settings(max_examples=40, deadline=None)
