@@ -69,11 +69,13 @@ def batches(
     max_rows: int = 4,
     max_tokens: int = 5,
     max_size: float = 1e4,
+    spreads: Sequence[float] = SPREADS,
     all_masked: bool = False,
     distinct: bool = False,
 ) -> Batch:
     """Batches of a kind with `min_rows` to `max_rows` examples, log-probs and log-ratios up to about `max_size` nats.
 
+    spreads: what the size of the log-ratios of tokens is drawn from.
     distinct: no two numbers are equal by design, for losses that rank them (where two are equal, the order of the rows
     decides who is first).
     """
@@ -84,9 +86,11 @@ def batches(
         bits = st.just(0) if all_masked else st.integers(0, 2**width - 1)
         rows = [[bool(row >> t & 1) for t in range(width)] for row in draw(_lists(bits, count), label=f"{part} mask")]
         masks[part] = torch.tensor(rows)
-    sizes, spreads = ([s for s in choices if s <= max_size and (s or not distinct)] for choices in (SIZES, SPREADS))
+    sizes, some_spreads = (
+        [s for s in choices if s <= max_size and (s or not distinct)] for choices in (SIZES, spreads)
+    )
     size = draw(st.sampled_from(sizes), label="size of log-probs")
-    spread = draw(st.sampled_from(spreads), label="size of log-ratios")
+    spread = draw(st.sampled_from(some_spreads), label="size of log-ratios")
     ends = not distinct and draw(st.booleans(), label="only the ends of each range")
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16), label="seed"))
 
@@ -116,7 +120,7 @@ def batches(
         labels = st.one_of(_lists(st.booleans(), count), *(st.just([one] * count) for one in (False, True)))
         extras["label"] = torch.tensor(draw(labels, label="label"))
     if kind == "grouped":
-        alike = draw(st.sampled_from(["zero", "equal", "different"]), label="advantages")
+        alike = draw(st.sampled_from(["zero", "equal", "different", "different"]), label="advantages")
         values = 2 * around_zero([1 if alike == "equal" else count]).expand(count).clone()
         extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
     collected = spread * around_zero([count + 1 if kind == "labeled" else 0])

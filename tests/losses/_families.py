@@ -31,7 +31,9 @@ def kto(name: str, beta: float = 0.5, **options: Any) -> Loss:
 
 
 def keeps(law: Callable[[Batch], None], kind: str = "paired", **options: Any) -> None:
-    for_every_batch(kind, law, **{"max_size": 30.0, "distinct": True, "max_examples": 15} | options)
+    for_every_batch(
+        kind, law, **{"max_size": 30.0, "spreads": (0.25, 4.0), "distinct": True, "max_examples": 15} | options
+    )
 
 
 def breaks(law: Callable[[Batch], None], name: str, kind: str = "paired", **options: Any) -> None:

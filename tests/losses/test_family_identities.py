@@ -10,7 +10,7 @@ import torch
 from logratio.losses import CPOLoss, DPOLoss, Loss, ORPOLoss, SFTLoss, TPOLoss
 from logratio.reference import family_laws as laws
 from logratio.reference._law_runs import run, totals_of
-from logratio.reference.family_laws import equal_lengths, put, put_role, scored, unpaired
+from logratio.reference.family_laws import equal_lengths, moved, put, put_role, scored, unpaired
 from logratio.reference.strategies import Batch, take
 
 from ._families import DIVERGENCES, LN2, E, H, breaks, cpo, dpo, each, keeps, kto
@@ -69,6 +69,19 @@ def test_law_10_z_is_never_negative():
     negative = lambda batch: replace(batch, collected=-batch.collected.abs())  # noqa: E731
     zero = kto("apo_zero_unpaired")
     keeps(lambda batch: laws.neutral_option(kto("kto"), zero, negative(batch)), "labeled")
+
+
+def test_law_10_at_z_the_weight_is_halved():
+    """KTO's value function is centred at z, the mean of the mismatched log-ratios where it is positive."""
+    half = kto("kto", desirable_weight=3.0, undesirable_weight=3.0)
+
+    def law(batch: Batch) -> None:
+        batch = scored(batch)
+        z = batch.collected.mean().clamp(min=0).expand(len(batch))
+        there = moved(put_role(batch, policy="ref"), {"completion": z}, ["policy"])
+        laws.close(laws.value(half, there), 1.5)
+
+    keeps(law, "labeled")
 
 
 def test_law_11_optimal_transport():
@@ -201,6 +214,14 @@ def test_law_17_options_that_are_neutral_on_some_batches():
     keeps(lambda batch: laws.neutral_option(dpo("dpop"), dpo("sigmoid"), raised(batch)))
     breaks(lambda batch: laws.neutral_option(dpo("dpop"), dpo("sigmoid"), batch), "neutral_option")
     keeps(lambda batch: laws.neutral_option(dpo("r_dpo"), dpo("sigmoid"), equal_lengths(batch)))
+
+    def longer(batch: Batch) -> Batch:
+        """r_w and r_l grow by r_dpo's price of a token, over beta, for each of their tokens: that is what it adds."""
+        price = 0.1 / 0.5
+        by = {part: price * batch.masks[part].sum(-1).double() for part in ("chosen", "rejected")}
+        return moved(batch, by, ["policy"])
+
+    keeps(lambda batch: laws.combination(dpo("r_dpo"), scored(batch), (1, dpo("sigmoid"), longer)))
     # WPO's weight is 1 where p = sum of p^2, and with it out of the way the loss is plain
     weighted = dpo("sigmoid", use_weighting=True)
     keeps(lambda batch: laws.neutral_option(weighted, dpo("sigmoid"), put_role(batch, log_sum_p2="policy")))
