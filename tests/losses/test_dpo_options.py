@@ -237,10 +237,10 @@ def test_what_is_just_allowed():
 
 
 def test_a_reference_of_other_rows_is_refused_and_of_other_tokens_is_not():
-    mask = torch.ones(2, 1, dtype=torch.bool)
-    one, two = row([-1.0, -2.0]), CompletionLogps(torch.zeros(2, 1).double(), mask)
+    chosen, rejected = (CompletionLogps(torch.zeros(2, n), torch.ones(2, n).bool()) for n in (1, 3))
+    ref = PairLogps(row([-1.0, -2.0]), row([-1.0] * 4))
     with pytest.raises(ValueError, match=r"ref must have the policy's rows, got \[1, 2\] for \[2, 1\]"):
-        DPOLoss()(PairLogps(two, two), PairLogps(one, one), totals=Totals(num_sequences=2, num_tokens=4))
+        DPOLoss()(PairLogps(chosen, rejected), ref, totals=Totals(num_sequences=2, num_tokens=4))
     policy, ref = PairLogps(row([-1.0]), row([-2.0])), PairLogps(row([-1.5, -1.5]), row([math.nan, -2.0]))
     assert run(DPOLoss(beta=0.5), policy, ref)[0] == pytest.approx(sp(-1.0))
 

@@ -17,7 +17,7 @@ CLIPPED = ("dapo", "grpo", "dr_grpo", "bnpo", "luspo")
 OWN_RATIO = ("gmpo", "rloo")  # of the sequence, whatever the level
 every_type = pytest.mark.parametrize("loss_type", [*CLIPPED, "cispo", "sapo", "vespo", *OWN_RATIO])
 every_level = pytest.mark.parametrize("level", LEVELS)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=15, deadline=None)
 
 # Ratios 1.5, 1, 0.5 (mean log -0.0959) of a completion with advantage 2, and 1.5, 0.5 of one with advantage -1
 MASK = torch.tensor([[True, True, True], [True, True, False]])

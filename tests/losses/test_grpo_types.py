@@ -283,6 +283,16 @@ def test_an_empty_completion_has_no_loss(loss_type):
     assert value.item() == 0 and (x.per_token_logps.grad == 0).all()
 
 
+@pytest.mark.parametrize("loss_type", GRPO_TYPES)
+def test_proportional_to_the_size_of_the_advantage(loss_type):
+    """On either side of 0, however near."""
+    loss = GRPOLoss(loss_type=loss_type, sapo_temperature_neg=3.0)
+    value, grad = run(loss)
+    tenth, slopes = run(loss, advantages=[a / 10 for a in ADVANTAGES])
+    assert tenth == pytest.approx(value / 10, rel=1e-12)
+    assert slopes == [pytest.approx([g / 10 for g in row], rel=1e-12) for row in grad]
+
+
 def test_infinite_clip_is_no_clip():
     """cispo's and the others' ratios as they are, where nothing caps them."""
     value, _ = run(GRPOLoss(loss_type="grpo", epsilon=1e9, epsilon_high=1e9))

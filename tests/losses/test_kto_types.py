@@ -146,6 +146,23 @@ def test_bco_before_anything_was_seen():
     assert value == pytest.approx((sp(-1.3) + sp(-0.7) + sp(0.05)) / 10, rel=1e-12)
 
 
+def test_a_row_with_nothing_scored_has_no_loss_whatever_the_reference_has():
+    policy, ref = logps([[math.nan]]), logps([[-5.0]])
+    for loss_type in KTO_TYPES:
+        loss = KTOLoss(loss_type=loss_type)
+        value = loss(policy, ref, LABEL[:1], totals=Totals.of(policy, torch.tensor([1.0]).double())).loss
+        value.backward()
+        assert value.item() == 0 and policy.per_token_logps.grad.item() == 0
+
+
+def test_what_is_collected_gets_no_gradient():
+    collected = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    policy = logps([[-1.0]])
+    out = KTOLoss()(policy, logps([[-2.0]]), LABEL[:1], totals=Totals.of(policy, collected))
+    out.loss.backward()
+    assert collected.grad is None and not any(mean.total.requires_grad for mean in out.metrics.values())
+
+
 def test_what_each_variant_collects():
     policy, ref = logps(LOGPS), logps(REF)
     own = KTOLoss(loss_type="bco").collect(policy, ref)

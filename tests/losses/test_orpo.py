@@ -82,6 +82,7 @@ def test_pairs_of_different_lengths_and_one_that_scores_nothing():
     assert {mean.count.item() for mean in metrics.values()} == {2}
     assert metrics["rewards/rejected"].total.item() == pytest.approx(-LN2)
     assert metrics["log_odds_ratio"].total.item() == pytest.approx(-math.log(8))
+    assert metrics["nll_loss"].total.item() == pytest.approx(6 * LN2)
 
 
 def test_options_of_orpo():

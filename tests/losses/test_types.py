@@ -96,8 +96,10 @@ def test_pairs_that_do_not_fit():
 
 
 def test_pairs_are_scored_where_either_side_is():
-    chosen, rejected = torch.tensor([[True], [False], [False]]), torch.tensor([[False], [True], [False]])
-    pairs = PairLogps(*(CompletionLogps(torch.zeros(3, 1), mask) for mask in (chosen, rejected)))
+    """By one token of several."""
+    nothing = [False, False]
+    chosen, rejected = torch.tensor([[True, False], nothing, nothing]), torch.tensor([nothing, [False, True], nothing])
+    pairs = PairLogps(*(CompletionLogps(torch.zeros(3, 2), mask) for mask in (chosen, rejected)))
     assert pairs.scored.tolist() == [True, True, False]
 
 
