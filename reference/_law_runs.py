@@ -144,7 +144,7 @@ def numbers(values: Tensor, mask: Tensor | None = None) -> str:
         return "[" + ", ".join(f"{x:.7g}" if isinstance(x, float) else str(x) for x in values.tolist()) + "]"
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     rows = (
-        ", ".join(f"{x:.7g}" if on else "_" for x, on in zip(row, ons, strict=True))
+        ", ".join(f"{x + 0.0:.7g}" if on else "_" for x, on in zip(row, ons, strict=True))
         for row, ons in zip(values.tolist(), mask.tolist(), strict=True)
     )
     return "[" + ", ".join(f"[{row}]" for row in rows) + "]"

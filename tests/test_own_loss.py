@@ -1,0 +1,76 @@
+"""What docs/own_loss.md shows works as it stands: the loss keeps the laws and trains, its broken form is found out."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from logratio.reference.laws import LAWS, LawViolation, check_loss
+from logratio.trainers import cli
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "own_loss.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A working directory with the document's module in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_loss.py").write_text(blocks("python")[0])
+    yield tmp_path
+    sys.modules.pop("my_loss", None)
+
+
+def test_it_keeps_the_laws(workspace, monkeypatch):
+    """The document's own lines, on fewer batches."""
+    tried = []
+
+    def fewer(loss, max_examples=50):
+        tried.append(loss)
+        check_loss(loss, max_examples=5)
+
+    monkeypatch.setattr("logratio.reference.laws.check_loss", fewer)
+    exec(blocks("python")[1], {})
+    assert [loss.beta for loss in tried] == [0.1, 2.0]
+
+
+def test_its_broken_form_is_found_out_as_the_document_says(workspace):
+    right = blocks("python")[0]
+    wrong = right.replace("per_pair.sum() / totals.num_sequences", "per_pair.mean()")
+    assert wrong != right
+    module: dict = {"__name__": "wrong"}
+    sys.modules["wrong"] = sys  # dataclasses look their module up
+    try:
+        exec(wrong, module)
+        with pytest.raises(LawViolation) as violation:
+            check_loss(module["SquaredHinge"]())
+    finally:
+        del sys.modules["wrong"]
+    said, shown = f"LawViolation: {violation.value}".splitlines(), blocks("text")[0].splitlines()
+    assert said[0] == shown[0] and len(said) == len(shown)
+    for ours, documents in zip(said, shown, strict=True):  # Hypothesis may come to other numbers some day
+        assert re.sub(r"[-\d._]+", "", ours) == re.sub(r"[-\d._]+", "", documents)
+
+
+def test_it_trains(workspace):
+    (command,) = blocks("sh")
+    program, *words = shlex.split(command)
+    assert program == "logratio" and cli.main(words) == 0
+    rows = [json.loads(line) for line in (workspace / "runs" / "own" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] == pytest.approx(1.0, rel=1e-5)  # the policy is the reference: every margin is 0
+    assert {"rewards/margins", "grad_norm"} <= rows[0].keys()
+    config = json.loads((workspace / "runs" / "own" / "run_config.json").read_text())
+    assert config["loss"] == {"beta": 0.2}
+
+
+def test_every_law_is_in_its_table():
+    table = re.findall(r"^\| (`.*`) \|", DOCUMENT, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(LAWS)
