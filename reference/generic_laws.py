@@ -89,7 +89,9 @@ def deterministic(loss: Loss, batch: Batch) -> None:
             torch.manual_seed(seed)
             results.append(run(loss, batch))
     first, second = results
-    expect(repr(first) == repr(second) and first.loss.equal(second.loss), f"{first.loss:.12g}, then {second.loss:.12g}")
+    expect(repr(first.metrics) == repr(second.metrics), f"{first.metrics}, then {second.metrics}")
+    for a, b in [(first.loss, second.loss), *((first.grads[name], second.grads[name]) for name in first.grads)]:
+        expect(((a == b) | (a.isnan() & b.isnan())).all(), f"{a.tolist()}, then {b.tolist()}")
 
 
 @law(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -173,6 +175,16 @@ def nothing_scored(loss: Loss, batch: Batch, fill: float) -> None:
         expect((grad == 0).all(), f"the gradient of {name} is {grad.tolist()}")
     for name, (total, count) in result.metrics.items():
         expect(total == 0 and count == 0, f"the metric {name} has the total {total} and the count {count}")
+
+
+@law(options={"min_rows": 2}, row=lambda batch: st.integers(0, len(batch) - 1))
+def empty_example(loss: Loss, batch: Batch, row: int) -> None:
+    """An example with nothing scored counts in B and says nothing else: L, G, M(batch) == L, G, M(the others, B)."""
+    at = torch.arange(len(batch)) != row
+    batch = replace(batch, masks={part: mask & at[:, None] for part, mask in batch.masks.items()})
+    others = take(batch, at.nonzero()[:, 0].tolist())
+    got, expected = run(loss, batch), run(loss, others, replace(totals_of(loss, others), num_sequences=len(batch)))
+    same(got._replace(grads={name: grad[at] for name, grad in got.grads.items()}), expected, per_example(loss, batch))
 
 
 @law(dtype=st.sampled_from([torch.bfloat16, torch.float16]))

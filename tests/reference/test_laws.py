@@ -109,6 +109,20 @@ class EmptyPairsCost(Right):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmptyPairsDilute(Right):
+    """The margin is to beat the step's mean margin, in which pairs with nothing scored are 0."""
+
+    window_pass: ClassVar[str] = "own"
+
+    def collect(self, policy, ref):
+        return self.margins(policy, ref)
+
+    def __call__(self, policy, ref, *, totals):
+        above = self.margins(policy, ref) - totals.collected.mean()
+        return LossOutput(self.value(softplus(-self.beta * above), policy, totals), {})
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoGraph(Right):
     def value(self, per_pair, policy, totals):
         return super().value(per_pair, policy, totals).detach()
@@ -126,6 +140,7 @@ WRONG = {
     HalfTheGradient: "gradient",
     Noisy: "deterministic",
     EmptyPairsCost: "nothing_scored",
+    EmptyPairsDilute: "empty_example",
     NoGraph: "contract",
 }
 
