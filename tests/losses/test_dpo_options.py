@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals
-from logratio.losses.dpo import MAX_EXPONENT
+from logratio.losses.dpo import MAX_EXPONENT, probability
 
 DIVERGENT = {"sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
 
@@ -166,8 +166,18 @@ def test_weighting_by_hand():
     assert loss.stats == ("log_sum_p2",)
 
 
+def test_averages_where_a_side_is_empty():
+    """Its average is 0: D = 3 / 2 or -3 / 2, with a slope for the other side alone."""
+    loss, none = DPOLoss(loss_type="ipo", beta=0.5), [math.nan]
+    policy, ref = PairLogps(row([-1.0, -2.0]), row(none)), PairLogps(row([-4.0, -2.0]), row(none))
+    assert run(loss, policy, ref) == (0.25, [0.5, 0.5], [0])
+    policy, ref = PairLogps(row(none), row([-1.0, -2.0])), PairLogps(row(none), row([-4.0, -2.0]))
+    assert run(loss, policy, ref) == (6.25, [0], [2.5, 2.5])
+
+
 def test_weighting_where_a_side_is_empty():
     """exp of no tokens: 1."""
+    assert probability(row([-1.0, math.nan], [-1.5, math.nan])).tolist() == [exp(0.5)]
     policy = PairLogps(row([-1.0], [-1.5]), row([math.nan], [math.nan]))
     ref = PairLogps(row([-1.0]), row([math.nan]))
     value, up, down = run(DPOLoss(use_weighting=True), policy, ref)
