@@ -44,7 +44,9 @@ LOWEST_RATE = 0.95
 OWN = {"_two_gemm": "logps"}
 """Whose tests are a file's own, where not its name's."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
-LAST = {"tests/benchmarks/test_verify.py": ("benchmarks/verify.py", "reference/oracle.py", "reference/trl.py")}
+ORACLE = tuple(f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sft"))
+TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("cases", "truths", "verify"))
+LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}
 """Test files outside tests/losses that survivors meet last, and what they rest on."""
 ENVIRONMENT = {"CI": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
