@@ -205,7 +205,7 @@ class DPOLoss(Loss):
         for field in ("beta", "discopop_tau", "chi_po_r_max"):
             check_positive(field, getattr(self, field))
         check_range("label_smoothing", self.label_smoothing, 0, 1)
-        if not self.loss_type or len(self.loss_weights or self.loss_type) != len(self.loss_type):
+        if not self.loss_type or (self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type)):
             raise ValueError(f"loss_weights={self.loss_weights} must have one number for each of {self.loss_type}")
         unfit = [name for name in self.loss_type if not DPO_TYPES[name].divergences]
         if unfit and self.f_divergence_type != "reverse_kl":

@@ -21,6 +21,7 @@ gradient is that of the reverse KL also off policy, and `cispo` caps the ratio a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -72,17 +73,24 @@ class Ratios(NamedTuple):
     kept: Tensor
 
 
+def ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """rho [C, T] or [C, 1], and the range in which it is not clipped."""
+    low, high = loss.epsilons
+    return x.ratio, 1 - low, 1 + high
+
+
 class GRPOType(NamedTuple):
     """surrogate(x, loss) -> [C, T] or [C, 1]; weight(lengths [C, 1], totals, loss) -> [C, 1] or scalar.
 
     sequence_term: the surrogate is of the whole completion (it selects the `kept` tokens itself, and the KL term is
-    not corrected by rho). epsilon: the default.
+    not corrected by rho). epsilon: the default. clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range.
     """
 
     surrogate: Callable[[Ratios, GRPOLoss], Tensor]
     weight: Callable[[Tensor, Totals, GRPOLoss], Tensor]
     sequence_term: bool = False
     epsilon: float = 0.2
+    clip: Callable[[Ratios, GRPOLoss], tuple[Tensor, float, float]] = ratio_range
 
 
 GRPO_TYPES: dict[str, GRPOType] = {}
@@ -213,7 +221,7 @@ class GRPOLoss(Loss):
         policy.check_like(tokens=True, old=old, ref=ref)
         kept, num_kept = self._kept(policy, totals)
         x = self._ratios(policy, old, advantages, kept)
-        surrogate, weight, sequence_term, _ = GRPO_TYPES[self.loss_type]
+        surrogate, weight, sequence_term, *_ = GRPO_TYPES[self.loss_type]
         per_token_loss = surrogate(x, self) * self._on_policy(x)
         per_token_loss = per_token_loss.expand(mask.shape)
         if not sequence_term:
@@ -257,15 +265,17 @@ class GRPOLoss(Loss):
             raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
         if not totals.collected.numel():
             return policy.completion_mask, 0
-        threshold = totals.collected.quantile(1 - self.top_entropy_quantile)
+        # what is at least the quantile is at least the next order statistic; torch.quantile takes no more than 2^24
+        rank = math.ceil((1 - self.top_entropy_quantile) * (len(totals.collected) - 1) - 1e-9)
+        threshold = totals.collected.kthvalue(rank + 1).values
         kept = policy.completion_mask & (policy.needed("entropy").detach() >= threshold)
         return kept, (totals.collected >= threshold).sum()
 
     @torch.no_grad()
     def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:
-        low, high = self.epsilons
-        below = ((x.ratio < 1 - low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
-        above = ((x.ratio > 1 + high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
+        measure, low, high = GRPO_TYPES[self.loss_type].clip(x, self)
+        below = ((measure < low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
+        above = ((measure > high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
         return {
             "clip_ratio/low_mean": Mean.of(below, mask),
             "clip_ratio/high_mean": Mean.of(above, mask),

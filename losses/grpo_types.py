@@ -17,9 +17,9 @@ from .types import Totals, choose, divide
 
 def clipped(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-min(min(rho, delta) A, clip(rho) A), arXiv 2402.03300 Eq. 3 (PPO, 1707.06347 Eq. 7), delta: 2505.07291."""
-    low, high = loss.epsilons
-    capped = x.ratio.clamp(max=math.inf if loss.delta is None else loss.delta)
-    return -torch.min(capped * x.advantages, x.ratio.clamp(1 - low, 1 + high) * x.advantages)
+    ratio, low, high = GRPO_TYPES[loss.loss_type].clip(x, loss)
+    capped = ratio.clamp(max=math.inf if loss.delta is None else loss.delta)
+    return -torch.min(capped * x.advantages, ratio.clamp(low, high) * x.advantages)
 
 
 def capped_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -50,17 +50,25 @@ def geometric_mean(x: Ratios, loss: GRPOLoss) -> Tensor:
 
     clip: log rho held in [-epsilon, epsilon_high].
     """
-    low, high = loss.epsilons
-    bounded = x.log_ratio.clamp(-low, high)
+    bounded = x.log_ratio.clamp(*log_ratio_range(x, loss)[1:])
     h = torch.where(x.advantages > 0, torch.min(x.log_ratio, bounded), torch.max(x.log_ratio, bounded))
     mean = torch.where(x.kept, h, 0.0).sum(-1, keepdim=True) / x.kept.sum(-1, keepdim=True).clamp(min=1)
     return -mean.clamp(max=MAX_EXPONENT).exp() * x.advantages
 
 
-def whole_sequence(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-min(W A, clip(W) A), W = exp(sum log rho), RLOO, arXiv 2402.14740, clipped as TRL does (the paper does not)."""
-    total = torch.where(x.kept, x.log_ratio, 0.0).sum(-1, keepdim=True)
-    return clipped(x._replace(ratio=total.clamp(max=MAX_EXPONENT).exp()), loss)
+def log_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """log rho [C, T], and the range in which GMPO does not clip it."""
+    low, high = loss.epsilons
+    return x.log_ratio, -low, high
+
+
+def sequence_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """W = exp(sum log rho) [C, 1], and the range in which it is not clipped.
+
+    `clipped` of it is RLOO, arXiv 2402.14740, clipped as TRL does (the paper does not).
+    """
+    low, high = loss.epsilons
+    return x.log_ratio.sum(-1, keepdim=True).clamp(max=MAX_EXPONENT).exp(), 1 - low, 1 + high
 
 
 def sequence_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
@@ -92,6 +100,6 @@ GRPO_TYPES |= {
     "sapo": GRPOType(soft_gate, sequence_mean),
     "cispo": GRPOType(capped_weight, token_mean),
     "vespo": GRPOType(gamma_weight, token_mean),
-    "gmpo": GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4),
-    "rloo": GRPOType(whole_sequence, sequence_mean, sequence_term=True),
+    "gmpo": GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4, clip=log_ratio_range),
+    "rloo": GRPOType(clipped, sequence_mean, sequence_term=True, clip=sequence_ratio_range),
 }
