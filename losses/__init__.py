@@ -8,19 +8,9 @@ from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .logps import TokenLogps, linear_logps
 from .orpo import ORPOLoss
+from .registry import LOSSES, register, variant
 from .sft import SFT_TYPES, SFTLoss
-from .types import (
-    LOSSES,
-    CompletionLogps,
-    Kind,
-    Loss,
-    LossOutput,
-    Mean,
-    PairLogps,
-    Totals,
-    register,
-    variant,
-)
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals
 
 __all__ = [
     "ADVANTAGES",

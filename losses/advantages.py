@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .types import check_choice, variant
+from .registry import check_choice, variant
 
 EPS = 1e-4
 Dims = int | tuple[int, ...]

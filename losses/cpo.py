@@ -23,20 +23,8 @@ from torch import Tensor
 
 from .dpo import MAX_EXPONENT, preference_metrics
 from .dpo_types import smoothed
-from .types import (
-    CompletionLogps,
-    Kind,
-    Loss,
-    LossOutput,
-    Mean,
-    PairLogps,
-    Totals,
-    check_choice,
-    check_positive,
-    check_range,
-    divide,
-    register,
-)
+from .registry import check_choice, check_positive, check_range, register
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 
 class CPOType(NamedTuple):

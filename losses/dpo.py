@@ -27,22 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .types import (
-    CompletionLogps,
-    Kind,
-    Loss,
-    LossOutput,
-    Mean,
-    PairLogps,
-    Totals,
-    check_choice,
-    check_positive,
-    check_range,
-    divide,
-    enter,
-    register,
-    variant,
-)
+from .registry import check_choice, check_positive, check_range, enter, register, variant
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 MAX_EXPONENT = 40.0
 """exp(40) squared is still finite in float32."""

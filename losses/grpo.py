@@ -30,20 +30,8 @@ import torch
 from torch import Tensor
 
 from .dpo import MAX_EXPONENT
-from .types import (
-    CompletionLogps,
-    Kind,
-    Loss,
-    LossOutput,
-    Mean,
-    Totals,
-    check_choice,
-    check_positive,
-    check_range,
-    divide,
-    register,
-    variant,
-)
+from .registry import check_choice, check_positive, check_range, register, variant
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
 UNDEFINED = {
     "cispo": ("delta",),

@@ -23,19 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .types import (
-    CompletionLogps,
-    Kind,
-    Loss,
-    LossOutput,
-    Mean,
-    Totals,
-    check_choice,
-    check_positive,
-    choose,
-    divide,
-    register,
-)
+from .registry import check_choice, check_positive, register
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, choose, divide
 
 
 class KTOType(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._two_gemm import STATS, Transform, TwoGemm
-from .types import check_choice, check_positive
+from .registry import check_choice, check_positive
 
 IMPLEMENTATIONS = {
     "auto": "the fastest that applies",

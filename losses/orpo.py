@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .dpo import preference_metrics
-from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, check_positive, divide, register
+from .registry import check_positive, register
+from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 
 def log_odds(average: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, check_choice, divide, register, variant
+from .registry import check_choice, register, variant
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
 SFT_TYPES: dict[str, Callable[[Tensor], Tensor]] = {}
 """loss_type -> the loss of each token given its log-probability, [C, T] -> [C, T]."""

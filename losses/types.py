@@ -9,10 +9,10 @@ split of a step into micro-batches and processes is the same number with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -259,63 +259,9 @@ class Loss:
         raise NotImplementedError
 
 
-LOSSES: dict[str, type[Loss]] = {}
-"""Every registered loss by its method's name, as in `logratio train NAME`."""
-
-L = TypeVar("L", bound=type[Loss])
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def register(name: str) -> Callable[[L], L]:
-    """Class decorator: make a loss known to the command line, the oracle and the property tests."""
-
-    def add(cls: L) -> L:
-        if name in LOSSES:
-            raise ValueError(f"a loss named {name!r} is registered already: {LOSSES[name]}")
-        LOSSES[name] = cls
-        return cls
-
-    return add
-
-
-def variant(table: dict[str, F], name: str | None = None) -> Callable[[F], F]:
-    """Function decorator: enter a formula into a loss's table of `loss_type`s, under its own name by default."""
-
-    def add(formula: F) -> F:
-        enter(table, name or formula.__name__, formula)
-        return formula
-
-    return add
-
-
-def enter(table: dict[str, Any], name: str, formula: Any) -> None:
-    """Put a variant into its table. ValueError where the name is taken."""
-    if name in table:
-        raise ValueError(f"a variant named {name!r} is registered already")
-    table[name] = formula
-
-
-def check_choice(name: str, value: str, table: Collection[str]) -> None:
-    """Raise ValueError naming the field, its value and what it may be."""
-    if value not in table:
-        raise ValueError(f"{name}={value!r} is unknown, expected one of: {', '.join(table)}")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a finite number above 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value} must be positive and finite")
-
-
 def divide(total: Tensor, by: float | Tensor) -> Tensor:
     """`total / by`, and 0 (with a graph) where a step has nothing to divide by."""
     return total / by if by > 0 else total * 0.0
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} must be in [{low:g}, {high:g}]")
 
 
 def choose(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:

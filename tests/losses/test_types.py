@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from logratio.losses import LOSSES, CompletionLogps, DPOLoss, Loss, Mean, PairLogps, SFTLoss, Totals, register, variant
-from logratio.losses.types import OPTIONAL, check_choice, check_positive, check_range, choose, divide
+from logratio.losses.registry import check_choice, check_positive, check_range
+from logratio.losses.types import OPTIONAL, choose, divide
 
 MASK = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
 LOGPS = torch.tensor([[-1.0, -2.0, torch.nan], [torch.inf, -3.0, -9.0], [torch.nan, torch.nan, -torch.inf]])
