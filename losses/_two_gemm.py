@@ -28,9 +28,9 @@ STATS = ("entropy", "log_z", "log_sum_p2")
 class Transform(NamedTuple):
     """From the head's raw output x to the logits z = softcap tanh(logit_scale x / softcap) / temperature."""
 
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
 
     def __call__(self, raw: Tensor) -> Tensor:
         """The logits z, out of place and differentiable; `raw` in at least float32."""

@@ -57,9 +57,9 @@ class Advantage:
     """
 
     formula: Formula
-    smallest_group: int = 2
-    whitened: bool = False
-    wants_greedy: bool = False
+    smallest_group: int
+    whitened: bool
+    wants_greedy: bool
 
     def __call__(self, rewards: Tensor, context: Context) -> Tensor:
         """R [groups, G] float64 -> A [groups, G], NaN where there is none."""

@@ -48,7 +48,8 @@ class Example:
     """What every method trains on: a prompt and its completions.
 
     prompt_ids: never empty, so that every scored token has a predecessor.
-    completions: one (SFT, KTO), chosen and rejected (DPO, ORPO), or these and gold (TPO). None without a scored token.
+    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
+        data set's, none is without a scored token.
     label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
     row: index in the data set, for messages.
     """

@@ -1,7 +1,7 @@
 """Rewards for GRPO in TRL's signature, and how one is named on the command line.
 
-A reward is called once for all completions of a step, and returns one number for each of them, or None where it has
-no opinion:
+A reward is called once for all completions of a step (and once more for ReMax's greedy answers), and returns one
+number for each of them, or None where it has no opinion:
 
     reward(prompts=..., completions=..., completion_ids=..., max_completion_length=..., **columns)
 

@@ -143,6 +143,21 @@ def test_kl_estimators_are_the_oracles(estimator):
     close(KL_ESTIMATORS[estimator](d), wanted, rtol=1e-6, atol=1e-15)
 
 
+def test_what_each_type_asks_of_the_rollouts():
+    """(smallest group, whitened over the step already, a greedy answer to compare with)"""
+    asked = {name: (a.smallest_group, a.whitened, a.wants_greedy) for name, a in ADVANTAGES.items()}
+    assert asked == {
+        "group": (2, False, False),
+        "rloo": (2, False, False),
+        "reinforce_pp": (1, True, False),
+        "reinforce_pp_baseline": (2, True, False),
+        "remax": (1, False, True),
+        "opo": (2, False, False),
+    }
+    with pytest.raises(AttributeError):
+        ADVANTAGES["group"].whitened = True
+
+
 # The oracle -----------------------------------------------------------------------------------------------------------
 
 
