@@ -31,7 +31,7 @@ from logratio.trainers.tiny import tiny_tokenizer
 
 from .cases import Case
 
-MICRO_BATCH_TOKENS = 160
+MICRO_BATCH_TOKENS = 40
 MAX_LENGTH = 1024
 
 
@@ -70,7 +70,7 @@ def random_model(config: Any, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.mul_(0.5)  # log-ratios of a few nats: exp(r) of ten and more is ill-conditioned in float32
+                parameter.mul_(0.2)  # log-ratios of about a nat: exp(r) of more is ill-conditioned in float32
     return model
 
 
@@ -97,11 +97,11 @@ def random_rows(method: str, seed: int, count: int = 5, weighted: bool = False) 
     for i in range(count):
         row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
         if LOSSES[method].kind is Kind.PAIRED:
-            row |= {"chosen": " " + text(1, 24), "rejected": " " + text(1, 24)}
+            row |= {"chosen": " " + text(1, 12), "rejected": " " + text(1, 12)}
         else:
-            row["completion"] = " " + text(1, 24)
+            row["completion"] = " " + text(1, 12)
         if method == "tpo":
-            row["reference"] = " " + text(1, 24)
+            row["reference"] = " " + text(1, 12)
         if method == "kto":
             row["label"] = i % 3 != 1
         if weighted:

@@ -101,5 +101,5 @@ GRPO_TYPES |= {
     "cispo": GRPOType(capped_weight, token_mean),
     "vespo": GRPOType(gamma_weight, token_mean),
     "gmpo": GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4, clip=log_ratio_range),
-    "rloo": GRPOType(clipped, sequence_mean, sequence_term=True, clip=sequence_ratio_range),
+    "rloo": GRPOType(clipped, sequence_mean, clip=sequence_ratio_range),
 }

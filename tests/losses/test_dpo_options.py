@@ -281,3 +281,10 @@ def test_metrics_of_several_pairs():
         }
     )
     assert {mean.count.item() for mean in metrics.values()} == {3}
+
+
+@pytest.mark.parametrize("name", F_DIVERGENCES)
+def test_a_divergence_scores_the_reference_itself_with_0(name):
+    """A constant would cancel in every margin, and still be wrong."""
+    score = F_DIVERGENCES[name](torch.zeros(1, dtype=torch.float64), DPOLoss(f_divergence_type=name))
+    assert score.item() == pytest.approx(0.0, abs=1e-15)
