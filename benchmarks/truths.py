@@ -33,6 +33,8 @@ from .cases import Case
 
 MICRO_BATCH_TOKENS = 40
 MAX_LENGTH = 1024
+LONGEST = 12
+"""Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ class Gradient:
     grads: dict[str, Tensor]
 
 
-def random_model(config: Any, seed: int) -> Any:
-    """A tiny random model with LoRA on all linear layers, B not zero, so that every gradient is something."""
+def random_model(config: Any, seed: int, adapters: float = 0.5) -> Any:
+    """A tiny random model with LoRA on all linear layers, B not zero, so that every gradient is something.
+
+    adapters: the scale of B; at 0.2 log-ratios of `LONGEST` characters are about a nat, at 0.5 a few.
+    """
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -70,7 +75,7 @@ def random_model(config: Any, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.mul_(0.2)  # log-ratios of about a nat: exp(r) of more is ill-conditioned in float32
+                parameter.mul_(adapters)
     return model
 
 
@@ -86,7 +91,9 @@ def exact(model: Any) -> Any:
     return model
 
 
-def random_rows(method: str, seed: int, count: int = 5, weighted: bool = False) -> list[dict[str, Any]]:
+def random_rows(
+    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24
+) -> list[dict[str, Any]]:
     """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0."""
     rng = random.Random(seed)
 
@@ -97,11 +104,11 @@ def random_rows(method: str, seed: int, count: int = 5, weighted: bool = False) 
     for i in range(count):
         row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
         if LOSSES[method].kind is Kind.PAIRED:
-            row |= {"chosen": " " + text(1, 12), "rejected": " " + text(1, 12)}
+            row |= {"chosen": " " + text(1, longest), "rejected": " " + text(1, longest)}
         else:
-            row["completion"] = " " + text(1, 12)
+            row["completion"] = " " + text(1, longest)
         if method == "tpo":
-            row["reference"] = " " + text(1, 12)
+            row["reference"] = " " + text(1, longest)
         if method == "kto":
             row["label"] = i % 3 != 1
         if weighted:
@@ -126,7 +133,7 @@ def examples_of(case: Case, seed: int) -> list[Example]:
     loss = case.loss
     if loss.kind is Kind.GROUPED:
         return random_groups(seed)
-    rows = Rows("random", random_rows(case.method, seed, weighted=case.weighted))
+    rows = Rows("random", random_rows(case.method, seed, weighted=case.weighted, longest=LONGEST))
     return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
 
 
@@ -172,7 +179,7 @@ def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[
 def against_trl(case: Case, model: Any, seed: int) -> tuple[Gradient, Gradient]:
     """Ours and TRL's, float32."""
     assert case.trl is not None
-    rows = rollout_rows(model, seed) if case.method == "grpo" else random_rows(case.method, seed)
+    rows = rollout_rows(model, seed) if case.method == "grpo" else random_rows(case.method, seed, longest=LONGEST)
     truth = trl.loss_and_grads(case.trl, model, tiny_tokenizer(), rows, max_length=MAX_LENGTH, **case.trl_options)
     return ours(case, model, seed), Gradient(truth.loss, truth.scale, truth.grads)
 

@@ -128,7 +128,7 @@ def baseline(root: Path, files: list[str]) -> dict[str, Any]:
     known = set(sys.modules)
     recorder = Recorder(root)
     sys.settrace(recorder.trace)
-    code = pytest.main([o for o in OPTIONS if o != "-x"] + files, plugins=[recorder])
+    code = pytest.main([o for o in OPTIONS if o != "-x"] + [f"--rootdir={root}", *files], plugins=[recorder])
     sys.settrace(None)
     outside = [n for n, m in sys.modules.items() if n not in known and "-packages" in str(getattr(m, "__file__", ""))]
     lines = {test: {f: sorted(n) for f, n in hits.items()} for test, hits in recorder.lines.items()}
@@ -150,7 +150,7 @@ def trial(root: Path, file: str, source: str, tests: list[str]) -> dict[str, Any
         return {"status": "incompetent", "by": f"{type(error).__name__}: {error}"[:200]}
     watcher = Watcher(tests)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    code = pytest.main([*OPTIONS, *files], plugins=[watcher])
+    code = pytest.main([*OPTIONS, f"--rootdir={root}", *files], plugins=[watcher])
     if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return {"status": "survived", "by": ""}
     return {"status": "killed", "by": (watcher.failed or [f"pytest ended with {int(code)}"])[0]}
