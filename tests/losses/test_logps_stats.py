@@ -8,6 +8,7 @@ from torch import Tensor
 
 from logratio.losses import TokenLogps, linear_logps
 from logratio.losses._two_gemm import STATS
+from logratio.losses.logps import default_chunk_tokens
 
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 1.3}, {"softcap": 2.0, "temperature": 1.5}]
 SUBSETS = [c for n in range(4) for c in itertools.combinations(STATS, n)]
@@ -97,3 +98,13 @@ def test_an_unknown_name_is_refused():
     hidden, weight, _, targets = head()
     with pytest.raises(ValueError, match="stats='perplexity' is unknown, expected one of: entropy, log_z, log_sum_p2"):
         linear_logps(hidden, weight, targets, stats=["perplexity"])
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1000, 4096), (1050, 3968), (16_000, 256), (20_000, 256), (0, 4_199_936)])
+def test_chunks_on_a_gpu_are_multiples_of_128_rows(width, rows):
+    """About 4.2 million / H, at least 256; a tensor without a device stands for one on a GPU."""
+    assert default_chunk_tokens(torch.empty(1, width, device="meta")) == rows
+
+
+def test_chunks_on_a_cpu_have_256_rows():
+    assert default_chunk_tokens(torch.empty(1, 64)) == 256

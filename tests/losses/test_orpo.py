@@ -151,3 +151,9 @@ def test_slopes_raise_the_chosen_and_lower_the_rejected(batch):
     assert (leaves["rejected"].grad >= 0).all()
     assert (leaves["prompt"].grad <= 0).all()
     assert (leaves["chosen"].grad[batch.masks["chosen"]] < 0).all()  # the NLL never lets go
+
+
+def test_beta_is_given_by_name():
+    assert ORPOLoss(beta=0.5).beta == 0.5
+    with pytest.raises(TypeError, match="positional argument"):
+        ORPOLoss(0.5)
