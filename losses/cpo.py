@@ -86,20 +86,10 @@ def _scores(kind: CPOType, policy: PairLogps, alpha: float = 0.0) -> tuple[Tenso
     return score(policy.chosen), score(policy.rejected)
 
 
-def _with_nll(
-    kind: CPOType,
-    scores: tuple[Tensor, Tensor],
-    policy: PairLogps,
-    nll: tuple[float, Tensor, float],
-    loss: Any,
-    by: float,
-) -> LossOutput:
-    """The sum over pairs / `by` + weight * sum of -log p / tokens; nll = (weight, log p of completions, tokens)."""
+def _pair_loss(kind: CPOType, scores: tuple[Tensor, Tensor], policy: PairLogps, loss: Any) -> Tensor:
+    """The sum over pairs of l(s_w, s_l), scalar; pairs with nothing scored have none."""
     chosen, rejected = scores
-    per_pair_loss = kind.formula(chosen, rejected, loss).where(policy.scored, chosen * 0)
-    weight, sums, tokens = nll
-    value = divide(per_pair_loss.sum(), by) - weight * divide(sums.sum(), tokens)
-    return LossOutput(value, preference_metrics(loss.beta * chosen, loss.beta * rejected, policy))
+    return kind.formula(chosen, rejected, loss).where(policy.scored, chosen * 0).sum()
 
 
 @register("cpo")
@@ -131,11 +121,12 @@ class CPOLoss(Loss):
         """policy: chosen and rejected [P, T] each. Raises ValueError or TypeError for what does not fit."""
         kind = CPO_TYPES[self.loss_type]
         weight = kind.nll if self.cpo_alpha is None else self.cpo_alpha
-        scores = _scores(kind, policy, self.alpha)
-        nll = (weight, policy.chosen.sums, totals.num_chosen_tokens)
-        out = _with_nll(kind, scores, policy, nll, self, totals.num_sequences)
-        mean_nll = Mean(-policy.chosen.sums.detach().sum(), policy.chosen.completion_mask.sum())
-        return LossOutput(out.loss, out.metrics | {"nll_loss": mean_nll})
+        chosen, rejected = scores = _scores(kind, policy, self.alpha)
+        nll = -policy.chosen.sums.sum()
+        loss = divide(_pair_loss(kind, scores, policy, self), totals.num_sequences)
+        metrics = preference_metrics(self.beta * chosen, self.beta * rejected, policy)
+        metrics["nll_loss"] = Mean(nll.detach(), policy.chosen.completion_mask.sum())
+        return LossOutput(loss + weight * divide(nll, totals.num_chosen_tokens), metrics)
 
 
 @register("tpo")
@@ -168,9 +159,14 @@ class TPOLoss(Loss):
 
     def __call__(self, policy: PairLogps, *, totals: Totals) -> LossOutput:
         """policy: chosen, rejected and gold [P, T] each. Raises ValueError or TypeError for what does not fit."""
-        if self.scores_gold and policy.gold is None:
-            raise ValueError(f"tpo_alpha={self.tpo_alpha} needs the gold completions, policy.gold is None")
         kind = TPO_TYPES[self.loss_type]
-        gold = policy.chosen if policy.gold is None else policy.gold
-        nll = (self.tpo_alpha, gold.sums, totals.num_gold_tokens)
-        return _with_nll(kind, _scores(kind, policy), policy, nll, self, totals.num_sequences)
+        chosen, rejected = scores = _scores(kind, policy)
+        loss = divide(_pair_loss(kind, scores, policy, self), totals.num_sequences)
+        metrics = preference_metrics(self.beta * chosen, self.beta * rejected, policy)
+        if self.scores_gold:
+            if policy.gold is None:
+                raise ValueError(f"tpo_alpha={self.tpo_alpha} needs the gold completions, policy.gold is None")
+            nll = -policy.gold.sums.sum()
+            loss = loss + self.tpo_alpha * divide(nll, totals.num_gold_tokens)
+            metrics["nll_loss"] = Mean(nll.detach(), policy.gold.completion_mask.sum())
+        return LossOutput(loss, metrics)

@@ -102,10 +102,7 @@ class LoraBlend:
         """B_ref A_ref := alpha B A + (1 - alpha) B_ref A_ref."""
         a, b, scaling = self.layer.lora_A, self.layer.lora_B, self.layer.scaling
         old_a, old_b = a[REFERENCE_ADAPTER].weight, b[REFERENCE_ADAPTER].weight
-        # B and B_ref are multiplied by scalings of their own, which are the same unless somebody changed one
-        own = (
-            1.0 if scaling["default"] == scaling[REFERENCE_ADAPTER] else scaling["default"] / scaling[REFERENCE_ADAPTER]
-        )
+        own = scaling["default"] / scaling[REFERENCE_ADAPTER]  # each B is multiplied by its own
         terms = self.terms or [(1.0 if old_b.any() else 0.0, len(old_a))]
         ranks = [rank for _, rank in terms]
         kept = [i for i, (coefficient, _) in enumerate(terms) if coefficient * (1 - alpha) >= SMALLEST]

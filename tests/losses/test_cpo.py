@@ -196,8 +196,13 @@ def test_tpo_by_hand(case, weight):
     alpha = weight.get("tpo_alpha", 1.0)
     expected = (value + alpha * 7 / 20, up, down)
     assert run(loss, policy) == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    assert grads(policy.gold) == pytest.approx([0, -alpha / 20], rel=1e-12)
     assert loss.scores_gold == (alpha != 0)
+    metrics = loss(policy, totals=Totals.of(policy)).metrics
+    if not alpha:  # the gold completion is not looked at
+        assert policy.gold.per_token_logps.grad is None and "nll_loss" not in metrics
+        return
+    assert grads(policy.gold) == pytest.approx([0, -alpha / 20], rel=1e-12)
+    assert (metrics["nll_loss"].total.item(), metrics["nll_loss"].count.item()) == (7.0, 1)
 
 
 def test_tpo_without_a_gold_completion():

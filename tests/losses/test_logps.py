@@ -1,13 +1,10 @@
 """linear_logps: right in value and gradient, in every dtype, and as frugal as it claims."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import _two_gemm, linear_logps
 from logratio.losses.logps import IMPLEMENTATIONS
@@ -264,118 +261,6 @@ def test_backward_inside_autocast_keeps_the_forward_dtype(trains):
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
 
 
-class Products:
-    """Counts matrix products in units of 2 N H V operations."""
-
-    def __init__(self, tensors: list[Tensor]):
-        (n, h), v = tensors[0].shape, len(tensors[1])
-        self.unit, self.mode = 2 * n * h * v, FlopCounterMode(display=False)
-
-    def __enter__(self) -> "Products":
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.mode.__exit__(*exc)
-        self.count = self.mode.get_total_flops() / self.unit
-
-
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize(
-    ("trains", "expected"),
-    [("h", 2), ("hw", 4), ("hwb", 4), ("w", 3)],
-)
-def test_products_of_a_training_step(trains, expected, entropy):
-    tensors = head()
-    leaves = [t.requires_grad_(name in trains) for t, name in zip(tensors, "hwb", strict=False)]
-    with Products(tensors) as products:
-        stats = ("entropy",) if entropy else None
-        out = linear_logps(leaves[0], leaves[1], tensors[3], bias=leaves[2], stats=stats, chunk_tokens=2)
-        (out.logps if entropy else out).sum().backward()  # the entropy as a metric costs no product
-    assert products.count == expected
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_without_gradient_one_product(context, requires_grad):
-    tensors = head()
-    tensors[0].requires_grad_(requires_grad)
-    with context(), Products(tensors) as products:
-        logps = linear_logps(tensors[0], tensors[1], tensors[3], chunk_tokens=2)
-    assert products.count == 1
-    assert not logps.requires_grad
-
-
-class Allocations(TorchDispatchMode):
-    """Numbers of elements of every storage that operations made, beside those of the inputs."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
-        self.storages: dict[int, tuple[Tensor, int]] = {}  # kept alive, so that no address comes twice
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                if storage.data_ptr() not in self.inputs:
-                    self.storages.setdefault(storage.data_ptr(), (t, storage.nbytes() // t.element_size()))
-        return out
-
-    def numels(self) -> Iterator[int]:
-        return (numel for _, numel in self.storages.values())
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "tiles"),
-    [
-        ({}, 1),
-        ({"temperature": 0.7, "logit_scale": 3.0}, 1),
-        ({"softcap": 2.0}, 2),
-        ({"stats": ("entropy",)}, 2),
-        ({"stats": ("entropy",), "softcap": 2.0}, 3),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_frozen_head_makes_one_tile_for_all_chunks(kwargs, tiles, with_bias):
-    """No tensor of N V elements, and however many chunks, the documented number of [chunk, V] tiles."""
-    n, v, chunk = 12, 1000, 3
-    hidden, weight, bias, targets = head(n, 4, v, dtype=torch.float32)
-    with Allocations(hidden, weight, bias, targets) as made:
-        kwargs = kwargs | {"bias": bias if with_bias else None}
-        out = linear_logps(hidden.requires_grad_(), weight, targets, chunk_tokens=chunk, **kwargs)
-        (out[0] if "stats" in kwargs else out).sum().backward()
-    assert sum(numel >= chunk * v for numel in made.numels()) == tiles
-    assert max(made.numels()) == chunk * v
-
-
-@pytest.mark.parametrize("entropy", [False, True])
-def test_trainable_head_makes_no_logits(entropy):
-    n, v, chunk = 24, 1000, 3
-    hidden, weight, bias, targets = head(n, 4, v, dtype=torch.float32)
-    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    with Allocations(hidden, weight, bias, targets) as made:
-        out = linear_logps(*leaves[:2], targets, bias=bias, chunk_tokens=chunk, stats=("entropy",) if entropy else None)
-        (out.logps + out.entropy if entropy else out).sum().backward()
-    tile_sized = [numel for numel in made.numels() if numel >= chunk * v]
-    # forward and backward one set of tiles each; [V, H] the gradient's sum, and autograd's copy of it
-    assert sum(numel == chunk * v for numel in tile_sized) == (4 if entropy else 2)
-    assert max(tile_sized) == v * 4 < n * v
-
-
-@impls
-def test_inputs_are_not_modified(impl):
-    tensors = head()
-    before = [t.clone() for t in tensors]
-    gradients(tensors, torch.ones(5), "hwb", impl=impl, **OPTIONS["all"])
-    leaf = tensors[0].requires_grad_()
-    linear_logps(leaf, tensors[1], tensors[3], stats=("entropy",), impl=impl).logps.sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    assert [t._version for t in tensors] == [0] * 4
-
-
 @impls
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("trains", ["h", "hwb"])
@@ -451,3 +336,14 @@ def test_bad_input(change, error, message):
     call = {"hidden": hidden, "weight": weight, "targets": targets} | change
     with pytest.raises(error, match=message):
         linear_logps(**call)
+
+
+@impls
+def test_inputs_are_not_modified(impl):
+    tensors = head()
+    before = [t.clone() for t in tensors]
+    gradients(tensors, torch.ones(5), "hwb", impl=impl, **OPTIONS["all"])
+    leaf = tensors[0].requires_grad_()
+    linear_logps(leaf, tensors[1], tensors[3], stats=("entropy",), impl=impl).logps.sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == [0] * 4
