@@ -1,0 +1,159 @@
+"""What a benchmark leaves behind: one JSON line for each contestant of each case, with its birth certificate.
+
+    {"suite": "step", "case": "dpo-lora-...", "contestant": "trl", "status": "ok", "gpu": "NVIDIA H100 80GB HBM3",
+     "method": "dpo", "adapter": "lora", "model": "Qwen2.5-0.5B", "workload": "lognormal",
+     "step_ms_p50": ..., "tokens_per_s": ..., "peak_mem_mib": ..., "certificate": {"commit": ..., ...}}
+
+Lines are only ever appended, each as soon as its case has ended, so that a run may be cut at any time; a later run in
+the same file goes on with the cases that have no line of its commit, device and settings yet.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATUSES = {
+    "ok": "measured",
+    "oom": "out of memory, which is a result",
+    "refused": "the contestant does not support the case, or is not installed",
+    "failed": "an error, told under `error`",
+}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "liger-kernel",
+    "triton",
+    "logratio",
+)
+
+
+class Records:
+    """A file of JSON lines that is only ever appended to."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done = set() if fresh else {identity(row) for row in read(path) if row.get("status") in ("ok", "oom")}
+
+    def has(self, row: Mapping[str, Any]) -> bool:
+        """Whether a line with the same identity, measured or out of memory, is already there."""
+        return identity(row) in self.done
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append one line; it is on the disk when this returns."""
+        if row["status"] not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {row['status']!r}")
+        with self.path.open("a") as file:
+            file.write(json.dumps(row, sort_keys=False, allow_nan=False) + "\n")
+        self.done.add(identity(row))
+
+
+def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two lines the same measurement: case, settings, contestant, device, commit."""
+    certificate = row["certificate"]
+    settings = json.dumps(certificate["settings"], sort_keys=True)
+    return row["suite"], row["case"], row["contestant"], row["gpu"], certificate["commit"], settings
+
+
+def read(*paths: Path) -> Iterator[dict[str, Any]]:
+    """The lines of files, or of all *.jsonl in folders, each with `source`: file name and line number.
+
+    A last line that a killed run left half-written is passed over; any other that is no JSON raises ValueError.
+    """
+    files = [f for p in paths for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p]) if f.exists()]
+    for file in files:
+        lines = file.read_text().split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines):  # no line break after it: it was being written
+                    continue
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+            yield row | {"source": f"{file.name}:{number}"}
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def certificate(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a number comes from. settings: what decides it beyond the case's name (seed, dtype, repeats, ...)."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device_name(device),
+        "driver": driver(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "settings": dict(settings),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The project's commit, "-dirty" behind it where files differ from it; else the version of the installed wheel."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):  # a wheel inside somebody else's repository
+            raise FileNotFoundError
+        # results are written while a suite runs
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"logratio {installed('logratio')}"
+
+
+def driver(device: torch.device) -> str | None:
+    """The version of the GPU's driver."""
+    if device.type != "cuda":
+        return None
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
