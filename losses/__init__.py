@@ -1,4 +1,4 @@
-"""The mathematics: `linear_logps` and the losses. Imports torch only."""
+"""The mathematics: `linear_logps` and the losses. Imports torch only, and on a GPU triton."""
 
 from . import dpo_types, grpo_types  # they fill the tables
 from .advantages import ADVANTAGES, advantage

@@ -11,11 +11,13 @@ through the entropy or through log Z.
 
 Memory: one [chunk_tokens, V] tile in at least float32 for all chunks; one more with a soft cap that is
 differentiated, one more with the entropy, and a half-precision copy of the tile for half-precision products.
+`_triton.TritonTile`, which takes `TorchTile`'s place on a GPU, needs the one tile only.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,16 +42,57 @@ class Transform(NamedTuple):
         return z / self.temperature if self.temperature != 1.0 else z
 
 
+class Coefficients(NamedTuple):
+    """[n] each: by what a loss weighs the rows, dL / d logps, dL / d log_z and dL / d entropy, None where it does not.
+
+    entropy: the value, in nats, known from the forward pass; needed where entropy_c is.
+    """
+
+    c: Tensor
+    log_z_c: Tensor | None = None
+    entropy_c: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def at(self, rows: slice) -> Coefficients:
+        """Those of some of the rows."""
+        return Coefficients(self.c[rows], *(None if x is None else x[rows] for x in self[1:]))
+
+
+class Rows(NamedTuple):
+    """What a tile tells of n rows: logps [n] in nats, each of the asked stats [n], the gradient [n, V] or None."""
+
+    logps: Tensor
+    stats: dict[str, Tensor]
+    gradient: Tensor | None
+
+
+class Tile(Protocol):
+    """One chunk of logits at a time, made and used up by a single call.
+
+    weight: [V, H], what is multiplied, in the dtype in which it is. sum_dtype: of sums over rows or words.
+    """
+
+    weight: Tensor
+    sum_dtype: torch.dtype
+
+    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+        """The rows of h [n, H], in weight's dtype, at the targets y [n]; with coefficients also their gradient.
+
+        gradient: d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in memory that the next call uses.
+        Not together: the entropy among `stats` and a coefficient of it.
+        """
+
+
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """What to multiply in. In half precision a CPU takes 2 to 200 times float32's time: there copying W pays."""
     return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
 
-class _Tile:
-    """The softmax over one chunk's logits, in buffers that the next chunk uses again.
+class TorchTile:
+    """A `Tile` of torch operations: the softmax over one chunk's logits, in buffers that the next chunk uses again.
 
-    After `fill`: e [n, V] = exp(z - max), total [n] its row sums, logps [n] in nats; with `entropy` also a copy of
-    z - max [n, V], which either of `stat("entropy")` and `gradient` uses up.
+    After `_fill`: e [n, V] = exp(z - max), total [n] its row sums, logps [n] in nats; with `entropy` also a copy of
+    z - max [n, V], which either of `_stat("entropy")` and `_gradient` uses up.
     """
 
     def __init__(
@@ -74,7 +117,13 @@ class _Tile:
         self._shifted = weight.new_empty(shape, dtype=self.sum_dtype) if entropy else None
         self._slope = weight.new_empty(shape, dtype=self.sum_dtype) if softcap and differentiated else None
 
-    def fill(self, h: Tensor, y: Tensor) -> None:
+    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+        """See `Tile`; the gradient is in sum_dtype."""
+        self._fill(h, y)
+        values = {name: self._stat(name) for name in stats}
+        return Rows(self.logps, values, None if coefficients is None else self._gradient(*coefficients))
+
+    def _fill(self, h: Tensor, y: Tensor) -> None:
         """Make the softmax of h [n, H] W^T and its statistics at the targets y [n]."""
         self.n, self.y = len(h), y[:, None]
         z = self._logits[: self.n]
@@ -106,8 +155,8 @@ class _Tile:
             torch.mul(z, z, out=self._slope[: self.n]).neg_().add_(1.0)
         z *= softcap / self.transform.temperature
 
-    def stat(self, name: str) -> Tensor:
-        """[n], one of `STATS`, before `gradient`."""
+    def _stat(self, name: str) -> Tensor:
+        """[n], one of `STATS`, before `_gradient`."""
         if name == "log_z":
             return self.largest[:, 0] + self.log_total
         if name == "log_sum_p2":  # the largest e is 1: nothing to underflow
@@ -115,14 +164,8 @@ class _Tile:
         # the entropy, -sum_v p log p = log(total) - sum_v p (z - max); e = 0 meets a finite z - max
         return self.log_total - self.shifted.mul_(self.e).sum(-1) / self.total
 
-    def gradient(
-        self,
-        c: Tensor,
-        log_z_c: Tensor | None = None,
-        entropy_c: Tensor | None = None,
-        entropy: Tensor | None = None,
-    ) -> Tensor:
-        """[n, V], d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in place of `e`: once a `fill`.
+    def _gradient(self, c: Tensor, log_z_c: Tensor | None, entropy_c: Tensor | None, entropy: Tensor | None) -> Tensor:
+        """[n, V], d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in place of `e`: once a `_fill`.
 
         It is c e_y - p (c - log_z_c + entropy_c (log p + H)), times the transform's slope. e_y - p must be formed here,
         in at least float32: as `W[y] - p @ W` it would cancel where p_y is near 1.
@@ -143,8 +186,9 @@ class _Tile:
 
 
 class TwoGemm(torch.autograd.Function):
-    """(hidden, weight, bias, targets, transform, chunk_tokens, stats, grad) -> (logps [N], *stats [N] each).
+    """(hidden, weight, bias, targets, transform, make_tile, chunk_tokens, stats, grad) -> (logps [N], *stats [N] each).
 
+    make_tile: the class of `Tile` to use.
     grad: whether gradients are being recorded (`torch.is_grad_enabled()`, which is always False inside `forward`).
     """
 
@@ -156,6 +200,7 @@ class TwoGemm(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: Transform,
+        make_tile: Callable[..., Tile],
         chunk_tokens: int,
         stats: tuple[str, ...],
         grad: bool,
@@ -166,21 +211,23 @@ class TwoGemm(torch.autograd.Function):
         g = torch.empty_like(hidden) if keeps_g else None
         rows = min(chunk_tokens, len(hidden))
         with torch.autocast(hidden.device.type, enabled=False):
-            tile = _Tile(weight, bias, transform, rows, entropy="entropy" in stats, differentiated=keeps_g)
+            tile = make_tile(weight, bias, transform, rows, entropy="entropy" in stats, differentiated=keeps_g)
             out = {name: hidden.new_empty(len(hidden), dtype=tile.sum_dtype) for name in ("logps", *stats)}
+            of_logps = Coefficients(hidden.new_ones(len(hidden), dtype=tile.sum_dtype)) if keeps_g else None
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
-                tile.fill(hidden[at].to(tile.weight.dtype), targets[at])
-                out["logps"][at] = tile.logps
+                coefficients = None if of_logps is None else of_logps.at(at)
+                got = tile.rows(hidden[at].to(tile.weight.dtype), targets[at], stats, coefficients)
+                out["logps"][at] = got.logps
                 for name in stats:
-                    out[name][at] = tile.stat(name)
+                    out[name][at] = got.stats[name]
                 if g is not None:
-                    e_y_minus_p = tile.gradient(torch.ones_like(tile.logps))
-                    g[at] = e_y_minus_p.to(tile.weight.dtype) @ tile.weight
+                    assert got.gradient is not None
+                    g[at] = got.gradient.to(tile.weight.dtype) @ tile.weight
         ctx.set_materialize_grads(False)
         again = recomputes or "entropy" in stats or "log_z" in stats
         ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))
-        ctx.options = transform, chunk_tokens, stats
+        ctx.options = transform, make_tile, chunk_tokens, stats
         if "log_sum_p2" in stats:
             ctx.mark_non_differentiable(out["log_sum_p2"])
         return tuple(out.values())
@@ -188,39 +235,40 @@ class TwoGemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, *grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: what follows would silently count as a constant
-            raise RuntimeError("impl='two_gemm' has no second derivative, use impl='eager' under create_graph=True")
+            raise RuntimeError("no second derivative, use impl='eager' under create_graph=True")
         g, *inputs = ctx.saved_tensors
         grads = dict(zip(ctx.options[-1], grad_stats, strict=True))
         grads = {"logps": grad_logps, "log_z": grads.get("log_z"), "entropy": grads.get("entropy")}
         wanted = [name for name, value in grads.items() if value is not None]
         if not wanted:
-            return (None,) * 8
+            return (None,) * 9
         if g is not None and wanted == ["logps"]:
-            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 7  # type: ignore[index]
+            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 8  # type: ignore[index]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return *_recompute(ctx, inputs, grads), *(None,) * 5
+            return *_recompute(ctx, inputs, grads), *(None,) * 6
 
 
 def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias from new tiles; sums over tokens are kept in at least float32."""
     hidden, weight, bias, targets, entropy = inputs
-    transform, chunk_tokens, _ = ctx.options
+    transform, make_tile, chunk_tokens, _ = ctx.options
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     rows = min(chunk_tokens, len(hidden))
-    tile = _Tile(weight, bias, transform, rows, entropy=grads["entropy"] is not None, differentiated=True)
-    coefficients = [grads["logps"], grads["log_z"], grads["entropy"], entropy]
-    if coefficients[0] is None:
-        coefficients[0] = hidden.new_zeros(len(hidden), dtype=tile.sum_dtype)
+    tile = make_tile(weight, bias, transform, rows, entropy=grads["entropy"] is not None, differentiated=True)
+    c = grads["logps"]
+    if c is None:
+        c = hidden.new_zeros(len(hidden), dtype=tile.sum_dtype)
+    coefficients = Coefficients(c, grads["log_z"], grads["entropy"], entropy)
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=tile.sum_dtype) if needs_weight else None
     grad_bias = weight.new_zeros(len(weight), dtype=tile.sum_dtype) if needs_bias else None
     for start in range(0, len(hidden), chunk_tokens):
         at = slice(start, start + chunk_tokens)
         h = hidden[at].to(tile.weight.dtype)
-        tile.fill(h, targets[at])
-        grad_logits = tile.gradient(*(None if c is None else c[at] for c in coefficients))  # type: ignore[arg-type]
+        grad_logits = tile.rows(h, targets[at], (), coefficients.at(at)).gradient
+        assert grad_logits is not None
         if grad_bias is not None:
-            grad_bias += grad_logits.sum(0)
+            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
         grad_logits = grad_logits.to(tile.weight.dtype)
         if grad_hidden is not None:
             grad_hidden[at] = grad_logits @ tile.weight

@@ -1,26 +1,30 @@
 """The LM head: hidden states and targets in, per-token log-probabilities out, without keeping logits.
 
 `linear_logps` is the front door, `_eager` the plain definition that everything else is measured against.
-The chunked form that never recomputes the head is in `_two_gemm.py`.
+The chunked form that never recomputes the head is in `_two_gemm.py`, its tile on a GPU in `_triton.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import STATS, Transform, TwoGemm
+from ._two_gemm import STATS, Tile, TorchTile, Transform, TwoGemm
 from .registry import check_choice, check_positive
 
 IMPLEMENTATIONS = {
     "auto": "the fastest that applies",
     "eager": "plain autograd over full logits",
     "two_gemm": "chunked, no logits kept",
+    "triton": "two_gemm with its tile in one Triton kernel, on a GPU, not for float64",
 }
+TILE_MEMORY = 1 / 32
+"""Share of a GPU's memory that the default chunk's float32 logits may take: 2.5 GiB of 80."""
 
 
 class TokenLogps(NamedTuple):
@@ -87,13 +91,16 @@ def linear_logps(
     Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs), with gradients to hidden, weight, bias.
     stats: some of entropy, log_z, log_sum_p2; then a `TokenLogps` with these row statistics beside them.
 
-    impl: "eager", "two_gemm", or "auto" (two_gemm). chunk_tokens: rows of logits alive at a time in two_gemm
-    (default: 256 on CPU, 4.2 million / H on a GPU). With a frozen head two_gemm takes two matrix products,
-    forward and backward together, whatever the loss; with a trainable one it computes the logits again.
+    impl: "eager", "two_gemm", "triton", or "auto": triton on a GPU where it is installed and the dtype is not float64,
+    else two_gemm. Both go in chunks, chunk_tokens rows of logits alive at a time (default: `default_chunk_tokens`).
+    With a frozen head they take two matrix products, forward and backward together, whatever the loss; with a trainable
+    one they compute the logits again. triton keeps the logits of half-precision inputs in float32, and makes a chunk's
+    statistics and gradient in one kernel; with TRITON_INTERPRET=1 it runs, slowly, on a CPU.
 
-    Raises ValueError for shapes, values and targets that do not fit (targets are checked on CPU; on a GPU, where
-    the check would stop the stream, the gather asserts on the device), TypeError for dtypes, and in the backward of
-    two_gemm RuntimeError for a second derivative (create_graph=True), which only eager has.
+    Raises ValueError for shapes, values, devices and targets that do not fit (targets are checked on CPU; on a GPU,
+    where the check would stop the stream, an assertion on the device fails), TypeError for dtypes, ImportError for
+    triton where it is not installed, and in the backward of two_gemm and triton RuntimeError for a second derivative
+    (create_graph=True), which only eager has.
     Differs from TRL 1.16's fused head: float64 stays float64, and the logits are not computed again in backward.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -109,18 +116,47 @@ def linear_logps(
     if impl == "eager":
         out = _eager(hidden, weight, targets, bias, transform, asked)
         return out.logps if stats is None else out
-    rows = default_chunk_tokens(hidden) if chunk_tokens is None else chunk_tokens
+    rows = default_chunk_tokens(hidden, weight) if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
     grad = torch.is_grad_enabled()
-    logps, *values = TwoGemm.apply(hidden, weight, bias, targets, transform, rows, asked, grad)
+    logps, *values = TwoGemm.apply(hidden, weight, bias, targets, transform, _tile(impl, hidden), rows, asked, grad)
     return logps if stats is None else TokenLogps(logps, **dict(zip(asked, values, strict=True)))
 
 
-def default_chunk_tokens(hidden: Tensor) -> int:
-    """Rows of logits alive at a time: the fewest that still keep the matrix products busy (on a CPU, measured)."""
+def default_chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of logits alive at a time, for hidden [N, H] and weight [V, H]: the fewest that keep the products busy.
+
+    On a CPU 256 (measured). On a GPU 4.2 million / H, but no more than take `TILE_MEMORY` in float32; a multiple of
+    128, at least 256. It is a share of all memory, not of what is free: the same chunks, and sums, at every step.
+    """
     if hidden.device.type == "cpu":
         return 256
-    return max(256, int(4.2e6 / max(hidden.shape[1], 1)) // 128 * 128)
+    busy = 4.2e6 / max(hidden.shape[1], 1)
+    room = TILE_MEMORY * _device_memory(hidden.device) / (4 * max(len(weight), 1))
+    return max(256, int(min(busy, room)) // 128 * 128)
+
+
+def _device_memory(device: torch.device) -> float:
+    """Bytes; infinite where torch has no way to tell."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
+
+def _tile(impl: str, hidden: Tensor) -> Callable[..., Tile]:
+    if impl == "triton":
+        return _triton_tile()
+    if impl == "two_gemm" or not hidden.is_cuda or hidden.dtype == torch.float64:
+        return TorchTile
+    try:
+        return _triton_tile()
+    except ImportError:
+        return TorchTile
+
+
+@functools.cache
+def _triton_tile() -> Callable[..., Tile]:
+    from ._triton import TritonTile  # not before it is needed: a machine without triton has all the rest
+
+    return TritonTile
 
 
 def _eager(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logratio.losses import TokenLogps, linear_logps
+from logratio.losses import TokenLogps, linear_logps, logps
 from logratio.losses._two_gemm import STATS
 from logratio.losses.logps import default_chunk_tokens
 
@@ -102,9 +102,27 @@ def test_an_unknown_name_is_refused():
 
 @pytest.mark.parametrize(("width", "rows"), [(1000, 4096), (1050, 3968), (16_000, 256), (20_000, 256), (0, 4_199_936)])
 def test_chunks_on_a_gpu_are_multiples_of_128_rows(width, rows):
-    """About 4.2 million / H, at least 256; a tensor without a device stands for one on a GPU."""
-    assert default_chunk_tokens(torch.empty(1, width, device="meta")) == rows
+    """About 4.2 million / H, at least 256; a tensor without a device stands for one on a GPU of any memory."""
+    weight = torch.empty(151_936, width, device="meta")
+    assert default_chunk_tokens(torch.empty(1, width, device="meta"), weight) == rows
+
+
+@pytest.mark.parametrize(
+    ("gib", "words", "rows"),
+    [
+        (80, 151_936, 4096),  # 2.3 GiB of float32 logits, below 80 / 32
+        (80, 262_144, 2560),
+        (24, 151_936, 1280),
+        (24, 32_000, 4096),
+        (4, 151_936, 256),
+    ],
+)
+def test_chunks_on_a_gpu_take_a_32nd_of_its_memory(gib, words, rows, monkeypatch):
+    monkeypatch.setattr(logps, "_device_memory", lambda device: gib * 2**30)
+    hidden, weight = (torch.empty(n, 1000, device="meta") for n in (1, words))
+    assert default_chunk_tokens(hidden, weight) == rows
+    assert rows == 256 or 4 * rows * words <= gib * 2**30 / 32
 
 
 def test_chunks_on_a_cpu_have_256_rows():
-    assert default_chunk_tokens(torch.empty(1, 64)) == 256
+    assert default_chunk_tokens(torch.empty(1, 64), torch.empty(1_000_000, 64)) == 256

@@ -1,0 +1,217 @@
+"""The tile of `TwoGemm` on a GPU: one Triton kernel makes a row's statistics and overwrites it with its gradient.
+
+Only `logps.py` imports this file, and only when it is about to use it: everything else in `losses/` needs torch alone.
+
+One program takes one row. Its first pass over the raw logits x keeps a running max and the sums over e^(z - max) that
+the statistics need; its second pass, where a gradient is asked for, reads the row again and writes the gradient over
+it. The transform from x to z is applied on the way in both, so that the tile is read at most twice and written once,
+and nothing of the tile's size is made beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ._two_gemm import Coefficients, Rows, Transform, _product_dtype
+
+BLOCK = 4096
+"""Words of a row that a program holds at a time; a power of 2."""
+LONG_ROW = 65_536
+"""Words from which a row gets 16 warps, not 8: with fewer rows at a time, more of a second pass meets the cache."""
+ALIGNMENT = 16
+"""Rows begin at multiples of so many words, so that the kernel and cuBLAS read whole vectors whatever V is."""
+HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """Of float32: near 0 the fifth convergent of its continued fraction, where a form with e^x would cancel."""
+    x2 = x * x
+    near = x * (945.0 + x2 * (105.0 + x2)) / (945.0 + x2 * (420.0 + x2 * 15.0))
+    far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # e^x may overflow: 2 / inf = 0
+    return tl.where(tl.abs(x) < 0.5, near, far)
+
+
+@triton.jit
+def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(z, tanh), [BLOCK] float32 each: the logits at the columns `at`, and what the soft cap's slope is made of.
+
+    The row's memory is read up to its stride, not to V, so that a V that no vector divides costs nothing; what is
+    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN.
+    """
+    x = tl.load(row + at, mask=at < stride, other=0.0)
+    if bias is not None:
+        x += tl.load(bias + at, mask=at < words, other=0.0).to(tl.float32)
+    z = x * inner
+    tanh = z
+    if SOFTCAP:
+        tanh = _tanh(z)
+        z = tanh * outer
+    return tl.where(at < words, z, -1e38), tanh
+
+
+@triton.jit
+def _row_kernel(  # type: ignore[no-untyped-def]
+    tile,  # [n, stride] float32: raw logits without bias in the first `words` of each row
+    bias,  # [words] or None
+    targets,  # [n] int64
+    logps,  # [n] float32, and the next three too, or None
+    entropy,
+    log_z,
+    log_sum_p2,
+    c,  # [n] float32 or None, and the next three too: see `Coefficients`
+    log_z_c,
+    entropy_c,
+    entropy_given,
+    words,
+    stride,
+    inner,  # z = outer tanh(inner (x + bias)) with SOFTCAP, else inner (x + bias)
+    outer,
+    slope,  # dz / dx at x = 0
+    SOFTCAP: tl.constexpr,
+    OUT: tl.constexpr,  # dtype of the gradient
+    BLOCK: tl.constexpr,
+):
+    """Statistics of one row; and with `c` its gradient, in OUT, from the beginning of the row's own memory on."""
+    t = tl.program_id(0).to(tl.int64)  # t * stride may exceed 2^31
+    row = tile + t * stride
+    y = tl.load(targets + t)
+    lane = tl.arange(0, BLOCK)
+
+    biggest = -1e38  # not -inf: inf - inf and 0 * inf would be NaN
+    total, sum_ez, sum_e2, z_y = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, words, BLOCK):
+        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP)
+        before = biggest
+        biggest = tl.maximum(before, tl.max(z, 0))
+        shift = before - biggest
+        scale = tl.exp(shift)
+        e = tl.exp(z - biggest)
+        if entropy is not None:  # sum of e (z - max), and what it becomes under another max
+            sum_ez = scale * (sum_ez + shift * total) + tl.sum(e * (z - biggest), 0)
+        if log_sum_p2 is not None:
+            sum_e2 = scale * scale * sum_e2 + tl.sum(e * e, 0)
+        total = scale * total + tl.sum(e, 0)
+        if (y >= start) & (y < start + BLOCK):
+            z_y = tl.sum(tl.where(start + lane == y, z, 0.0), 0)
+    log_total = tl.log(total)
+    over_total = tl.div_rn(1.0, total)  # `/` is an approximation, seen in 1 - p where p is near 1
+    tl.store(logps + t, z_y - biggest - log_total)
+    if entropy is not None:
+        tl.store(entropy + t, log_total - sum_ez * over_total)
+    if log_z is not None:
+        tl.store(log_z + t, biggest + log_total)
+    if log_sum_p2 is not None:
+        tl.store(log_sum_p2 + t, tl.log(sum_e2) - 2.0 * log_total)
+
+    if c is not None:
+        of_y = tl.load(c + t) * slope
+        of_p = of_y
+        if log_z_c is not None:
+            of_p -= tl.load(log_z_c + t) * slope
+        if entropy_c is not None:
+            of_entropy = tl.load(entropy_c + t) * slope
+            h_minus_log_total = tl.load(entropy_given + t) - log_total
+        gradient = row.to(tl.pointer_type(OUT), bitcast=True)
+        for start in range(0, words, BLOCK):
+            at = start + lane
+            z, tanh = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP)
+            shifted = z - biggest
+            p_weight = of_p
+            if entropy_c is not None:
+                p_weight += of_entropy * (shifted + h_minus_log_total)
+            # e_y - p in float32, before the cast: rounded one by one they would cancel where p_y is near 1
+            g = tl.where(at == y, of_y, 0.0) - tl.exp(shifted) * over_total * p_weight
+            if SOFTCAP:
+                g *= 1.0 - tanh * tanh
+            # In half precision block k goes to bytes [2kB, 2(k+1)B) of the row: over raw block k // 2, which iteration
+            # k // 2 <= k has read. But each warp reads and writes its own part of a block in its own time: without
+            # this barrier one that runs ahead would write over what another has still to read, of block 0 in
+            # iteration 0 or of block k // 2 when it is iterations behind. Past the barrier of iteration k all warps
+            # have read blocks 0 to k (and have done with the first pass), and nothing later than k is written. A load
+            # that is moved up, as a pipeline does, finds the same raw values: a block is written over only after the
+            # barrier that follows its load; a store that is moved down meets no load of its place.
+            tl.debug_barrier()
+            tl.store(gradient + at, g.to(OUT), mask=at < stride)
+
+
+class TritonTile:
+    """A `Tile` in one float32 buffer, whatever is asked of it; the gradient comes in the dtype of the head's weight.
+
+    In half precision that is the front half of each row, a view [n, V] of row stride 2V, which the next product takes
+    as it is. Needs CUDA tensors, or Triton's interpreter (TRITON_INTERPRET=1 before the first import) on a CPU.
+    """
+
+    sum_dtype = torch.float32
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: Transform,
+        rows: int,
+        *,
+        entropy: bool,
+        differentiated: bool,
+    ):
+        if weight.dtype == torch.float64:
+            raise TypeError("impl='triton' computes in float32, for float64 use impl='two_gemm'")
+        if not weight.is_cuda and isinstance(_row_kernel, triton.JITFunction):
+            raise ValueError(f"impl='triton' needs CUDA tensors, got {weight.device}")
+        self.weight = weight.to(_product_dtype(weight))
+        self.bias = None if bias is None else bias.contiguous()
+        self.softcap = transform.softcap is not None
+        self.slope = transform.logit_scale / transform.temperature
+        self.inner, self.outer = self.slope, 1.0
+        if transform.softcap is not None:
+            self.inner = transform.logit_scale / transform.softcap
+            self.outer = transform.softcap / transform.temperature
+        self.words, self.stride = len(weight), -(-len(weight) // ALIGNMENT) * ALIGNMENT
+        self._logits = weight.new_empty(rows, self.stride, dtype=torch.float32)
+        self._gradient = self._logits.view(weight.dtype)
+
+    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+        """See `Tile`; the gradient is in the dtype of the weight that the tile was made with."""
+        n = len(h)
+        self._multiply(h, self._logits[:n, : self.words])
+        if y.is_cuda:
+            torch._assert_async(((y >= 0) & (y < self.words)).all())  # the kernel would find no target, and say nothing
+        values = {name: h.new_empty(n, dtype=torch.float32) for name in ("logps", *stats)}
+        given = [None] * 4 if coefficients is None else [None if x is None else x.contiguous() for x in coefficients]
+        with torch.cuda.device_of(self._logits):  # where Triton launches; a CPU tensor changes nothing
+            _row_kernel[(n,)](
+                self._logits,
+                self.bias,
+                y.contiguous(),
+                values["logps"],
+                *(values.get(name) for name in ("entropy", "log_z", "log_sum_p2")),
+                *given,
+                self.words,
+                self.stride,
+                self.inner,
+                self.outer,
+                self.slope,
+                SOFTCAP=self.softcap,
+                OUT=HALF.get(self._gradient.dtype, tl.float32),
+                BLOCK=BLOCK,
+                num_warps=16 if self.words >= LONG_ROW else 8,
+                num_stages=1,
+                enable_fp_fusion=False,  # as one fma z - max would not be 0 at the max, which is rounded, but |z| 2^-24
+            )
+        gradient = None if coefficients is None else self._gradient[:n, : self.words]
+        return Rows(values.pop("logps"), values, gradient)
+
+    def _multiply(self, h: Tensor, out: Tensor) -> None:
+        """The raw logits h [n, H] W^T into out [n, V] float32; on a GPU not rounded to half precision on the way."""
+        if not h.is_cuda:
+            out.copy_(linear(h, self.weight))
+        elif h.dtype == torch.float32:
+            torch.mm(h, self.weight.t(), out=out)
+        else:  # cuBLAS accumulates in float32 and writes that: no half-precision tile beside this one
+            torch.mm(h, self.weight.t(), out_dtype=torch.float32, out=out)
