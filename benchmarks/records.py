@@ -29,6 +29,8 @@ STATUSES = {
     "refused": "the contestant does not support the case, or is not installed",
     "failed": "an error, told under `error`",
 }
+RESULTS = ("ok", "oom")
+"""The statuses that a later run need not try again."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -48,7 +50,8 @@ class Records:
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.done = set() if fresh else {identity(row) for row in read(path) if row.get("status") in ("ok", "oom")}
+        cut_half_line(path)
+        self.done = set() if fresh else {identity(row) for row in read(path) if row.get("status") in RESULTS}
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a line with the same identity, measured or out of memory, is already there."""
@@ -60,14 +63,24 @@ class Records:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {row['status']!r}")
         with self.path.open("a") as file:
             file.write(json.dumps(row, sort_keys=False, allow_nan=False) + "\n")
-        self.done.add(identity(row))
+        if row["status"] in RESULTS:
+            self.done.add(identity(row))
+
+
+def cut_half_line(path: Path) -> None:
+    """Take away what a killed run left without a line break: the next line would be glued to it, and both be lost."""
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two lines the same measurement: case, settings, contestant, device, commit."""
     certificate = row["certificate"]
     settings = json.dumps(certificate["settings"], sort_keys=True)
-    return row["suite"], row["case"], row["contestant"], row["gpu"], certificate["commit"], settings
+    device = certificate.get("cpu") if row["gpu"] == "cpu" else row["gpu"]
+    return row["suite"], row["case"], row["contestant"], device, certificate["commit"], settings
 
 
 def read(*paths: Path) -> Iterator[dict[str, Any]]:
@@ -87,6 +100,8 @@ def read(*paths: Path) -> Iterator[dict[str, Any]]:
                 if number == len(lines):  # no line break after it: it was being written
                     continue
                 raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}:{number} is no JSON object, but: {line[:40]}")
             yield row | {"source": f"{file.name}:{number}"}
 
 
@@ -131,8 +146,9 @@ def commit() -> str:
     try:
         if not git("ls-files", Path(__file__).name):  # a wheel inside somebody else's repository
             raise FileNotFoundError
-        # results are written while a suite runs
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+        # results are written while a suite runs, and what `logratio report` makes of them decides no number
+        results = (":!results", ":!README.md", ":!plots")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", *results)
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return f"logratio {installed('logratio')}"
