@@ -1,0 +1,284 @@
+"""Predicted peak memory of a training step on one GPU, by part, from a model's configuration alone.
+
+The figure meant is `torch.cuda.max_memory_allocated`. The peak is the largest of a step's moments, each the sum of what
+is alive in it: the head's forward, the head's backward, the backbone's backward, the optimizer. Outside of it are the
+CUDA context (`CONTEXT`), which torch does not count, and what the allocator loses to fragments (`MARGIN`).
+
+Not modelled: autocast, several processes, rollouts (their cache is gone before the update), attention dropout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from logratio.losses import LOSSES, Loss
+from logratio.trainers.errors import UserError
+
+from .activations import Activations, Batch, activations
+from .geometry import Geometry, nf4_bytes
+from .gpus import GPUS, Gpu
+
+MIB = 2**20
+# Beyond the peak, of what is not weights: blocks of the caching allocator that are too small for the next tensor.
+MARGIN = 0.05
+# What CUDA, cuBLAS and the kernels' code take of a GPU before the first tensor; about the same on recent ones.
+CONTEXT = 600 * MIB
+ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+# bitsandbytes: smaller tensors have 32-bit states, and states that are not paged.
+SMALLEST_8BIT, SMALLEST_PAGED, ABSMAX_BLOCK = 4096, 100_000, 256
+TILE_ALIGNMENT = 16  # words, of a row of the Triton head's tile
+EMPTY_ADAPTER = 1e-8  # coefficient from which a past adapter is left out of a reference that follows (reference_sync)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What decides a step's memory beside model and micro-batch, under the names of `logratio train`.
+
+    loss: its options, if not the method's defaults. attn_implementation: None is FlexAttention on a GPU, as in
+    training. accumulates: a step has several micro-batches, so that gradients are there while the next is computed.
+    """
+
+    method: str = "dpo"
+    loss: Loss | None = None
+    dtype: str = "bfloat16"
+    lora_r: int = 0
+    fused_lora: bool = True
+    use_liger_kernel: bool = False
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    optim: str = "adamw_torch"
+    ref_model_name_or_path: str | None = None
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    accumulates: bool = True
+    gpu: str | None = "H100"
+
+    def __post_init__(self) -> None:
+        tables = {"method": LOSSES, "dtype": ELEMENT, "optim": OPTIMIZERS}
+        for name, table in tables.items():
+            if getattr(self, name) not in table:
+                raise UserError(f"--{name} {getattr(self, name)!r} is unknown, expected one of: {', '.join(table)}")
+        if self.gpu is not None and self.gpu not in GPUS:
+            raise UserError(f"--gpu {self.gpu!r} is unknown, expected one of: {', '.join(GPUS)}")
+        if self.lora_r < 0:
+            raise UserError(f"--lora_r must not be negative, got {self.lora_r}")
+        if self.load_in_4bit and not self.lora_r:
+            raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
+
+    @property
+    def the_loss(self) -> Loss:
+        return self.loss or LOSSES[self.method]()
+
+    @property
+    def element(self) -> int:
+        return ELEMENT[self.dtype]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu is not None
+
+    @property
+    def flex(self) -> bool:
+        return self.on_gpu and self.attn_implementation in (None, "flex_attention")
+
+    @property
+    def device(self) -> Gpu | None:
+        return None if self.gpu is None else GPUS[self.gpu]
+
+    @property
+    def with_reference(self) -> bool:
+        return self.the_loss.wants_reference
+
+
+class Moment(NamedTuple):
+    """Bytes alive at some moment of a step, by part."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """moments: every moment that may be the peak. trained, parameters: how many of the model's there are."""
+
+    moments: tuple[Moment, ...]
+    parameters: int
+    trained: int
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak_mem_mib(self) -> float:
+        return self.peak.total / MIB
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a GPU's memory that should be there: the peak, fragments and the CUDA context."""
+        parts = self.peak.parts
+        stays = parts["weights"] + parts["reference"]
+        return int(self.peak.total + MARGIN * (self.peak.total - stays)) + CONTEXT
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.needed <= gpu.memory
+
+
+def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
+    """Of the largest micro-batch. config: a transformers configuration, or a `Geometry`."""
+    size = config if isinstance(config, Geometry) else Geometry.of(config)
+    trained = trained_sizes(size, setup)
+    always = resident(size, setup, trained)
+    kept = activations(size, setup, batch)
+    gradients = trained_bytes(trained, setup)
+    accumulated = gradients if setup.accumulates or setup.lora_r else 0
+    e, scored = setup.element, batch.scored_tokens * size.hidden * setup.element
+    trains_head = not setup.lora_r
+    head_gradient = size.vocab * size.hidden * e if trains_head else 0
+
+    def moment(name: str, gradients: int, activations: int, head: int, temporary: int) -> Moment:
+        now = {"gradients": gradients, "activations": activations, "head": head, "temporary": temporary}
+        return Moment(name, always | now)
+
+    tile = head_tile(size, setup, batch)
+    # one more matrix on the way into a gradient that is there already
+    added = max(linear.numel for linear in size.linears()) * e if trains_head and setup.accumulates else 0
+    dequantized = max(linear.numel for linear in size.linears()) * e if setup.load_in_4bit else 0
+    moments = [
+        moment("head forward", accumulated, kept.saved, tile + scored + (0 if trains_head else scored), 0),
+        moment(
+            "backbone backward",
+            max(accumulated, head_gradient),
+            kept.saved + kept.backward,
+            0,
+            added + dequantized,
+        ),
+        moment("optimizer", gradients, 0, 0, optimizer_temporary(trained, setup)),
+    ]
+    if trains_head:
+        summed = size.vocab * size.hidden * (4 + (e if e == 2 else 0))  # in float32, and the product or the result
+        moments.append(moment("head backward", accumulated, kept.saved, tile + 2 * scored + summed, 0))
+    else:
+        scaled = batch.scored_tokens * size.hidden * 4 + (scored if e == 2 else 0)
+        moments.append(moment("head backward", accumulated, kept.saved, scored + scaled, 0))
+    return Prediction(tuple(moments), sum(size.parameters()), sum(trained))
+
+
+def predicted_peak_mem_mib(config: Any, setup: Setup, batch: Batch) -> float:
+    """`Prediction.peak_mem_mib`, to stand beside a measured peak_mem_mib."""
+    return predict(config, setup, batch).peak_mem_mib
+
+
+def trained_sizes(size: Geometry, setup: Setup) -> list[int]:
+    """Sizes of the tensors that are trained."""
+    return size.adapters(setup.lora_r) if setup.lora_r else size.parameters()
+
+
+def trained_bytes(trained: list[int], setup: Setup) -> int:
+    """Of those tensors, or of their gradients. Adapters are float32 over any weights."""
+    return sum(trained) * (4 if setup.lora_r else setup.element)
+
+
+def resident(size: Geometry, setup: Setup, trained: list[int]) -> dict[str, int]:
+    """Parts that are there at any time of a step after the first."""
+    return {
+        "weights": weight_bytes(size, setup),
+        "adapters": trained_bytes(trained, setup) if setup.lora_r else 0,
+        "optimizer": optimizer_bytes(trained, setup),
+        "reference": reference_bytes(size, setup),
+        "workspace": 0 if setup.device is None else setup.device.workspace,
+    }
+
+
+def weight_bytes(size: Geometry, setup: Setup) -> int:
+    """Of the model, without adapters; in nf4 all linear layers but the head."""
+    if not setup.load_in_4bit:
+        return sum(size.parameters()) * setup.element
+    linears = sum(nf4_bytes(linear.numel) for linear in size.linears()) * size.layers
+    return linears + sum(size.others()) * setup.element
+
+
+def reference_bytes(size: Geometry, setup: Setup) -> int:
+    """Another model, or the adapter that follows the policy, grown to its full rank; switched-off adapters are free.
+
+    Stored log-probabilities do not spare the other model: it computes what the table has not.
+    """
+    if not setup.with_reference:
+        return 0
+    if setup.ref_model_name_or_path or not setup.lora_r:
+        return weight_bytes(size, setup)
+    if not setup.sync_ref_model:
+        return 0
+    left = 1 - setup.ref_model_mixup_alpha
+    terms = 1 if left <= 0 else 1 + math.floor(math.log(EMPTY_ADAPTER) / math.log(left)) if left < 1 else 1
+    return 4 * sum(size.adapters(terms * setup.lora_r, up_to_width=True))
+
+
+def optimizer_bytes(trained: list[int], setup: Setup) -> int:
+    """Of AdamW's two states; paged ones are not in torch's memory."""
+    if setup.optim == "adamw_torch":
+        return 2 * trained_bytes(trained, setup)
+    total = 0
+    for numel in trained:
+        eight = setup.optim.endswith("8bit") and numel >= SMALLEST_8BIT
+        if not (setup.optim.startswith("paged") and numel >= SMALLEST_PAGED):
+            total += 2 * numel * (1 if eight else 4)
+        if eight:
+            total += 2 * 4 * math.ceil(numel / ABSMAX_BLOCK)
+    return total
+
+
+def optimizer_temporary(trained: list[int], setup: Setup) -> int:
+    """torch's AdamW takes the roots of all second moments at once on a GPU; on a CPU one tensor's at a time."""
+    if setup.optim != "adamw_torch":
+        return 0
+    return trained_bytes(trained if setup.on_gpu else [max(trained)], setup)
+
+
+def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
+    """The logits that are alive at a time, in float32, and their product with the head's weight."""
+    import torch
+
+    from logratio.losses.logps import TILE_MEMORY, default_chunk_tokens
+
+    device = "meta" if setup.on_gpu else "cpu"  # a GPU's rule without its memory, which stands in the table
+    with torch.device(device):
+        chunk = default_chunk_tokens(torch.empty(0, size.hidden), torch.empty(size.vocab, 0))
+    if setup.device is not None:
+        chunk = min(chunk, max(256, int(TILE_MEMORY * setup.device.memory / (4 * size.vocab)) // 128 * 128))
+    rows = min(chunk, batch.scored_tokens)
+    if setup.on_gpu:
+        across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
+        return rows * (4 * across + size.hidden * setup.element)
+    tiles = 2 if "entropy" in setup.the_loss.stats else 1
+    copied = 4 * size.vocab * size.hidden if setup.element == 2 else 0  # a CPU multiplies in float32
+    return rows * 4 * (tiles * size.vocab + size.hidden) + copied
+
+
+def largest_fitting(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number from `low` to `high` that fits, where a number that does not is not below one that does."""
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def replaced(setup: Setup, **options: Any) -> Setup:
+    """With other options; for what-ifs."""
+    return dataclasses.replace(setup, **options)
+
+
+__all__ = ["Activations", "Batch", "Prediction", "Setup", "predict", "predicted_peak_mem_mib"]
