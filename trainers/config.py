@@ -37,6 +37,10 @@ class ModelConfig:
     """Dropout in front of the adapters."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get adapters, or all-linear."""
+    fused_lora: bool = True
+    """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
+    use_liger_kernel: bool = False
+    """Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False
     """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
     adapter_name_or_path: str | None = None

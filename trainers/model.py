@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .config import ModelConfig
 from .errors import UserError
+from .liger import check_liger, use_liger
 from .policy import REFERENCE_ADAPTER
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -35,7 +36,15 @@ def load_tokenizer(name: str) -> Any:
 
 def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name: str | None = None) -> Any:
     """The bare model on `device`, without adapters. name: another model than `config.model_name_or_path`."""
-    name = name or config.model_name_or_path
+    if config.use_liger_kernel:
+        check_liger(device)
+    model = _load(config, device, seed, name or config.model_name_or_path)
+    if config.use_liger_kernel:
+        use_liger(model)
+    return model
+
+
+def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> Any:
     if name == TINY and not config.load_in_4bit:
         tiny: Any = tiny_model(seed)
         if config.attn_implementation:
@@ -44,7 +53,7 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(seed).save_pretrained(folder)
-            return load_model(config, device, name=folder)
+            return _load(config, device, seed, folder)
     check_architecture(name)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
@@ -90,10 +99,20 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     """
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.adapter_name_or_path:
-        return _load_adapter(model, config.adapter_name_or_path, frozen_copy)
-    if not config.lora_r:
+    if not config.adapter_name_or_path and not config.lora_r:
         return model
+    if config.adapter_name_or_path:
+        model = _load_adapter(model, config.adapter_name_or_path, frozen_copy)
+    else:
+        model = _fresh_adapter(model, config, frozen_copy and config.sync_ref_model)
+    if config.fused_lora:
+        from .lora_layers import fuse_lora
+
+        fuse_lora(model)
+    return model
+
+
+def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = list(config.lora_target_modules)
@@ -112,7 +131,7 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     head = base.get_output_embeddings()
     if hasattr(head, "lora_A"):
         raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
-    if frozen_copy and config.sync_ref_model:
+    if frozen_copy:
         random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
         wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
         torch.set_rng_state(random_state)

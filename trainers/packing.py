@@ -29,7 +29,7 @@ class PackedBatch:
 
     input_ids, position_ids: [R, L] int64.
     group, segment: [R, L] int64, which group a token belongs to (-1: padding) and which part of it (0: the prompt,
-        k: completion k); see `attention_mask`. plain: causal attention without a mask says the same.
+        k: completion k); see `masks.may_see`. plain: causal attention without a mask says the same.
     hidden_index: [N] int64, which of the R * L hidden states predicts each scored token.
     targets: [N] int64, that token. slot: [N] int64, its place in the flattened [C (+ prompts), T] result.
     scored: [C (+ prompts), T] bool. num_completions: C. num_tokens: without padding.
@@ -97,6 +97,7 @@ def pack(
     shared: bool = True,
     scores_prompt: bool = False,
     pad_id: int = 0,
+    pad_to_multiple_of: int = 1,
 ) -> list[PackedBatch]:
     """Cut a step's examples into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
@@ -106,13 +107,18 @@ def pack(
     shared: prompts share a row with all their completions, and rows hold as many groups as fit, kept apart by the
     mask. Else every completion has a row of its own behind a copy of its prompt, without a mask.
     scores_prompt: list the prompt's own tokens too, as paths after the completions.
+    pad_to_multiple_of: the length of rows that need a mask; the padding has room for further examples first.
     """
     order = sorted(range(len(examples)), key=lambda i: (-max(p.length for p in _pieces(examples[i], i, shared)), i))
     batches = []
     while order:
-        row_length = max(p.length for p in _pieces(examples[order[0]], order[0], shared))
-        rows, order = _fill(examples, order, row_length, max(1, micro_batch_tokens // row_length), shared)
-        batches.append(_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id))
+        longest = max(p.length for p in _pieces(examples[order[0]], order[0], shared))
+        row_length = _round_up(longest, pad_to_multiple_of if shared else 1)
+        max_rows = max(1, micro_batch_tokens // row_length)
+        rows, order = _fill(examples, order, row_length, max_rows, MIN_ROW_FILL * longest, shared)
+        batches.append(
+            _build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, pad_to_multiple_of=pad_to_multiple_of)
+        )
     return batches
 
 
@@ -144,10 +150,15 @@ def _pieces(example: Example, index: int, shared: bool) -> list[_Piece]:
     return [_Piece(index, (k,), prompt + n) for k, n in enumerate(lengths)]
 
 
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
 def _fill(
-    examples: Sequence[Example], order: list[int], row_length: int, max_rows: int, shared: bool
+    examples: Sequence[Example], order: list[int], row_length: int, max_rows: int, begins_row: float, shared: bool
 ) -> tuple[list[list[_Piece]], list[int]]:
-    """Put as many examples as fit into `max_rows` rows; returns the rows and the indices left over."""
+    """Put as many examples as fit into `max_rows` rows, which pieces of at least `begins_row` tokens begin; returns
+    the rows and the indices left over."""
     rows: list[list[_Piece]] = []
     room: list[int] = []
     left = []
@@ -156,7 +167,7 @@ def _fill(
         trial = list(room)
         for piece in pieces:
             at = next((r for r, free in enumerate(trial) if free >= piece.length), None)
-            full_enough = piece.length >= MIN_ROW_FILL * row_length
+            full_enough = piece.length >= begins_row
             if at is None and (not rows or (len(trial) < max_rows and full_enough)):
                 at = len(trial)
                 trial.append(row_length)
@@ -174,7 +185,14 @@ def _fill(
     return rows, left
 
 
-def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prompt: bool, pad_id: int) -> PackedBatch:
+def _build(
+    examples: Sequence[Example],
+    rows: list[list[_Piece]],
+    *,
+    scores_prompt: bool,
+    pad_id: int,
+    pad_to_multiple_of: int,
+) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
     counts = [len(examples[i].completions) for i in members]
     num_completions = sum(counts)
@@ -182,9 +200,9 @@ def _build(examples: Sequence[Example], rows: list[list[_Piece]], *, scores_prom
         completion={m: sum(counts[:k]) for k, m in enumerate(members)},
         prompt={m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {},
     )
-    length = max(sum(piece.length for piece in row) for row in rows)
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     plain = all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
+    length = _round_up(max(sum(p.length for p in row) for row in rows), 1 if plain else pad_to_multiple_of)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     # Without a mask a position that starts again would begin a new document. With one, a row may be longer than any
     # of its sequences, and positions beyond these may have no embedding.
     positions = torch.arange(length).repeat(len(rows), 1) * int(plain)
@@ -273,17 +291,3 @@ class _Paths:
     ) -> None:
         weights = torch.ones(len(step)) if weights is None else weights
         self.scored.append((hidden_index, target.long(), torch.full_like(step, path), step, weights))
-
-
-def attention_mask(batch: PackedBatch, window: int | None = None) -> Tensor:
-    """[R, 1, L, L] bool, True where the query (row) may see the key (column), within a sliding `window` if given.
-
-    Every token sees itself, padding too: a row of a softmax that sees nothing is NaN.
-    """
-    group, segment, positions = batch.group, batch.segment, batch.position_ids
-    index = torch.arange(group.shape[1], device=group.device)
-    visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-    allowed = visible & (group[:, :, None] == group[:, None, :]) & (index[:, None] >= index) & (group >= 0)[:, None, :]
-    if window is not None:
-        allowed &= positions[:, :, None] - positions[:, None, :] < window
-    return (allowed | torch.eye(len(index), dtype=torch.bool, device=group.device))[:, None]

@@ -7,14 +7,16 @@ gradient hooks of DDP and the gathering hooks of FSDP and ZeRO hang on the forwa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from logratio.losses import TokenLogps, linear_logps
 
-from .packing import PackedBatch, attention_mask
+from .flex import BLOCK, OURS, THEIRS, block_mask
+from .masks import attention_mask
+from .packing import PackedBatch
 
 REFERENCE_ADAPTER = "reference"
 
@@ -42,6 +44,15 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def uses_flex(self) -> bool:
+        return self.causal_lm.config.get_text_config()._attn_implementation in (OURS, THEIRS)
+
+    @property
+    def row_multiple(self) -> int:
+        """`pad_to_multiple_of` of the rows that it likes best."""
+        return BLOCK if self.uses_flex else 1
+
+    @property
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
@@ -54,14 +65,21 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """[R, L, H], the backbone's last hidden states."""
-        mask: Any = None if batch.plain else attention_mask(batch)
-        if self.window is not None and not batch.plain:
-            by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
-            windowed = attention_mask(batch, self.window)
-            mask = {"full_attention": mask, "sliding_attention": windowed} if by_type else windowed
         return self.causal_lm.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None if batch.plain else self.mask(batch),
+            use_cache=False,
         ).last_hidden_state
+
+    def mask(self, batch: PackedBatch) -> Any:
+        """Who sees whom, in the form that the model's attention takes."""
+        make: Callable[..., Any] = block_mask if self.uses_flex else attention_mask
+        if self.window is None:
+            return make(batch)
+        windowed = make(batch, self.window)
+        by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
+        return {"full_attention": make(batch), "sliding_attention": windowed} if by_type else windowed
 
     def head_options(self) -> dict[str, Any]:
         """How this architecture turns the head's output into logits, by its configuration's own names."""

@@ -152,6 +152,7 @@ def is_plain(layer: Any) -> bool:
     """Whether the layer adds scaling * B A x to what a linear layer gives, and no more (DoRA and others do)."""
     from peft.tuners.lora import Linear
 
-    known = type(layer) is Linear or type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
+    kind = getattr(layer, "peft_class", type(layer))  # of a layer that computes in its own way, see lora_layers.py
+    known = kind is Linear or kind.__name__ in ("Linear4bit", "Linear8bitLt")
     adapters = {"default", REFERENCE_ADAPTER}
     return known and adapters <= layer.lora_A.keys() and not adapters & getattr(layer, "lora_variant", {}).keys()

@@ -37,7 +37,7 @@ from .reference_sync import ReferenceSync, make_sync
 from .rewards import load_reward
 from .rollout import Rollouts
 from .rows import Rows, load_rows
-from .sharing import why_not_shared
+from .sharing import choose_attention
 from .step import Step
 
 
@@ -223,10 +223,10 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     check_trainable(model)
     temperature = config.rollout.temperature if config.rollout else 1.0
     policy = Policy(model, temperature=temperature, stats=config.loss.stats)
-    obstacle = why_not_shared(policy)
+    obstacle, notes = choose_attention(policy, config.model.attn_implementation)
     policy.shared = not obstacle
     policy.train()
-    return policy, [f"prompts are not shared between completions: {obstacle}"] if obstacle else []
+    return policy, [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
 
 
 def make_reference(
@@ -243,7 +243,8 @@ def make_reference(
     else:
         model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
         other = Policy(model, temperature=policy.temperature, shared=policy.shared)
-        obstacle = why_not_shared(other) if named else ""
+        obstacle, said = choose_attention(other, config.model.attn_implementation)
+        notes = said if named else []  # else the policy's own, said already
         if obstacle and policy.shared:  # both compute the same micro-batches
             policy.shared = other.shared = False
             notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
@@ -261,9 +262,8 @@ def make_reference(
     if found:
         return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
     pad = policy.causal_lm.config.get_text_config().pad_token_id or 0
-    table = precompute(
-        reference, examples, config.train.micro_batch_tokens, accelerator.device, shared=policy.shared, pad_id=pad
-    )
+    packing = {"shared": policy.shared, "pad_id": pad, "pad_to_multiple_of": policy.row_multiple}
+    table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **packing)
     if accelerator.is_main_process:
         save_table(path, table, key)
     accelerator.wait_for_everyone()

@@ -12,6 +12,7 @@ import torch
 
 from .data import Completion, Example
 from .errors import UserError
+from .flex import OURS, THEIRS, adopt
 from .packing import PackedBatch, pack
 from .policy import Policy
 
@@ -19,10 +20,26 @@ PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 # Tokens of the prompt that is shared on trial.
 PROBE_PROMPT = 6
-# Attention implementations that take a boolean mask.
-MASKED_ATTENTION = ("sdpa", "flex_attention")
+# Attention implementations that take a mask of ours, boolean or of blocks.
+MASKED_ATTENTION = ("sdpa", OURS, THEIRS)
 # Their angles depend on the longest row of the batch.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def choose_attention(policy: Policy, asked: str | None = None) -> tuple[str, list[str]]:
+    """Let the model take FlexAttention where that fits, and decide with it whether prompts may be shared.
+
+    asked: `attn_implementation` of the user. Returns why they may not be shared (or ""), and what to tell the user.
+    """
+    model = policy.causal_lm
+    notes = adopt(model, asked)
+    obstacle = why_not_shared(policy)
+    if obstacle and model.config._attn_implementation == OURS and asked is None:
+        model.set_attn_implementation("sdpa")  # a model that has no use for a BlockMask may do with a dense mask
+        flexible, obstacle = obstacle, why_not_shared(policy)
+        if not obstacle:
+            notes = [f"rows are masked densely, not with FlexAttention: {flexible}"]
+    return obstacle, notes
 
 
 def why_not_shared(policy: Policy) -> str:
@@ -67,7 +84,7 @@ def probe(policy: Policy) -> str:
         hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
         _check_causal(policy, apart)
         _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
-        (together,) = pack([example], 1000, shared=True)
+        (together,) = pack([example], 1000, shared=True, pad_to_multiple_of=policy.row_multiple)
         together = together.to(head.device)
         try:
             shared = policy.hidden_states(together).flatten(0, 1)[together.hidden_index]

@@ -77,12 +77,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[..., Any]:
-    """random_model("llama") -> a float32 model with random weights, always the same; in evaluation mode."""
+    """random_model("llama") -> a float32 model with random weights, always the same; in evaluation mode.
 
-    def build(name: str, seed: int = 0) -> Any:
+    changes: of the configuration.
+    """
+
+    def build(name: str, seed: int = 0, **changes: Any) -> Any:
+        config = ARCHITECTURES[name]()
+        for field, value in changes.items():
+            setattr(config, field, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = hf.AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).float().eval()
+            model: Any = hf.AutoModelForCausalLM.from_config(config).float().eval()
             for parameter in model.parameters():  # biases and norms start at 0 and 1, where mistakes hide
                 if parameter.ndim == 1:
                     parameter.data += 0.1 * torch.randn_like(parameter)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logratio.trainers.data import Completion, Example
-from logratio.trainers.packing import PackedBatch, attention_mask, example_tokens, pack, split_groups
+from logratio.trainers.masks import attention_mask
+from logratio.trainers.packing import PackedBatch, example_tokens, pack, split_groups
 
 PAD = 9999
 quick = settings(max_examples=60, deadline=None)

@@ -1,0 +1,395 @@
+"""FlexAttention: its mask says what the dense one says, and what it computes is the unshared computation.
+
+On a CPU torch refuses its backward pass, although its reference implementation has one; `flex_on_cpu` lets it through.
+What only kernels can get wrong is in the tests marked gpu.
+"""
+
+import copy
+import functools
+import random
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from logratio.trainers import flex, packing, sharing
+from logratio.trainers.data import Completion, Example, Prompt
+from logratio.trainers.errors import UserError
+from logratio.trainers.flex import OURS, THEIRS, adopt, block_mask
+from logratio.trainers.masks import attention_mask
+from logratio.trainers.packing import pack
+from logratio.trainers.policy import Policy
+from logratio.trainers.rollout import generate
+from logratio.trainers.sharing import choose_attention, probe
+from logratio.trainers.step import Step
+
+CPU = torch.device("cpu")
+MODELS = "llama qwen2-window mistral-window phi3-window gemma3 granite opt gpt-neox".split()
+
+
+@functools.cache
+def reference_implementation():
+    return torch.compile(flex._attend, dynamic=True, fullgraph=True, backend="aot_eager")
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "compiled", reference_implementation)
+    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
+
+
+def groups(seed: int = 0, longest: int = 30, sizes=(2, 1, 3, 2, 4)) -> list[Example]:
+    """Groups longer than the models' windows, some tokens unscored."""
+    rng = random.Random(seed)
+
+    def ids(low: int) -> list[int]:
+        return [rng.randrange(2, 97) for _ in range(rng.randint(low, longest))]
+
+    examples = [Example(ids(3), [Completion(ids(1)) for _ in range(n)], row=row) for row, n in enumerate(sizes)]
+    last = examples[-1].completions[0].ids
+    examples[-1].completions[0] = Completion(last, [i % 3 != 1 for i in range(len(last))])
+    return examples
+
+
+def results(policy: Policy, examples: list[Example], device=CPU, budget: int = 1000) -> tuple[torch.Tensor, ...]:
+    """Scored log-probs in the order of the examples, and the gradient of a sum with a weight for each."""
+    packing = {"shared": policy.shared, "pad_to_multiple_of": policy.row_multiple}
+    by_row = {}
+    for batch in pack(examples, budget, **packing):
+        batch = batch.to(device)
+        logps, path = policy(batch).logps, 0
+        for e in batch.examples:
+            by_row[e.row] = logps[path : path + len(e.completions)][batch.scored[path : path + len(e.completions)]]
+            path += len(e.completions)
+    flat = torch.cat([by_row[e.row] for e in examples])
+    value = (flat * torch.cos(torch.arange(len(flat), device=device))).sum()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(value, trained, allow_unused=True)
+    return flat.detach(), torch.cat([g.float().flatten() for g in grads if g is not None])
+
+
+def assert_close(ours: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...], bound: float) -> None:
+    for mine, theirs in zip(ours, truth, strict=True):
+        assert (mine - theirs).norm() <= bound * theirs.norm()
+
+
+def with_flex(model) -> Policy:
+    model = copy.deepcopy(model)
+    assert adopt(model, THEIRS) == [] and model.config._attn_implementation == OURS
+    return Policy(model, shared=True)
+
+
+@st.composite
+def batches(draw: st.DrawFn):
+    lengths = st.integers(1, 9)
+    examples = [
+        Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
+        for row in range(draw(st.integers(1, 5)))
+    ]
+    multiple = draw(st.sampled_from([1, 4, 16]))
+    return pack(examples, draw(st.integers(1, 120)), pad_to_multiple_of=multiple, shared=draw(st.booleans()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(packed=batches(), window=st.none() | st.integers(1, 8))
+def test_the_block_mask_says_what_the_dense_mask_says(packed, window):
+    """Of every pair of tokens, and of every block: left out, asked pair by pair, or taken whole without asking."""
+    size, flex.BLOCK = flex.BLOCK, 4
+    try:
+        for batch in packed:
+            dense, blocks = attention_mask(batch, window), block_mask(batch, window)
+            rows, length = batch.input_ids.shape
+            assert blocks.shape == (rows, 1, length, length)
+            assert torch.equal(create_mask(blocks.mask_mod, rows, 1, length, length, device="cpu"), dense)
+            end = -length % 4
+            tiles = torch.nn.functional.pad(dense, (0, end, 0, end)).unflatten(3, (-1, 4)).unflatten(2, (-1, 4))
+            assert torch.equal(blocks.to_dense().bool(), tiles.any(5).any(3))
+            assert torch.equal(blocks.full_kv_num_blocks, tiles.all(5).all(3).sum(-1).int())
+    finally:
+        flex.BLOCK = size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flex_gives_the_unshared_log_probs_and_gradients(flex_on_cpu, random_model, name):
+    model = random_model(name)
+    truth = results(Policy(model, shared=False), groups())
+    policy = with_flex(model)
+    assert policy.row_multiple == 128
+    for budget in (128, 1000):
+        assert_close(results(policy, groups(), budget=budget), truth, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "mistral-window", "gpt2"])
+def test_padded_rows_give_the_same_log_probs_and_gradients(monkeypatch, random_model, name):
+    policy, examples = Policy(random_model(name), shared=True), groups(longest=12)  # GPT-2 has 24 positions
+    truth = results(policy, examples)
+    monkeypatch.setattr(Policy, "row_multiple", 128)
+    assert_close(results(policy, examples), truth, 1e-5)
+
+
+def test_flex_with_gradient_checkpointing_and_adapters(flex_on_cpu, random_model):
+    model = random_model("qwen2-window")
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    truth = results(Policy(lora, shared=False), groups())
+    policy = with_flex(lora)
+    policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.causal_lm.enable_input_require_grads()
+    assert_close(results(policy.train(), groups()), truth, 1e-5)
+
+
+def test_flex_under_autocast(flex_on_cpu, random_model):
+    """Queries come out of the rope in float32, values in bfloat16."""
+    policy = with_flex(random_model("llama"))
+    truth = results(policy, groups())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(results(policy, groups()), truth, 0.05)
+
+
+def test_layers_with_and_without_a_window_get_masks_of_their_own(flex_on_cpu, random_model, pack_one):
+    batch = pack_one(groups())
+    by_type = with_flex(random_model("qwen2-window")).mask(batch)
+    assert {kind: type(mask) for kind, mask in by_type.items()} == dict.fromkeys(
+        ("full_attention", "sliding_attention"), BlockMask
+    )
+    assert isinstance(with_flex(random_model("mistral-window")).mask(batch), BlockMask)
+    assert isinstance(Policy(random_model("mistral-window")).mask(batch), torch.Tensor)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_kernels_are_compiled_a_few_times_whatever_the_lengths(grad):
+    """One row or more x one block or more: four, whichever windows; and one where blocks and heads were as many."""
+    # Which graphs there are, and their guards, does not depend on what makes kernels of them.
+    attend = torch.compile(flex._attend, dynamic=True, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for rows, blocks in [
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (2, 2),
+        (3, 4),
+        (4, 3),
+        (1, 7),
+        (7, 1),
+        (5, 5),
+        (1, 9),
+        (9, 6),
+        (6, 9),
+    ]:
+        (batch,) = pack([Example([2] * 9, [Completion([3] * (128 * blocks - 10)), Completion([3])])] * rows, 10**6)
+        query, key, value = (torch.randn(rows, heads, 128 * blocks, 8, requires_grad=grad) for heads in (4, 2, 2))
+        for window in (None, 7, 50):
+            with torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+                attend(query, key, value, block_mask(batch, window), 0.3)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] <= 6 and graphs[-1] == graphs[5], graphs
+
+
+def never(*arguments):
+    raise AssertionError("called FlexAttention")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_without_our_mask_the_model_runs_as_with_sdpa(flex_on_cpu, monkeypatch, random_model, name):
+    """Plain batches and generation, whose prompts are padded on the left."""
+    model = random_model(name)
+    policy = with_flex(model)
+    monkeypatch.setattr(flex, "compiled", lambda: never)
+    (batch,) = pack(groups(sizes=(1, 1)), 10_000, shared=False)
+    assert batch.plain
+    assert torch.equal(policy.hidden_states(batch), Policy(model).hidden_states(batch))
+    tokenizer = types.SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    prompts = [Prompt(e.prompt_ids, "", {}) for e in groups(1)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    sampled = generate(policy, tokenizer, prompts, **options)
+    assert sampled == generate(Policy(model), tokenizer, prompts, **options)
+    with pytest.raises(AssertionError, match="called FlexAttention"):
+        policy(pack(groups(), 1000)[0])
+
+
+def test_the_trial_of_sharing_goes_the_same_way(flex_on_cpu, monkeypatch, random_model):
+    policy = with_flex(random_model("llama"))
+    lengths = []
+
+    def watched(query, *others):
+        lengths.append(query.shape[2])
+        return reference_implementation()(query, *others)
+
+    monkeypatch.setattr(flex, "compiled", lambda: watched)
+    assert probe(policy) == ""
+    assert lengths == [128] * 2
+    monkeypatch.setattr(flex, "may_see", lambda query, key: query.place >= key.place)
+    assert probe(policy).startswith("a shared prompt changes its hidden states")
+
+
+def on_gpu(model):
+    """What `adopt` sees of a model, as if it were on a GPU."""
+    return types.SimpleNamespace(
+        device=torch.device("cuda"),
+        config=model.config,
+        _supports_sdpa=model._supports_sdpa,
+        _supports_flex_attn=model._supports_flex_attn,
+        set_attn_implementation=model.set_attn_implementation,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "taken"),
+    [
+        ("llama", None, OURS),
+        ("llama", THEIRS, OURS),
+        ("llama", "sdpa", "sdpa"),
+        ("llama-eager", None, "eager"),
+        ("gpt2", None, "sdpa"),
+        ("gemma2", None, "eager"),
+        ("gemma2", THEIRS, THEIRS),
+    ],
+)
+def test_a_gpu_takes_flex_where_it_fits(monkeypatch, random_model, name, asked, taken):
+    monkeypatch.setattr(flex, "why_not", lambda model: "")
+    model = random_model(name)
+    if asked:
+        model.set_attn_implementation(asked)
+    assert adopt(on_gpu(model), asked) == [] and model.config._attn_implementation == taken
+
+
+def test_where_flex_does_not_work_the_mask_stays_dense_and_the_user_is_told(monkeypatch, random_model):
+    model = random_model("llama")
+    monkeypatch.setattr(flex, "why_not", lambda model: "it raises OutOfResources")
+    assert adopt(on_gpu(model)) == ["rows are masked densely, not with FlexAttention: it raises OutOfResources"]
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="--attn_implementation flex_attention: it raises OutOfResources; leave it out"):
+        adopt(on_gpu(model), THEIRS)
+
+
+def test_a_cpu_keeps_the_dense_mask_and_refuses_flex(random_model):
+    model = random_model("llama")
+    assert choose_attention(Policy(model)) == ("", []) and model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="flex_attention: it does not train on a cpu; leave it out"):
+        adopt(model, THEIRS)
+
+
+def test_dropout_inside_the_attention_is_an_obstacle(flex_on_cpu, random_model):
+    with pytest.raises(UserError, match="it has no dropout, and the model's attention_dropout is 0.1"):
+        adopt(random_model("llama", attention_dropout=0.1), THEIRS)
+
+
+@pytest.mark.parametrize("option", flex.NOT_DONE)
+def test_what_flex_leaves_out_is_refused(flex_on_cpu, random_model, pack_one, option):
+    q = torch.zeros(1, 2, 128, 16)
+    mask = block_mask(pack_one(groups(longest=9), pad_to_multiple_of=128))
+    options = {"dropout": 0.0, "softcap": None, "scaling": 0.25}
+    assert flex.flex_or_sdpa(None, q, q, q, mask, **options)[0].shape == (1, 128, 2, 16)
+    with pytest.raises(ValueError, match=f"{OURS} does not support {option}"):
+        flex.flex_or_sdpa(None, q, q, q, mask, **(options | {option: 0.5}))
+
+
+def test_a_model_that_has_no_use_for_a_block_mask_gets_a_dense_one(monkeypatch, random_model):
+    policy = Policy(random_model("llama"))
+    policy.causal_lm.set_attn_implementation(OURS)
+    monkeypatch.setattr(sharing, "adopt", lambda model, asked: [])
+    monkeypatch.setattr(sharing, "why_not_shared", lambda policy: "it raises" if policy.uses_flex else "")
+    told = ["rows are masked densely, not with FlexAttention: it raises"]
+    assert choose_attention(policy) == ("", told) and not policy.uses_flex
+
+
+def test_rows_are_padded_in_every_batch_of_a_flex_policy(flex_on_cpu, random_model):
+    flexible, dense = with_flex(random_model("llama")), Policy(random_model("llama"), shared=True)
+    for policy, multiple in ((flexible, 128), (dense, 1)):
+        step = Step(None, policy, policy, types.SimpleNamespace(), None, micro_batch_tokens=1, max_length=1)
+        assert step.packing["pad_to_multiple_of"] == multiple and step.packing["shared"]
+
+
+def test_padding_is_room_for_more_examples_and_counted():
+    """Sequences of 40 tokens: three a row of 128, as many rows as the budget has room for, not one row alone."""
+    examples = [Example([2] * 10, [Completion([3] * 30)], row=row) for row in range(12)]
+    assert [b.input_ids.shape for b in pack(examples, 512, pad_to_multiple_of=128)] == [(4, 128)]
+    assert [b.input_ids.shape for b in pack(examples, 511, pad_to_multiple_of=128)] == [(3, 128), (1, 128)]
+    assert [b.input_ids.shape for b in pack(examples[:1], 512, pad_to_multiple_of=128)] == [(1, 40)], "needs no mask"
+    unshared = pack(examples, 480, pad_to_multiple_of=128, shared=False)
+    assert [b.input_ids.shape for b in unshared] == [(12, 40)]
+    assert packing.pack(examples, 512)[0].input_ids.shape == (12, 40)
+
+
+@pytest.fixture
+def exact_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "mistral-window", "gemma3"])
+def test_kernels_give_the_unshared_log_probs_and_gradients(exact_float32, random_model, name, head_dim):
+    model = random_model(name, head_dim=head_dim).cuda()
+    truth = results(Policy(model, shared=False), groups(longest=200), "cuda", budget=4096)
+    policy = Policy(copy.deepcopy(model), shared=True)
+    assert choose_attention(policy) == ("", []) and policy.causal_lm.config._attn_implementation == OURS
+    for budget in (1024, 4096):
+        assert_close(results(policy, groups(longest=200), "cuda", budget=budget), truth, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("heads", [(4, 2), (14, 2), (7, 7)])
+def test_kernels_in_bfloat16_err_no_more_than_the_dense_mask(exact_float32, random_model, name, heads):
+    """14 query heads on 2, as in Qwen2.5-0.5B. Budget: twice what sdpa errs with the same weights in bfloat16."""
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 64}
+    model = random_model(name, **sizes).cuda()
+    examples = groups(longest=200)
+    truth = results(Policy(model, shared=False), examples, "cuda", budget=4096)
+    low = copy.deepcopy(model).bfloat16()
+    dense = results(Policy(low, shared=True), examples, "cuda", budget=4096)
+    ours = results(with_flex(low), examples, "cuda", budget=4096)
+    for mine, theirs, true in zip(ours, dense, truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = results(with_flex(model), examples, "cuda", budget=4096)
+    for mine, theirs, true in zip(mixed, dense, truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+
+
+@pytest.mark.gpu
+def test_new_lengths_compile_no_new_kernels(random_model):
+    policy = with_flex(random_model("mistral-window", head_dim=16).cuda())
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for longest in (30, 60, 100, 300, 200, 400, 50, 500):
+        for budget in (128, 2048, 8192):
+            results(policy, groups(longest, longest, (3, 1, 2, 3, 3, 3)), "cuda", budget=budget)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] <= 8 and graphs[-1] == graphs[3], graphs
+
+
+@pytest.mark.gpu
+def test_rollouts_and_updates_take_turns_on_one_model(exact_float32, random_model):
+    """Sampled with sdpa, trained with kernels: greedy tokens are the most likely ones under the packed log-probs."""
+    model = random_model("qwen2-window", head_dim=16).cuda()
+    policy = with_flex(model)
+    tokenizer = types.SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
+    prompts = [Prompt(e.prompt_ids, "", {}) for e in groups(sizes=(1,) * 6)]
+    for _ in range(3):
+        sampled = generate(policy, tokenizer, prompts, max_new_tokens=20, do_sample=False)
+        again = Policy(copy.deepcopy(policy.model), shared=False)
+        again.causal_lm.set_attn_implementation("sdpa")
+        assert sampled == generate(again, tokenizer, prompts, max_new_tokens=20, do_sample=False)
+        examples = [
+            Example(p.prompt_ids, [Completion(s.ids), Completion([5, 6])], row=i)
+            for i, (p, s) in enumerate(zip(prompts, sampled, strict=True))
+        ]
+        assert_close(results(policy, examples, "cuda"), results(again, examples, "cuda"), 1e-4)
+        for batch in pack(examples, 1000, pad_to_multiple_of=policy.row_multiple):
+            policy(batch.to(torch.device("cuda"))).logps.sum().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
