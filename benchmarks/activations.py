@@ -3,9 +3,10 @@
 Worked out from the modules' forward (transformers 5.23, PEFT 0.19) and held to what `saved_tensors_hooks` counts of
 small models, where it is exact on a CPU. Per token, with e bytes an element of the weights' dtype (4: float32):
 
-- RMSNorm keeps its float32 input, a copy in half precision, and one float a token; a trained weight also its factor.
-- A linear layer keeps its input where it trains; frozen it keeps none. LoRA's A and B keep x and u = A x: PEFT a float32
-  copy of x for every layer, `fused_lora` x itself, once for the layers that share it.
+- RMSNorm keeps its input in float32 (in half precision that is a copy), and one float a token; under a weight that
+  trains, what that is multiplied with too.
+- A linear layer keeps its input where it trains; frozen it keeps none. LoRA's A and B keep x and u = A x: PEFT in half
+  precision a float32 copy of x for every layer, `fused_lora` x itself, once for the layers that share it.
 - Attention keeps queries, keys, values, output and a float a head; cos and sin are common to all layers. A dense mask
   comes as a float of the dtype, a new one in each layer, and has keys and values repeated for every query head.
 - SwiGLU keeps gate, silu(gate) and up; the product is the down projection's input.
@@ -18,7 +19,7 @@ dense mask add (rows of the mask padded to 16) follow their sources and have bee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from .geometry import Geometry
 
@@ -55,6 +56,12 @@ class Batch:
     num_paths: int = 1
     plain: bool = False
 
+    @classmethod
+    def of(cls, packed: Any) -> Batch:
+        """Of a `trainers.packing.PackedBatch`."""
+        rows, length = packed.input_ids.shape
+        return cls(rows, length, len(packed.hidden_index), len(packed.scored), packed.plain)
+
     @property
     def tokens(self) -> int:
         return self.rows * self.row_length
@@ -77,7 +84,7 @@ def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
     if size.qk_norm:
         layer += _norm_of(size.heads + size.kv_heads, size.head_dim, size, how) * tokens
     last_norm = _norm(size, how) * tokens
-    common = 2 * batch.tokens * size.head_dim * e  # cos and sin
+    common = 2 * tokens * size.head_dim * e  # cos and sin
     common += 8 * tokens * (not how.lora_r)  # the embedding's indices
     # the residual stream in front of a layer is what its norm keeps, where there is no float32 copy of it
     stream = size.hidden * e * tokens
@@ -136,9 +143,7 @@ def _in_backward(size: Geometry, how: Saving, tokens: int, last_norm: int, again
     what the last norm kept is gone. again: what is made anew of a layer. The constants are measured (CPU).
     """
     e, h = how.element, size.hidden
-    at_norm = h * e + h * (e if how.use_liger_kernel else {4: 16, 2: 18}[e])
-    if not how.lora_r and not how.use_liger_kernel:
-        at_norm = h * {4: 16, 2: 18}[e]
+    at_norm = h * (2 * e if how.use_liger_kernel else 20 if how.lora_r else {4: 16, 2: 18}[e])
     at_mlp = (1 if how.use_liger_kernel else 2) * size.intermediate * e + h * e
     if how.lora_r and not how.fused_lora and e == 2:  # the adapters' float32 beside it
         at_mlp += h * (10 if again else 2)

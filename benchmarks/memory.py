@@ -9,16 +9,15 @@ Not modelled: autocast, several processes, rollouts (their cache is gone before 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from logratio.losses import LOSSES, Loss
 from logratio.trainers.errors import UserError
 
-from .activations import Activations, Batch, activations
+from .activations import Batch, activations
 from .geometry import Geometry, nf4_bytes
 from .gpus import GPUS, Gpu
 
@@ -61,7 +60,7 @@ class Setup:
     gpu: str | None = "H100"
 
     def __post_init__(self) -> None:
-        tables = {"method": LOSSES, "dtype": ELEMENT, "optim": OPTIMIZERS}
+        tables: dict[str, Collection[str]] = {"method": LOSSES, "dtype": ELEMENT, "optim": OPTIMIZERS}
         for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise UserError(f"--{name} {getattr(self, name)!r} is unknown, expected one of: {', '.join(table)}")
@@ -274,11 +273,3 @@ def largest_fitting(fits: Callable[[int], bool], low: int, high: int) -> int | N
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def replaced(setup: Setup, **options: Any) -> Setup:
-    """With other options; for what-ifs."""
-    return dataclasses.replace(setup, **options)
-
-
-__all__ = ["Activations", "Batch", "Prediction", "Setup", "predict", "predicted_peak_mem_mib"]

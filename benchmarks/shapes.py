@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights: time and memory do not depend on the values.
+"""The shapes of published models: time and memory do not depend on the weights' values.
 
 The figures are those of the models' config.json on the hub: Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B,
 meta-llama/Llama-3.1-8B, HuggingFaceTB/SmolLM2-135M.
@@ -6,32 +6,30 @@ meta-llama/Llama-3.1-8B, HuggingFaceTB/SmolLM2-135M.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
-
-LORA_R = 16
-LORA_ALPHA = 32
-ADAPTERS = ("full", "lora", "qlora")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
-def qwen2(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> Qwen2Config:
+def qwen2(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> dict[str, Any]:
     """A Qwen2.5 of the small sizes, whose head is the embedding."""
-    return Qwen2Config(
-        vocab_size=151936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    )
+    return {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
 
 
-def llama_3_1_8b() -> LlamaConfig:
+def llama_3_1_8b() -> dict[str, Any]:
     rope = {
         "rope_type": "llama3",
         "rope_theta": 5e5,
@@ -40,45 +38,50 @@ def llama_3_1_8b() -> LlamaConfig:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters=rope,
-    )
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }
 
 
-def smollm2_135m() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        tie_word_embeddings=True,
-    )
+def smollm2_135m() -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "tie_word_embeddings": True,
+    }
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[], dict[str, Any]]] = {
     "Qwen2.5-0.5B": lambda: qwen2(896, 4864, 24, 14),
     "Qwen2.5-1.5B": lambda: qwen2(1536, 8960, 28, 12),
     "Llama-3.1-8B": llama_3_1_8b,
     "SmolLM2-135M": smollm2_135m,
 }
-"""name -> its configuration, by the name that the hub knows it by without the owner."""
+"""name -> what its config.json says, by the name that the hub knows it by without the owner."""
 
 
 def shape(name: str) -> PreTrainedConfig:
     """The configuration of a model in `SHAPES`. Raises ValueError for any other."""
+    from transformers import AutoConfig  # takes longer to import than all that `SHAPES` alone is used for
+
     if name not in SHAPES:
         raise ValueError(f"no shape is known of model {name!r}, expected one of: {', '.join(SHAPES)}")
-    return SHAPES[name]()
+    return AutoConfig.for_model(**SHAPES[name]())
