@@ -132,7 +132,9 @@ def test_a_wheel_has_a_version_in_place_of_a_commit(tmp_path: Path, monkeypatch:
     (tmp_path / "records.py").write_text("")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commit().startswith("logratio ")
-    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "-c", "core.hooksPath=", "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     assert commit().startswith("logratio ")
 
 
