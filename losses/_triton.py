@@ -31,16 +31,22 @@ HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 @triton.jit
 def _tanh(x):  # type: ignore[no-untyped-def]
-    """Of float32: near 0 the fifth convergent of its continued fraction, where a form with e^x would cancel."""
+    """(tanh x, its slope 1 - tanh^2 x) of float32, each to some roundings of itself, and without overflow.
+
+    With e = exp(-2|x|) the slope is 4 e / (1 + e)^2, also where tanh x is 1 in float32 and 1 - tanh^2 would be noise.
+    tanh |x| = (1 - e) / (1 + e) cancels near 0: there it is the fifth convergent of its continued fraction.
+    """
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
     x2 = x * x
     near = x * (945.0 + x2 * (105.0 + x2)) / (945.0 + x2 * (420.0 + x2 * 15.0))
-    far = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0  # e^x may overflow: 2 / inf = 0
-    return tl.where(tl.abs(x) < 0.5, near, far)
+    tanh = tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0, -far, far))
+    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(z, tanh), [BLOCK] float32 each: the logits at the columns `at`, and what the soft cap's slope is made of.
+    """(z, tanh's slope or z), [BLOCK] float32 each: the logits at the columns `at`, and how the soft cap bends them.
 
     The row's memory is read up to its stride, not to V, so that a V that no vector divides costs nothing; what is
     beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN.
@@ -49,11 +55,11 @@ def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr): 
     if bias is not None:
         x += tl.load(bias + at, mask=at < words, other=0.0).to(tl.float32)
     z = x * inner
-    tanh = z
+    bend = z
     if SOFTCAP:
-        tanh = _tanh(z)
+        tanh, bend = _tanh(z)
         z = tanh * outer
-    return tl.where(at < words, z, -1e38), tanh
+    return tl.where(at < words, z, -1e38), bend
 
 
 @triton.jit
@@ -121,7 +127,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         gradient = row.to(tl.pointer_type(OUT), bitcast=True)
         for start in range(0, words, BLOCK):
             at = start + lane
-            z, tanh = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP)
+            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP)
             shifted = z - biggest
             p_weight = of_p
             if entropy_c is not None:
@@ -129,7 +135,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
             # e_y - p in float32, before the cast: rounded one by one they would cancel where p_y is near 1
             g = tl.where(at == y, of_y, 0.0) - tl.exp(shifted) * over_total * p_weight
             if SOFTCAP:
-                g *= 1.0 - tanh * tanh
+                g *= bend
             # In half precision block k goes to bytes [2kB, 2(k+1)B) of the row: over raw block k // 2, which iteration
             # k // 2 <= k has read. But each warp reads and writes its own part of a block in its own time: without
             # this barrier one that runs ahead would write over what another has still to read, of block 0 in

@@ -43,6 +43,8 @@ ACCEPTED = "tests/mutants_accepted.toml"
 LOWEST_RATE = 0.95
 OWN = {"_two_gemm": "logps"}
 """Whose tests are a file's own, where not its name's."""
+APART = {"_triton.py"}
+"""Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
 ORACLE = tuple(f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sft"))
 TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("cases", "truths", "verify"))
@@ -87,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen(root: Path, args: argparse.Namespace) -> list[Mutant]:
-    files = [(root / f).resolve() for f in args.files] or sorted((root / "losses").glob("*.py"))
+    every = (file for file in sorted((root / "losses").glob("*.py")) if file.name not in APART)
+    files = [(root / f).resolve() for f in args.files] or list(every)
     found = [m for file in files for m in mutants(file.read_text(), file.relative_to(root).as_posix())]
     found = [m for m in found if args.only in (None, m.line)]
     return found[:: max(1, -(-len(found) // args.sample))] if args.sample else found

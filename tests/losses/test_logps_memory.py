@@ -10,12 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import linear_logps
 
-
-def head(n: int = 5, h: int = 3, v: int = 7, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
-    """hidden, weight, bias, targets"""
-    g = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((n, h), (v, h), (v,))]
-    return [t.to(dtype) for t in tensors] + [torch.randint(v, (n,), generator=g)]
+from ._heads import head
 
 
 class Products:

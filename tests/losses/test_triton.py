@@ -1,0 +1,292 @@
+"""The Triton tile: on a GPU (`pytest -m gpu`), and everywhere else in Triton's interpreter, on CPU tensors.
+
+Triton decides at its first import whether to interpret, so a process of its own runs this file under the interpreter
+(`test_under_the_interpreter`); there the tests marked `gpu` here run, small ones that is, without the mark.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from logratio.losses import linear_logps, logps
+from logratio.losses._two_gemm import STATS, Coefficients, TorchTile, Transform
+
+from ._heads import OPTIONS, head, near_certain
+
+triton = pytest.importorskip("triton")
+from logratio.losses import _triton  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+options = pytest.mark.parametrize("kwargs", [OPTIONS[k] for k in ("plain", "softcap", "all")], ids=str)
+dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
+compiled = pytest.mark.skipif(INTERPRETED, reason="of the compiled kernel")
+
+
+def on_device(test: Callable) -> Callable:
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+@pytest.fixture(autouse=True)
+def round_to_nearest(monkeypatch):
+    """Triton's interpreter cuts float32 off to bfloat16, with twice the error of a GPU, which rounds to nearest."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    cut_off = interpreter._convert_float
+
+    def convert(x, dtype, to, mode):
+        if (dtype, to) == (triton.language.float32, triton.language.bfloat16):
+            bits = x.view("uint32")
+            x = (bits + 0x7FFF + (bits >> 16 & 1)).view("float32")
+        return cut_off(x, dtype, to, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def several_blocks(monkeypatch):
+    """Two a row of 300 words, the last of 44; rows of 304 words of memory."""
+    monkeypatch.setattr(_triton, "BLOCK", 256)
+
+
+def run(
+    tensors: list[Tensor], stats: tuple[str, ...], coefficients: Tensor, trains: str, **kwargs
+) -> dict[str, Tensor]:
+    """Values, and the gradients of their sum weighted by coefficients [1 + stats, N], of fresh leaves on DEVICE."""
+    moved = [t.detach().to(DEVICE).requires_grad_(n in trains) for n, t in zip("hwb", tensors, strict=False)]
+    out = linear_logps(*moved[:2], tensors[3].to(DEVICE), bias=moved[2], stats=stats, **kwargs)
+    values = {name: value for name, value in out._asdict().items() if value is not None}
+    weighted = [(v * c.to(v)).sum() for v, c in zip(values.values(), coefficients, strict=False) if v.requires_grad]
+    torch.stack(weighted).sum().backward()
+    grads = {n: t.grad for n, t in zip("hwb", moved, strict=True) if t.grad is not None}
+    return {name: t.detach() for name, t in (values | grads).items()}
+
+
+def within_budget(
+    make: Callable, dtype: torch.dtype, stats: tuple[str, ...], trains: str, n: int = 24, **kwargs
+) -> None:
+    """At most twice the error of full logits in the same dtype, both against float64."""
+    tensors = make(n=n, h=64, v=300, dtype=dtype)
+    coefficients = torch.randn(4, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact = [t.double() for t in tensors[:3]] + tensors[3:]
+    ours, eager, truth = (
+        run(inputs, stats, coefficients, trains, impl=impl, **kwargs)
+        for inputs, impl in ((tensors, "triton"), (tensors, "eager"), (exact, "eager"))
+    )
+    assert ours.keys() == truth.keys() == {"logps", *stats, *trains}
+    for name, true in truth.items():
+        assert ours[name].dtype == eager[name].dtype
+        error, allowed = ((x[name].double() - true).norm().item() for x in (ours, eager))
+        tiny = 4 * torch.finfo(torch.float32).eps * true.norm().item()
+        assert error <= 2 * allowed + tiny, f"{name}: {error:.2e} against eager's {allowed:.2e}"
+
+
+@on_device
+@options
+@dtypes
+@pytest.mark.parametrize("make", [head, near_certain])
+def test_frozen_head_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
+    within_budget(make, dtype, (), "h", **kwargs)
+
+
+@on_device
+@options
+@dtypes
+@pytest.mark.parametrize("make", [head, near_certain])
+def test_everything_trained_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
+    """Values and gradients of log-probs, entropy and log Z, to hidden, weight and bias, in chunks of 7 and 5 tokens."""
+    within_budget(make, dtype, STATS, "hwb", n=12 if INTERPRETED else 24, chunk_tokens=7, **kwargs)
+
+
+@on_device
+@pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",)])
+def test_a_statistic_alone(stats):
+    """With the default block, and no bias to be trained."""
+    within_budget(head, torch.float32, stats, "h", temperature=0.7)
+
+
+@on_device
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 100])
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_chunks_strides_and_blocks_do_not_matter(chunk_tokens, trains, monkeypatch):
+    monkeypatch.setattr(_triton, "BLOCK", 4)
+    tensors, ones = head(dtype=torch.float32), torch.ones(1, 5)
+    expected = run(tensors, (), ones, trains, impl="eager")
+    strided = [torch.stack([t, t + 1], -1)[..., 0] for t in tensors]
+    strided[1] = torch.stack([tensors[1].t(), tensors[1].t()], -1)[..., 0].t()
+    got = run(strided, (), ones, trains, impl="triton", chunk_tokens=chunk_tokens)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@on_device
+@options
+@dtypes
+def test_gradient_in_place(kwargs, dtype, several_blocks):
+    """In the front of its row's float32 memory, whatever was beyond the row's words, and right to a rounding."""
+    hidden, weight, bias, targets = (t.to(DEVICE) for t in head(n=3, h=8, v=300, dtype=dtype))
+    transform = Transform(**({"temperature": 1.0, "logit_scale": 1.0, "softcap": None} | kwargs))
+    ours, theirs = (
+        make(weight, bias, transform, 4, entropy=True, differentiated=True) for make in (_triton.TritonTile, TorchTile)
+    )
+    ours._logits.fill_(float("nan"))
+    coefficients = Coefficients(*torch.randn(4, 3, device=DEVICE))
+    hidden = hidden.to(ours.weight.dtype)
+    entropy = theirs.rows(hidden, targets, ("entropy",), None).stats["entropy"]
+    coefficients = coefficients._replace(entropy=entropy)
+    got, expected = (tile.rows(hidden, targets, (), coefficients) for tile in (ours, theirs))
+    assert got.gradient.dtype == dtype and got.gradient.data_ptr() == ours._logits.data_ptr()
+    assert got.gradient.stride() == (304 * 4 // weight.element_size(), 1)
+    eps = torch.finfo(dtype).eps if INTERPRETED else 4 * torch.finfo(dtype).eps  # CPU products are exact alike
+    torch.testing.assert_close(got.gradient.float(), expected.gradient.float(), rtol=eps, atol=1e-6)
+    torch.testing.assert_close(got.logps, expected.logps, rtol=1e-5, atol=1e-4)
+
+
+@on_device
+@dtypes
+@pytest.mark.parametrize("trains", ["h", "hw"])
+@pytest.mark.parametrize("block", [2, 4096])
+def test_extreme_logits_are_finite(dtype, trains, block, monkeypatch):
+    """Logits of +-1e4, targets on top and at the bottom: log-probs of 0 and -2e4, entropy 0."""
+    monkeypatch.setattr(_triton, "BLOCK", block)
+    hidden = torch.tensor([[100.0], [-100.0], [100.0]], dtype=dtype, device=DEVICE)
+    weight = torch.tensor([[100.0], [-100.0], [0.0]], dtype=dtype, device=DEVICE)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_("w" in trains)]
+    out = linear_logps(*leaves, torch.tensor([0, 0, 2], device=DEVICE), stats=STATS, impl="triton")
+    assert out.logps.tolist() == pytest.approx([0.0, -2e4, -1e4], rel=1e-2, abs=0)
+    assert out.entropy.tolist() == out.log_sum_p2.tolist() == [0.0, 0.0, 0.0]
+    (out.logps + out.entropy).sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves if t.requires_grad)
+    torch.testing.assert_close(hidden.grad.flatten().tolist(), [0.0, 200.0, -100.0])
+
+
+@on_device
+@dtypes
+def test_no_tokens(dtype):
+    got = run(head(n=0, dtype=dtype), STATS, torch.ones(4, 0), "hwb", impl="triton")
+    assert got["logps"].shape == got["entropy"].shape == (0,)
+    assert got["w"].shape == (7, 3) and not got["w"].any() and not got["b"].any()
+
+
+@on_device
+@pytest.mark.parametrize("kwargs", [{}, {"softcap": 2.0}])
+def test_nan_is_not_hidden(kwargs):
+    hidden, weight, _, targets = (t.to(DEVICE) for t in head(dtype=torch.float32))
+    hidden[1, 0] = float("nan")
+    out = linear_logps(hidden, weight, targets, impl="triton", **kwargs)
+    assert out.isnan().tolist() == [False, True, False, False, False]
+
+
+@on_device
+def test_tanh_is_as_good_as_float32s():
+    x = torch.cat([torch.linspace(-30, 30, 41), torch.logspace(-6, 0.5, 41)])[:, None].to(DEVICE)
+    head = torch.ones(1, 1, device=DEVICE), torch.zeros(len(x), dtype=torch.int64, device=DEVICE)
+    got = linear_logps(x, *head, softcap=1.0, stats=("log_z",), impl="triton").log_z  # of one word: its logit
+    torch.testing.assert_close(got.double(), x[:, 0].double().tanh(), rtol=4e-7, atol=0)
+
+
+@on_device
+@pytest.mark.parametrize(("trains", "products"), [("", 1), ("h", 2), ("hw", 4)])
+def test_products(trains, products):
+    tensors = [t.to(DEVICE) for t in head(dtype=torch.float32)]
+    leaves = [t.requires_grad_(n in trains) for n, t in zip("hw", tensors, strict=False)]
+    with FlopCounterMode(display=False) as flops:
+        out = linear_logps(*leaves, tensors[3], impl="triton", chunk_tokens=2)
+        if trains:
+            out.sum().backward()
+    assert flops.get_total_flops() == products * 2 * 5 * 3 * 7
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs this file")
+def test_under_the_interpreter():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env = env | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", __file__]
+    out = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
+
+
+@compiled
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("out", ["fp32", "bf16"])
+def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
+    """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"SOFTCAP": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
+    types = {"targets": "*i64", "bias": f"*{out}", "words": "i32", "stride": "i32"}
+    types |= dict.fromkeys(("inner", "outer", "slope"), "fp32") | dict.fromkeys(constants, "constexpr")
+    names = _triton._row_kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("tile", "words", "stride")}
+    signature = {name: types.get(name, "*fp32") for name in names}
+    source = triton.compiler.ASTSource(_triton._row_kernel, signature, constants, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    ptx = triton.compile(source, target, {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}).asm["ptx"]
+    *_, between = re.split(r"ld\.global\S*v4", ptx)
+    between, *stores = re.split(r"st\.global\S*v4", between)
+    assert stores and "bar.sync" in between
+    assert "lg2.approx" not in ptx and "ld.global.nc" not in ptx
+
+
+def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
+    gpu, cpu = ({dtype: SimpleNamespace(is_cuda=on, dtype=dtype) for dtype in (torch.float64, *LOW)} for on in (1, 0))
+    for dtype in LOW:
+        assert logps._tile("auto", gpu[dtype]) is _triton.TritonTile
+        assert logps._tile("auto", cpu[dtype]) is logps._tile("two_gemm", gpu[dtype]) is TorchTile
+        assert logps._tile("triton", cpu[dtype]) is _triton.TritonTile
+    assert logps._tile("auto", gpu[torch.float64]) is TorchTile
+    logps._triton_tile.cache_clear()
+    monkeypatch.setitem(sys.modules, _triton.__name__, None)  # as where triton is not installed
+    assert logps._tile("auto", gpu[torch.float32]) is TorchTile
+    with pytest.raises(ImportError):
+        logps._tile("triton", gpu[torch.float32])
+
+
+@compiled
+def test_what_triton_does_not_take():
+    hidden, weight, _, targets = head()
+    with pytest.raises(TypeError, match="impl='triton' computes in float32, for float64 use impl='two_gemm'"):
+        linear_logps(hidden, weight, targets, impl="triton")
+    with pytest.raises(ValueError, match="impl='triton' needs CUDA tensors, got cpu"):
+        linear_logps(hidden.float(), weight.float(), targets, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trains", ["h", "hw"])
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.7, "softcap": 30.0}], ids=str)
+@compiled
+def test_real_sizes_are_within_the_error_budget(trains, kwargs):
+    """N=1024, H=896, V=151936, in bfloat16, the words' logits of a few nats."""
+
+    def make(dtype: torch.dtype, **_: int) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 896, generator=g) for n in (1024, 151_936))
+        targets = torch.randint(151_936, (1024,), generator=g)
+        return [hidden.to(dtype), (0.1 * weight).to(dtype), torch.zeros(151_936, dtype=dtype), targets]
+
+    within_budget(make, torch.bfloat16, ("log_z",) if "w" in trains else (), trains, n=1024, **kwargs)
+
+
+@pytest.mark.gpu
+@compiled
+def test_a_tile_of_more_than_two_to_the_31_logits():
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=g, device="cuda").bfloat16() for n in (16_384, 151_936))
+    targets = torch.randint(151_936, (16_384,), generator=g, device="cuda")
+    runs = []
+    for chunk_tokens in (16_384, 1024):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logps(leaf, weight, targets, chunk_tokens=chunk_tokens)
+        out.sum().backward()
+        runs.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(*runs, rtol=1e-2, atol=1e-3)
