@@ -101,7 +101,7 @@ def planned(options: Options) -> dict[str, Any]:
 
     prediction, step, cut = at(options.micro_batch_tokens)
     gpu = GPUS[options.gpu]
-    all_of_it = work.batch_size * plan(setup, work, 1).largest.row_length * work.num_generations
+    all_of_it = plan(setup, work, 2**62).tokens
     largest = largest_fitting(lambda tokens: at(tokens)[0].fits(gpu), 1, all_of_it)
     seconds = step_seconds(size, cut, step, gpu)
     return {

@@ -47,7 +47,8 @@ def test_a_model_that_does_not_fit_at_all_gets_advice(capsys):
 
 
 def test_a_step_that_fits_as_a_whole(capsys):
-    assert answer(capsys, "--batch_size 2")["whole_step_fits"]
+    told = answer(capsys, "--batch_size 2")
+    assert told["whole_step_fits"] and told["largest_micro_batch_tokens"] == told["step_tokens"] == 2 * 896
 
 
 @pytest.mark.parametrize(
