@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: install demo test test-long mutants check smollm2 clean
+.PHONY: install demo test test-long bench mutants check smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ test: check
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+# Ours beside TRL, what fits two minutes on two cores; `logratio bench --help` names the rest.
+bench: install
+	$(BIN)/python -m logratio.benchmarks.bench quick --results build/bench --repeats 3 --fresh
 
 # Small mistakes in losses/, one at a time: which would the tests let live? `make mutants FILES=losses/dpo.py` for one file.
 mutants: install

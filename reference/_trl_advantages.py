@@ -37,7 +37,7 @@ def advantages(
         return score
 
     prompts = [{"prompt": f"{i // num_generations}"} for i in range(count)]
-    arguments = {"reward_funcs": [scorer(k) for k in range(len(rewards[0]))]}
+    arguments: dict[str, Any] = {"reward_funcs": [scorer(k) for k in range(len(rewards[0]))]}
     beta = options.pop("beta", 0.0)
     options |= {"num_generations": num_generations, "per_device_train_batch_size": count, "beta": 0.0}
     with constructed(method, model, tokenizer, prompts, options, **arguments) as trainer:

@@ -71,36 +71,48 @@ def built(
         yield trainer
 
 
+DEFAULTS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "optim": "adamw_torch",
+    "train_sampling_strategy": "sequential",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Fields of TRL's configuration, unless the options say otherwise."""
+
+
 @contextmanager
 def constructed(
-    method: str, model: Any, tokenizer: Any, data: list[dict[str, Any]], options: dict[str, Any], **arguments: Any
+    method: str,
+    model: Any,
+    tokenizer: Any,
+    data: list[dict[str, Any]],
+    options: dict[str, Any],
+    *,
+    copied: bool = True,
+    **arguments: Any,
 ) -> Iterator[Any]:
-    """The trainer alone. An option that is None is left at TRL's default; tuples become TRL's lists."""
+    """The trainer alone. An option that is None is left at TRL's default; tuples become TRL's lists.
+
+    copied: on copies of the models. TRL changes those that it gets, in their forward and their adapters.
+    """
     trainer_class, config_class = _classes(method)
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v is not None}
-    model = copy.deepcopy(model)
+    clone = copy.deepcopy if copied else lambda model: model
+    model = clone(model)
     if method in ("dpo", "kto"):
         ref_model = arguments.pop("ref_model")
-        if ref_model is None and not isinstance(model, PeftModel):
-            ref_model = model
-        arguments["ref_model"] = copy.deepcopy(ref_model)
+        own = ref_model is None and not isinstance(model, PeftModel)
+        arguments["ref_model"] = copy.deepcopy(model) if own else clone(ref_model)
     else:
         arguments.pop("ref_model", None)
     with _quietly(), tempfile.TemporaryDirectory() as folder:
-        args = config_class(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            optim="adamw_torch",
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **options,
-        )
+        args = config_class(output_dir=folder, **{**DEFAULTS, **options})
         trainer = _silenced(trainer_class)(
             model=model,
             args=args,

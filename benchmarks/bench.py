@@ -1,0 +1,212 @@
+"""`logratio bench SUITE`: measures ours beside TRL and Liger-Kernel, a JSON line for each contestant of each case.
+
+    quick   two minutes on a CPU: a small head, tiny steps of every method, one step of SmolLM2-135M's shape
+    head    the LM head alone, forward and backward
+    step    one optimizer step of every method, whole, with LoRA and with QLoRA
+    scale   how a step grows with sequence length, batch, vocabulary and group size
+    all     head, step and scale
+
+Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
+time (`--budget_s` cuts it between two cases) and gone on with. Status 1 where a case failed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from rich.console import Console
+
+from logratio.trainers.errors import UserError
+
+from . import head, step
+from .contestants import LEARNING_RATE
+from .head import HeadCase
+from .measure import free_memory
+from .records import Records, certificate, device_name
+from .step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+
+SUITES = ("quick", "head", "step", "scale", "all")
+HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
+SMALL_HEAD_SHAPES = {"SmolLM2-135M": (576, 49152)}
+
+
+@dataclass
+class Options:
+    """What to measure, and where to write it."""
+
+    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "all"]]
+    """Which cases."""
+    results: Path = Path("benchmarks/results")
+    """Folder of the JSON lines."""
+    only: list[str] = field(default_factory=list)
+    """Only cases whose names contain one of these, such as dpo-lora or Llama-3.1-8B-ultrafeedback."""
+    contestants: list[str] = field(default_factory=list)
+    """Only these of the steps' contestants: logratio, trl, trl+liger."""
+    repeats: int = 5
+    """Rounds that are timed."""
+    seed: int = 0
+    """Of weights and tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one."""
+    threads: int | None = None
+    """Of torch on a CPU (default: its own choice)."""
+    budget_s: float | None = None
+    """Begin no case after so many seconds."""
+    fresh: bool = False
+    """Measure again what has been measured."""
+    dry_run: bool = False
+    """Print the cases' names and stop."""
+
+
+class Job(NamedTuple):
+    """A case, and what measures it: {contestant: status and figures}."""
+
+    suite: str
+    case: HeadCase | StepCase
+    run: Callable[[], dict[str, dict[str, Any]]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = chosen_device(options.device)
+    jobs = [job for job in jobs_of(options, device) if wanted(job, options.only)]
+    if not jobs:
+        raise UserError(f"no case of suite {options.suite} has a name with {' or '.join(options.only)} in it")
+    if options.dry_run:
+        print(*(job.case.case for job in jobs), sep="\n")
+        return 0
+    return measure(jobs, options, device)
+
+
+def chosen_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def wanted(job: Job, only: Sequence[str]) -> bool:
+    return not only or any(part in job.case.case for part in only)
+
+
+def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
+    """The suite's cases; on a CPU those that one can wait for."""
+    gpu = device.type == "cuda"
+    shapes, tokens = (HEAD_SHAPES, 8192) if gpu else (SMALL_HEAD_SHAPES, 1024)
+    dtype = "bfloat16" if gpu else "float32"
+    suites = ("head", "step", "scale") if options.suite == "all" else (options.suite,)
+    if "head" in suites:
+        for name, (hidden, vocab) in shapes.items():
+            for trainable in (False, True):
+                yield head_job(HeadCase(name, hidden, vocab, tokens, dtype, trainable), options, device)
+    if "quick" in suites:
+        yield head_job(HeadCase("tiny", 128, 8192, 512, "float32", False), options, device)
+        for case in quick_cases():
+            yield step_job("step", case, options, device)
+    if "step" in suites:
+        for case in gpu_cases() if gpu else cpu_cases():
+            yield step_job("step", case, options, device)
+    if "scale" in suites:
+        for case in scale_cases(gpu):
+            yield step_job("scale", case, options, device)
+
+
+def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
+    return Job("head", case, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed))
+
+
+def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
+    only = options.contestants or step.CONTESTANTS
+    return Job(suite, case, lambda: step.run(case, device, repeats=options.repeats, seed=options.seed, only=only))
+
+
+def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
+    """Run what has no line yet, one case after the other; 1 where one failed."""
+    console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    records = Records(options.results / f"{slug(device)}.jsonl", fresh=options.fresh)
+    failed = left = 0
+    for number, job in enumerate(jobs, 1):
+        stub = record_of(job, options, device)
+        of_head = isinstance(job.case, HeadCase)
+        names = tuple(head.CONTESTANTS) if of_head else options.contestants or step.CONTESTANTS
+        able = [name for name in names if not (head if of_head else step).why_not(name, device)]
+        if all(records.has(stub | {"contestant": name}) for name in able):
+            console.print(f"{number}/{len(jobs)} {job.case.case}: measured already")
+            continue
+        if options.budget_s is not None and time.perf_counter() - started > options.budget_s:
+            left += 1
+            continue
+        begun = time.perf_counter()
+        for name, figures in attempted(job, names).items():
+            records.add(stub | {"contestant": name} | {k: finite(v) for k, v in figures.items()})
+            failed += figures["status"] == "failed"
+            console.print(f"{number}/{len(jobs)} {job.case.case}: {name} {summary(figures)}")
+        console.print(f"    {time.perf_counter() - begun:.0f} s")
+    if left:
+        console.print(f"{left} cases are left; the same command goes on with them")
+    console.print(f"results in {records.path}")
+    return 1 if failed else 0
+
+
+def attempted(job: Job, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The figures; where the case itself cannot be built, the same status for every contestant."""
+    try:
+        return job.run()
+    except torch.OutOfMemoryError as error:
+        row = {"status": "oom", "error": step.first_line(error)}
+    except Exception as error:  # the next case may do better; this one is recorded
+        row = {"status": "failed", "error": f"{type(error).__name__}: {step.first_line(error)}"}
+    finally:
+        free_memory()
+    return {name: dict(row) for name in names}
+
+
+def record_of(job: Job, options: Options, device: torch.device) -> dict[str, Any]:
+    """What all contestants' lines of a case share."""
+    settings = {"seed": options.seed, "repeats": options.repeats}
+    if isinstance(job.case, StepCase):
+        settings |= job.case.settings() | {"optimizer": "adamw_torch", "learning_rate": LEARNING_RATE}
+    return {
+        "suite": job.suite,
+        "case": job.case.case,
+        "contestant": "",
+        "gpu": device_name(device),
+        **job.case.fields(),
+        "certificate": certificate(device, settings),
+    }
+
+
+def finite(value: Any) -> Any:
+    """A figure that is no number becomes None; JSON has none."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def slug(device: torch.device) -> str:
+    return device_name(device).lower().replace(" ", "-")
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """One line of what was found."""
+    if figures["status"] != "ok":
+        return f"{figures['status']}: {figures['error']}"
+    time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
+    parts = [f"{time_ms:.1f} ms"]
+    if figures.get("peak_mem_mib") is not None:
+        parts.append(f"{figures['peak_mem_mib']:.0f} MiB")
+    if figures.get("grad_rel_err") is not None:
+        parts.append(f"gradient differs by {figures['grad_rel_err']:.1e}")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

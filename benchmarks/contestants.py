@@ -1,0 +1,166 @@
+"""One optimizer step of each contestant, on the same weights and the same token ids: what one is, and ours.
+
+A step is everything from token ids to updated weights: packing or padding (TRL's is done beforehand, as its data
+loader's workers would), reference, forward, backward, clipping, AdamW. TRL's are in `trl_contestant.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from logratio.trainers.data import Example
+from logratio.trainers.lora_layers import fuse_lora
+from logratio.trainers.packing import pack
+from logratio.trainers.policy import Policy
+from logratio.trainers.reference import (
+    AdapterReference,
+    ModelReference,
+    Reference,
+    StoredReference,
+    inference,
+)
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.sharing import choose_attention
+from logratio.trainers.step import MicroBatch, Step
+
+from .measure import wait
+from .step_cases import StepCase
+
+LEARNING_RATE = 1e-5
+MAX_GRAD_NORM = 1.0
+
+OldLogps = dict[str, list[Tensor]]
+"""`tokens_key` of an example -> log-probs of its completions under the policy that sampled them."""
+
+
+class Contestant(Protocol):
+    """attention: its implementation's name. model: with the parameters that train."""
+
+    attention: str
+    model: Any
+
+    def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> Any:
+        """What `backward` takes, of the examples of a step."""
+
+    def backward(self, batch: Any) -> None:
+        """Reference, forward and backward: the step's gradient is added up."""
+
+    def update(self) -> None:
+        """Clip, step, reset."""
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        """Of every completion's tokens, flat, without gradient, as the step's forward pass computes them."""
+
+
+def apply_update(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """What both sides do with a gradient."""
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Ours:
+    """logratio, as `logratio train` runs a step. old: of GRPO's rollouts."""
+
+    def __init__(
+        self, case: StepCase, model: Any, ref_model: Any, device: torch.device, old: OldLogps | None = None
+    ) -> None:
+        self.case, self.model, self.device = case, model, device
+        loss = case.loss
+        fuse_lora(model)
+        if case.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy = self.policy = Policy(model, stats=loss.stats)
+        policy.shared = not choose_attention(policy)[0]
+        self.attention = policy.causal_lm.config._attn_implementation
+        reference: Reference | None = None
+        if loss.wants_reference:
+            reference = AdapterReference(policy, policy)
+            if not policy.has_adapters:
+                reference = ModelReference(Policy(ref_model, shared=policy.shared))
+        self.step = Step(
+            start_accelerator("no"),
+            policy,
+            policy,
+            loss,
+            reference,
+            micro_batch_tokens=case.micro_batch_tokens,
+            max_length=case.max_length,
+        )
+        self.old = None if old is None else StoredReference(old, AdapterReference(policy, policy))
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        policy.train()
+
+    def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> list[Example]:
+        return list(window)
+
+    def micro_batches(self, window: list[Example]) -> list[MicroBatch]:
+        micros = self.step.micro_batches(window)
+        if self.old is not None:
+            for micro in micros:
+                micro.old = self.old(micro.batch)
+        return micros
+
+    def backward(self, batch: list[Example]) -> None:
+        micros = self.micro_batches(batch)
+        self.step(micros, self.step.totals(batch, micros))
+
+    def update(self) -> None:
+        apply_update(self.policy, self.optimizer)
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        return policy_logps(self.policy, examples)
+
+    def timed_parts(self, window: list[Example]) -> dict[str, float]:
+        """The milliseconds that each part of one step takes, with the device drained in between."""
+        parts: dict[str, float] = {}
+        last = time.perf_counter()
+
+        def mark(name: str) -> None:
+            nonlocal last
+            wait(self.device)
+            now = time.perf_counter()
+            parts[name], last = (now - last) * 1e3, now
+
+        wait(self.device)
+        micros = self.micro_batches(window)
+        mark("packing")
+        self.step.fill_reference(micros)
+        mark("reference")
+        totals = self.step.totals(window, micros)
+        mark("pass before the step")
+        self.step(micros, totals)
+        mark("forward and backward")
+        self.update()
+        mark("optimizer")
+        return {k: v for k, v in parts.items() if v > 0.5}
+
+
+def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
+    """Log-probs of every completion's tokens, flat, one example at a time, its prompt shared as the policy does."""
+    device = policy.causal_lm.get_output_embeddings().weight.device
+    parts = []
+    with inference(policy):
+        for example in examples:
+            for batch in pack([example], 1 << 30, shared=policy.shared):
+                moved = batch.to(device)
+                parts.append(policy(moved).logps[moved.scored])
+    return torch.cat(parts)
+
+
+def share_frozen(model: Any) -> Any:
+    """A copy that has parameters of its own where they train, and shares the frozen ones and all buffers."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in shared})
+
+
+def trained_mib(model: Any) -> float:
+    """What training keeps for a model beyond its frozen weights: parameters, gradients, AdamW's two states."""
+    return sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20

@@ -1,0 +1,215 @@
+"""Runs a case of one optimizer step: gradients compared first, then memory, then time, contestants interleaved."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+
+from logratio.losses import Kind
+from logratio.trainers.data import Example
+from logratio.trainers.loop import count_tokens
+from logratio.trainers.packing import pack
+from logratio.trainers.policy import Policy
+from logratio.trainers.reference import inference, tokens_key
+
+from .contestants import Contestant, OldLogps, Ours, share_frozen, trained_mib
+from .ledger import Gradient, Truth, difference, gradient, ledger, truth
+from .measure import free_memory, interleaved, median_ratio, peak_mem, percentiles
+from .models import build
+from .records import installed
+from .step_cases import StepCase
+from .trl_contestant import Trl
+
+CONTESTANTS = ("logratio", "trl", "trl+liger")
+TRIAL = 4
+"""Examples whose gradients are compared (of rollouts, one group)."""
+WINDOWS = 3
+"""Different steps that are timed in turn, so that lengths vary as they do in training."""
+MAX_GRAD_REL_ERR = {"float32": 1e-4}
+"""Beyond this the two sides do not compute the same, and nothing is timed. In bfloat16 rounding is some percent."""
+
+Figures = dict[str, Any]
+
+
+def run(
+    case: StepCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
+) -> dict[str, Figures]:
+    """{contestant: status and figures}; a contestant that fails or runs out of memory does not end the others."""
+    model = build(
+        case.model,
+        case.adapter,
+        dtype=getattr(torch, case.dtype),
+        device=device,
+        seed=seed,
+        lora_r=case.lora_r,
+        vocab_size=case.vocab_size,
+    )
+    vocab = model.get_output_embeddings().weight.shape[0]
+    windows = [case.window(vocab, seed + i) for i in range(WINDOWS)]
+    old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
+    rows: dict[str, Figures] = {}
+    with ExitStack() as stack:
+        running: dict[str, Contestant] = {}
+        for name in only:
+            attempt(name, rows, running, partial(make, name, case, model, device, stack, old))
+        trial = on_trial(case, windows[0])
+        compare(case, truth(case, model, trial, old), trial, rows, running)
+        for name in list(running):
+            others = sum(trained_mib(c.model) for other, c in running.items() if other != name)
+            attempt(name, rows, running, partial(memory, running[name], windows[0], device, others))
+        batches = {name: [c.prepare(window) for window in windows] for name, c in running.items()}
+        works = {name: step_of(running[name], batches[name]) for name in running}
+        times = interleaved(works, device, repeats=repeats) if works else {}
+        for name, values in times.items():
+            rows[name] |= rates(values, windows) | {"attention": running[name].attention}
+            if "logratio" in times:
+                rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
+        told(case, rows, running, windows)
+        if "logratio" in running:
+            rows["logratio"]["parts"] = running["logratio"].timed_parts(windows[0])  # type: ignore[attr-defined]
+    return rows
+
+
+def make(
+    name: str, case: StepCase, model: Any, device: torch.device, stack: ExitStack, old: OldLogps | None
+) -> Contestant:
+    """A contestant on a copy of the model, which shares what is frozen."""
+    mine = share_frozen(model)
+    ref_model = None
+    if case.adapter == "full" and case.loss.wants_reference:
+        ref_model = share_frozen(model.requires_grad_(False))
+        model.requires_grad_(True)
+    if name == "logratio":
+        return Ours(case, mine, ref_model, device, old)
+    if reason := why_not(name, device):
+        raise Refused(reason)
+    return Trl(case, mine, ref_model, device, stack, liger=name == "trl+liger", old=old)
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a contestant cannot run here, or None."""
+    if name == "trl+liger" and device.type != "cuda":
+        return "Liger's layers need a GPU"
+    if name == "trl+liger" and not installed("liger-kernel"):
+        return "liger-kernel is not installed"
+    return None
+
+
+class Refused(Exception):
+    """A contestant that cannot run a case here; says why."""
+
+
+def attempt(name: str, rows: dict[str, Figures], running: dict[str, Contestant], work: Callable[[], Any]) -> None:
+    """Do it, and keep what comes of it: a contestant, or figures; else take the contestant out and say why."""
+    row = rows.setdefault(name, {"status": "ok"})
+    try:
+        result = work()
+        if isinstance(result, dict):
+            row |= result
+        else:
+            running[name] = result
+        return
+    except Refused as error:
+        row |= {"status": "refused", "error": str(error)}
+    except torch.OutOfMemoryError as error:
+        row |= {"status": "oom", "error": first_line(error)}
+    except Exception as error:  # a peer's fault must not end the run; it is recorded
+        row |= {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
+    running.pop(name, None)
+    free_memory()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps:
+    """Log-probs of a policy some updates ago: today's, with noise that takes some ratios beyond the clip range."""
+    policy = Policy(model)
+    generator = torch.Generator().manual_seed(seed)
+    table: OldLogps = {}
+    device = next(model.parameters()).device
+    for batch in pack([e for window in windows for e in window], case.micro_batch_tokens, shared=False):
+        with inference(policy):
+            logps = policy(batch.to(device)).logps.cpu()
+        path = 0
+        for example in batch.examples:
+            table[tokens_key(example)] = []
+            for completion in example.completions:
+                values = logps[path, : len(completion.ids)]
+                noise = 0.1 * torch.randn(values.shape, generator=generator)
+                table[tokens_key(example)].append((values + noise).to(device))
+                path += 1
+    return table
+
+
+def on_trial(case: StepCase, window: list[Example]) -> list[Example]:
+    """A few examples that both sides take in one micro-batch: TRL's result depends on the cut as well."""
+    return window[:1] if case.loss.kind is Kind.GROUPED else window[:TRIAL]
+
+
+def compare(
+    case: StepCase, exact: Truth, trial: list[Example], rows: dict[str, Figures], running: dict[str, Contestant]
+) -> None:
+    """Every peer's gradient against ours, and the ledger of all; one that computes something else is out."""
+    grads: dict[str, Gradient] = {}
+
+    def of(name: str) -> Figures:
+        grads[name] = gradient(running[name], trial)
+        row: Figures = {"ledger": ledger(running[name], grads[name], exact, trial)}
+        if "logratio" not in grads or name == "logratio":
+            return row
+        row["grad_rel_err"] = error = difference(grads.pop(name), grads["logratio"])
+        limit = MAX_GRAD_REL_ERR.get(case.dtype)
+        if limit is not None and not error <= limit:
+            raise ArithmeticError(f"its gradient differs by {error:.1e}, relative; at most {limit:g} is rounding")
+        return row
+
+    for name in list(running):
+        attempt(name, rows, running, partial(of, name))
+
+
+def memory(contestant: Contestant, window: list[Example], device: torch.device, others: float) -> Figures:
+    """The peak of a whole step, without what the other contestants keep; compiles and makes the optimizer's state."""
+    work = step_of(contestant, [contestant.prepare(window)])
+    work(0)
+    return {"peak_mem_mib": peak_mem(lambda: work(0), device, beyond=others)}
+
+
+def step_of(contestant: Contestant, batches: list[Any]) -> Callable[[int], None]:
+    def step(round_: int) -> None:
+        contestant.backward(batches[round_ % len(batches)])
+        contestant.update()
+
+    return step
+
+
+def rates(times_ms: list[float], windows: Sequence[list[Example]]) -> Figures:
+    """Percentiles of the step, and rates per second: medians over the rounds, whose steps differ in length."""
+    tokens = [count_tokens(window) for window in windows]
+    per_second = [tokens[i % len(tokens)] / t * 1e3 for i, t in enumerate(times_ms)]
+    examples = [len(windows[i % len(windows)]) / t * 1e3 for i, t in enumerate(times_ms)]
+    return percentiles(times_ms, "step_ms") | {
+        "tokens_per_s": statistics.median(per_second),
+        "examples_per_s": statistics.median(examples),
+        "num_tokens": sum(tokens) // len(tokens),
+        "times_ms": times_ms,
+    }
+
+
+def told(
+    case: StepCase, rows: dict[str, Figures], running: dict[str, Contestant], windows: list[list[Example]]
+) -> None:
+    """Tokens that each side's forward pass really computes, padding and repeated prompts included, per step."""
+    for name, contestant in running.items():
+        if isinstance(contestant, Ours):
+            micros = [m for w in windows for m in contestant.step.micro_batches(w)]
+            padded = sum(m.batch.input_ids.numel() for m in micros)
+        else:
+            padded = sum(map(case.padded_by_peer, windows))
+        rows[name]["num_padded_tokens"] = padded // len(windows)
