@@ -111,6 +111,10 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path):
     for kind, make in KINDS.items():
         make(tie_word_embeddings=False).save_pretrained(tmp_path / kind)
         assert find(str(tmp_path / kind)) == Geometry.of(AutoConfig.from_pretrained(tmp_path / kind))
+        fields = json.loads((tmp_path / kind / "config.json").read_text())
+        del fields["tie_word_embeddings"]
+        (tmp_path / kind / "config.json").write_text(json.dumps(fields))
+        assert find(str(tmp_path / kind)) == Geometry.of(AutoConfig.from_pretrained(tmp_path / kind))
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "bert"}', "{}", "no json", "[1]", '{"model_type": "llama"}'])
