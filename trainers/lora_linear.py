@@ -72,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
             y = _dense(part, cast) if type(part.base) is nn.Linear else _quantized(part, x)
             y.view(-1, y.shape[-1]).addmm_(own, part.b.to(dtype).t(), alpha=part.scaling)
             outputs.append(y.to(part.out))
-        ctx.parts, ctx.x_dtype = parts, x.dtype
+        ctx.parts = parts
         # a weight is kept (no copy of it) for dx alone; a quantized one is found through its layer
         weights = [part.base.weight for part in parts if ctx.needs_input_grad[0] and type(part.base) is nn.Linear]
         ctx.save_for_backward(cast, u, *factors, *weights)
@@ -94,8 +94,7 @@ class _LoraLinear(torch.autograd.Function):
         dys = {i: dy.reshape(-1, dy.shape[-1]).to(x.dtype) for i, dy in enumerate(grads) if dy is not None}
         for i in used:
             if needs_b[i]:
-                db = _product(dys[i].t(), us[i], parts[i].scaling)
-                out[2 + count + i] = db.to(factors[count + i].dtype)
+                out[2 + count + i] = _product(dys[i].t(), us[i], parts[i].scaling)
         if not needs_x and not any(needs_a):
             return tuple(out)
         ranks = [us[i].shape[1] for i in used]
@@ -103,17 +102,16 @@ class _LoraLinear(torch.autograd.Function):
         for i, own in zip(used, du.split(ranks, dim=1), strict=True):
             own.addmm_(dys[i], factors[count + i].to(x.dtype), beta=0, alpha=parts[i].scaling)
         if any(needs_a):
-            da = _product(du.t(), rows).split(ranks)
-            for i, own in zip(used, da, strict=True):
-                out[2 + i] = own.to(factors[i].dtype) if needs_a[i] else None
+            for i, own in zip(used, _product(du.t(), rows).split(ranks), strict=True):
+                out[2 + i] = own
         if needs_x:
             dx = rows.new_empty(rows.shape, dtype=parts[0].compute)
             for k, i in enumerate(used):
                 weight = weights[i] if weights else _dequantized(parts[i])
                 dx.addmm_(dys[i].to(dx.dtype), weight.to(dx.dtype), beta=1 if k else 0)
             dx = dx.to(x.dtype).addmm_(du, _stacked([factors[i] for i in used], x.dtype))
-            out[0] = dx.view(x.shape).to(ctx.x_dtype)
-        return tuple(out)
+            out[0] = dx.view(x.shape)
+        return tuple(out)  # autograd casts each to the dtype of what it is the gradient of
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -55,7 +55,8 @@ def attention(**options):
     torch.manual_seed(0)
     options = {"target_modules": ["q_proj", "k_proj", "v_proj"]} | options
     model = lora(nn.Sequential(Attention()), **options)
-    model.add_adapter("other", LoraConfig(**{"r": 3, "init_lora_weights": False} | options))
+    # of another rank, but of the same scaling
+    model.add_adapter("other", LoraConfig(**{"r": 3, "lora_alpha": 12, "init_lora_weights": False} | options))
     model.set_adapter("default")
     return model.double()
 

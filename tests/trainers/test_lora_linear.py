@@ -164,7 +164,7 @@ def test_backward_inside_autocast_is_the_same():
 # --- nf4
 
 
-def quantized(compute, bias=False):
+def quantized(compute, bias=False, dense_k=False):
     from bitsandbytes.nn import Linear4bit
 
     def make(inputs, outputs, bias):
@@ -173,6 +173,8 @@ def quantized(compute, bias=False):
     torch.manual_seed(1)
     base = nn.Sequential(Attention(bias, make)).to("cpu")
     base.is_loaded_in_4bit = True
+    if dense_k:
+        base[0].k_proj = nn.Linear(H, N_KV, bias=bias)
     model = with_lora(base)
     fused = copy.deepcopy(model)
     assert fuse_lora(fused) == 4
@@ -214,6 +216,21 @@ def test_nf4_errs_no_more_than_peft_in_the_coarsest_dtype(inputs, compute, autoc
     assert ours["y0"].dtype == inputs
     theirs = results(model, x, context=torch.autocast("cpu", torch.bfloat16) if inputs != compute else context)
     assert_within_budget(ours, theirs, exact, torch.bfloat16)
+
+
+def test_nf4_and_dense_siblings_compute_apart():
+    model, fused = quantized(torch.float32, dense_k=True)
+    x = make_x(torch.float32)
+    assert_close(results(fused, x), results(model, x), 1e-5)
+
+
+def test_nf4_siblings_of_two_dtypes_compute_apart():
+    model, fused = quantized(torch.float32)
+    for m in (model, fused):
+        m.base_model.model[0].k_proj.base_layer.compute_dtype = torch.bfloat16
+    x = make_x(torch.float32)
+    ours, theirs = (results(m, x, context=torch.autocast("cpu", torch.bfloat16)) for m in (fused, model))
+    assert_within_budget(ours, theirs, results(dense_twin(model), x.double()), torch.bfloat16)
 
 
 def test_nf4_outputs_may_be_changed_in_place():
@@ -280,15 +297,32 @@ def test_only_x_and_u_are_kept_beside_the_weights_themselves(make):
     assert not any(t.data_ptr() == y.data_ptr() for t in kept for y in outputs)
 
 
-def test_under_autocast_one_copy_of_x_is_kept_and_none_of_a_weight():
-    _, fused = peft_and_fused(torch.float32)
-    saved, x = [], make_x(torch.float32).requires_grad_()
+@pytest.mark.parametrize(
+    ("make", "inputs", "autocast"),
+    [
+        (lambda: peft_and_fused(torch.float32), torch.float32, True),
+        (lambda: quantized(torch.bfloat16), torch.float32, True),
+        (lambda: quantized(torch.float32), torch.bfloat16, False),
+    ],
+)
+def test_x_is_kept_once_in_half_precision_and_no_copy_of_a_weight(make, inputs, autocast):
+    """Under autocast in its dtype; nf4 layers in x's, whatever bitsandbytes computes in."""
+    _, fused = make()
+    saved, x = [], make_x(inputs).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             fused(x)
     weights = {p.data_ptr() for p in fused.parameters()}
     kept = [t for t in saved if t.data_ptr() not in weights]
     assert sorted(t.shape[-1] for t in kept) == [3, 9, N_Q, H] and {t.dtype for t in kept} == {torch.bfloat16}
+
+
+def test_without_a_gradient_of_x_the_frozen_weight_is_not_kept():
+    _, fused = peft_and_fused()
+    saved, q_proj = [], fused.base_model.model[0].q_proj
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        q_proj(make_x())
+    assert len(saved) == 4 and not any(t.data_ptr() == q_proj.base_layer.weight.data_ptr() for t in saved)
 
 
 def test_without_gradient_nothing_is_kept():
