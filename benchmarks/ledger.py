@@ -54,7 +54,7 @@ def plain(model: Any, dtype: torch.dtype) -> Any:
     twin = copy.deepcopy(model)
     for parent in list(twin.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer).__name__ == "Linear4bit" and hasattr(layer.weight, "quant_state"):
+            if isinstance(layer, torch.nn.Linear) and type(layer) is not torch.nn.Linear:  # PEFT's layers are none
                 setattr(parent, name, dequantized(layer, dtype))
     return exact(twin) if dtype == torch.float64 else twin.to(dtype)
 

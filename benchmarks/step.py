@@ -17,11 +17,14 @@ from logratio.trainers.packing import pack
 from logratio.trainers.policy import Policy
 from logratio.trainers.reference import inference, tokens_key
 
+from .activations import Batch
 from .contestants import Contestant, OldLogps, Ours, share_frozen, trained_mib
+from .gpus import GPUS
 from .ledger import Gradient, Truth, difference, gradient, ledger, truth
 from .measure import free_memory, interleaved, median_ratio, peak_mem, percentiles
+from .memory import Setup, predicted_peak_mem_mib
 from .models import build
-from .records import installed
+from .records import device_name, installed
 from .step_cases import StepCase
 from .trl_contestant import Trl
 
@@ -70,8 +73,10 @@ def run(
             if "logratio" in times:
                 rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
         told(case, rows, running, windows)
-        if "logratio" in running:
-            rows["logratio"]["parts"] = running["logratio"].timed_parts(windows[0])  # type: ignore[attr-defined]
+        if isinstance(ours := running.get("logratio"), Ours):
+            rows["logratio"]["parts"] = ours.timed_parts(windows[0])
+            if device.type == "cuda":
+                rows["logratio"]["predicted_peak_mem_mib"] = predicted(case, ours, windows[0])
     return rows
 
 
@@ -179,6 +184,23 @@ def memory(contestant: Contestant, window: list[Example], device: torch.device, 
     work = step_of(contestant, [contestant.prepare(window)])
     work(0)
     return {"peak_mem_mib": peak_mem(lambda: work(0), device, beyond=others)}
+
+
+def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float:
+    """What `logratio plan` would have said of the peak, of the micro-batch that needs most."""
+    packed = [micro.batch for micro in ours.step.micro_batches(window)]
+    setup = Setup(
+        method=case.method,
+        dtype=case.dtype,
+        lora_r=0 if case.adapter == "full" else case.lora_r,
+        load_in_4bit=case.adapter == "qlora",
+        gradient_checkpointing=case.gradient_checkpointing,
+        attn_implementation=None if ours.policy.uses_flex else ours.attention,
+        accumulates=len(packed) > 1,
+        gpu=next((name for name in GPUS if name.split()[0] in device_name(ours.device)), "H100"),
+    )
+    config = ours.policy.causal_lm.config
+    return max(predicted_peak_mem_mib(config, setup, Batch.of(batch)) for batch in packed)
 
 
 def step_of(contestant: Contestant, batches: list[Any]) -> Callable[[int], None]:
