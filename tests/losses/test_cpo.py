@@ -198,7 +198,7 @@ def test_tpo_by_hand(case, weight):
     assert run(loss, policy) == pytest.approx(expected, rel=1e-12, abs=1e-15)
     assert loss.scores_gold == (alpha != 0)
     metrics = loss(policy, totals=Totals.of(policy)).metrics
-    scores = (-1.5, -1.0) if loss_type == "tpo-l" else (-3.0, -4.0)  # averages, or sums
+    scores = (-1.5, -1.0) if loss_type in ("ipo", "tpo-l") else (-3.0, -4.0)  # averages, or sums
     assert metrics["rewards/chosen"].total.item() == H * scores[0]
     assert metrics["rewards/rejected"].total.item() == H * scores[1]
     if not alpha:  # the gold completion is not looked at
