@@ -64,9 +64,17 @@ def bases(rows: Sequence[Row]) -> dict[str, Row]:
 
 
 def quotient(row: Row, base: Row | None, key: str) -> float | None:
-    """row[key] over the base's; None where one of them was not measured."""
+    """row[key] over the base's; None where one of them was not measured.
+
+    Of times and rates of steps that took turns it is the median of the rounds' ratios, in which a slow moment of the
+    machine counts on both sides.
+    """
     if base is None or not row.get(key) or not base.get(key):
         return None
+    paired = row.get("time_to_ours")
+    if paired and base["contestant"] == OURS and row["certificate"] == base["certificate"]:
+        if key in ("step_ms_p50", "examples_per_s"):
+            return float(paired) if key == "step_ms_p50" else 1 / float(paired)
     return float(row[key]) / float(base[key])
 
 

@@ -33,8 +33,9 @@ TRIAL = 4
 """Examples whose gradients are compared (of rollouts, one group)."""
 WINDOWS = 3
 """Different steps that are timed in turn, so that lengths vary as they do in training."""
-MAX_GRAD_REL_ERR = {"float32": 1e-4}
-"""Beyond this the two sides do not compute the same, and nothing is timed. In bfloat16 rounding is some percent."""
+MAX_GRAD_REL_ERR = 1e-4
+"""In float32; beyond it the two sides do not compute the same, and nothing is timed. In bfloat16 rounding is some
+percent, and so it is with QLoRA in any dtype, for which TRL makes the adapters bfloat16: there the figure is told."""
 
 Figures = dict[str, Any]
 
@@ -170,9 +171,8 @@ def compare(
         if "logratio" not in grads or name == "logratio":
             return row
         row["grad_rel_err"] = error = difference(grads.pop(name), grads["logratio"])
-        limit = MAX_GRAD_REL_ERR.get(case.dtype)
-        if limit is not None and not error <= limit:
-            raise ArithmeticError(f"its gradient differs by {error:.1e}, relative; at most {limit:g} is rounding")
+        if case.dtype == "float32" and case.adapter != "qlora" and not error <= MAX_GRAD_REL_ERR:
+            raise ArithmeticError(f"its gradient differs by {error:.1e}; at most {MAX_GRAD_REL_ERR:g} is rounding")
         return row
 
     for name in list(running):

@@ -119,7 +119,7 @@ def gpu_cases() -> list[StepCase]:
 def cpu_cases() -> list[StepCase]:
     """Every method with LoRA in the shape of SmolLM2-135M, in GSM8K's lengths: minutes each on two cores."""
     return [
-        StepCase(method, "lora", "SmolLM2-135M", "gsm8k", 1 if method == "grpo" else 4, 2048, dtype="float32")
+        StepCase(method, "lora", "SmolLM2-135M", "gsm8k", 1 if method == "grpo" else 8, 8192, dtype="float32")
         for method in METHODS
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from logratio.benchmarks._report_rows import groups, lines_of
+from logratio.benchmarks._report_rows import groups, lines_of, quotient
 from logratio.benchmarks._report_tables import number
 from logratio.benchmarks.report import BEGINNING, load, main, newest
 from logratio.trainers.errors import UserError
@@ -273,3 +273,12 @@ def test_dates_are_compared_as_times(tmp_path: Path) -> None:
     late["certificate"]["date"], early["certificate"]["date"] = "2026-01-02T03:30:00+00:00", "2026-01-02T05:00:00+02:00"
     (row,) = newest(load(write(tmp_path / "results", step=[late, early])))
     assert row["step_ms_p50"] == 1.0 and row["older"] == 1
+
+
+def test_ratios_of_steps_that_took_turns_are_paired():
+    ours, theirs = step("logratio", 100.0, time_to_ours=1.0), step("trl", 250.0, time_to_ours=2.25)
+    assert quotient(theirs, ours, "step_ms_p50") == 2.25  # and not 2.5
+    assert quotient(theirs, ours, "examples_per_s") == pytest.approx(1 / 2.25)
+    other_run = step("trl", 250.0, time_to_ours=2.25, date="11:00:00")
+    assert quotient(other_run, ours, "step_ms_p50") == 2.5
+    assert quotient(step("trl", 250.0, 30.0, time_to_ours=2.25), step("logratio", 100.0, 20.0), "peak_mem_mib") == 1.5
