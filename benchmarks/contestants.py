@@ -40,10 +40,12 @@ OldLogps = dict[str, list[Tensor]]
 
 
 class Contestant(Protocol):
-    """attention: its implementation's name. model: with the parameters that train."""
+    """attention: its implementation's name. model: with the parameters that train. ref_model: if it is another."""
 
     attention: str
     model: Any
+    ref_model: Any
+    optimizer: Any
 
     def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> Any:
         """What `backward` takes, of the examples of a step."""
@@ -71,7 +73,7 @@ class Ours:
     def __init__(
         self, case: StepCase, model: Any, ref_model: Any, device: torch.device, old: OldLogps | None = None
     ) -> None:
-        self.case, self.model, self.device = case, model, device
+        self.case, self.model, self.ref_model, self.device = case, model, ref_model, device
         loss = case.loss
         fuse_lora(model)
         if case.gradient_checkpointing:
@@ -161,6 +163,19 @@ def share_frozen(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in shared})
 
 
-def trained_mib(model: Any) -> float:
-    """What training keeps for a model beyond its frozen weights: parameters, gradients, AdamW's two states."""
-    return sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
+def trainable_copy(model: Any, adapter: str) -> Any:
+    """A copy whose adapters train, over shared weights, or all of whose weights do."""
+    return copy.deepcopy(model).requires_grad_(True) if adapter == "full" else share_frozen(model)
+
+
+def kept_mib(contestant: Contestant) -> float:
+    """What stays allocated between two steps: weights (of the reference too), nf4's scales, AdamW's state; MiB."""
+    models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
+    kept = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    for weight in list(kept):
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            kept += [state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ())]
+    kept += [v for state in contestant.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(sizes.values()) / 2**20

@@ -20,7 +20,7 @@ from torch import Tensor
 from logratio.trainers.data import Example
 from logratio.trainers.policy import Policy
 
-from .contestants import Contestant, OldLogps, Ours, policy_logps, share_frozen
+from .contestants import Contestant, OldLogps, Ours, policy_logps
 from .step_cases import StepCase
 from .truths import exact
 
@@ -42,9 +42,12 @@ def truth(case: StepCase, model: Any, trial: Sequence[Example], old: OldLogps | 
     size = sum(p.numel() for p in model.parameters())
     dtype = torch.float64 if size < LARGEST_FLOAT64 else torch.float32
     logps = policy_logps(Policy(plain(model, dtype)), trial)
+    whole = case.adapter == "full"
     twin = plain(model, torch.float32)
+    reference = copy.deepcopy(twin).requires_grad_(False) if whole else None
+    if whole:
+        twin.requires_grad_(True)
     device = next(model.parameters()).device
-    reference = share_frozen(twin).requires_grad_(False) if case.adapter == "full" else None
     ours = Ours(dataclasses.replace(case, dtype="float32"), twin, reference, device, old)
     return Truth(logps, gradient(ours, trial))
 

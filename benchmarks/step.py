@@ -18,10 +18,10 @@ from logratio.trainers.policy import Policy
 from logratio.trainers.reference import inference, tokens_key
 
 from .activations import Batch
-from .contestants import Contestant, OldLogps, Ours, share_frozen, trained_mib
+from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
 from .gpus import GPUS
 from .ledger import Gradient, Truth, difference, gradient, ledger, truth
-from .measure import free_memory, interleaved, median_ratio, peak_mem, percentiles
+from .measure import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
 from .memory import Setup, predicted_peak_mem_mib
 from .models import build
 from .records import device_name, installed
@@ -64,8 +64,7 @@ def run(
         trial = on_trial(case, windows[0])
         compare(case, truth(case, model, trial, old), trial, rows, running)
         for name in list(running):
-            others = sum(trained_mib(c.model) for other, c in running.items() if other != name)
-            attempt(name, rows, running, partial(memory, running[name], windows[0], device, others))
+            attempt(name, rows, running, partial(memory, running[name], windows[0], device))
         batches = {name: [c.prepare(window) for window in windows] for name, c in running.items()}
         works = {name: step_of(running[name], batches[name]) for name in running}
         times = interleaved(works, device, repeats=repeats) if works else {}
@@ -84,12 +83,10 @@ def run(
 def make(
     name: str, case: StepCase, model: Any, device: torch.device, stack: ExitStack, old: OldLogps | None
 ) -> Contestant:
-    """A contestant on a copy of the model, which shares what is frozen."""
-    mine = share_frozen(model)
-    ref_model = None
+    """A contestant on a copy of the model, which shares what is frozen; whole, the model itself is the reference."""
+    mine, ref_model = trainable_copy(model, case.adapter), None
     if case.adapter == "full" and case.loss.wants_reference:
         ref_model = share_frozen(model.requires_grad_(False))
-        model.requires_grad_(True)
     if name == "logratio":
         return Ours(case, mine, ref_model, device, old)
     if reason := why_not(name, device):
@@ -179,10 +176,12 @@ def compare(
         attempt(name, rows, running, partial(of, name))
 
 
-def memory(contestant: Contestant, window: list[Example], device: torch.device, others: float) -> Figures:
+def memory(contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
     """The peak of a whole step, without what the other contestants keep; compiles and makes the optimizer's state."""
     work = step_of(contestant, [contestant.prepare(window)])
     work(0)
+    free_memory()
+    others = allocated_mib(device) - kept_mib(contestant)
     return {"peak_mem_mib": peak_mem(lambda: work(0), device, beyond=others)}
 
 

@@ -39,7 +39,7 @@ class Trl:
         liger: bool = False,
         old: OldLogps | None = None,
     ) -> None:
-        self.case, self.device, self.old = case, device, old
+        self.case, self.device, self.old, self.ref_model = case, device, old, ref_model
         options: dict[str, Any] = {
             "per_device_train_batch_size": 2,
             "learning_rate": LEARNING_RATE,
