@@ -74,6 +74,7 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure head and steps beside TRL and Liger-Kernel; JSON lines for `logratio report`."""
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)

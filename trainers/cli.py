@@ -45,7 +45,7 @@ def dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: logratio COMMAND ...\n\n" + TRAIN_HELP.format(methods=", ".join(LOSSES)))
         for name, entry in others.items():
-            print(f"{name:<15} {(entry.load().__doc__ or '').strip().splitlines()[0]}")
+            print(f"{name:<15} {(entry.load().__doc__ or '').strip().partition(chr(10))[0]}".rstrip())
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     if command == "train":
