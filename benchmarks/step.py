@@ -177,7 +177,12 @@ def compare(
 
 
 def memory(contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
-    """The peak of a whole step, without what the other contestants keep; compiles and makes the optimizer's state."""
+    """The peak of a whole step, without what the other contestants keep; compiles and makes the optimizer's state.
+
+    None on a CPU, see `peak_mem`.
+    """
+    if device.type != "cuda":
+        return {"peak_mem_mib": None}
     work = step_of(contestant, [contestant.prepare(window)])
     work(0)
     free_memory()
