@@ -32,7 +32,6 @@ from .measure import free_memory
 from .records import Records, certificate, device_name
 from .step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
 
-SUITES = ("quick", "head", "step", "scale", "all")
 HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
 SMALL_HEAD_SHAPES = {"SmolLM2-135M": (576, 49152)}
 

@@ -85,7 +85,9 @@ class Ours:
         if loss.wants_reference:
             reference = AdapterReference(policy, policy)
             if not policy.has_adapters:
-                reference = ModelReference(Policy(ref_model, shared=policy.shared))
+                other = Policy(ref_model, shared=policy.shared)
+                choose_attention(other)
+                reference = ModelReference(other)
         self.step = Step(
             start_accelerator("no"),
             policy,

@@ -75,10 +75,15 @@ def dequantized(layer: Any, dtype: torch.dtype) -> torch.nn.Linear:
     return out
 
 
-def gradient(contestant: Contestant, examples: Sequence[Example]) -> Gradient:
-    """Of every parameter that trains, over these examples in one piece."""
+def backward(contestant: Contestant, examples: Sequence[Example]) -> None:
+    """Over these examples in one micro-batch, of TRL too, which counts completions where they are rollouts."""
     units = len(examples) * (len(examples[0].completions) if examples[0].advantages is not None else 1)
     contestant.backward(contestant.prepare(examples, units))
+
+
+def gradient(contestant: Contestant, examples: Sequence[Example]) -> Gradient:
+    """Of every parameter that trains, over these examples in one piece."""
+    backward(contestant, examples)
     found = {name: p.grad for name, p in contestant.model.named_parameters() if p.requires_grad}
     contestant.model.zero_grad()
     return {name: g for name, g in found.items() if g is not None}
@@ -103,8 +108,7 @@ def share_changed(contestant: Contestant, examples: Sequence[Example]) -> float:
     """Takes one step; of the entries that train, the share whose value is another afterwards."""
     trained = [p for p in contestant.model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    units = len(examples) * (len(examples[0].completions) if examples[0].advantages is not None else 1)
-    contestant.backward(contestant.prepare(examples, units))
+    backward(contestant, examples)
     contestant.update()
     changed = sum(int((p != q).sum()) for p, q in zip(trained, before, strict=True))
     return changed / sum(p.numel() for p in trained)
