@@ -67,6 +67,7 @@ def test_trls_micro_batches_are_the_largest_that_fit_ours():
     assert case.per_micro_batch(pairs) == 2  # 2 sequences of 30 tokens a pair
     assert case.padded_by_peer(pairs) == 4 * 30 + 4 * 20
     assert StepCase("dpo", "lora", "tiny", "fixed", 4, 10).per_micro_batch(pairs) == 1
+    assert StepCase("dpo", "lora", "tiny", "fixed", 4, 180).per_micro_batch(pairs) == 2  # 3 fit, and do not divide 4
     groups = [
         Example([1] * 4, [Completion([2] * n) for n in (3, 9)], advantages=(1.0, 2.0)),
         Example([1] * 6, [Completion([2] * n) for n in (5, 5)], advantages=(1.0, 2.0)),
