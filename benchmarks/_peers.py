@@ -21,12 +21,13 @@ from transformers import LlamaConfig
 from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle, trl
 from logratio.trainers.data import Example, prepare
+from logratio.trainers.mismatch import mismatched
 from logratio.trainers.policy import Policy
 from logratio.trainers.reference import AdapterReference, StoredReference, tokens_key
 from logratio.trainers.rows import Rows
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.sharing import why_not_shared
-from logratio.trainers.step import Step, mismatched
+from logratio.trainers.step import Step
 from logratio.trainers.tiny import tiny_tokenizer
 
 from .truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows

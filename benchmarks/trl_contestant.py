@@ -17,8 +17,8 @@ from logratio.losses import Kind
 from logratio.reference._trl_batches import rollouts
 from logratio.reference._trl_drive import constructed
 from logratio.trainers.data import Example
+from logratio.trainers.mismatch import mismatched
 from logratio.trainers.reference import inference, tokens_key
-from logratio.trainers.step import mismatched
 from logratio.trainers.tiny import tiny_tokenizer
 
 from .contestants import LEARNING_RATE, OldLogps, apply_update

@@ -17,8 +17,11 @@ from logratio.losses import TokenLogps, linear_logps
 from .flex import BLOCK, OURS, THEIRS, block_mask
 from .masks import attention_mask
 from .packing import PackedBatch
+from .stretches import STRETCHES, stretch_mask
 
 REFERENCE_ADAPTER = "reference"
+MASKS = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
+"""Attention implementation -> who sees whom in the form that it takes; others take a dense mask."""
 
 
 class Policy(nn.Module):
@@ -44,8 +47,13 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def attention(self) -> str:
+        """The name that transformers has for its implementation."""
+        return str(self.causal_lm.config.get_text_config()._attn_implementation)
+
+    @property
     def uses_flex(self) -> bool:
-        return self.causal_lm.config.get_text_config()._attn_implementation in (OURS, THEIRS)
+        return self.attention in (OURS, THEIRS)
 
     @property
     def row_multiple(self) -> int:
@@ -74,7 +82,7 @@ class Policy(nn.Module):
 
     def mask(self, batch: PackedBatch) -> Any:
         """Who sees whom, in the form that the model's attention takes."""
-        make: Callable[..., Any] = block_mask if self.uses_flex else attention_mask
+        make: Callable[..., Any] = MASKS.get(self.attention, attention_mask)
         if self.window is None:
             return make(batch)
         windowed = make(batch, self.window)

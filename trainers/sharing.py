@@ -15,19 +15,20 @@ from .errors import UserError
 from .flex import OURS, THEIRS, adopt
 from .packing import PackedBatch, pack
 from .policy import Policy
+from .stretches import STRETCHES, adopt_stretches
 
 PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 # Tokens of the prompt that is shared on trial.
 PROBE_PROMPT = 6
 # Attention implementations that take a mask of ours, boolean or of blocks.
-MASKED_ATTENTION = ("sdpa", OURS, THEIRS)
+MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS)
 # Their angles depend on the longest row of the batch.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def choose_attention(policy: Policy, asked: str | None = None) -> tuple[str, list[str]]:
-    """Let the model take FlexAttention where that fits, and decide with it whether prompts may be shared.
+    """Let the model take the attention that suits packed rows, and decide with it whether prompts may be shared.
 
     asked: `attn_implementation` of the user. Returns why they may not be shared (or ""), and what to tell the user.
     """
@@ -39,6 +40,8 @@ def choose_attention(policy: Policy, asked: str | None = None) -> tuple[str, lis
         flexible, obstacle = obstacle, why_not_shared(policy)
         if not obstacle:
             notes = [f"rows are masked densely, not with FlexAttention: {flexible}"]
+    if asked is None and not obstacle:
+        adopt_stretches(model)
     return obstacle, notes
 
 

@@ -20,9 +20,10 @@ from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, TokenL
 
 from .data import Completion, Example
 from .errors import UserError
+from .mismatch import joined, mismatched, refer_together
 from .packing import PackedBatch, example_tokens, pack
 from .policy import Policy
-from .reference import Reference, inference
+from .reference import Reference, StoredReference, inference
 
 
 @dataclass
@@ -119,17 +120,6 @@ def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -
     )
 
 
-def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Each prompt with the completion of the example before it (the first with the last's), cut to `max_length`."""
-    out = []
-    for i, example in enumerate(examples):
-        other = examples[i - 1].completions[0]
-        room = max(1, max_length - len(example.prompt_ids))
-        cut = Completion(other.ids[:room], None if other.scored is None else other.scored[:room])
-        out.append(Example(example.prompt_ids, [cut], row=-1))
-    return out
-
-
 class Step:
     """What every step of a run shares: the wrapped policy, the loss, the reference, and how to cut micro-batches."""
 
@@ -161,7 +151,7 @@ class Step:
         Every process gets the same number of them: sharded weights are gathered by all or none. One that has run out
         repeats its last with nothing scored.
         """
-        mine = examples if dealt else self._deal(examples)
+        mine = examples if dealt else [examples[i] for i in self._deal(examples)]
         scores_prompt = self.loss.scores_prompt
         batches = pack(mine, self.micro_batch_tokens, scores_prompt=scores_prompt, **self.packing) if mine else []
         if self.accelerator.num_processes > 1:
@@ -170,18 +160,18 @@ class Step:
             batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
         return [MicroBatch(batch.to(self.accelerator.device)) for batch in batches]
 
-    def _deal(self, examples: Sequence[Example]) -> list[Example]:
+    def _deal(self, examples: Sequence[Example]) -> list[int]:
         """This process's share: the longest example left goes to the process with the fewest tokens so far."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if world == 1:
-            return list(examples)
+            return list(range(len(examples)))
         shares: list[list[int]] = [[] for _ in range(world)]
         load = [0] * world
         for i in sorted(range(len(examples)), key=lambda i: -example_tokens(examples[i], self.policy.shared)):
             lightest = load.index(min(load))
             shares[lightest].append(i)
             load[lightest] += example_tokens(examples[i], self.policy.shared)
-        return [examples[i] for i in sorted(shares[rank])]
+        return sorted(shares[rank])
 
     def fill_reference(self, micros: Sequence[MicroBatch]) -> None:
         """Compute the reference's log-probabilities where the loss wants them and they are not there yet."""
@@ -211,8 +201,22 @@ class Step:
         if self.loss.window_pass == "mismatched":
             if len(examples) < 2:
                 return totals
-            passed = self.micro_batches(mismatched(examples, self.max_length))
+            passed = self._mismatched(examples, micros)
         return dataclasses.replace(totals, collected=self._collect(passed))
+
+    def _mismatched(self, examples: Sequence[Example], micros: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Micro-batches of mismatched completions, of the prompts that this process has; fills their reference and that
+        of `micros` in one pass, unless it is stored."""
+        others, mine = mismatched(examples, self.max_length), self._deal(examples)
+        passed = self.micro_batches([others[i] for i in mine], dealt=True)
+        reference = self.reference
+        if reference is not None and not isinstance(reference, StoredReference):
+            both = self.micro_batches([joined(examples[i], others[i]) for i in mine], dealt=True)
+            filled = [*micros, *passed]
+            refs = refer_together(reference, [micro.batch for micro in both], [micro.batch for micro in filled])
+            for micro, ref in zip(filled, refs, strict=True):
+                micro.ref = ref
+        return passed
 
     def _collect(self, micros: Sequence[MicroBatch]) -> Tensor:
         """What the loss collects of the micro-batches, of all processes in order; tells each micro-batch its rows."""

@@ -1,9 +1,10 @@
-"""What the tests of FlexAttention share: groups, and what a policy makes of them."""
+"""What the tests of attention in packed rows share: groups, and what a policy makes of them."""
 
 import copy
 import random
 
 import torch
+from hypothesis import strategies as st
 
 from logratio.trainers.data import Completion, Example
 from logratio.trainers.flex import OURS, THEIRS, adopt
@@ -22,6 +23,18 @@ def groups(seed: int = 0, longest: int = 30, sizes=(2, 1, 3, 2, 4)) -> list[Exam
     last = examples[-1].completions[0].ids
     examples[-1].completions[0] = Completion(last, [i % 3 != 1 for i in range(len(last))])
     return examples
+
+
+@st.composite
+def batches(draw: st.DrawFn):
+    """Micro-batches of a step with few tokens."""
+    lengths = st.integers(1, 9)
+    examples = [
+        Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
+        for row in range(draw(st.integers(1, 5)))
+    ]
+    multiple = draw(st.sampled_from([1, 4, 16]))
+    return pack(examples, draw(st.integers(1, 120)), pad_to_multiple_of=multiple, shared=draw(st.booleans()))
 
 
 def results(policy: Policy, examples: list[Example], device="cpu", budget: int = 1000) -> tuple[torch.Tensor, ...]:

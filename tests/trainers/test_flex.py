@@ -27,7 +27,7 @@ from logratio.trainers.rollout import generate
 from logratio.trainers.sharing import choose_attention, probe
 from logratio.trainers.step import Step
 
-from ._flex import assert_close, groups, results, with_flex
+from ._flex import assert_close, batches, groups, results, with_flex
 
 MODELS = "llama qwen2-window mistral-window phi3-window gemma3 granite opt gpt-neox".split()
 
@@ -42,17 +42,6 @@ def flex_on_cpu(monkeypatch):
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "compiled", reference_implementation)
     monkeypatch.setattr(flex, "DEVICES", ("cpu",))
-
-
-@st.composite
-def batches(draw: st.DrawFn):
-    lengths = st.integers(1, 9)
-    examples = [
-        Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
-        for row in range(draw(st.integers(1, 5)))
-    ]
-    multiple = draw(st.sampled_from([1, 4, 16]))
-    return pack(examples, draw(st.integers(1, 120)), pad_to_multiple_of=multiple, shared=draw(st.booleans()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -216,9 +205,9 @@ def test_where_flex_does_not_work_the_mask_stays_dense_and_the_user_is_told(monk
         adopt(on_gpu(model), THEIRS)
 
 
-def test_a_cpu_keeps_the_dense_mask_and_refuses_flex(random_model):
+def test_a_cpu_refuses_flex(random_model):
     model = random_model("llama")
-    assert choose_attention(Policy(model)) == ("", []) and model.config._attn_implementation == "sdpa"
+    assert adopt(model) == [] and model.config._attn_implementation == "sdpa"
     with pytest.raises(UserError, match="flex_attention: it does not train on a cpu; leave it out"):
         adopt(model, THEIRS)
 

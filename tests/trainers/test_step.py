@@ -21,7 +21,7 @@ from logratio.trainers.packing import example_tokens, pack
 from logratio.trainers.policy import Policy
 from logratio.trainers.reference import AdapterReference
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs, mismatched
+from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs
 
 MAX_LENGTH = 20
 
@@ -191,24 +191,6 @@ def test_a_reference_is_computed_once_for_each_micro_batch(model):
     assert len(calls) == len(micros) > 1
 
 
-def test_mismatched_gives_every_prompt_its_predecessors_completion():
-    examples = [
-        Example([1, 2, 3], [Completion([10, 11, 12, 13], [False, True, True, True])], True, row=0),
-        Example([4, 5, 6, 7, 8], [Completion([20])], False, row=1),
-        Example([9], [Completion([30, 31])], True, row=2),
-    ]
-    others = mismatched(examples, max_length=7)
-    assert [e.prompt_ids for e in others] == [e.prompt_ids for e in examples]
-    assert [e.completions for e in others] == [
-        [Completion([30, 31])],
-        [Completion([10, 11], [False, True])],
-        [Completion([20])],
-    ]
-    assert {e.row for e in others} == {-1}, "no row of the data set, whose stored log-probs it could be taken for"
-    # where a prompt leaves no room, one token of the other completion still has a log-prob
-    assert [len(e.completions[0].ids) for e in mismatched(examples, max_length=5)] == [2, 1, 1]
-
-
 def test_a_step_of_one_collects_nothing(model):
     step = make_step(model, LOSSES["kto"](), micro_batch_tokens=40)
     (example,) = examples_for(Kind.LABELED, count=1)
@@ -244,7 +226,7 @@ def test_the_deal_gives_every_example_to_one_process_and_evens_out_tokens(model,
     shares = []
     for rank in range(world):
         step.accelerator = SimpleNamespace(num_processes=world, process_index=rank)  # type: ignore[assignment]
-        shares.append(step._deal(examples))
+        shares.append([examples[i] for i in step._deal(examples)])
     assert sorted(e.row for share in shares for e in share) == list(range(7))
     assert all([e.row for e in share] == sorted(e.row for e in share) for share in shares)
     loads = [sum(map(example_tokens, share)) for share in shares]

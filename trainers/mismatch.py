@@ -1,0 +1,43 @@
+"""KTO's mismatched completions: every prompt with a neighbour's, and what the reference says of both at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .data import Completion, Example
+from .packing import PackedBatch
+from .reference import Reference, StoredReference, tokens_key
+
+
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Each prompt with the completion of the example before it (the first with the last's), cut to `max_length`."""
+    out = []
+    for i, example in enumerate(examples):
+        other = examples[i - 1].completions[0]
+        room = max(1, max_length - len(example.prompt_ids))
+        cut = Completion(other.ids[:room], None if other.scored is None else other.scored[:room])
+        out.append(Example(example.prompt_ids, [cut], row=-1))
+    return out
+
+
+def joined(example: Example, other: Example) -> Example:
+    """Both completions of a prompt, which is one row with a shared prompt."""
+    return dataclasses.replace(example, completions=[*example.completions, *other.completions])
+
+
+def refer_together(reference: Reference, both: Sequence[PackedBatch], batches: Sequence[PackedBatch]) -> list[Tensor]:
+    """The reference's log-probs of `batches`, computed of `both`: the same completions, each prompt with all of its."""
+    table: dict[str, list[Tensor]] = {}
+    for batch in both:
+        values = reference(batch)  # of a filler too: processes that share weights compute together
+        path = 0
+        for example in () if batch.is_filler else batch.examples:
+            for k in range(len(example.completions)):
+                table[tokens_key(example.take([k]))] = [values[path, batch.scored[path]]]
+                path += 1
+    stored = StoredReference(table, reference)
+    return [torch.zeros_like(b.scored, dtype=torch.float32) if b.is_filler else stored(b) for b in batches]
