@@ -22,10 +22,10 @@ from ._two_gemm import Coefficients, Rows, Transform, _product_dtype
 
 BLOCK = 4096
 """Words of a row that a program holds at a time; a power of 2."""
-LONG_ROW = 65_536
-"""Words from which a row gets 16 warps, not 8: with fewer rows at a time, more of a second pass meets the cache."""
 ALIGNMENT = 16
 """Rows begin at multiples of so many words, so that the kernel and cuBLAS read whole vectors whatever V is."""
+LAUNCH = {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}
+"""No fusion: as one fma z - max would not be 0 at the max, which is rounded, but |z| 2^-24."""
 HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -206,9 +206,7 @@ class TritonTile:
                 SOFTCAP=self.softcap,
                 OUT=HALF.get(self._gradient.dtype, tl.float32),
                 BLOCK=BLOCK,
-                num_warps=16 if self.words >= LONG_ROW else 8,
-                num_stages=1,
-                enable_fp_fusion=False,  # as one fma z - max would not be 0 at the max, which is rounded, but |z| 2^-24
+                **LAUNCH,
             )
         gradient = None if coefficients is None else self._gradient[:n, : self.words]
         return Rows(values.pop("logps"), values, gradient)

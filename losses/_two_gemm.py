@@ -88,6 +88,23 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cpu" else weight.dtype
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; in float32 on a GPU, where cuBLAS may cut a sum over V into parts, and add those in half precision."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, total in at least float32, without a second tensor of its size where the device can."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class TorchTile:
     """A `Tile` of torch operations: the softmax over one chunk's logits, in buffers that the next chunk uses again.
 
@@ -223,7 +240,7 @@ class TwoGemm(torch.autograd.Function):
                     out[name][at] = got.stats[name]
                 if g is not None:
                     assert got.gradient is not None
-                    g[at] = got.gradient.to(tile.weight.dtype) @ tile.weight
+                    g[at] = _product(got.gradient.to(tile.weight.dtype), tile.weight)
         ctx.set_materialize_grads(False)
         again = recomputes or "entropy" in stats or "log_z" in stats
         ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))
@@ -271,12 +288,9 @@ def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> 
             grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
         grad_logits = grad_logits.to(tile.weight.dtype)
         if grad_hidden is not None:
-            grad_hidden[at] = grad_logits @ tile.weight
+            grad_hidden[at] = _product(grad_logits, tile.weight)
         if grad_weight is not None:
-            if h.dtype == grad_weight.dtype:
-                torch.addmm(grad_weight, grad_logits.t(), h, out=grad_weight)  # no second [V, H] to add from
-            else:
-                grad_weight += grad_logits.t() @ h
+            _add_product(grad_weight, grad_logits.t(), h)
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),

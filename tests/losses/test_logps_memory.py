@@ -100,6 +100,20 @@ def test_frozen_head_makes_one_tile_for_all_chunks(kwargs, tiles, with_bias):
     assert max(made.numels()) == chunk * v
 
 
+def test_a_tile_has_no_more_rows_than_there_are_tokens():
+    n, v = 3, 1000
+    hidden, weight, _, targets = head(n, 4, v, dtype=torch.float32)
+    with Allocations(hidden, weight, targets) as made:
+        linear_logps(hidden.requires_grad_(), weight.requires_grad_(), targets, chunk_tokens=64).sum().backward()
+    assert max(made.numels()) == v * 4 == weight.numel()
+
+
+def test_frozen_head_keeps_one_tensor_for_the_backward_pass():
+    hidden, weight, bias, targets = head(dtype=torch.float32)
+    logps = linear_logps(hidden.requires_grad_(), weight, targets, bias=bias)
+    assert [t.shape for t in logps.grad_fn.saved_tensors if t is not None] == [hidden.shape]
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_trainable_head_makes_no_logits(entropy):
     n, v, chunk = 24, 1000, 3
@@ -112,3 +126,4 @@ def test_trainable_head_makes_no_logits(entropy):
     # forward and backward one set of tiles each; [V, H] the gradient's sum, and autograd's copy of it
     assert sum(numel == chunk * v for numel in tile_sized) == (4 if entropy else 2)
     assert max(tile_sized) == v * 4 < n * v
+    assert sum(numel == v * 4 for numel in tile_sized) == 1  # the sum of all chunks alone

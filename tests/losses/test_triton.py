@@ -137,19 +137,20 @@ def test_gradient_in_place(kwargs, dtype, several_blocks):
     """In the front of its row's float32 memory, whatever was beyond the row's words, and right to a rounding."""
     hidden, weight, bias, targets = (t.to(DEVICE) for t in head(n=3, h=8, v=300, dtype=dtype))
     transform = Transform(**({"temperature": 1.0, "logit_scale": 1.0, "softcap": None} | kwargs))
-    ours, theirs = (
-        make(weight, bias, transform, 4, entropy=True, differentiated=True) for make in (_triton.TritonTile, TorchTile)
-    )
+    args = {"transform": transform, "rows": 4, "entropy": True, "differentiated": True}
+    ours = _triton.TritonTile(weight, bias, **args)
+    theirs = TorchTile(weight.float(), bias.float(), **args)  # on a GPU its half-precision logits would be rounded
     ours._logits.fill_(float("nan"))
-    coefficients = Coefficients(*torch.randn(4, 3, device=DEVICE))
-    hidden = hidden.to(ours.weight.dtype)
-    entropy = theirs.rows(hidden, targets, ("entropy",), None).stats["entropy"]
-    coefficients = coefficients._replace(entropy=entropy)
-    got, expected = (tile.rows(hidden, targets, (), coefficients) for tile in (ours, theirs))
+    coefficients = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    entropy = theirs.rows(hidden.float(), targets, ("entropy",), None).stats["entropy"]
+    coefficients = Coefficients(*coefficients)._replace(entropy=entropy)
+    got = ours.rows(hidden.to(ours.weight.dtype), targets, (), coefficients)
+    expected = theirs.rows(hidden.float(), targets, (), coefficients)
     assert got.gradient.dtype == dtype and got.gradient.data_ptr() == ours._logits.data_ptr()
     assert got.gradient.stride() == (304 * 4 // weight.element_size(), 1)
-    eps = torch.finfo(dtype).eps if INTERPRETED else 4 * torch.finfo(dtype).eps  # CPU products are exact alike
-    torch.testing.assert_close(got.gradient.float(), expected.gradient.float(), rtol=eps, atol=1e-6)
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 or INTERPRETED else 4 * torch.finfo(dtype).eps
+    atol = 1e-6 if INTERPRETED else 5e-6  # products in float32 are added up in another order
+    torch.testing.assert_close(got.gradient.float(), expected.gradient, rtol=eps, atol=atol)
     torch.testing.assert_close(got.logps, expected.logps, rtol=1e-5, atol=1e-4)
 
 
@@ -197,6 +198,19 @@ def test_tanh_is_as_good_as_float32s():
 
 
 @on_device
+def test_the_slope_of_a_saturated_soft_cap():
+    """Where tanh is 1 - 1e-3 to 1 - 1e-10: 1 - tanh^2 would be noise, and then 0."""
+    x, weight = torch.linspace(4, 12, 9)[:, None], torch.tensor([[1.0], [0.0]])
+    tensors = [x, weight, torch.zeros(2), torch.zeros(9, dtype=torch.int64)]
+    exact = [t.double() for t in tensors[:3]] + tensors[3:]
+    got, expected = (
+        run(inputs, (), torch.ones(1, 9), "h", impl=impl, softcap=1.0)["h"]
+        for inputs, impl in ((tensors, "triton"), (exact, "eager"))
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+@on_device
 @pytest.mark.parametrize(("trains", "products"), [("", 1), ("h", 2), ("hw", 4)])
 def test_products(trains, products):
     tensors = [t.to(DEVICE) for t in head(dtype=torch.float32)]
@@ -221,7 +235,8 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("out", ["fp32", "bf16"])
 def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
-    """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact."""
+    """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact, as
+    is 1 / total; where a row begins is computed in 64 bits."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"SOFTCAP": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
     types = {"targets": "*i64", "bias": f"*{out}", "words": "i32", "stride": "i32"}
@@ -231,7 +246,10 @@ def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
     signature = {name: types.get(name, "*fp32") for name in names}
     source = triton.compiler.ASTSource(_triton._row_kernel, signature, constants, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    ptx = triton.compile(source, target, {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}).asm["ptx"]
+    asm = triton.compile(source, target, _triton.LAUNCH).asm
+    ptx = asm["ptx"]
+    assert re.findall(r"arith\.muli %\S+, %\S+ : (i\d+)", asm["ttir"])[0] == "i64"
+    assert "div.rn.f32" in ptx
     *_, between = re.split(r"ld\.global\S*v4", ptx)
     between, *stores = re.split(r"st\.global\S*v4", between)
     assert stores and "bar.sync" in between
@@ -275,18 +293,3 @@ def test_real_sizes_are_within_the_error_budget(trains, kwargs):
         return [hidden.to(dtype), (0.1 * weight).to(dtype), torch.zeros(151_936, dtype=dtype), targets]
 
     within_budget(make, torch.bfloat16, ("log_z",) if "w" in trains else (), trains, n=1024, **kwargs)
-
-
-@pytest.mark.gpu
-@compiled
-def test_a_tile_of_more_than_two_to_the_31_logits():
-    g = torch.Generator("cuda").manual_seed(0)
-    hidden, weight = (torch.randn(n, 64, generator=g, device="cuda").bfloat16() for n in (16_384, 151_936))
-    targets = torch.randint(151_936, (16_384,), generator=g, device="cuda")
-    runs = []
-    for chunk_tokens in (16_384, 1024):
-        leaf = hidden.clone().requires_grad_()
-        out = linear_logps(leaf, weight, targets, chunk_tokens=chunk_tokens)
-        out.sum().backward()
-        runs.append((out.detach(), leaf.grad))
-    torch.testing.assert_close(*runs, rtol=1e-2, atol=1e-3)

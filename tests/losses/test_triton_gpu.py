@@ -1,0 +1,60 @@
+"""The Triton tile at sizes, and in ways, that only a GPU has (`pytest -m gpu`)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from logratio.losses import linear_logps
+from logratio.losses._two_gemm import STATS
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+
+def test_a_tile_of_more_than_two_to_the_31_logits():
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=g, device="cuda").bfloat16() for n in (16_384, 151_936))
+    targets = torch.randint(151_936, (16_384,), generator=g, device="cuda")
+    runs = []
+    for chunk_tokens in (16_384, 1024):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logps(leaf, weight, targets, chunk_tokens=chunk_tokens)
+        out.sum().backward()
+        runs.append((out.detach(), leaf.grad.float()))
+    (a, grad_a), (b, grad_b) = runs
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    # other tiles of the product round other words' probabilities: by row, not by element
+    assert ((grad_a - grad_b).norm(dim=1) <= 1e-2 * grad_b.norm(dim=1) + 1e-3).all()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"softcap": 30.0, "stats": STATS}], ids=str)
+def test_one_tile_of_memory(kwargs):
+    """Whatever is asked for, frozen head: a chunk's float32 logits, and little beside them."""
+    n, h, v, chunk = 2048, 256, 50_000, 512
+    hidden, weight = (torch.randn(k, h, device="cuda", dtype=torch.bfloat16) for k in (n, v))
+    targets = torch.randint(v, (n,), device="cuda")
+    hidden.requires_grad_()
+    for _ in range(2):  # the first compiles, and gives cuBLAS its workspace
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = linear_logps(hidden, weight, targets, impl="triton", chunk_tokens=chunk, **kwargs)
+        (out.logps if kwargs else out).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        del out
+        hidden.grad = None
+    tile = 4 * chunk * v
+    assert tile <= peak < 1.1 * tile
+
+
+def test_a_target_beyond_the_vocabulary_stops_the_device():
+    code = """
+import torch
+from logratio.losses import linear_logps
+x = torch.ones(2, 16, device="cuda")
+linear_logps(x, x, torch.tensor([0, 2], device="cuda"))
+torch.cuda.synchronize()
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode != 0 and "assert" in out.stderr.lower(), out.stderr[-2000:]
