@@ -8,3 +8,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .masks import Token, may_see, tokens
 from .packing import PackedBatch
 
@@ -54,6 +54,8 @@ def _block_mask(of: Token, rows: int, length: int) -> BlockMask:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    # told that no block is cut short, kernels load without bounds; a row's length alone would not tell them
+    torch._check(query.shape[2] % BLOCK == 0)
     grouped = query.shape[1] != key.shape[1]
     out = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     assert isinstance(out, Tensor)
@@ -141,7 +143,7 @@ def why_not(model: Any) -> str:
             )
             nothing = torch.zeros(rows, length, dtype=torch.int32, device=model.device)
             mask = _block_mask(Token(*[nothing] * 5), rows, length)
-            flex_or_sdpa(model, query, key, value, mask)[0].sum().backward()
+            flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
     except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:  # no compiler, too old a GPU, ...
-        return f"it raises {type(error).__name__}"
+        return f"it raises {type(error).__name__}: {first_line(error)}"
     return ""

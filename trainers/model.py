@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import ModelConfig
-from .errors import UserError
+from .errors import UserError, first_line
 from .liger import check_liger, use_liger
 from .policy import REFERENCE_ADAPTER
 from .tiny import tiny_model, tiny_tokenizer
@@ -26,7 +26,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {name!r}: {_first_line(error)}") from error
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token_id is None:
@@ -71,7 +71,7 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> An
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {name!r} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model {name!r} could not be loaded: {first_line(error)}") from error
     return model if config.load_in_4bit else model.to(device)
 
 
@@ -80,7 +80,7 @@ def check_architecture(name: str) -> None:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model configuration could be loaded from {name!r}: {_first_line(error)}") from error
+        raise UserError(f"no model configuration could be loaded from {name!r}: {first_line(error)}") from error
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
@@ -126,10 +126,9 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
     try:
         wrapped = get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {_first_line(error)}") from error
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
     base: Any = wrapped.get_base_model()
-    head = base.get_output_embeddings()
-    if hasattr(head, "lora_A"):
+    if hasattr(base.get_output_embeddings(), "lora_A"):
         raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
     if frozen_copy:
         random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
@@ -148,7 +147,9 @@ def _load_adapter(model: Any, path: str, frozen_copy: bool) -> Any:
             model.load_adapter(path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
             model.set_adapter("default")
     except (OSError, ValueError) as error:
-        raise UserError(f"no adapter could be loaded from {path!r}: {_first_line(error)}") from error
+        raise UserError(f"no adapter could be loaded from {path!r}: {first_line(error)}") from error
+    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
+        raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")
     return model
 
 
@@ -169,7 +170,3 @@ def describe(model: Any) -> str:
     total, trained = sum(n for n, _ in counts), sum(n for n, on in counts if on)
     name = type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
     return f"{name}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of them trained"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 from logratio.losses import Kind
 
 from .arithmetic import arithmetic_rows
-from .errors import UserError
+from .errors import UserError, first_line
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 
@@ -102,7 +102,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.lib.ArrowException as error:
-        raise UserError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
+        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from None
 
 
 def _read_folder(path: Path, split: str, config: str | None) -> Rows:
@@ -136,10 +136,6 @@ def _load(name: str, split: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config, split=split)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"the data set {name!r} (split {split!r}) cannot be loaded: {_first_line(error)}; expected 'arithmetic', "
+            f"the data set {name!r} (split {split!r}) cannot be loaded: {first_line(error)}; expected 'arithmetic', "
             f"a file ({', '.join(FILE_TYPES)}), a folder, or a data set of the Hub that can be reached"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -223,10 +223,15 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     check_trainable(model)
     temperature = config.rollout.temperature if config.rollout else 1.0
     policy = Policy(model, temperature=temperature, stats=config.loss.stats)
-    obstacle, notes = choose_attention(policy, config.model.attn_implementation)
+    obstacle, notes = choose_attention(policy, config.model.attn_implementation, autocast_of(config))
     policy.shared = not obstacle
     policy.train()
     return policy, [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
+
+
+def autocast_of(config: RunConfig) -> torch.dtype | None:
+    """In which the policy computes where its weights' dtype is another."""
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
 
 
 def make_reference(
@@ -243,7 +248,7 @@ def make_reference(
     else:
         model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
         other = Policy(model, temperature=policy.temperature, shared=policy.shared)
-        obstacle, said = choose_attention(other, config.model.attn_implementation)
+        obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
         notes = said if named else []  # else the policy's own, said already
         if obstacle and policy.shared:  # both compute the same micro-batches
             policy.shared = other.shared = False

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .data import Completion, Example
-from .errors import UserError
+from .errors import UserError, first_line
 from .flex import OURS, THEIRS, adopt
 from .packing import PackedBatch, pack
 from .policy import Policy
@@ -27,11 +27,19 @@ MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS)
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-def choose_attention(policy: Policy, asked: str | None = None) -> tuple[str, list[str]]:
+def choose_attention(
+    policy: Policy, asked: str | None = None, autocast: torch.dtype | None = None
+) -> tuple[str, list[str]]:
     """Let the model take the attention that suits packed rows, and decide with it whether prompts may be shared.
 
-    asked: `attn_implementation` of the user. Returns why they may not be shared (or ""), and what to tell the user.
+    asked: `attn_implementation` of the user. autocast: the dtype of its mixed precision, in which it is tried as well.
+    Returns why prompts may not be shared (or ""), and what to tell the user.
     """
+    with torch.autocast(policy.causal_lm.device.type, autocast, enabled=autocast is not None):
+        return _choose_attention(policy, asked)
+
+
+def _choose_attention(policy: Policy, asked: str | None) -> tuple[str, list[str]]:
     model = policy.causal_lm
     notes = adopt(model, asked)
     obstacle = why_not_shared(policy)
@@ -91,20 +99,27 @@ def probe(policy: Policy) -> str:
         together = together.to(head.device)
         try:
             shared = policy.hidden_states(together).flatten(0, 1)[together.hidden_index]
+        except torch.OutOfMemoryError:  # which says nothing of shared prompts
+            raise
         except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:
-            return f"with a shared prompt it raises {type(error).__name__}"
+            return f"with a shared prompt it raises {type(error).__name__}: {first_line(error)}"
     finally:
         policy.train(was_training)
     change = ((shared - hidden).norm() / hidden.norm()).item()
-    tolerance = PROBE_TOLERANCE.get(hidden.dtype, LOW_PRECISION_TOLERANCE)
+    tolerance = probe_tolerance(hidden)
     return "" if change < tolerance else f"a shared prompt changes its hidden states by {change:.0e}, relative"
+
+
+def probe_tolerance(hidden: torch.Tensor) -> float:
+    """Of what was computed in the dtype of `hidden`, or under autocast in a lower one."""
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    return LOW_PRECISION_TOLERANCE if autocast else PROBE_TOLERANCE.get(hidden.dtype, LOW_PRECISION_TOLERANCE)
 
 
 def _check_causal(policy: Policy, batch: PackedBatch) -> None:
     """Raise UserError unless the prompt's hidden states are the same in front of both completions."""
     one, other = policy.hidden_states(batch)[:, :PROBE_PROMPT]
-    tolerance = PROBE_TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE)
-    if (one - other).norm() > tolerance * one.norm():
+    if (one - other).norm() > probe_tolerance(one) * one.norm():
         raise UserError(
             f"{type(policy.causal_lm).__name__} lets tokens see what follows them, so that it would learn to copy; "
             "use a causal (decoder-only) model"

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.trainers.lora_layers import FusedLora, fuse_lora
+from logratio.trainers.lora_linear import dtypes_of
 
 H, N_Q, N_KV, RANKS = 24, 20, 12, {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 3}
 
@@ -237,6 +238,24 @@ def test_nf4_outputs_may_be_changed_in_place():
     _, fused = quantized(torch.float32)
     q, k, v = (layer(make_x(torch.float32)) for layer in list(fused.base_model.model[0].children())[:3])
     (q.mul_(2).sum() + k.add_(1).sum() + v.mul_(2).sum()).backward()
+
+
+@pytest.mark.parametrize(("name", "value"), [("packing_format_for_cpu", True), ("shape", (H, N_Q))])
+def test_nf4_weights_in_another_layout_are_left_to_peft(name, value):
+    """Repacked for inference on a CPU, or transposed."""
+    _, fused = quantized(torch.float32)
+    base, x = fused.base_model.model[0].q_proj.base_layer, make_x(torch.float32)
+    assert dtypes_of(base, x) == (torch.float32,) * 3
+    setattr(base.weight.quant_state, name, value)
+    assert dtypes_of(base, x) is None
+
+
+def test_a_second_derivative_is_refused():
+    _, fused = peft_and_fused()
+    x = make_x().requires_grad_()
+    (dx,) = torch.autograd.grad(fused(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 # --- what is computed, and what is kept

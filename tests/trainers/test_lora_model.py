@@ -1,10 +1,11 @@
 """A model with fused LoRA layers, or Liger-Kernel's, is the model without."""
 
 import copy
+import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from logratio.benchmarks.truths import exact
 from logratio.trainers import liger, lora_layers
@@ -147,3 +148,12 @@ def test_liger_replaces_norms_and_mlps_but_no_forward_of_the_model(monkeypatch, 
         assert "Liger" in module.forward.__func__.__qualname__
     assert "forward" not in model.__dict__ and type(model).forward is modeling_llama.LlamaForCausalLM.forward
     assert "liger" in modeling_llama.apply_rotary_pos_emb.__name__
+
+
+@pytest.mark.parametrize("names", [["q_proj", "lm_head"], ["lm_head"]])
+def test_a_saved_adapter_on_the_head_is_refused(tmp_path, random_model, names):
+    """The head's product with the hidden states is ours, and would leave the adapter's part out."""
+    get_peft_model(random_model("llama"), LoraConfig(r=2, target_modules=names)).save_pretrained(tmp_path)
+    message = f"the adapter in {str(tmp_path)!r} is on the LM head too, which is not supported; choose another"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        add_adapters(random_model("llama"), ModelConfig(adapter_name_or_path=str(tmp_path)), frozen_copy=False)
