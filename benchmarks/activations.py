@@ -70,11 +70,13 @@ class Batch:
 @dataclass(frozen=True)
 class Activations:
     """Bytes. saved: all that is alive when the backbone's forward has ended. backward: the most that its backward adds
-    to that; layer: of one layer, which gradient checkpointing makes again and counts in `backward`."""
+    to that; layer: of one layer, which gradient checkpointing makes again and counts in `backward`; each: of `saved`,
+    what a layer has in it."""
 
     saved: int
     backward: int
     layer: int
+    each: int
 
 
 def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
@@ -94,11 +96,11 @@ def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
         mask = 0 if batch.plain or how.flex else batch.rows * batch.row_length**2
         saved = common + size.layers * stream + last_norm + mask
         again = layer - (stream if kept_by_norm else 0)
-        return Activations(saved, _in_backward(size, how, tokens, last_norm, again), layer)
+        return Activations(saved, _in_backward(size, how, tokens, last_norm, again), layer, stream)
     saved = common + size.layers * layer + last_norm
     if how.lora_r:  # nothing trains in front of the first norm
         saved -= _norm(size, how) * tokens
-    return Activations(saved, _in_backward(size, how, tokens, last_norm, 0), layer)
+    return Activations(saved, _in_backward(size, how, tokens, last_norm, 0), layer, layer)
 
 
 def _norm(size: Geometry, how: Saving) -> int:

@@ -5,10 +5,13 @@ Tensor-core figures are dense: a data sheet that quotes them "with sparsity" is 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-# The driver and, on boards without HBM, error correction keep some: an 80 GB H100 shows about 78 GiB.
-VISIBLE = 0.975
+# What the driver leaves of a GPU's memory: an 80 GB H100 shows 79.1 GiB, a 24 GB RTX 4090 23.6.
+VISIBLE = 0.985
+# What error correction leaves where its bits lie in the memory itself (servers' GDDR6): a 48 GB L40S shows 44.4.
+CORRECTED = 15 / 16
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,12 @@ class Gpu:
     float32_tflops: float
     tb_per_s: float
     hopper: bool = False
+    corrected: bool = False
 
     @property
     def memory(self) -> int:
         """Bytes that a process finds."""
-        return int(self.gb * 2**30 * VISIBLE)
+        return int(self.gb * 2**30 * VISIBLE * (CORRECTED if self.corrected else 1))
 
     @property
     def workspace(self) -> int:
@@ -44,15 +48,22 @@ GPUS = {
     "A100-80GB": Gpu("A100 SXM 80GB", 80, 312, 19.5, 2.039),
     "A100-40GB": Gpu("A100 SXM 40GB", 40, 312, 19.5, 1.555),
     # NVIDIA L40S data sheet: 362.05 TFLOPS bf16 (733 with sparsity), 91.6 fp32, 864 GB/s
-    "L40S": Gpu("L40S 48GB", 48, 362.05, 91.6, 0.864),
+    "L40S": Gpu("L40S 48GB", 48, 362.05, 91.6, 0.864, corrected=True),
     # NVIDIA L4 data sheet: 242 TFLOPS bf16 with sparsity, 30.3 fp32, 300 GB/s
-    "L4": Gpu("L4 24GB", 24, 121, 30.3, 0.3),
+    "L4": Gpu("L4 24GB", 24, 121, 30.3, 0.3, corrected=True),
     # NVIDIA A10 data sheet: 125 TFLOPS bf16, 31.2 fp32, 600 GB/s
-    "A10": Gpu("A10 24GB", 24, 125, 31.2, 0.6),
+    "A10": Gpu("A10 24GB", 24, 125, 31.2, 0.6, corrected=True),
     # NVIDIA Ada GPU architecture whitepaper, RTX 4090: 165.2 TFLOPS bf16 with fp32 accumulate, 82.6 fp32, 1,008 GB/s
     "RTX4090": Gpu("RTX 4090 24GB", 24, 165.2, 82.6, 1.008),
     # NVIDIA GA102 whitepaper, RTX 3090: 71 TFLOPS bf16 with fp32 accumulate, 35.6 fp32, 936 GB/s
     "RTX3090": Gpu("RTX 3090 24GB", 24, 71, 35.6, 0.936),
     # NVIDIA T4 data sheet: 65 TFLOPS fp16 (its tensor cores have no bf16: take --dtype float16), 8.1 fp32, 320 GB/s
-    "T4": Gpu("T4 16GB", 16, 65, 8.1, 0.32),
+    "T4": Gpu("T4 16GB", 16, 65, 8.1, 0.32, corrected=True),
 }
+
+
+def known_as(device_name: str, total_bytes: int) -> str | None:
+    """The key of a GPU that its driver calls so ("NVIDIA A100-SXM4-80GB"), or None; of several, by its memory."""
+    words = re.split(r"[^A-Za-z0-9]+", device_name.replace("RTX ", "RTX"))
+    alike = [key for key in GPUS if key.split("-")[0] in words]
+    return min(alike, key=lambda key: abs(GPUS[key].memory - total_bytes), default=None)

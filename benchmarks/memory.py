@@ -151,14 +151,17 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
         return Moment(name, always | now)
 
     tile = head_tile(size, setup, batch)
-    # one more matrix on the way into a gradient that is there already
-    added = max(linear.numel for linear in size.linears()) * e if trains_head and setup.accumulates else 0
-    dequantized = max(linear.numel for linear in size.linears()) * e if setup.load_in_4bit else 0
+    # a head that is the embedding has its gradient waiting for the embedding's
+    waits = head_gradient if size.tied or not setup.accumulates else 0
+    # else one more matrix is on the way into a gradient that is there already
+    matrix = max(linear.numel for linear in size.linears()) * e
+    added = matrix if trains_head and not waits else 0
+    dequantized = matrix if setup.load_in_4bit else 0
     moments = [
         moment("head forward", accumulated, kept.saved, tile + scored + (0 if trains_head else scored), 0),
         moment(
             "backbone backward",
-            max(accumulated, head_gradient),
+            accumulated + waits,
             kept.saved + kept.backward,
             0,
             added + dequantized,
@@ -168,6 +171,11 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
     if trains_head:
         summed = size.vocab * size.hidden * (4 + (e if e == 2 else 0))  # in float32, and the product or the result
         moments.append(moment("head backward", accumulated, kept.saved, tile + 2 * scored + summed, 0))
+        if not setup.accumulates:  # gradients come as what was kept goes: all layers' but the first's
+            behind = size.layers - 1
+            come, gone = sum(linear.numel for linear in size.linears()) * e * behind, kept.each * behind
+            left = kept.saved - gone + kept.backward
+            moments.append(moment("first layer's backward", waits + come, left, 0, matrix))
     else:
         scaled = batch.scored_tokens * size.hidden * 4 + (scored if e == 2 else 0)
         moments.append(moment("head backward", accumulated, kept.saved, scored + scaled, 0))

@@ -61,10 +61,9 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
     """
     loss, per_example = setup.the_loss, work.completions(setup)
     prompt, completion, examples = work.prompt_tokens, work.completion_tokens, work.batch_size
-    if loss.kind is Kind.GROUPED:  # groups are divided where they do not fit
-        room = max(1, (micro_batch_tokens - prompt) // completion)
-        groups = math.ceil(per_example / room)
-        per_example, examples = math.ceil(per_example / groups), examples * groups
+    if loss.kind is Kind.GROUPED:  # groups are divided where they do not fit; what is left of several goes together
+        fitting = min(per_example, max(1, (micro_batch_tokens - prompt) // completion))
+        per_example, examples = fitting, math.ceil(examples * per_example / fitting)
     used = prompt + per_example * completion
     row = math.ceil(used / BLOCK) * BLOCK if setup.flex else used
     per_micro = max(1, micro_batch_tokens // row) * (row // used)
@@ -98,7 +97,7 @@ def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str
     # a pass without gradient reads the tile once
     once = forward + unit / flops + 8 * step.scored * size.vocab / bandwidth
     layer = activations(size, setup, step.largest).layer / step.largest.tokens * step.tokens * size.layers
-    traffic = layer * (TRAFFIC + 2 * again + policy + reference)
+    traffic = layer * (TRAFFIC + 2 * (again + policy + reference))
     read = weight_bytes(size, setup) + (size.in_linears * 4 if setup.load_in_4bit else 0)  # dequantized: written, read
     reads = step.micro_batches * read * (2 + again + policy + reference)
     trained = trained_sizes(size, setup)
