@@ -136,7 +136,7 @@ def _titled(rows: Sequence[Row], tables: dict[str, str]) -> list[str]:
 
 STEP_COLUMNS = (
     "method,contestant,case,step ms p50 (p20-p80),tokens/s,examples/s,our speed / its,peak MiB,its memory / ours,"
-    "predicted peak,tokens (computed),gradient differs by,ledger,not measured"
+    "predicted peak,tokens (computed),attention,gradient differs by,ledger,not measured"
 ).split(",")
 
 
@@ -163,6 +163,7 @@ def step_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
                 times(quotient(row, base, "peak_mem_mib")),
                 predicted(row),
                 _tokens(row),
+                str(row.get("attention") or ""),
                 small(row.get("grad_rel_err")),
                 ledger(row.get("ledger") or {}),
                 "",

@@ -23,14 +23,14 @@ import torch
 import tyro
 from rich.console import Console
 
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, first_line
 
 from . import head, step
 from .contestants import LEARNING_RATE
 from .head import HeadCase
 from .measure import free_memory
 from .records import Records, certificate, device_name
-from .step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .step_cases import GOALS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
 
 HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
 SMALL_HEAD_SHAPES = {"SmolLM2-135M": (576, 49152)}
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     device = chosen_device(options.device)
     jobs = [job for job in jobs_of(options, device) if wanted(job, options.only)]
+    jobs.sort(key=lambda job: job.suite != "step" or not job.case.case.startswith(GOALS))
     if not jobs:
         raise UserError(f"no case of suite {options.suite} has a name with {' or '.join(options.only)} in it")
     if options.dry_run:
@@ -132,6 +133,8 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     """Run what has no line yet, one case after the other; 1 where one failed."""
     console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
     records = Records(options.results / f"{slug(device)}.jsonl", fresh=options.fresh)
+    # what failed before comes last: tried first, again and again, it would keep a run that is cut from the rest
+    jobs = sorted(jobs, key=lambda job: (job.suite, job.case.case) in records.failed)
     failed = left = 0
     for number, job in enumerate(jobs, 1):
         stub = record_of(job, options, device)
@@ -161,9 +164,9 @@ def attempted(job: Job, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     try:
         return job.run()
     except torch.OutOfMemoryError as error:
-        row = {"status": "oom", "error": step.first_line(error)}
+        row = {"status": "oom", "error": first_line(error)}
     except Exception as error:  # the next case may do better; this one is recorded
-        row = {"status": "failed", "error": f"{type(error).__name__}: {step.first_line(error)}"}
+        row = {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
     finally:
         free_memory()
     return {name: dict(row) for name in names}

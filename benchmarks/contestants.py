@@ -114,7 +114,8 @@ class Ours:
 
     def backward(self, batch: list[Example]) -> None:
         micros = self.micro_batches(batch)
-        self.step(micros, self.step.totals(batch, micros))
+        result = self.step(micros, self.step.totals(batch, micros))
+        result.reduced(self.step.accelerator)  # the metrics, which TRL counts in its step as well
 
     def update(self) -> None:
         apply_update(self.policy, self.optimizer)
@@ -153,7 +154,7 @@ def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
     parts = []
     with inference(policy):
         for example in examples:
-            for batch in pack([example], 1 << 30, shared=policy.shared):
+            for batch in pack([example], 1 << 30, shared=policy.shared, pad_to_multiple_of=policy.row_multiple):
                 moved = batch.to(device)
                 parts.append(policy(moved).logps[moved.scored])
     return torch.cat(parts)

@@ -114,8 +114,12 @@ def share_changed(contestant: Contestant, examples: Sequence[Example]) -> float:
     return changed / sum(p.numel() for p in trained)
 
 
-def ledger(contestant: Contestant, grads: Gradient, exact: Truth, examples: Sequence[Example]) -> dict[str, float]:
-    """The three figures of a contestant that has taken no step yet; it has taken one afterwards."""
+def ledger(
+    contestant: Contestant, grads: Gradient, exact: Truth | None, examples: Sequence[Example]
+) -> dict[str, float]:
+    """The figures of a contestant that has taken no step yet, one without `exact`; it has taken one afterwards."""
+    if exact is None:
+        return {"share_changed": share_changed(contestant, examples)}
     logps = contestant.logps(examples).double()
     error = (logps - exact.logps.double()).norm() / exact.logps.double().norm()
     return {

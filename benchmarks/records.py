@@ -10,6 +10,7 @@ the same file goes on with the cases that have no line of its commit, device and
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -51,7 +52,9 @@ class Records:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(path)
-        self.done = set() if fresh else {identity(row) for row in read(path) if row.get("status") in RESULTS}
+        rows = [] if fresh else list(read(path))
+        self.done = {identity(row) for row in rows if row.get("status") in RESULTS}
+        self.failed = {(row["suite"], row["case"]) for row in rows if row.get("status") == "failed"}
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a line with the same identity, measured or out of memory, is already there."""
@@ -136,7 +139,8 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The project's commit, "-dirty" behind it where files differ from it; else the version of the installed wheel."""
+    """The project's commit, "-dirty" behind it where files differ from it; else the version of the installed wheel,
+    and a hash of its sources, for two wheels of one version may compute different things."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -151,7 +155,15 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", *results)
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return f"logratio {installed('logratio')}"
+        return f"logratio {installed('logratio')}, sources {sources_hash(here.parent)}"
+
+
+def sources_hash(package: Path) -> str:
+    """Of the names and texts of all its Python files."""
+    found = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        found.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def driver(device: torch.device) -> str | None:

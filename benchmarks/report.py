@@ -33,14 +33,19 @@ INTRODUCTION = """# Measurements beside other libraries
 A *step* goes from a batch of token ids to updated weights: packing, reference, forward, backward, clipping, optimizer;
 a peer's batches are padded and collated before its clock starts. Time is wall-clock, with the GPU drained before and
 after. The contestants of a case take turns in one process, over a few batches of different lengths: p50 is the median
-of the repeats, p20 and p80 say how far they spread.
+of the repeats; p20 and p80 tell how far they spread, batches of different lengths included.
+
+TRL is set up as its defaults and documentation have it: batches padded to their longest sequence (TRL can pack SFT,
+not the other methods), `scaled_dot_product_attention`, micro-batches as large as the tokens that ours may hold, the
+adapters of QLoRA in bfloat16 (ours are float32). Both sides have the same AdamW, torch's.
 
 - *tokens/s* counts the tokens that the examples have, a prompt with each of its completions, and no padding. *Computed*
-  are those that the forward pass worked on: more with padding, fewer where a prompt is shared. *examples/s* counts rows
+  are those that the policy's forward pass worked on: more with padding, fewer where a prompt is shared (a reference's
+  or KTO's further passes are not counted, on no side). *examples/s* counts rows
   of the data set (of GRPO, prompts with all their completions), and is what a run's duration depends on.
 - *Peak memory* is the most that torch's allocator had given out at any moment of the step, with weights, gradients and
-  optimizer state in it; of the head alone, it is what comes on top of the inputs. *Predicted* is what was computed
-  beforehand, and by how much it is off what was then measured.
+  optimizer state in it, over the first of the batches; of the head alone, it is what comes on top of the inputs.
+  *Predicted* is what was computed beforehand, and by how much it is off what was then measured.
 - *TFLOP/s* of the head count the products that its gradient needs at least, whatever a contestant computes; the share
   is of the rate that the plain product of the same shape reaches on the same device.
 - *Ledger*: how exact log-probabilities are, the cosine of the gradient with float32's, and of the entries that train
@@ -117,13 +122,20 @@ def load(results: Path) -> list[Row]:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """The newest line of each measurement, with the number of its `older` ones."""
-    return [
+    """The newest line of each measurement, with the number of its `older` ones; of a case only what was measured at the
+    commit and with the settings of its newest line, for a ratio of two versions would be of neither."""
+    out = []
+    for found in groups(rows, "suite", "case", "device").values():
         # of lines of one second, the last that was written
-        max(enumerate(found), key=lambda pair: (datetime.fromisoformat(pair[1]["certificate"]["date"]), pair[0]))[1]
-        | {"older": len(found) - 1}
-        for found in groups(rows, "suite", "case", "contestant", "device").values()
-    ]
+        found = sorted(found, key=lambda row: datetime.fromisoformat(row["certificate"]["date"]))
+        last = {row["contestant"]: row for row in found if _version(row) == _version(found[-1])}
+        kept = list(last.values())
+        out += [row | {"older": (len(found) - len(kept)) * (row is kept[0])} for row in kept]
+    return out
+
+
+def _version(row: Row) -> tuple[Any, Any]:
+    return row["certificate"].get("commit"), row["certificate"].get("settings")
 
 
 def beginning(lines: Sequence[Row], folder: str) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from logratio.losses import Kind
 from logratio.trainers.data import Example
+from logratio.trainers.errors import first_line
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.packing import pack
 from logratio.trainers.policy import Policy
@@ -19,7 +20,7 @@ from logratio.trainers.reference import inference, tokens_key
 
 from .activations import Batch
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
-from .gpus import GPUS
+from .gpus import known_as
 from .ledger import Gradient, Truth, difference, gradient, ledger, truth
 from .measure import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
 from .memory import Setup, predicted_peak_mem_mib
@@ -33,9 +34,9 @@ TRIAL = 4
 """Examples whose gradients are compared (of rollouts, one group)."""
 WINDOWS = 3
 """Different steps that are timed in turn, so that lengths vary as they do in training."""
-MAX_GRAD_REL_ERR = 1e-4
-"""In float32; beyond it the two sides do not compute the same, and nothing is timed. In bfloat16 rounding is some
-percent, and so it is with QLoRA in any dtype, for which TRL makes the adapters bfloat16: there the figure is told."""
+MAX_GRAD_REL_ERR = {"float32": 1e-4, "bfloat16": 0.3}
+"""Beyond it the two sides do not compute the same, and nothing is timed. In bfloat16 rounding is some percent, and so
+it is with QLoRA in any dtype, for which TRL makes the adapters bfloat16; another loss or beta is beyond all of it."""
 
 Figures = dict[str, Any]
 
@@ -57,17 +58,21 @@ def run(
     windows = [case.window(vocab, seed + i) for i in range(WINDOWS)]
     old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
     rows: dict[str, Figures] = {}
+    trial = on_trial(case, windows[0])
+    # before there are contestants: accelerate's state, which this resets, and most of the memory are theirs afterwards
+    exact = best_truth(case, model, trial, old)
     with ExitStack() as stack:
         running: dict[str, Contestant] = {}
         for name in only:
             attempt(name, rows, running, partial(make, name, case, model, device, stack, old))
-        trial = on_trial(case, windows[0])
-        compare(case, truth(case, model, trial, old), trial, rows, running)
+        compare(case, exact, trial, rows, running)
+        del exact
         for name in list(running):
             attempt(name, rows, running, partial(memory, running[name], windows[0], device))
-        batches = {name: [c.prepare(window) for window in windows] for name, c in running.items()}
-        works = {name: step_of(running[name], batches[name]) for name in running}
-        times = interleaved(works, device, repeats=repeats) if works else {}
+        works: dict[str, Callable[[int], None]] = {}
+        for name in list(running):  # every window once: longer ones need more memory, new shapes are compiled
+            attempt(name, rows, running, partial(warmed, name, running[name], windows, works))
+        times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
         for name, values in times.items():
             rows[name] |= rates(values, windows) | {"attention": running[name].attention}
             if "logratio" in times:
@@ -120,15 +125,13 @@ def attempt(name: str, rows: dict[str, Figures], running: dict[str, Contestant],
     except Refused as error:
         row |= {"status": "refused", "error": str(error)}
     except torch.OutOfMemoryError as error:
-        row |= {"status": "oom", "error": first_line(error)}
+        others = " and ".join(other for other in running if other != name)
+        beside = f"with the weights and optimizer of {others} beside it: " if others else ""
+        row |= {"status": "oom", "error": beside + first_line(error)}
     except Exception as error:  # a peer's fault must not end the run; it is recorded
         row |= {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
     running.pop(name, None)
     free_memory()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
 
 
 def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps:
@@ -157,7 +160,7 @@ def on_trial(case: StepCase, window: list[Example]) -> list[Example]:
 
 
 def compare(
-    case: StepCase, exact: Truth, trial: list[Example], rows: dict[str, Figures], running: dict[str, Contestant]
+    case: StepCase, exact: Truth | None, trial: list[Example], rows: dict[str, Figures], running: dict[str, Contestant]
 ) -> None:
     """Every peer's gradient against ours, and the ledger of all; one that computes something else is out."""
     grads: dict[str, Gradient] = {}
@@ -168,8 +171,9 @@ def compare(
         if "logratio" not in grads or name == "logratio":
             return row
         row["grad_rel_err"] = error = difference(grads.pop(name), grads["logratio"])
-        if case.dtype == "float32" and case.adapter != "qlora" and not error <= MAX_GRAD_REL_ERR:
-            raise ArithmeticError(f"its gradient differs by {error:.1e}; at most {MAX_GRAD_REL_ERR:g} is rounding")
+        limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" else case.dtype]
+        if not error <= limit:  # nor NaN
+            raise ArithmeticError(f"its gradient differs by {error:.1e}; at most {limit:g} is rounding")
         return row
 
     for name in list(running):
@@ -190,8 +194,33 @@ def memory(contestant: Contestant, window: list[Example], device: torch.device) 
     return {"peak_mem_mib": peak_mem(lambda: work(0), device, beyond=others)}
 
 
-def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float:
-    """What `logratio plan` would have said of the peak, of the micro-batch that needs most."""
+def warmed(
+    name: str, contestant: Contestant, windows: Sequence[list[Example]], works: dict[str, Callable[[int], None]]
+) -> Figures:
+    """Take every step once, and only then be one of those that are timed."""
+    step = step_of(contestant, [contestant.prepare(window) for window in windows])
+    for round_ in range(len(windows)):
+        step(round_)
+    works[name] = step
+    return {}
+
+
+def best_truth(case: StepCase, model: Any, trial: list[Example], old: OldLogps | None) -> Truth | None:
+    """None where there is no room for it; the contestants, which need less, are measured all the same."""
+    try:
+        return truth(case, model, trial, old)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        free_memory()
+
+
+def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None:
+    """What `logratio plan` would have said of the peak, of the micro-batch that needs most; None of a GPU that it does
+    not know."""
+    gpu = known_as(device_name(ours.device), torch.cuda.get_device_properties(ours.device).total_memory)
+    if gpu is None:
+        return None
     packed = [micro.batch for micro in ours.step.micro_batches(window)]
     setup = Setup(
         method=case.method,
@@ -201,7 +230,7 @@ def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float:
         gradient_checkpointing=case.gradient_checkpointing,
         attn_implementation=None if ours.policy.uses_flex else ours.attention,
         accumulates=len(packed) > 1,
-        gpu=next((name for name in GPUS if name.split()[0] in device_name(ours.device)), "H100"),
+        gpu=gpu,
     )
     config = ours.policy.causal_lm.config
     return max(predicted_peak_mem_mib(config, setup, Batch.of(batch)) for batch in packed)

@@ -6,8 +6,9 @@ from the examples' token ids, so that both sides see the same tokens without a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,10 +61,10 @@ class Trl:
             case.method, model, tiny_tokenizer(), placeholder(case), options, copied=False, **arguments
         )
         self.trainer = trainer = stack.enter_context(entered)
-        if liger:
-            from transformers.integrations.liger import apply_liger_kernel
-
-            apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+        # what `Trainer.train` does before its first step
+        if case.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        self.names = liger_names(trainer) if liger else {}
         if grouped:
             trainer._prepare_inputs = lambda batch: {k: v.to(device) for k, v in batch.items()}
         trainer.create_optimizer()
@@ -85,15 +86,16 @@ class Trl:
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps = len(batch)
         samples, tokens = trainer.get_batch_samples(iter(batch), len(batch), self.device)
-        for micro in samples:
-            trainer.training_step(trainer.model_wrapped, dict(micro), tokens)
+        with put_in(modeling(trainer.model), self.names):
+            for micro in samples:
+                trainer.training_step(trainer.model_wrapped, dict(micro), tokens)
 
     def update(self) -> None:
         apply_update(self.model, self.optimizer)
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         parts = []
-        with inference(self.model):
+        with inference(self.model), put_in(modeling(self.trainer.model), self.names):
             for example in examples:
                 for completion in example.completions:
                     ids = torch.tensor([example.prompt_ids + completion.ids], device=self.device)
@@ -101,6 +103,38 @@ class Trl:
                     logits, targets = logits[len(example.prompt_ids) - 1 : -1], ids[0, len(example.prompt_ids) :]
                     parts.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
         return torch.cat(parts)
+
+
+def modeling(model: Any) -> dict[str, Any]:
+    """The names of the module that the model's architecture is written in."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    return vars(sys.modules[type(causal_lm).__module__])
+
+
+def liger_names(trainer: Any) -> dict[str, Any]:
+    """Put Liger's layers into the trainer's model; the names that it would put into the model's module for everyone.
+
+    Liger replaces RoPE there, and the classes of later models: of the other contestants, and of the cases to come.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    names = modeling(trainer.model)
+    before = dict(names)
+    apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    changed = {name: value for name, value in names.items() if before.get(name) is not value}
+    names.update({name: before[name] for name in changed})
+    return changed
+
+
+@contextmanager
+def put_in(names: dict[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `names` has these values."""
+    before = {name: names[name] for name in values}
+    names.update(values)
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 def placeholder(case: StepCase) -> list[dict[str, Any]]:

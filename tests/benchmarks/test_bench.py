@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,12 +86,32 @@ def test_contestants_take_turns():
     assert [len(values) for values in times.values()] == [3, 3, 3]
     assert "".join(name for name, _ in calls) == "cab" + "abc" + "bca" + "cab"
     assert [round_ for _, round_ in calls] == [-1] * 3 + [0] * 3 + [1] * 3 + [2] * 3
+    calls.clear()
+    measure.interleaved(works, CPU, repeats=1)
+    assert [round_ for _, round_ in calls] == [-1] * 3 + [0] * 3, "what nobody asks for as well: a warm-up"
 
 
 def test_percentiles_and_paired_ratios_by_hand():
     assert measure.percentiles([5, 1, 4, 2, 3], "t") == pytest.approx({"t_p20": 1.8, "t_p50": 3, "t_p80": 4.2})
+    assert measure.percentiles([1, 2, 30], "t") == {"t_p20": 1, "t_p50": 2, "t_p80": 30}
     assert measure.percentiles([5, 1], "t") == {"t_p20": 1, "t_p50": 3, "t_p80": 5}
     assert measure.median_ratio({"a": [2, 9, 30], "b": [1, 3, 10]}, "a", "b") == 3
+
+
+def test_rates_are_medians_of_the_rounds_each_with_its_own_tokens():
+    windows = [[Example([1] * 10, [Completion([2] * 10)])] * n for n in (1, 2, 3)]
+    row = step.rates([1000.0, 1000.0, 100.0, 500.0], windows)
+    assert row["tokens_per_s"] == 40 and row["examples_per_s"] == 2  # of 20 40 600 40 and 1 2 30 2
+    assert row["num_tokens"] == 40 and row["step_ms_p50"] == 750
+
+
+def test_peak_memory_is_without_what_the_others_keep(monkeypatch):
+    monkeypatch.setattr(step, "free_memory", lambda: None)
+    monkeypatch.setattr(step, "allocated_mib", lambda device: 70.0)
+    monkeypatch.setattr(step, "kept_mib", lambda contestant: 30.0)
+    monkeypatch.setattr(step, "peak_mem", lambda work, device, beyond: 100.0 - beyond)
+    idle = SimpleNamespace(prepare=list, backward=lambda batch: None, update=lambda: None)
+    assert step.memory(idle, [], SimpleNamespace(type="cuda")) == {"peak_mem_mib": 60.0}
 
 
 def test_head_errors_are_against_float64_and_rates_are_of_the_least_work():
@@ -103,6 +124,13 @@ def test_head_errors_are_against_float64_and_rates_are_of_the_least_work():
         assert 0 < row["grad_hidden_err"] < 1e-5 and 0 < row["grad_weight_err"] < 1e-5
         assert row["tflops"] == pytest.approx(2 * 3 * 24 * 16 * 50 / row["time_ms_p50"] / 1e9)
     assert rows["eager"]["logps_err"] < 1e-5 and rows["trl"]["logps_err"] is None
+
+
+def test_a_frozen_head_needs_two_products():
+    rows = head.run(head.HeadCase("x", 16, 50, 24, "float32", trainable=False), CPU, repeats=1, seed=0)
+    row = rows["eager"]
+    assert row["tflops"] == pytest.approx(2 * 2 * 24 * 16 * 50 / row["time_ms_p50"] / 1e9)
+    assert row["share_of_gemm"] == pytest.approx(row["tflops"] / row["gemm_tflops"])
 
 
 def test_a_wrong_head_has_an_error(monkeypatch):
@@ -136,6 +164,36 @@ def test_a_run_is_recorded_and_gone_on_with(tmp_path, monkeypatch, capsys):
     assert bench.main(words) == 0 and len(ran) == 5  # nothing is measured twice
     assert bench.main([*words, "--only", "orpo", "--fresh"]) == 0 and len(ran) == 6
     assert json.loads((tmp_path / "cpu.jsonl").read_text().split("\n")[-2])["method"] == "orpo"
+
+
+def test_a_case_is_done_where_all_that_can_run_have_a_line(tmp_path, monkeypatch):
+    ran = []
+
+    def fake(case, device, *, only, **more):
+        ran.append(case.case)
+        ok = {"status": "ok", "step_ms_p50": 1.0, "parts": {"packing": float("inf")}}
+        refused = {"trl+liger": {"status": "refused", "error": "no GPU"}}
+        return {name: dict(ok) for name in only} | refused
+
+    monkeypatch.setattr(step, "run", fake)
+    words = ["step", "--device", "cpu", "--results", str(tmp_path), "--only", "sft"]
+    assert bench.main(words) == bench.main(words) == 0 and len(ran) == 1
+    file = tmp_path / "cpu.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines[0]["parts"] == {"packing": None}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines if line["contestant"] != "trl"))
+    assert bench.main(words) == 0 and len(ran) == 2, "trl has no line"
+
+
+def test_a_case_that_cannot_be_built_has_failed_for_everybody_and_is_tried_again(tmp_path, monkeypatch):
+    def fails(*args, **more):
+        raise RuntimeError("such a model\nthere is not")
+
+    monkeypatch.setattr(step, "run", fails)
+    words = ["step", "--device", "cpu", "--results", str(tmp_path), "--only", "sft", "--contestants", "logratio", "trl"]
+    assert bench.main(words) == bench.main(words) == 1
+    told = [(row["contestant"], row["status"], row["error"]) for row in read(tmp_path)]
+    assert told == 2 * [(name, "failed", "RuntimeError: such a model") for name in ("logratio", "trl")]
 
 
 def test_a_failure_makes_the_status(tmp_path, monkeypatch):

@@ -6,13 +6,23 @@ import pytest
 import torch
 
 from logratio.benchmarks import step, trl_contestant
-from logratio.benchmarks.contestants import Ours, kept_mib, share_frozen
+from logratio.benchmarks.contestants import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    Ours,
+    apply_update,
+    kept_mib,
+    policy_logps,
+    share_frozen,
+)
 from logratio.benchmarks.ledger import cosine, difference, gradient, plain, share_changed
 from logratio.benchmarks.models import build
 from logratio.benchmarks.step_cases import METHODS, StepCase
 from logratio.benchmarks.workloads import Lengths
 from logratio.losses import DPOLoss
 from logratio.reference._trl_batches import unpadded
+from logratio.trainers.policy import Policy
+from logratio.trainers.reference import tokens_key
 
 CPU = torch.device("cpu")
 SHORT = Lengths(6, 9, 0.4, 0.4, max_length=32)
@@ -41,6 +51,10 @@ def test_both_sides_compute_the_same_step(steps, method):
         assert len(row["times_ms"]) == 2 and row["step_ms_p20"] <= row["step_ms_p50"] <= row["step_ms_p80"]
         assert row["num_tokens"] == ours["num_tokens"]
     assert ours["time_to_ours"] == 1.0
+    case = tiny_case(method)
+    computed = [case.padded_by_peer(case.window(259, seed)) for seed in range(step.WINDOWS)]
+    assert theirs["num_padded_tokens"] == sum(computed) // step.WINDOWS >= theirs["num_tokens"]
+    assert 0 < ours["num_padded_tokens"] <= theirs["num_padded_tokens"]
     pairs = zip(theirs["times_ms"], ours["times_ms"], strict=True)
     assert theirs["time_to_ours"] == pytest.approx(statistics.median(a / b for a, b in pairs))
     assert ours["parts"]["forward and backward"] > 0
@@ -83,6 +97,15 @@ def test_a_side_that_computes_something_else_is_not_timed(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("error", "status"), [(0.9e-4, "ok"), (1.1e-4, "failed"), (float("nan"), "failed"), (float("inf"), "failed")]
+)
+def test_how_far_a_gradient_may_differ(monkeypatch, error, status):
+    monkeypatch.setattr(step, "difference", lambda a, b: error)
+    rows = step.run(tiny_case("sft"), CPU, repeats=1, seed=0, only=("logratio", "trl"))
+    assert rows["trl"]["status"] == status and ("step_ms_p50" in rows["trl"]) is (status == "ok")
+
+
+@pytest.mark.parametrize(
     ("error", "status"), [(torch.OutOfMemoryError("no room\nfor it"), "oom"), (RuntimeError("x"), "failed")]
 )
 def test_one_that_fails_does_not_end_the_others(monkeypatch, error, status):
@@ -119,6 +142,33 @@ def test_no_contestant_trains_anothers_weights_or_its_reference(adapter):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_both_sides_update_alike():
+    case = tiny_case("dpo")
+    model = build("tiny", "lora", dtype=torch.float32, device=CPU, lora_r=4)
+    with step.ExitStack() as stack:
+        ours, theirs = (step.make(name, case, model, CPU, stack, None).optimizer for name in ("logratio", "trl"))
+        settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in (ours, theirs)]
+    assert settings[0][0] == settings[1][0] and settings[0][0]["lr"] == LEARNING_RATE
+    assert all(group == settings[1][0] for group in settings[1]), "what has weight decay and what has none"
+
+
+def test_an_update_is_clipped():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[30.0, 40.0]])
+    apply_update(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+    assert (before - layer.weight).norm().item() == pytest.approx(MAX_GRAD_NORM, rel=1e-4) and layer.weight.grad is None
+
+
+def test_rollouts_are_of_a_policy_some_updates_ago():
+    case = tiny_case("grpo", batch_size=8, lengths=Lengths(6, 20))
+    model, window = build("tiny", "lora", dtype=torch.float32, device=CPU), case.window(259, 0)
+    table = step.old_logps(case, model, [window], 0)
+    old = torch.cat([logps for e in window for logps in table[tokens_key(e)]])
+    change = old - policy_logps(Policy(model), window)
+    assert change.std().item() == pytest.approx(0.1, rel=0.1) and abs(change.mean().item()) < 0.02
+
+
 @pytest.mark.parametrize("adapter", ["lora", "qlora", "full"])
 def test_what_a_contestant_keeps(adapter):
     case = tiny_case("dpo", adapter)
@@ -148,6 +198,7 @@ def test_nf4_is_everywhere_but_in_the_head_and_its_plain_twin_computes_the_same(
     model = build("tiny", "qlora", dtype=torch.float32, device=CPU)
     four = [name for name, m in model.named_modules() if type(m).__name__ == "Linear4bit" and "base_layer" in name]
     assert len(four) == 3 * 7  # layers x (q, k, v, o, gate, up, down)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
     ids = torch.randint(256, (1, 12))
     with torch.no_grad():
         ours, twin = model(ids).logits, plain(model, torch.float32)(ids).logits

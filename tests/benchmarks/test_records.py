@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from logratio.benchmarks import records
-from logratio.benchmarks.records import Records, certificate, commit, identity, read
+from logratio.benchmarks.records import Records, certificate, commit, identity, read, sources_hash
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -146,3 +146,16 @@ def test_a_certificate_says_where_a_number_is_from() -> None:
     assert records.installed("no-such-package") is None
     assert found["date"].endswith("+00:00") and found["commit"] == commit()
     json.dumps(found, allow_nan=False)
+
+
+def test_two_wheels_of_one_version_are_told_apart_by_their_sources(tmp_path: Path) -> None:
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "dpo.py").write_text("beta = 0.1")
+    first = sources_hash(tmp_path)
+    (tmp_path / "results.jsonl").write_text("{}")
+    assert sources_hash(tmp_path) == first and len(first) == 12
+    (tmp_path / "losses" / "dpo.py").write_text("beta = 0.2")
+    assert sources_hash(tmp_path) != first
+    (tmp_path / "losses" / "dpo.py").write_text("beta = 0.1")
+    (tmp_path / "losses" / "dpo.py").rename(tmp_path / "losses" / "kto.py")
+    assert sources_hash(tmp_path) != first

@@ -275,6 +275,16 @@ def test_dates_are_compared_as_times(tmp_path: Path) -> None:
     assert row["step_ms_p50"] == 1.0 and row["older"] == 1
 
 
+def test_no_ratio_is_of_two_commits_or_settings(tmp_path: Path) -> None:
+    ours, theirs, again = step("logratio", 100.0), step("trl", 250.0), step("logratio", 50.0, date="23:00:00")
+    kept = newest(load(write(tmp_path / "one", step=[ours, theirs, again])))
+    assert {row["contestant"] for row in kept} == {"logratio", "trl"}
+    for key, value in (("commit", "another"), ("settings", {"batch_size": 1})):
+        again["certificate"] = again["certificate"] | {key: value}
+        (row,) = newest(load(write(tmp_path / key, step=[ours, theirs, again])))
+        assert row["step_ms_p50"] == 50.0 and row["older"] == 2
+
+
 def test_ratios_of_steps_that_took_turns_are_paired():
     ours, theirs = step("logratio", 100.0, time_to_ours=1.0), step("trl", 250.0, time_to_ours=2.25)
     assert quotient(theirs, ours, "step_ms_p50") == 2.25  # and not 2.5
