@@ -154,7 +154,7 @@ def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
     parts = []
     with inference(policy):
         for example in examples:
-            for batch in pack([example], 1 << 30, shared=policy.shared, pad_to_multiple_of=policy.row_multiple):
+            for batch in pack([example], 1 << 30, **policy.packing):
                 moved = batch.to(device)
                 parts.append(policy(moved).logps[moved.scored])
     return torch.cat(parts)

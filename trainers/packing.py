@@ -19,8 +19,8 @@ from torch import Tensor
 from .data import Example
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
-# of shorter rows. Bounds the padding, where one micro-batch would hold rows of all lengths.
-MIN_ROW_FILL = 0.8
+# of shorter rows. More makes less padding, less makes fewer micro-batches.
+ROW_FILLS = (0.8, 0.5, 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def pack(
     scores_prompt: bool = False,
     pad_id: int = 0,
     pad_to_multiple_of: int = 1,
+    micro_batch_cost: int = 0,
 ) -> list[PackedBatch]:
     """Cut a step's examples into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
@@ -108,18 +109,16 @@ def pack(
     mask. Else every completion has a row of its own behind a copy of its prompt, without a mask.
     scores_prompt: list the prompt's own tokens too, as paths after the completions.
     pad_to_multiple_of: the length of rows that need a mask; the padding has room for further examples first.
+    micro_batch_cost: what a micro-batch costs beside its tokens, in tokens: of `ROW_FILLS` the one that costs least
+    is taken.
     """
-    order = sorted(range(len(examples)), key=lambda i: (-max(p.length for p in _pieces(examples[i], i, shared)), i))
-    batches = []
-    while order:
-        longest = max(p.length for p in _pieces(examples[order[0]], order[0], shared))
-        row_length = _round_up(longest, pad_to_multiple_of if shared else 1)
-        max_rows = max(1, micro_batch_tokens // row_length)
-        rows, order = _fill(examples, order, row_length, max_rows, MIN_ROW_FILL * longest, shared)
-        batches.append(
-            _build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, pad_to_multiple_of=pad_to_multiple_of)
-        )
-    return batches
+    multiple = pad_to_multiple_of
+    pieces = [_pieces(example, i, shared) for i, example in enumerate(examples)]
+    pieces.sort(key=lambda own: -max(p.length for p in own))
+    cuts = [_cut(pieces, micro_batch_tokens, multiple if shared else 1, fill, shared) for fill in ROW_FILLS]
+    costs = [sum(len(rows) * _length(rows, multiple) + micro_batch_cost for rows in cut) for cut in cuts]
+    best = cuts[costs.index(min(costs))]
+    return [_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, multiple=multiple) for rows in best]
 
 
 def split_groups(examples: Iterable[Example], micro_batch_tokens: int, shared: bool = True) -> list[Example]:
@@ -154,16 +153,38 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
+def _cut(
+    waiting: list[list[_Piece]], micro_batch_tokens: int, multiple: int, row_fill: float, shared: bool
+) -> list[list[list[_Piece]]]:
+    """The rows of every micro-batch. waiting: every example's pieces, longest first."""
+    batches = []
+    while waiting:
+        longest = max(p.length for p in waiting[0])
+        row_length = _round_up(longest, multiple)
+        max_rows = max(1, micro_batch_tokens // row_length)
+        rows, waiting = _fill(waiting, row_length, max_rows, row_fill * longest, shared)
+        batches.append(rows)
+    return batches
+
+
+def _is_plain(rows: list[list[_Piece]]) -> bool:
+    return all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
+
+
+def _length(rows: list[list[_Piece]], multiple: int) -> int:
+    return _round_up(max(sum(p.length for p in row) for row in rows), 1 if _is_plain(rows) else multiple)
+
+
 def _fill(
-    examples: Sequence[Example], order: list[int], row_length: int, max_rows: int, begins_row: float, shared: bool
-) -> tuple[list[list[_Piece]], list[int]]:
+    waiting: list[list[_Piece]], row_length: int, max_rows: int, begins_row: float, shared: bool
+) -> tuple[list[list[_Piece]], list[list[_Piece]]]:
     """Put as many examples as fit into `max_rows` rows, which pieces of at least `begins_row` tokens begin; returns
-    the rows and the indices left over."""
+    the rows, and the examples left over."""
     rows: list[list[_Piece]] = []
     room: list[int] = []
     left = []
-    for index in order:
-        pieces, places = _pieces(examples[index], index, shared), []
+    for pieces in waiting:
+        places: list[int] = []
         trial = list(room)
         for piece in pieces:
             at = next((r for r, free in enumerate(trial) if free >= piece.length), None)
@@ -176,7 +197,7 @@ def _fill(
             trial[at] = trial[at] - piece.length if shared else 0
             places.append(at)
         if len(places) < len(pieces):
-            left.append(index)
+            left.append(pieces)
             continue
         room = trial
         rows.extend([] for _ in range(len(room) - len(rows)))
@@ -191,7 +212,7 @@ def _build(
     *,
     scores_prompt: bool,
     pad_id: int,
-    pad_to_multiple_of: int,
+    multiple: int,
 ) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
     counts = [len(examples[i].completions) for i in members]
@@ -200,8 +221,7 @@ def _build(
         completion={m: sum(counts[:k]) for k, m in enumerate(members)},
         prompt={m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {},
     )
-    plain = all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
-    length = _round_up(max(sum(p.length for p in row) for row in rows), 1 if plain else pad_to_multiple_of)
+    plain, length = _is_plain(rows), _length(rows, multiple)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     # Without a mask a position that starts again would begin a new document. With one, a row may be longer than any
     # of its sequences, and positions beyond these may have no embedding.

@@ -61,6 +61,12 @@ class Policy(nn.Module):
         return BLOCK if self.uses_flex else 1
 
     @property
+    def packing(self) -> dict[str, Any]:
+        """The arguments of `pack` that suit it. A GPU that waits for launches could compute a thousand tokens."""
+        cost = 64 if self.causal_lm.device.type == "cpu" else 1024
+        return {"shared": self.shared, "pad_to_multiple_of": self.row_multiple, "micro_batch_cost": cost}
+
+    @property
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from .data import Example
 from .errors import UserError
-from .packing import PackedBatch, pack
+from .packing import PackedBatch, example_tokens, pack
 from .policy import Policy
+
+PACKED_TOGETHER = 512
+"""Examples of a data set, of about one length, that are packed at a time: packing takes the square of their number."""
 
 
 class Reference(Protocol):
@@ -96,13 +99,15 @@ def precompute(
 ) -> dict[str, list[Tensor]]:
     """The table of a `StoredReference`, on the CPU in float32."""
     table = {}
-    for batch in pack(examples, micro_batch_tokens, **packing):
-        logps = live(batch.to(device)).cpu()
-        path = 0
-        for example in batch.examples:
-            count = len(example.completions)
-            table[tokens_key(example)] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
-            path += count
+    ordered = sorted(examples, key=example_tokens)
+    for start in range(0, len(ordered), PACKED_TOGETHER):
+        for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
+            logps = live(batch.to(device)).cpu()
+            path = 0
+            for example in batch.examples:
+                count = len(example.completions)
+                table[tokens_key(example)] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
+                path += count
     return table
 
 

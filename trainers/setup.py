@@ -267,7 +267,7 @@ def make_reference(
     if found:
         return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
     pad = policy.causal_lm.config.get_text_config().pad_token_id or 0
-    packing = {"shared": policy.shared, "pad_id": pad, "pad_to_multiple_of": policy.row_multiple}
+    packing = {**policy.packing, "pad_id": pad}
     table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **packing)
     if accelerator.is_main_process:
         save_table(path, table, key)

@@ -138,11 +138,7 @@ class Step:
         self.accelerator, self.policy, self.wrapped = accelerator, policy, wrapped
         self.loss, self.reference, self.max_length = loss, reference, max_length
         self.micro_batch_tokens = micro_batch_tokens
-        self.packing: dict[str, Any] = {
-            "shared": policy.shared,
-            "pad_id": pad_id,
-            "pad_to_multiple_of": policy.row_multiple,
-        }
+        self.packing: dict[str, Any] = {**policy.packing, "pad_id": pad_id}
         self.state: Mapping[str, float] = {}  # what the loss carries from step to step
 
     def micro_batches(self, examples: Sequence[Example], dealt: bool = False) -> list[MicroBatch]:

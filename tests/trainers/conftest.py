@@ -103,7 +103,7 @@ def pack_one(monkeypatch: pytest.MonkeyPatch) -> Callable[..., packing.PackedBat
 
     def build(examples: Any, **options: Any) -> packing.PackedBatch:
         with monkeypatch.context() as patch:
-            patch.setattr(packing, "MIN_ROW_FILL", 0.0)
+            patch.setattr(packing, "ROW_FILLS", (0.0,))
             (batch,) = packing.pack(examples, 10**6, **options)
         return batch
 

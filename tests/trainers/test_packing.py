@@ -178,8 +178,8 @@ def test_positions_stay_within_the_longest_sequence():
     assert (attention_mask(batch).any(-1)).all()
 
 
-def sized(length: int, row: int) -> Example:
-    return Example([1], [Completion([2] * (length - 1))], row=row)
+def sized(length: int, row: int, completions: int = 1) -> Example:
+    return Example([1], [Completion([2] * (length - completions)), *[Completion([2])] * (completions - 1)], row=row)
 
 
 def test_rows_are_filled_up_by_shorter_groups():
@@ -194,6 +194,17 @@ def test_a_short_example_begins_no_row_of_a_long_one():
     """It would be padded to three times its length; a micro-batch of shorter rows is better."""
     examples = [sized(12, 0), sized(4, 1), sized(4, 2)]
     assert [b.input_ids.shape for b in pack(examples, 36)] == [(1, 12), (2, 4)]
+
+
+def test_fewer_micro_batches_are_worth_some_padding():
+    """20 tokens in two micro-batches, or 24 in one."""
+    examples = [sized(12, 0), sized(4, 1), sized(4, 2)]
+    for cost, shapes in ((3, [(1, 12), (2, 4)]), (5, [(2, 12)])):
+        assert [b.input_ids.shape for b in pack(examples, 36, micro_batch_cost=cost)] == shapes
+    # of rows padded to blocks: 16 + 8, or 32
+    for cost, shapes in ((7, [(1, 16), (1, 8)]), (9, [(2, 16)])):
+        batches = pack([sized(12, 0, 2), sized(8, 1, 2)], 36, pad_to_multiple_of=8, micro_batch_cost=cost)
+        assert [b.input_ids.shape for b in batches] == shapes
 
 
 def test_an_example_longer_than_the_budget_is_alone():

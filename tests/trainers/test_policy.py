@@ -217,3 +217,10 @@ def test_reference_is_the_frozen_copy_of_the_starting_adapter(random_model, pack
 )
 def test_sliding_window_is_what_some_layer_has(random_model, name, window):
     assert sliding_window(random_model(name).config) == window
+
+
+def test_a_gpu_gets_fewer_and_larger_micro_batches(monkeypatch, random_model):
+    policy = Policy(random_model("llama"), shared=True)
+    assert policy.packing == {"shared": True, "pad_to_multiple_of": 1, "micro_batch_cost": 64}
+    monkeypatch.setattr(type(policy.causal_lm), "device", torch.device("cuda"))
+    assert policy.packing["micro_batch_cost"] == 1024

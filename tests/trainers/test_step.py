@@ -118,7 +118,7 @@ def test_the_cut_and_the_order_do_not_matter(model, case, monkeypatch):
     """But for KTO's order, in which neighbours are mismatched."""
     loss, examples = case.loss, examples_of(case)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "MIN_ROW_FILL", 0.0)  # everything in one micro-batch, however short its rows
+        patch.setattr(packing, "ROW_FILLS", (0.0,))  # everything in one micro-batch, however short its rows
         count, whole, gradient, totals, state = run(model, loss, examples, 10_000, state=case.state)
     assert count == 1 and gradient.norm() > 1e-3
     moved = examples if loss.window_pass == "mismatched" else examples[3:] + examples[:3]
