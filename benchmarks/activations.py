@@ -1,7 +1,8 @@
 """Bytes that autograd keeps of a forward pass, by layer, and what the backward pass needs beside them.
 
 Worked out from the modules' forward (transformers 5.23, PEFT 0.19) and held to what `saved_tensors_hooks` counts of
-small models, where it is exact on a CPU. Per token, with e bytes an element of the weights' dtype (4: float32):
+small models, where it is exact on a CPU with "sdpa". Per token, with e bytes an element of the weights' dtype (4:
+float32):
 
 - RMSNorm keeps its input in float32 (in half precision that is a copy), and one float a token; under a weight that
   trains, what that is multiplied with too.

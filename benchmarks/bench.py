@@ -133,7 +133,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     """Run what has no line yet, one case after the other; 1 where one failed."""
     console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
     records = Records(options.results / f"{slug(device)}.jsonl", fresh=options.fresh)
-    # what failed before comes last: tried first, again and again, it would keep a run that is cut from the rest
+    # what failed, or did not end, comes last: tried first, again and again, it would keep a run from the rest
     jobs = sorted(jobs, key=lambda job: (job.suite, job.case.case) in records.failed)
     failed = left = 0
     for number, job in enumerate(jobs, 1):
@@ -148,7 +148,9 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
             left += 1
             continue
         begun = time.perf_counter()
-        for name, figures in attempted(job, names).items():
+        with records.beginning(job.suite, job.case.case):
+            found = attempted(job, names)
+        for name, figures in found.items():
             records.add(stub | {"contestant": name} | {k: finite(v) for k, v in figures.items()})
             failed += figures["status"] == "failed"
             console.print(f"{number}/{len(jobs)} {job.case.case}: {name} {summary(figures)}")

@@ -49,7 +49,8 @@ def truth(case: StepCase, model: Any, trial: Sequence[Example], old: OldLogps | 
         twin.requires_grad_(True)
     device = next(model.parameters()).device
     ours = Ours(dataclasses.replace(case, dtype="float32"), twin, reference, device, old)
-    return Truth(logps, gradient(ours, trial))
+    grads = gradient(ours, trial)
+    return Truth(logps, {name: g.cpu() for name, g in grads.items()})  # the contestants need the memory
 
 
 def plain(model: Any, dtype: torch.dtype) -> Any:
@@ -99,7 +100,7 @@ def difference(a: Gradient, b: Gradient) -> float:
 
 def cosine(a: Gradient, b: Gradient) -> float:
     """Of whole gradients."""
-    dot = sum((a[k].double() * b[k].double()).sum().item() for k in b)
+    dot = sum((a[k].double() * b[k].to(a[k].device).double()).sum().item() for k in b)
     norms = [sum(g.double().square().sum().item() for g in x.values()) ** 0.5 for x in (a, b)]
     return dot / (norms[0] * norms[1])
 

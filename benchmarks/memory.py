@@ -1,8 +1,9 @@
 """Predicted peak memory of a training step on one GPU, by part, from a model's configuration alone.
 
 The figure meant is `torch.cuda.max_memory_allocated`. The peak is the largest of a step's moments, each the sum of what
-is alive in it: the head's forward, the head's backward, the backbone's backward, the optimizer. Outside of it are the
-CUDA context (`CONTEXT`), which torch does not count, and what the allocator loses to fragments (`MARGIN`).
+is alive in it: the head's forward, the head's backward, the backbone's backward as it begins and, where gradients come
+as it goes, in its first layer, the optimizer. Outside of it are the CUDA context (`CONTEXT`), which torch does not
+count, and what the allocator loses to fragments (`MARGIN`).
 
 Not modelled: autocast, several processes, rollouts (their cache is gone before the update), attention dropout.
 """
@@ -153,9 +154,9 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
     tile = head_tile(size, setup, batch)
     # a head that is the embedding has its gradient waiting for the embedding's
     waits = head_gradient if size.tied or not setup.accumulates else 0
-    # else one more matrix is on the way into a gradient that is there already
+    # and one more matrix is on the way into a gradient that is there already
     matrix = max(linear.numel for linear in size.linears()) * e
-    added = matrix if trains_head and not waits else 0
+    added = matrix if trains_head and setup.accumulates else 0
     dequantized = matrix if setup.load_in_4bit else 0
     moments = [
         moment("head forward", accumulated, kept.saved, tile + scored + (0 if trains_head else scored), 0),
@@ -254,7 +255,7 @@ def optimizer_temporary(trained: list[int], setup: Setup) -> int:
 
 
 def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
-    """The logits that are alive at a time, in float32, and their product with the head's weight."""
+    """The logits that are alive at a time, and their product with the head's weight, both in float32."""
     import torch
 
     from logratio.losses.logps import TILE_MEMORY, default_chunk_tokens
@@ -267,7 +268,7 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     rows = min(chunk, batch.scored_tokens)
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
-        return rows * (4 * across + size.hidden * setup.element)
+        return rows * 4 * (across + size.hidden)
     tiles = 2 if "entropy" in setup.the_loss.stats else 1
     copied = 4 * size.vocab * size.hidden if setup.element == 2 else 0  # a CPU multiplies in float32
     return rows * 4 * (tiles * size.vocab + size.hidden) + copied

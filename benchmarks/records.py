@@ -10,6 +10,7 @@ the same file goes on with the cases that have no line of its commit, device and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -55,6 +56,16 @@ class Records:
         rows = [] if fresh else list(read(path))
         self.done = {identity(row) for row in rows if row.get("status") in RESULTS}
         self.failed = {(row["suite"], row["case"]) for row in rows if row.get("status") == "failed"}
+        self.begun = path.with_suffix(".begun")
+        if self.begun.exists() and not fresh:  # a run was ended in the middle of it
+            self.failed.add(tuple(json.loads(self.begun.read_text())))
+
+    @contextlib.contextmanager
+    def beginning(self, suite: str, case: str) -> Iterator[None]:
+        """Inside, a case is under way, which a run that is killed leaves behind as one that failed."""
+        self.begun.write_text(json.dumps([suite, case]))
+        yield
+        self.begun.unlink(missing_ok=True)
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Whether a line with the same identity, measured or out of memory, is already there."""

@@ -53,6 +53,7 @@ adapters of QLoRA in bfloat16 (ours are float32). Both sides have the same AdamW
 - Ratios are to ours: above 1, ours is the faster, or the smaller. *Out of memory* is a result, and so is a case that a
   contestant refuses or fails in; its reason is shown.
 - *Where the time goes* is one step with the GPU drained after each part, and so somewhat slower than the step itself.
+  KTO's pass before the step has its reference in it.
 """
 CPU = (
     "Of a CPU, ratios are shown and no times: the machines are shared and noisy, and its times say little of a GPU's.\n"
@@ -123,7 +124,7 @@ def load(results: Path) -> list[Row]:
 
 def newest(rows: Sequence[Row]) -> list[Row]:
     """The newest line of each measurement, with the number of its `older` ones; of a case only what was measured at the
-    commit and with the settings of its newest line, for a ratio of two versions would be of neither."""
+    commit, with the settings and the packages of its newest line, for a ratio of two versions would be of neither."""
     out = []
     for found in groups(rows, "suite", "case", "device").values():
         # of lines of one second, the last that was written
@@ -134,8 +135,8 @@ def newest(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def _version(row: Row) -> tuple[Any, Any]:
-    return row["certificate"].get("commit"), row["certificate"].get("settings")
+def _version(row: Row) -> list[Any]:
+    return [row["certificate"].get(key) for key in ("commit", "settings", "versions")]
 
 
 def beginning(lines: Sequence[Row], folder: str) -> str:

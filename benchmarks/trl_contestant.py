@@ -121,7 +121,7 @@ def liger_names(trainer: Any) -> dict[str, Any]:
     names = modeling(trainer.model)
     before = dict(names)
     apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
-    changed = {name: value for name, value in names.items() if before.get(name) is not value}
+    changed = {name: value for name, value in names.items() if name in before and before[name] is not value}
     names.update({name: before[name] for name in changed})
     return changed
 

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user's eyes."""
+"""The one exception that is meant for the user's eyes, and what one says of another."""
 
 from __future__ import annotations
 

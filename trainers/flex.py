@@ -144,6 +144,8 @@ def why_not(model: Any) -> str:
             nothing = torch.zeros(rows, length, dtype=torch.int32, device=model.device)
             mask = _block_mask(Token(*[nothing] * 5), rows, length)
             flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:  # no compiler, too old a GPU, ...
         return f"it raises {type(error).__name__}: {first_line(error)}"
     return ""

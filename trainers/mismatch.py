@@ -25,7 +25,7 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
 
 
 def joined(example: Example, other: Example) -> Example:
-    """Both completions of a prompt, which is one row with a shared prompt."""
+    """A prompt with both completions."""
     return dataclasses.replace(example, completions=[*example.completions, *other.completions])
 
 

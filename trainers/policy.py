@@ -20,7 +20,7 @@ from .packing import PackedBatch
 from .stretches import STRETCHES, stretch_mask
 
 REFERENCE_ADAPTER = "reference"
-MASKS = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
+MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
 """Attention implementation -> who sees whom in the form that it takes; others take a dense mask."""
 
 
@@ -77,23 +77,23 @@ class Policy(nn.Module):
         out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)
         return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """[R, L, H], the backbone's last hidden states."""
+    def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """[R, L, H], the backbone's last hidden states. options: of the function in `MASKS`."""
         return self.causal_lm.get_decoder()(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=None if batch.plain else self.mask(batch),
+            attention_mask=None if batch.plain else self.mask(batch, **options),
             use_cache=False,
         ).last_hidden_state
 
-    def mask(self, batch: PackedBatch) -> Any:
+    def mask(self, batch: PackedBatch, **options: Any) -> Any:
         """Who sees whom, in the form that the model's attention takes."""
         make: Callable[..., Any] = MASKS.get(self.attention, attention_mask)
         if self.window is None:
-            return make(batch)
-        windowed = make(batch, self.window)
+            return make(batch, **options)
+        windowed = make(batch, self.window, **options)
         by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
-        return {"full_attention": make(batch), "sliding_attention": windowed} if by_type else windowed
+        return {"full_attention": make(batch, **options), "sliding_attention": windowed} if by_type else windowed
 
     def head_options(self) -> dict[str, Any]:
         """How this architecture turns the head's output into logits, by its configuration's own names."""

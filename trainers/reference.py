@@ -54,13 +54,17 @@ class AdapterReference:
 
 
 class ModelReference:
-    """Another model: the starting weights in full fine-tuning, or one given by name."""
+    """Another model: the starting weights in full fine-tuning, or one given by name.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy.requires_grad_(False).eval()
+    autocast: the dtype of the policy's mixed precision, so that a run begins at log-ratios of 0.
+    """
+
+    def __init__(self, policy: Policy, autocast: torch.dtype | None = None) -> None:
+        self.policy, self.autocast = policy.requires_grad_(False).eval(), autocast
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        with inference(self.policy):
+        device = batch.input_ids.device.type
+        with inference(self.policy), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             return self.policy(batch).logps
 
 
@@ -80,7 +84,7 @@ class StoredReference:
         dtype = self.table[keys[0]][0].dtype
         out = torch.zeros(batch.scored.shape, dtype=dtype, device=batch.scored.device)
         path = 0
-        for key in keys:
+        for key in keys if not batch.is_filler else ():
             for values in self.table[key]:
                 out[path, batch.scored[path]] = values.to(out.device)
                 path += 1

@@ -250,10 +250,12 @@ def make_reference(
         other = Policy(model, temperature=policy.temperature, shared=policy.shared)
         obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
         notes = said if named else []  # else the policy's own, said already
+        if other.uses_flex and not policy.uses_flex:  # whose rows are not padded for it
+            other.causal_lm.set_attn_implementation("sdpa")
         if obstacle and policy.shared:  # both compute the same micro-batches
             policy.shared = other.shared = False
             notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
-        reference = ModelReference(other)
+        reference = ModelReference(other, autocast_of(config))
     if not config.model.precompute_ref_log_probs:
         return reference, notes
     if config.loss.kind is Kind.GROUPED:

@@ -32,34 +32,30 @@ def choose_attention(
 ) -> tuple[str, list[str]]:
     """Let the model take the attention that suits packed rows, and decide with it whether prompts may be shared.
 
-    asked: `attn_implementation` of the user. autocast: the dtype of its mixed precision, in which it is tried as well.
-    Returns why prompts may not be shared (or ""), and what to tell the user.
+    asked: `attn_implementation` of the user. autocast: the dtype of its mixed precision, in which FlexAttention, whose
+    kernels differ by dtype, is tried. Returns why prompts may not be shared (or ""), and what to tell the user.
     """
-    with torch.autocast(policy.causal_lm.device.type, autocast, enabled=autocast is not None):
-        return _choose_attention(policy, asked)
-
-
-def _choose_attention(policy: Policy, asked: str | None) -> tuple[str, list[str]]:
     model = policy.causal_lm
-    notes = adopt(model, asked)
-    obstacle = why_not_shared(policy)
+    with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        notes = adopt(model, asked)
+    obstacle = why_not_shared(policy, autocast if policy.uses_flex else None)
     if obstacle and model.config._attn_implementation == OURS and asked is None:
         model.set_attn_implementation("sdpa")  # a model that has no use for a BlockMask may do with a dense mask
         flexible, obstacle = obstacle, why_not_shared(policy)
         if not obstacle:
             notes = [f"rows are masked densely, not with FlexAttention: {flexible}"]
-    if asked is None and not obstacle:
-        adopt_stretches(model)
+    if asked is None and not obstacle and adopt_stretches(model) and probe(policy, always=True):
+        model.set_attn_implementation("sdpa")
     return obstacle, notes
 
 
-def why_not_shared(policy: Policy) -> str:
+def why_not_shared(policy: Policy, autocast: torch.dtype | None = None) -> str:
     """The reason why prompts may not be shared between completions, or "" where they may.
 
     Raises UserError where a token sees what follows it, or where the model's own logits are not what the LM head of
     `Policy` computes.
     """
-    changed = probe(policy)
+    changed = probe(policy, autocast)
     return configured_obstacle(policy.causal_lm.config) or changed
 
 
@@ -81,8 +77,11 @@ def configured_obstacle(config: Any) -> str:
 
 
 @torch.no_grad()
-def probe(policy: Policy) -> str:
-    """Try it: 12 tokens, two completions behind one prompt against each behind its own. Returns the reason, or ""."""
+def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> str:
+    """Try it: 12 tokens, two completions behind one prompt against each behind its own. Returns the reason, or "".
+
+    autocast: the dtype in which the two are computed, if another than the model's. mask: options of its masks.
+    """
     model = policy.causal_lm
     head = model.get_output_embeddings().weight
     ids = ((torch.arange(12) * 37 + 11) % min(head.shape[0], 97)).tolist()
@@ -98,7 +97,10 @@ def probe(policy: Policy) -> str:
         (together,) = pack([example], 1000, shared=True, pad_to_multiple_of=policy.row_multiple)
         together = together.to(head.device)
         try:
-            shared = policy.hidden_states(together).flatten(0, 1)[together.hidden_index]
+            with torch.autocast(head.device.type, autocast, enabled=autocast is not None):
+                if autocast is not None:
+                    hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
+                shared = policy.hidden_states(together, **mask).flatten(0, 1)[together.hidden_index]
         except torch.OutOfMemoryError:  # which says nothing of shared prompts
             raise
         except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:
@@ -106,20 +108,15 @@ def probe(policy: Policy) -> str:
     finally:
         policy.train(was_training)
     change = ((shared - hidden).norm() / hidden.norm()).item()
-    tolerance = probe_tolerance(hidden)
+    tolerance = PROBE_TOLERANCE.get(autocast or hidden.dtype, LOW_PRECISION_TOLERANCE)
     return "" if change < tolerance else f"a shared prompt changes its hidden states by {change:.0e}, relative"
-
-
-def probe_tolerance(hidden: torch.Tensor) -> float:
-    """Of what was computed in the dtype of `hidden`, or under autocast in a lower one."""
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    return LOW_PRECISION_TOLERANCE if autocast else PROBE_TOLERANCE.get(hidden.dtype, LOW_PRECISION_TOLERANCE)
 
 
 def _check_causal(policy: Policy, batch: PackedBatch) -> None:
     """Raise UserError unless the prompt's hidden states are the same in front of both completions."""
     one, other = policy.hidden_states(batch)[:, :PROBE_PROMPT]
-    if (one - other).norm() > probe_tolerance(one) * one.norm():
+    tolerance = PROBE_TOLERANCE.get(one.dtype, LOW_PRECISION_TOLERANCE)
+    if (one - other).norm() > tolerance * one.norm():
         raise UserError(
             f"{type(policy.causal_lm).__name__} lets tokens see what follows them, so that it would learn to copy; "
             "use a causal (decoder-only) model"

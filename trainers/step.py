@@ -148,11 +148,18 @@ class Step:
         repeats its last with nothing scored.
         """
         mine = examples if dealt else [examples[i] for i in self._deal(examples)]
-        scores_prompt = self.loss.scores_prompt
-        batches = pack(mine, self.micro_batch_tokens, scores_prompt=scores_prompt, **self.packing) if mine else []
+        return self._as_many(mine, examples[:1])
+
+    def _as_many(self, mine: Sequence[Example], other: Sequence[Example]) -> list[MicroBatch]:
+        """This process's micro-batches, as many as any process has; other: what one without an example repeats."""
+
+        def packed(examples: Sequence[Example]) -> list[PackedBatch]:
+            return pack(examples, self.micro_batch_tokens, scores_prompt=self.loss.scores_prompt, **self.packing)
+
+        batches = packed(mine) if mine else []
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
-            filler = batches or pack(examples[:1], self.micro_batch_tokens, scores_prompt=scores_prompt, **self.packing)
+            filler = batches or packed(other)
             batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
         return [MicroBatch(batch.to(self.accelerator.device)) for batch in batches]
 
@@ -201,15 +208,19 @@ class Step:
         return dataclasses.replace(totals, collected=self._collect(passed))
 
     def _mismatched(self, examples: Sequence[Example], micros: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Micro-batches of mismatched completions, of the prompts that this process has; fills their reference and that
-        of `micros` in one pass, unless it is stored."""
+        """Micro-batches of mismatched completions, of the prompts that this process has, with their reference; fills
+        that of `micros` too, in one pass over both completions of a prompt, unless it is stored."""
         others, mine = mismatched(examples, self.max_length), self._deal(examples)
-        passed = self.micro_batches([others[i] for i in mine], dealt=True)
-        reference = self.reference
-        if reference is not None and not isinstance(reference, StoredReference):
-            both = self.micro_batches([joined(examples[i], others[i]) for i in mine], dealt=True)
+        passed = self._as_many([others[i] for i in mine], others[:1])
+        if isinstance(self.reference, StoredReference):
+            for micro in passed:  # on every process alike, whatever happens to be in the table
+                micro.ref = self.reference.live(micro.batch)
+        elif self.reference is not None and self.policy.shared:
+            pairs = [joined(examples[i], others[i]) for i in mine]
+            apart = [[p] if example_tokens(p) <= self.micro_batch_tokens else [p.take([0]), p.take([1])] for p in pairs]
+            both = self._as_many([example for parts in apart for example in parts], examples[:1])
             filled = [*micros, *passed]
-            refs = refer_together(reference, [micro.batch for micro in both], [micro.batch for micro in filled])
+            refs = refer_together(self.reference, [m.batch for m in both], [m.batch for m in filled])
             for micro, ref in zip(filled, refs, strict=True):
                 micro.ref = ref
         return passed

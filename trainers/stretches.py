@@ -1,8 +1,8 @@
 """Attention of packed rows on a CPU, a stretch of a row at a time with the keys that it may see at all.
 
-Under a dense mask `scaled_dot_product_attention` computes every pair of a row, seen or not: of a prompt of 100 tokens
-and eight completions of 130 each, seven times what is needed. Here a prompt meets itself, and a completion its prompt
-and itself, under their part of the same mask. (On a GPU `flex.py` leaves blocks out inside one kernel.)
+Under a dense mask `scaled_dot_product_attention` computes every pair of a row, seen or not. Here a prompt meets itself,
+and a completion its prompt and itself, under their part of the same mask: of a prompt of 100 tokens and eight
+completions of 130 each a fifth of the pairs. (On a GPU `flex.py` leaves blocks out inside one kernel.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRETCHES = "logratio_stretches"
 # What a stretch costs beyond its pairs of tokens, in pairs: the splitting, the call, and the joining of the results.
 CALL_PAIRS = 10_000
 # What transformers may ask an attention function for, and `attend` does not do: the dense mask is taken as it is.
-NOT_DONE = ("softcap", "s_aux", "position_bias", "cache")
+NOT_DONE = ("softcap", "s_aux", "position_bias", "cache", "indices", "block_indices")
 
 
 class Stretch(NamedTuple):
@@ -41,11 +41,12 @@ class Stretch(NamedTuple):
         return self.sees.numel()
 
 
-def stretch_mask(batch: PackedBatch, window: int | None = None) -> Tensor:
-    """`masks.attention_mask`, with its stretches as an attribute if they are worth it; models hand it on as it is."""
+def stretch_mask(batch: PackedBatch, window: int | None = None, always: bool = False) -> Tensor:
+    """`masks.attention_mask`, with its stretches as an attribute if they are worth it, or `always`; models hand it on
+    as it is."""
     mask = attention_mask(batch, window)
-    found = stretches(batch, mask)
-    if sum(s.pairs + CALL_PAIRS for s in found) < mask.numel():
+    found = stretches(batch, mask.detach())  # of views of the mask itself it would never be rid
+    if always or sum(s.pairs + CALL_PAIRS for s in found) < mask.numel():
         mask.stretches = found  # type: ignore[attr-defined]
     return mask
 
@@ -112,7 +113,9 @@ AttentionInterface.register(STRETCHES, stretches_or_sdpa)
 AttentionMaskInterface.register(STRETCHES, AttentionMaskInterface()["sdpa"])
 
 
-def adopt_stretches(model: Any) -> None:
-    """Let `model` attend so in place of "sdpa", on a CPU."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+def adopt_stretches(model: Any) -> bool:
+    """Let `model` attend so in place of "sdpa", on a CPU; returns whether it does."""
+    fits = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
+    if fits and model._can_set_attn_implementation():
         model.set_attn_implementation(STRETCHES)
+    return model.config._attn_implementation == STRETCHES

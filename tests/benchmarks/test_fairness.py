@@ -115,3 +115,20 @@ def test_what_failed_before_is_tried_again_behind_the_rest(tmp_path, monkeypatch
     words = ["step", "--device", "cpu", "--results", str(tmp_path), "--only", "sft", "dpo"]
     assert bench.main([*words, "--repeats", "1"]) == 1 and bench.main([*words, "--repeats", "2"]) == 1
     assert ran == ["sft", "dpo", "dpo", "sft"]
+
+
+def test_a_case_that_a_run_was_ended_in_comes_last(tmp_path, monkeypatch):
+    ran = []
+
+    def fake(case, device, *, only, **more):
+        ran.append(case.method)
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        return {name: {"status": "ok", "step_ms_p50": 1.0} for name in only}
+
+    monkeypatch.setattr(step, "run", fake)
+    words = ["step", "--device", "cpu", "--results", str(tmp_path), "--only", "sft", "dpo"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(words)
+    assert bench.main(words) == 0 and ran == ["sft", "dpo", "sft"]
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.jsonl"]

@@ -39,19 +39,21 @@ def run(tmp_path):
     return run
 
 
-EVERYTHING = ["pytest", "logratio.benchmarks.bench", "logratio.benchmarks.report"]
+FILES = ["pytest"] * 4
+EVERYTHING = [*FILES, "logratio.benchmarks.bench", "logratio.benchmarks.report"]
 
 
 @pytest.mark.parametrize("tests", ["0", "1"])
 def test_tests_that_have_ended_are_not_run_again_and_are_not_forgotten(run, tests):
     assert run(TESTS=tests) == (int(tests), EVERYTHING)
-    assert run(TESTS="0") == (int(tests), EVERYTHING[1:])
+    assert run(TESTS="0") == (int(tests), EVERYTHING[4:])
 
 
-def test_tests_that_took_too_long_are_run_again(run):
-    assert run(10, TESTS_S="5") == (1, EVERYTHING)
-    assert run(10) == (0, EVERYTHING)
+def test_tests_that_there_was_no_time_for_are_run_the_next_time(run):
+    assert run(10, TESTS_S="3") == (1, [*FILES[:2], *EVERYTHING[4:]]), "the first ends, the second is stopped"
+    assert run(10) == (0, [*FILES[:3], *EVERYTHING[4:]])
 
 
-def test_what_fails_is_told_and_the_report_is_made(run):
-    assert run(BENCH="1") == (1, EVERYTHING)
+@pytest.mark.parametrize(("code", "status"), [("1", 1), ("124", 0)])
+def test_a_failure_is_told_the_end_of_the_time_is_none_and_the_report_is_made(run, code, status):
+    assert run(BENCH=code) == (status, EVERYTHING)

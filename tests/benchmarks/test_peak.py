@@ -53,6 +53,22 @@ def test_a_micro_batch_peaks_with_weights_and_gradients_where_it_is_predicted(
     assert own + alive.peak == pytest.approx(predicted, rel=0.015)
 
 
+def test_a_matrix_beside_its_gradient_counts_beside_a_tied_heads_that_waits():
+    """A narrow vocabulary under wide layers, where one more of their matrices decides the peak."""
+    setup = on_cpu("full", dtype="float32", accumulates=True, method="sft", gradient_checkpointing=True)
+    model = tiny("qwen2", setup, vocab_size=64, intermediate_size=4096, tie_word_embeddings=True)
+    (packed,) = pack([Example([1] * 4, [Completion([2] * 4)])], 1000)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with Alive(model) as alive:
+        Policy(model)(packed).logps.sum().backward()
+    prediction = predict(model.config, setup, Batch.of(packed))
+    moment = next(m for m in prediction.moments if m.name == "backbone backward")
+    grads = size_of(model.parameters())
+    beside = moment.total - moment.parts["weights"] - moment.parts["optimizer"] - grads
+    assert alive.peak == pytest.approx(beside, rel=0.1)
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 384, "intermediate_size": 1536}])
 def test_a_quantized_model_takes_its_bytes_and_one_weight_at_a_time(tmp_path, sizes, recompute):
@@ -134,7 +150,7 @@ def test_a_tile_has_the_rows_that_the_head_takes_by_default(monkeypatch, gpu, na
     monkeypatch.setattr(logps, "_device_memory", lambda device: GPUS[gpu].memory)
     hidden, weight = (torch.empty(n, size.hidden, device="meta") for n in (1, size.vocab))
     rows = logps.default_chunk_tokens(hidden, weight)
-    per_row = 4 * size.vocab + 2 * size.hidden  # float32 logits, and their product with the weight
+    per_row = 4 * (size.vocab + size.hidden)  # logits, and their product with the weight
     assert size.vocab % 16 == 0
     for scored in (rows - 1, rows, 3 * rows):
         assert head_tile(size, Setup(gpu=gpu), Batch(1, 2 * scored, scored)) == min(scored, rows) * per_row
@@ -151,7 +167,7 @@ def test_a_qlora_step_by_hand():
     assert parts["weights"] == pytest.approx(linears * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * others, rel=1e-3)
     assert (parts["adapters"], parts["gradients"], parts["optimizer"]) == (4 * 8798208, 4 * 8798208, 8 * 8798208)
     assert parts["workspace"] == 64 * 2**20 and parts["reference"] == 0
-    assert parts["head"] == 1000 * (4 * 151936 + 2 * 896) + 2 * 1000 * 896 * 2  # the tile, h and its gradient
+    assert parts["head"] == 1000 * 4 * (151936 + 896) + 2 * 1000 * 896 * 2  # the tile, h and its gradient
     assert moments["head backward"]["head"] == 1000 * 896 * (2 + 4 + 2)  # that, scaled in float32, and rounded
     assert moments["backbone backward"]["temporary"] == 896 * 4864 * 2
     stays = parts["weights"] + parts["reference"]

@@ -232,7 +232,7 @@ def test_a_model_that_has_no_use_for_a_block_mask_gets_a_dense_one(monkeypatch, 
     policy = Policy(random_model("llama"))
     policy.causal_lm.set_attn_implementation(OURS)
     monkeypatch.setattr(sharing, "adopt", lambda model, asked: [])
-    monkeypatch.setattr(sharing, "why_not_shared", lambda policy: "it raises" if policy.uses_flex else "")
+    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.uses_flex else "")
     told = ["rows are masked densely, not with FlexAttention: it raises"]
     assert choose_attention(policy) == ("", told) and not policy.uses_flex
 

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
 from logratio.trainers.data import Completion, Example, Prompt
@@ -52,6 +53,25 @@ def test_kernels_in_bfloat16_err_no_more_than_the_dense_mask(exact_float32, rand
     with torch.autocast("cuda", torch.bfloat16):
         mixed = results(with_flex(model), examples, "cuda", budget=4096)
     for mine, theirs, true in zip(mixed, dense, truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_in_mixed_precision_as_they_are_trained(exact_float32, random_model, checkpointing):
+    """float32 weights under autocast, tried in it. Budget: twice what sdpa errs under it."""
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(random_model("llama", head_dim=64), lora).cuda()
+    examples = groups(longest=200)
+    truth = results(Policy(model, shared=False), examples, "cuda", budget=4096)
+    found = []
+    for asked in (None, "sdpa"):
+        policy = Policy(copy.deepcopy(model), shared=True)
+        assert choose_attention(policy, asked, torch.bfloat16) == ("", []) and policy.uses_flex == (asked is None)
+        if checkpointing:
+            policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(results(policy.train(), examples, "cuda", budget=4096))
+    for mine, theirs, true in zip(*found, truth, strict=True):
         assert (mine - true).norm() <= 2 * (theirs - true).norm()
 
 

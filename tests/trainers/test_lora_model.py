@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from logratio.benchmarks.ledger import plain
 from logratio.benchmarks.truths import exact
 from logratio.trainers import liger, lora_layers
 from logratio.trainers.config import ModelConfig
@@ -35,7 +36,7 @@ def fused_and_not(base, **options):
 
 
 def logits_and_gradients(model):
-    logits = model(input_ids=IDS, use_cache=False).logits
+    logits = model(input_ids=IDS.to(model.device), use_cache=False).logits
     model.zero_grad()
     logits.log_softmax(-1)[..., 5].square().sum().backward()
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -117,6 +118,40 @@ def test_generation_is_the_same_with_it(random_model):
     mask = torch.ones_like(IDS)
     ours, theirs = (m.generate(input_ids=IDS, attention_mask=mask, **options) for m in (fused, plain))
     assert ours.shape == (2, 21) and torch.equal(ours, theirs)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_model_that_was_loaded_in_4_bits_is_fused(random_model, monkeypatch, tmp_path, device, checkpointing):
+    """Loading hangs no hooks on its layers, and no layer is left to PEFT. Truth: the same nf4 weights in float32."""
+    random_model("llama", hidden_size=128, intermediate_size=192, head_dim=32).save_pretrained(tmp_path)
+    calls, found = sizes_of_products(monkeypatch), []
+    for fused in (True, False):
+        config = ModelConfig(
+            model_name_or_path=str(tmp_path),
+            load_in_4bit=True,
+            dtype="bfloat16",
+            lora_r=4,
+            fused_lora=fused,
+            gradient_checkpointing=checkpointing,
+        )
+        torch.manual_seed(0)
+        model = add_adapters(load_model(config, torch.device(device), seed=0), config, frozen_copy=False).train()
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+        found.append(logits_and_gradients(model))
+        assert calls[:8] == [3, 1, 2, 1] * 2 and (len(calls) > 8) == checkpointing
+    ours, pefts, truth = *found, logits_and_gradients(plain(model, torch.float32))
+    assert ours.keys() == pefts.keys() == truth.keys() and len(ours) == 29
+    for name, wanted in truth.items():
+        errors = [(found[name].float() - wanted).norm() / wanted.norm() for found in (ours, pefts)]
+        assert errors[0] <= 2 * errors[1] + 1e-3, name
 
 
 # --- Liger-Kernel

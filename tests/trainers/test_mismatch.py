@@ -1,5 +1,7 @@
 """KTO's mismatched completions, and what the reference says of them: the same together as apart, of fewer tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -62,9 +64,35 @@ def test_the_reference_sees_a_prompt_once_for_both_completions(step, budget):
     for micro in micros:
         torch.testing.assert_close(micro.ref, live(micro.batch), rtol=1e-9, atol=1e-9)
     step(micros, totals)
-    others = mismatched(examples, step.max_length)
-    assert watched.tokens == sum(tokens_of(joined(*both)) for both in zip(examples, others, strict=True))
-    assert watched.tokens < sum(map(tokens_of, [*examples, *others]))
+    pairs = list(zip(examples, mismatched(examples, step.max_length), strict=True))
+    apart = [sum(map(tokens_of, pair)) for pair in pairs]
+    together = [tokens_of(joined(*pair)) for pair in pairs]
+    assert watched.tokens == sum(t if t <= budget else a for t, a in zip(together, apart, strict=True)) < sum(apart)
+    assert (max(together) > budget) == (budget == 20), "what does not fit together is computed apart"
+
+
+def test_unshared_prompts_have_nothing_to_win(step):
+    step.policy.shared = step.packing["shared"] = False
+    step.reference = watched = Watched(step.reference)
+    examples = examples_for(Kind.LABELED)
+    micros = step.micro_batches(examples)
+    totals = step.totals(examples, micros)
+    assert all(micro.ref is None for micro in micros)
+    step(micros, totals)
+    assert watched.tokens == sum(map(tokens_of, [*examples, *mismatched(examples, step.max_length)]))
+
+
+def test_a_process_without_an_example_takes_part(step):
+    """The third of three in a step of two: as many passes as the others, of which nothing is kept."""
+    step.accelerator = SimpleNamespace(
+        num_processes=3, process_index=2, device=torch.device("cpu"), gather=lambda mine: torch.tensor([1, 1, 0])
+    )
+    step.reference = watched = Watched(step.reference)
+    examples = examples_for(Kind.LABELED, count=2)
+    micros = step.micro_batches(examples)
+    passed = step._mismatched(examples, micros)
+    assert [micro.batch.is_filler for micro in (*micros, *passed)] == [True, True]
+    assert watched.calls == 1 and not any(micro.ref.any() for micro in (*micros, *passed))
 
 
 def test_a_stored_reference_is_asked_for_mismatched_completions_alone(step):

@@ -229,3 +229,24 @@ def write_texts(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"text number {i}"}) for i in range(4)))
     return path
+
+
+def test_a_filler_of_stored_examples_needs_no_pass_and_of_others_takes_part(policy):
+    """As the processes whose micro-batches it stands beside: they read the table, or compute."""
+    live = Counted(AdapterReference(policy, policy))
+    batch = pack(EXAMPLES, 1000)[0]
+    table = {tokens_key(e): [torch.ones(sum(c.scored or [True] * len(c.ids))) for c in e.completions] for e in EXAMPLES}
+    filler = batch.unscored()
+    out = StoredReference(table, live)(filler)
+    assert live.calls == 0 and out.shape == filler.scored.shape and not out.any()
+    assert StoredReference({}, live)(filler).shape == filler.scored.shape and live.calls == 1
+
+
+def test_a_reference_model_computes_in_mixed_precision_as_the_policy_does(random_model):
+    """Else a run would not begin at log-ratios of 0."""
+    policy = Policy(random_model("llama"), shared=True).eval()
+    batch = pack(EXAMPLES, 1000)[0]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        mine = policy(batch).logps
+    assert torch.equal(ModelReference(policy, torch.bfloat16)(batch), mine)
+    assert not torch.equal(ModelReference(policy)(batch), mine)

@@ -1,5 +1,7 @@
 """Attention a stretch at a time: what it computes is attention under the dense mask, and no model notices."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,3 +135,21 @@ def test_dropout_is_drawn():
     query = torch.ones(1, 2, 4, 8)
     assert torch.equal(attend(query, query, query, found, 0.0, None), torch.ones(1, 4, 2, 8))
     assert not torch.equal(attend(query, query, query, found, 0.5, None), torch.ones(1, 4, 2, 8))
+
+
+def test_what_is_trained_with_is_tried(monkeypatch, random_model):
+    """On the user's model, at any length: where stretches change what it computes, it does without."""
+    policy, calls = Policy(random_model("qwen2-window"), shared=True), []
+    monkeypatch.setattr(module, "attend", lambda *arguments: calls.append(1) or attend(*arguments))
+    assert choose_attention(policy) == ("", []) and policy.attention == STRETCHES and len(calls) == 2
+    wrong = Policy(random_model("qwen2-window"), shared=True)
+    monkeypatch.setattr(module, "attend", lambda *arguments: 1.1 * attend(*arguments))
+    assert choose_attention(wrong) == ("", []) and wrong.attention == "sdpa"
+
+
+def test_a_mask_goes_with_its_last_user():
+    (batch,) = pack([Example([2] * 100, [Completion([3] * 130) for _ in range(8)])], 10_000)
+    mask = stretch_mask(batch)
+    gone = weakref.ref(mask)
+    del mask
+    assert gone() is None
