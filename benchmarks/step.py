@@ -56,7 +56,7 @@ def run(
         vocab_size=case.vocab_size,
     )
     vocab = model.get_output_embeddings().weight.shape[0]
-    windows = [case.window(vocab, seed + i) for i in range(WINDOWS)]
+    windows = [case.window(vocab, seed + i) for i in range(min(WINDOWS, repeats))]
     old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
     rows: dict[str, Figures] = {}
     trial = on_trial(case, windows[0])

@@ -52,8 +52,8 @@ def test_both_sides_compute_the_same_step(steps, method):
         assert row["num_tokens"] == ours["num_tokens"]
     assert ours["time_to_ours"] == 1.0
     case = tiny_case(method)
-    computed = [case.padded_by_peer(case.window(259, seed)) for seed in range(step.WINDOWS)]
-    assert theirs["num_padded_tokens"] == sum(computed) // step.WINDOWS >= theirs["num_tokens"]
+    computed = [case.padded_by_peer(case.window(259, seed)) for seed in range(2)]  # two rounds take two different steps
+    assert theirs["num_padded_tokens"] == sum(computed) // 2 >= theirs["num_tokens"]
     assert 0 < ours["num_padded_tokens"] <= theirs["num_padded_tokens"]
     pairs = zip(theirs["times_ms"], ours["times_ms"], strict=True)
     assert theirs["time_to_ours"] == pytest.approx(statistics.median(a / b for a, b in pairs))
