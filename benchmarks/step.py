@@ -16,7 +16,7 @@ from logratio.trainers.errors import first_line
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.packing import pack
 from logratio.trainers.policy import Policy
-from logratio.trainers.reference import inference, tokens_key
+from logratio.trainers.reference import inference, per_example, tokens_key
 
 from .activations import Batch
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
@@ -143,15 +143,9 @@ def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed
     device = next(model.parameters()).device
     for batch in pack([e for window in windows for e in window], case.micro_batch_tokens, shared=False):
         with inference(policy):
-            logps = policy(batch.to(device)).logps.cpu()
-        path = 0
-        for example in batch.examples:
-            table[tokens_key(example)] = []
-            for completion in example.completions:
-                values = logps[path, : len(completion.ids)]
-                noise = 0.1 * torch.randn(values.shape, generator=generator)
-                table[tokens_key(example)].append((values + noise).to(device))
-                path += 1
+            logps = policy(batch.to(device)).logps
+        for example, parts in per_example(batch, logps):
+            table[tokens_key(example)] = [x + 0.1 * torch.randn(x.shape, generator=generator) for x in parts]
     return table
 
 

@@ -195,7 +195,7 @@ def grpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> li
             "prompt_ids": e.prompt_ids,
             "completion_ids": c.ids,
             "advantage": a,
-            "old_per_token_logps": logps.cpu(),
+            "old_per_token_logps": logps,
         }
         for e in window
         for c, a, logps in zip(e.completions, e.advantages or (), old[tokens_key(e)], strict=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .data import Completion, Example
-from .packing import PackedBatch
-from .reference import Reference, StoredReference, tokens_key
+from .packing import PackedBatch, example_tokens
+from .reference import Reference, StoredReference, per_example, tokens_key
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
@@ -24,9 +24,10 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     return out
 
 
-def joined(example: Example, other: Example) -> Example:
-    """A prompt with both completions."""
-    return dataclasses.replace(example, completions=[*example.completions, *other.completions])
+def together(example: Example, other: Example, micro_batch_tokens: int) -> list[Example]:
+    """A prompt with both completions, or with each where both do not fit a micro-batch."""
+    both = dataclasses.replace(example, completions=[*example.completions, *other.completions])
+    return [both] if example_tokens(both) <= micro_batch_tokens else [example, other]
 
 
 def refer_together(reference: Reference, both: Sequence[PackedBatch], batches: Sequence[PackedBatch]) -> list[Tensor]:
@@ -34,10 +35,7 @@ def refer_together(reference: Reference, both: Sequence[PackedBatch], batches: S
     table: dict[str, list[Tensor]] = {}
     for batch in both:
         values = reference(batch)  # of a filler too: processes that share weights compute together
-        path = 0
-        for example in () if batch.is_filler else batch.examples:
-            for k in range(len(example.completions)):
-                table[tokens_key(example.take([k]))] = [values[path, batch.scored[path]]]
-                path += 1
+        for example, logps in per_example(batch, values):
+            table |= {tokens_key(example.take([k])): [own] for k, own in enumerate(logps)}
     stored = StoredReference(table, reference)
     return [torch.zeros_like(b.scored, dtype=torch.float32) if b.is_filler else stored(b) for b in batches]

@@ -71,7 +71,7 @@ class ModelReference:
 class StoredReference:
     """Log-probabilities computed beforehand, by the tokens of an example; batches with others go to `live`.
 
-    table: `tokens_key` -> the scored log-probs of each completion.
+    table: `tokens_key` -> the scored log-probs of each completion, on the CPU: a GPU would wait for each of them.
     """
 
     def __init__(self, table: dict[str, list[Tensor]], live: Reference) -> None:
@@ -81,14 +81,12 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        dtype = self.table[keys[0]][0].dtype
-        out = torch.zeros(batch.scored.shape, dtype=dtype, device=batch.scored.device)
-        path = 0
-        for key in keys if not batch.is_filler else ():
-            for values in self.table[key]:
-                out[path, batch.scored[path]] = values.to(out.device)
-                path += 1
-        return out
+        scored = batch.scored.cpu()
+        out = torch.zeros(scored.shape, dtype=self.table[keys[0]][0].dtype)
+        if not batch.is_filler:
+            for path, values in enumerate(values for key in keys for values in self.table[key]):
+                out[path, scored[path]] = values
+        return out.to(batch.scored.device)
 
 
 def tokens_key(example: Example) -> str:
@@ -106,13 +104,21 @@ def precompute(
     ordered = sorted(examples, key=example_tokens)
     for start in range(0, len(ordered), PACKED_TOGETHER):
         for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
-            logps = live(batch.to(device)).cpu()
-            path = 0
-            for example in batch.examples:
-                count = len(example.completions)
-                table[tokens_key(example)] = [logps[p, batch.scored[p]].clone() for p in range(path, path + count)]
-                path += count
+            for example, logps in per_example(batch, live(batch.to(device))):
+                table[tokens_key(example)] = logps
     return table
+
+
+def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, list[Tensor]]]:
+    """Every example with the scored values of each of its completions, copies on the CPU; none of a filler.
+
+    values: [paths, T] as `batch.scored`.
+    """
+    values, scored, path = values.cpu(), batch.scored.cpu(), 0
+    for example in () if batch.is_filler else batch.examples:
+        after = path + len(example.completions)
+        yield example, [values[p, scored[p]] for p in range(path, after)]  # a mask makes a copy
+        path = after
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:

@@ -20,7 +20,7 @@ from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, TokenL
 
 from .data import Completion, Example
 from .errors import UserError
-from .mismatch import joined, mismatched, refer_together
+from .mismatch import mismatched, refer_together, together
 from .packing import PackedBatch, example_tokens, pack
 from .policy import Policy
 from .reference import Reference, StoredReference, inference
@@ -216,9 +216,8 @@ class Step:
             for micro in passed:  # on every process alike, whatever happens to be in the table
                 micro.ref = self.reference.live(micro.batch)
         elif self.reference is not None and self.policy.shared:
-            pairs = [joined(examples[i], others[i]) for i in mine]
-            apart = [[p] if example_tokens(p) <= self.micro_batch_tokens else [p.take([0]), p.take([1])] for p in pairs]
-            both = self._as_many([example for parts in apart for example in parts], examples[:1])
+            pairs = [together(examples[i], others[i], self.micro_batch_tokens) for i in mine]
+            both = self._as_many([example for pair in pairs for example in pair], examples[:1])
             filled = [*micros, *passed]
             refs = refer_together(self.reference, [m.batch for m in both], [m.batch for m in filled])
             for micro, ref in zip(filled, refs, strict=True):

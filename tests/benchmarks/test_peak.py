@@ -302,7 +302,11 @@ def test_bandwidth_by_hand():
     sft, dpo = moved(method="orpo"), moved(method="dpo")
     assert sft["weights (bandwidth)"] == 4 * 2 * 2 * whole  # of each micro-batch, forward and backward
     assert dpo["weights (bandwidth)"] == pytest.approx(4 * 3 * 2 * whole)
+    # a layer's activations: written and read in forward and backward, and once each where no gradient is asked for
+    name = "activations (bandwidth)"
+    assert dpo[name] == pytest.approx(sft[name] * 6 / 4)
     again = moved(method="orpo", gradient_checkpointing=True)
+    assert again[name] == pytest.approx(sft[name] * 6 / 4)
     assert again["weights (bandwidth)"] == pytest.approx(4 * 3 * 2 * whole)
     qlora = moved(method="orpo", lora_r=16, load_in_4bit=True)
     linears = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from logratio.benchmarks import truths
 from logratio.losses import LOSSES, Kind
 from logratio.trainers.data import Completion, Example
-from logratio.trainers.mismatch import joined, mismatched, refer_together
+from logratio.trainers.mismatch import mismatched, refer_together, together
 from logratio.trainers.packing import pack
 from logratio.trainers.reference import StoredReference, precompute
 
@@ -66,9 +66,9 @@ def test_the_reference_sees_a_prompt_once_for_both_completions(step, budget):
     step(micros, totals)
     pairs = list(zip(examples, mismatched(examples, step.max_length), strict=True))
     apart = [sum(map(tokens_of, pair)) for pair in pairs]
-    together = [tokens_of(joined(*pair)) for pair in pairs]
-    assert watched.tokens == sum(t if t <= budget else a for t, a in zip(together, apart, strict=True)) < sum(apart)
-    assert (max(together) > budget) == (budget == 20), "what does not fit together is computed apart"
+    shared = [a - len(e.prompt_ids) for a, (e, _) in zip(apart, pairs, strict=True)]
+    assert watched.tokens == sum(s if s <= budget else a for s, a in zip(shared, apart, strict=True)) < sum(apart)
+    assert (max(shared) > budget) == (budget == 20), "what does not fit together is computed apart"
 
 
 def test_unshared_prompts_have_nothing_to_win(step):
@@ -107,7 +107,7 @@ def test_a_stored_reference_is_asked_for_mismatched_completions_alone(step):
 def test_fillers_take_part_and_say_nothing(step):
     """Of a process that has no example left: processes that share weights compute together, or one of them hangs."""
     one, two = examples_for(Kind.LABELED, count=2)
-    both, own, other = (pack([e], 100)[0] for e in (joined(one, two), one, two))
+    both, own, other = (pack([e], 100)[0] for e in (*together(one, two, 100), one, two))
     watched = Watched(step.reference)
     refs = refer_together(watched, [both, both.unscored()], [own, own.unscored(), other.unscored()])
     assert watched.calls == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from logratio.trainers import reference
 from logratio.trainers.cli import parse_train
 from logratio.trainers.data import Completion, Example
 from logratio.trainers.errors import UserError
@@ -250,3 +251,22 @@ def test_a_reference_model_computes_in_mixed_precision_as_the_policy_does(random
         mine = policy(batch).logps
     assert torch.equal(ModelReference(policy, torch.bfloat16)(batch), mine)
     assert not torch.equal(ModelReference(policy)(batch), mine)
+
+
+def test_a_data_set_is_packed_in_parts(monkeypatch, policy):
+    live = AdapterReference(policy, policy)
+    whole = precompute(live, EXAMPLES, 1000, CPU, shared=True)
+    monkeypatch.setattr(reference, "PACKED_TOGETHER", 2)
+    parts = precompute(counted := Counted(live), EXAMPLES, 1000, CPU, shared=True)
+    assert counted.calls == 2 and parts.keys() == whole.keys()
+    for key, values in whole.items():
+        torch.testing.assert_close(parts[key], values)
+
+
+def test_a_run_in_mixed_precision_begins_at_its_reference(pairs, tmp_path):
+    """Whole fine-tuning, whose reference is another model: the margin of the first step is rounding alone."""
+    run = run_of("dpo", pairs, tmp_path, "--mixed_precision", "bf16")
+    examples = run.data.train[:2]
+    micros = run.step.micro_batches(examples)
+    metrics = run.step(micros, run.step.totals(examples, micros), backward=False).reduced(run.accelerator)
+    assert metrics["rewards/margins"] == 0
