@@ -21,8 +21,8 @@ from transformers import LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
-from .cases import CASES, Case
-from .truths import TRUTHS, Gradient, random_model
+from .peers.cases import CASES, Case
+from .peers.truths import TRUTHS, Gradient, random_model
 
 BOUNDS = {"trl": 1e-5, "oracle": 1e-10}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from logratio.benchmarks.cases import CASES, Case
+from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.benchmarks.verify import main, verify
 from logratio.losses import CPO_TYPES, DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, TPO_TYPES
 from logratio.trainers.errors import UserError
