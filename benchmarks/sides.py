@@ -14,7 +14,7 @@ from logratio.losses import Kind
 from logratio.reference import oracle, trl
 from logratio.trainers.data import Example
 from logratio.trainers.mismatch import mismatched
-from logratio.trainers.reference import AdapterReference, StoredReference
+from logratio.trainers.reference import StoredReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 from logratio.trainers.tiny import tiny_tokenizer
@@ -29,12 +29,13 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     """Our loss and gradient as one step of the loop computes them."""
     loss, policy = case.loss, subject.policy(dtype)
     policy.stats = loss.stats
+    reference = subject.reference(policy, dtype)
     step = Step(
         start_accelerator("no"),
         policy,
         policy,
         loss,
-        AdapterReference(policy, policy) if loss.wants_reference else None,
+        reference if loss.wants_reference else None,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         max_length=MAX_LENGTH,
     )
@@ -42,7 +43,7 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     examples = subject.examples(case)
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
-        old = StoredReference(subject.old(dtype), AdapterReference(policy, policy))
+        old = StoredReference(subject.old(dtype), reference)
         for micro in micros:
             micro.old = old(micro.batch)
     result = step(micros, step.totals(examples, micros))
@@ -51,26 +52,25 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
 
 
 def trls(case: Case, subject: Subject) -> Gradient:
-    """TRL's, in float32. Its driver copies the model."""
+    """TRL's, in float32, without a scale."""
     assert case.trl is not None
-    rows = (
-        subject.rollout_rows()
-        if case.method == "grpo"
-        else random_rows(case.method, subject.seed, longest=LONGEST)
-    )
+    rows = subject.rollout_rows() if case.method == "grpo" else random_rows(case.method, subject.seed, longest=LONGEST)
     truth = trl.loss_and_grads(
-        case.trl, subject.models[torch.float32], tiny_tokenizer(), rows, max_length=MAX_LENGTH, **case.trl_options
+        case.trl,
+        subject.models[torch.float32],
+        tiny_tokenizer(),
+        rows,
+        max_length=MAX_LENGTH,
+        scaled=False,
+        **case.trl_options,
     )
-    return Gradient(truth.loss, truth.scale, truth.grads)
+    return Gradient(truth.loss, 0.0, truth.grads)
 
 
 def oracles(case: Case, subject: Subject) -> Gradient:
     """The oracle's, in float64."""
     loss, scale = ORACLES[case.method](case, subject, subject.examples(case))
-    trained = {name: p for name, p in subject.models[torch.float64].named_parameters() if p.requires_grad}
-    # the graphs of the passes are shared with the other cases
-    grads = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
-    return Gradient(loss.item(), scale, {k: g for k, g in zip(trained, grads, strict=True) if g is not None})
+    return Gradient(loss.item(), scale, subject.gradient(loss))
 
 
 def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:

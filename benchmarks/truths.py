@@ -10,6 +10,7 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.data import Completion, Example, prepare
+from logratio.trainers.packing import PackedBatch
 from logratio.trainers.policy import Policy
-from logratio.trainers.reference import tokens_key
+from logratio.trainers.reference import AdapterReference, Reference, tokens_key
 from logratio.trainers.rows import Rows
 from logratio.trainers.sharing import why_not_shared
 from logratio.trainers.tiny import tiny_tokenizer
@@ -32,6 +34,8 @@ from .cases import Case
 MAX_LENGTH = 1024
 LONGEST = 12
 """Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
+
+
 @dataclass(frozen=True)
 class Gradient:
     """A loss, its scale (see `relative_errors`) and the gradient of every trainable parameter."""
@@ -139,7 +143,7 @@ def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[
 class Subject:
     """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
 
-    A case changes neither the model nor what is kept; the graph of a plain pass is kept too, for every case's gradient.
+    A case changes neither the model nor what is kept.
     """
 
     def __init__(self, config: Any, seed: int) -> None:
@@ -147,6 +151,7 @@ class Subject:
         self.models = {torch.float32: random_model(config, seed, adapters=0.2)}
         self.models[torch.float64] = exact(self.models[torch.float32])
         self.kept: dict[Any, Any] = {}
+        self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
 
     def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """`compute()`, of the first call with this key."""
@@ -165,6 +170,17 @@ class Subject:
         policy: Policy = self.once(("policy", dtype), make)
         policy.zero_grad(set_to_none=True)
         return policy
+
+    def reference(self, policy: Policy, dtype: torch.dtype) -> Reference:
+        """The policy's own without its adapters; a micro-batch that comes again gets what it got."""
+        live = AdapterReference(policy, policy)
+
+        def remembered(batch: PackedBatch) -> Tensor:
+            key = ("reference", dtype, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
+            logps: Tensor = self.once(key, lambda: live(batch))
+            return logps
+
+        return remembered
 
     def examples(self, case: Case) -> list[Example]:
         """What `random_rows` and `random_groups` are after tokenization."""
@@ -206,17 +222,20 @@ class Subject:
     def passed(
         self, example: Example, which: int, dtype: torch.dtype = torch.float64, *, reference: bool = False
     ) -> SequenceLogps:
-        """A plain unpadded forward pass of a prompt with its completion number `which`.
+        """A plain unpadded forward pass of a prompt with its completion number `which`, apart from its graph.
 
         reference: of the model without its adapters, and without a gradient.
         """
         ids, model = example.completions[which].ids, self.models[dtype]
 
         def compute() -> SequenceLogps:
-            if not reference:
-                return oracle.sequence_logps(model, example.prompt_ids, ids)
-            with model.disable_adapter(), torch.no_grad():
-                return oracle.sequence_logps(model, example.prompt_ids, ids)
+            if reference:
+                with model.disable_adapter(), torch.no_grad():
+                    return oracle.sequence_logps(model, example.prompt_ids, ids)
+            out = oracle.sequence_logps(model, example.prompt_ids, ids)
+            leaves = SequenceLogps(*(x.detach().requires_grad_() for x in out))
+            self.graphs += zip(leaves, out, strict=True)
+            return leaves
 
         key = ("passed", tuple(example.prompt_ids), tuple(ids), dtype, reference)
         passed: SequenceLogps = self.once(key, compute)
@@ -229,3 +248,23 @@ class Subject:
     def reference_passes(self, examples: Sequence[Example], which: int) -> list[Tensor]:
         """The completions' log-probs under the model without its adapters, in float64."""
         return [self.passed(example, which, reference=True).completion for example in examples]
+
+    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of a loss of `policy_passes`, for every trained parameter, in float64.
+
+        By the chain rule: what the passes give has few numbers, whose derivatives all losses share.
+        """
+        trained = {name: p for name, p in self.models[torch.float64].named_parameters() if p.requires_grad}
+        total = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float64)
+        slopes = torch.autograd.grad(loss, [leaf for leaf, _ in self.graphs], allow_unused=True)
+        for slope, (leaf, values) in zip(slopes, self.graphs, strict=True):
+            if slope is not None:
+                total += slope @ self.once(("jacobian", id(leaf)), partial(jacobian, values, list(trained.values())))
+        parts = total.split([p.numel() for p in trained.values()])
+        return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
+
+
+def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """[N, P]: the derivatives of N values by all numbers of the parameters."""
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in values]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +162,7 @@ def against_oracle(case: Case, subject: Subject, exact: Gradient) -> list[Errors
 def against_trl(case: Case, subject: Subject, exact: Gradient) -> list[Errors]:
     """The errors of loss and gradient in float32, with those of both sides against float64."""
     mine, theirs = ours(case, subject, torch.float32), trls(case, subject)
+    theirs = replace(theirs, scale=exact.scale)
     pairs = ((mine, theirs), (mine, exact), (theirs, exact))
     return [Errors(*errors) for errors in zip(*(relative_errors(*pair) for pair in pairs), strict=True)]
 
