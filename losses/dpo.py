@@ -183,7 +183,7 @@ class DPOLoss(Loss):
     """Penalty on a chosen completion that has lost probability."""
     cal_dpo_coef: NotNegative = 0.5
     """Weight of the calibration."""
-    r_dpo_alpha: NotNegative = 0.1
+    r_dpo_alpha: float = 0.1
     """Price of a token, in nats."""
     chi_po_r_max: Positive = 10.0
     """Margins are clipped to twice this."""
@@ -199,9 +199,9 @@ class DPOLoss(Loss):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             object.__setattr__(self, "loss_type", (self.loss_type,))
-        super().__post_init__()
         if not self.loss_type or (self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type)):
             raise ValueError(f"loss_weights={self.loss_weights} must have one number for each of {self.loss_type}")
+        super().__post_init__()
         unfit = [name for name in self.loss_type if not DPO_TYPES[name].divergences]
         if unfit and self.f_divergence_type != "reverse_kl":
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not defined for {', '.join(unfit)}")

@@ -157,7 +157,7 @@ class GRPOLoss(Loss):
         if low >= GRPO_TYPES[self.loss_type].widest:
             raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
         if self.loss_type == "cispo" and not high:
-            raise ValueError("epsilon_high=0 must be positive: cispo would multiply every gradient by it")
+            raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
 
     @property
     def wants_reference(self) -> bool:

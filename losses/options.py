@@ -158,7 +158,8 @@ def _check_read(loss: Any, name: str, value: Any) -> None:
         chosen = _chosen(loss, option)
         if not set(chosen) & set(table.readers(name)):
             raise ValueError(
-                f"{name}={value} is not read by {option} {', '.join(chosen)}, only by {table.said(name)}; leave it out"
+                f"{name}={value} is not read by {option} {', '.join(chosen)}; leave it out: it is an option of "
+                f"{table.said(name)}"
             )
     switch = loss.option_switches.get(name)
     if switch and not getattr(loss, switch):
@@ -174,5 +175,5 @@ def readers_said(loss: type, name: str) -> str:
     """For the help of an option: which variants read it, "" where all do, always."""
     parts = [f"{option} {said}" for option, table in loss.option_tables.items() if (said := table.said(name))]  # type: ignore[attr-defined]
     if name in loss.option_switches:  # type: ignore[attr-defined]
-        parts.append(f"{loss.option_switches[name]} above 0")  # type: ignore[attr-defined]
+        parts.append(f"{loss.option_switches[name]} not 0")  # type: ignore[attr-defined]
     return "; ".join(parts)

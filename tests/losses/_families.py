@@ -18,12 +18,14 @@ SMOOTHED = {"exo_pair", "robust", "cdpo"}
 
 def dpo(name: str, beta: float = 0.5, **options: Any) -> Loss:
     smoothing = {"label_smoothing": E} if name in SMOOTHED else {}
-    return DPOLoss(**{"loss_type": name, "beta": beta} | smoothing | options)
+    scaled = {} if name == "sft" else {"beta": beta}
+    return DPOLoss(**{"loss_type": name} | scaled | smoothing | options)
 
 
 def cpo(name: str, beta: float = 0.5, **options: Any) -> Loss:
     """Without the NLL."""
-    return CPOLoss(**{"loss_type": name, "beta": beta, "cpo_alpha": 0.0} | options)
+    scaled = {} if name == "simper" else {"beta": beta}
+    return CPOLoss(**{"loss_type": name, "cpo_alpha": 0.0} | scaled | options)
 
 
 def kto(name: str, beta: float = 0.5, **options: Any) -> Loss:

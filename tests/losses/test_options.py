@@ -1,0 +1,390 @@
+"""Options are refused where they cannot mean anything or are not read; what reads them is declared in one place."""
+
+import ast
+import dataclasses
+import inspect
+import math
+import re
+import textwrap
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import torch
+
+from logratio.losses import (
+    DPO_TYPES,
+    GRPO_TYPES,
+    LOSSES,
+    CPOLoss,
+    DPOLoss,
+    GRPOLoss,
+    KTOLoss,
+    Loss,
+    TPOLoss,
+    Variants,
+    cpo,
+    dpo,
+    dpo_types,
+    grpo,
+    grpo_types,
+    kto,
+    sft,
+)
+from logratio.losses.options import Positive, Range, out_of_range, ranges_of, readers_said, variant
+
+
+def refused(message: str) -> Any:
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+# Ranges ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "inside", "outside", "said"),
+    [
+        (Range(0, above=True), (1e-300, 1, 1e300), (0, -1e-300), "must be positive"),
+        (Range(0), (0, 0.0, 5), (-1, -1e-300), "must not be negative"),
+        (Range(0, 1), (0, 0.5, 1), (-0.1, 1.1), "must be in [0, 1]"),
+        (Range(0, 1, below=True), (0, 0.99), (-0.1, 1), "must be in [0, 1)"),
+        (Range(0, 1, above=True), (0.1, 1), (0, 1.1), "must be in (0, 1]"),
+        (Range(-1, 2**32 - 1), (-1, 2**32 - 1), (-2, 2**32), "must be in [-1, 4294967295]"),
+    ],
+    ids=str,
+)
+def test_ranges(given, inside, outside, said):
+    assert all(given.admits(value) for value in inside)
+    assert not any(given.admits(value) for value in outside)
+    assert str(given) == said
+
+
+@dataclass(frozen=True)
+class Some:
+    plain: float = 0.5
+    positive: Positive = 1.0
+    maybe: Positive | None = None
+    several: tuple[Annotated[float, Range(0, 1)], ...] = ()
+    without: float = math.inf
+    count: Annotated[int, Range(2)] = 2
+    flag: bool = False
+    word: str = "nan"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, []),
+        ({"plain": -1e300, "maybe": 1e-9, "several": (0.0, 1.0), "without": 3.0, "count": 10**400}, []),
+        ({"without": math.inf}, []),
+        *(({name: math.nan}, [(name, "must be finite")]) for name in ("plain", "positive", "maybe", "without")),
+        *(({name: math.inf}, [(name, "must be finite")]) for name in ("plain", "positive", "maybe")),
+        ({"without": -math.inf}, [("without", "must be finite")]),
+        ({"several": (0.5, math.nan)}, [("several", "must be finite")]),
+        ({"several": (1.5, 0.5)}, [("several", "must be in [0, 1]")]),
+        ({"positive": 0.0, "maybe": -1.0}, [("positive", "must be positive"), ("maybe", "must be positive")]),
+        ({"count": 1}, [("count", "must not be negative")]),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_found(options, found):
+    given = Some(**options)
+    assert [(name, must) for name, _, must in out_of_range(given)] == found
+    assert all(value is getattr(given, name) for name, value, _ in out_of_range(given))
+
+
+def test_ranges_are_read_off_the_annotations():
+    assert ranges_of(Some) == {
+        "positive": Range(0, above=True),
+        "maybe": Range(0, above=True),
+        "several": Range(0, 1),
+        "count": Range(2),
+    }
+
+
+def numbers(name: str) -> list[str]:
+    return [
+        f.name for f in dataclasses.fields(LOSSES[name]) if "float" in str(f.type) or f.name in ranges_of(LOSSES[name])
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in LOSSES for option in numbers(name)])
+def test_no_option_of_any_loss_is_nan_or_infinite(name, option, bad):
+    value = (bad,) if option == "loss_weights" else bad
+    with refused(f"{option}={value} must be finite"):
+        LOSSES[name](**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (KTOLoss, {"desirable_weight": -0.5}, "desirable_weight=-0.5 must not be negative"),
+        (KTOLoss, {"undesirable_weight": -0.5}, "undesirable_weight=-0.5 must not be negative"),
+        (DPOLoss, {"ld_alpha": 1.5}, "ld_alpha=1.5 must be in [0, 1]"),
+        (DPOLoss, {"ld_alpha": -0.5}, "ld_alpha=-0.5 must be in [0, 1]"),
+        (DPOLoss, {"loss_type": "dpop", "dpop_lambda": -1.0}, "dpop_lambda=-1.0 must not be negative"),
+        (DPOLoss, {"loss_type": "irpo", "irpo_alpha": -1.0}, "irpo_alpha=-1.0 must not be negative"),
+        (DPOLoss, {"loss_type": "cal_dpo", "cal_dpo_coef": -1.0}, "cal_dpo_coef=-1.0 must not be negative"),
+        (DPOLoss, {"loss_type": "beta_dpo", "beta_dpo_coef": -1.0}, "beta_dpo_coef=-1.0 must not be negative"),
+        (DPOLoss, {"loss_type": "beta_dpo", "beta_dpo_momentum": 1.5}, "beta_dpo_momentum=1.5 must be in [0, 1]"),
+        (DPOLoss, {"loss_type": "rainbow", "rainbow_mu": 1.5}, "rainbow_mu=1.5 must be in [0, 1]"),
+        (CPOLoss, {"cpo_alpha": -1.0}, "cpo_alpha=-1.0 must not be negative"),
+        (TPOLoss, {"tpo_alpha": -1.0}, "tpo_alpha=-1.0 must not be negative"),
+        *(
+            (GRPOLoss, {"loss_type": "vespo", name: -1.0}, f"{name}=-1.0 must not be negative")
+            for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+        ),
+    ],
+)
+def test_what_is_out_of_its_range_is_refused(loss, options, message):
+    with refused(message):
+        loss(**options)
+
+
+def test_ends_of_ranges_are_taken():
+    KTOLoss(desirable_weight=0.0, undesirable_weight=0.0)
+    DPOLoss(ld_alpha=0.0), DPOLoss(ld_alpha=1.0), DPOLoss(loss_weights=(-1.0,))
+    DPOLoss(loss_type=("dpop", "irpo", "cal_dpo"), dpop_lambda=0.0, irpo_alpha=0.0, cal_dpo_coef=0.0)
+    DPOLoss(loss_type=("rainbow", "r_dpo"), rainbow_mu=1.0, rainbow_gamma=-1.0, r_dpo_alpha=-1.0)
+    DPOLoss(loss_type="beta_dpo", beta_dpo_coef=0.0, beta_dpo_momentum=1.0)
+    GRPOLoss(epsilon=0.0), GRPOLoss(epsilon_high=0.0), GRPOLoss(entropy_coef=-1.0, off_policy_mask_threshold=-1.0)
+    GRPOLoss(loss_type="gmpo", epsilon=1.0), GRPOLoss(max_completion_length=1)
+
+
+# What variants read ---------------------------------------------------------------------------------------------------
+
+
+def test_a_table_knows_who_reads_what():
+    table: Variants[int] = Variants()
+    table.enter("a", 1, reads=("x", "y"))
+    table.enter("b", 2, reads=("x",), ignores=("z",))
+    table.enter("c", 3)
+    table["d"] = 4  # put in without a word
+    assert table.readers("x") == ["a", "b"] and table.said("x") == "a, b"
+    assert table.readers("y") == ["a"] and table.said("y") == "a"
+    assert table.readers("z") == ["a", "c", "d"] and table.said("z") == "all but b"
+    assert table.readers("w") == ["a", "b", "c", "d"] and table.said("w") == ""
+    assert table == {"a": 1, "b": 2, "c": 3, "d": 4}
+    with refused("a variant named 'a' is registered already"):
+        table.enter("a", 5)
+    assert table["a"] == 1
+
+
+def test_a_formula_is_entered_with_what_it_reads():
+    table: Variants[Any] = Variants()
+
+    @variant(table, reads=("x",), ignores=("y",))
+    def first() -> None: ...
+
+    @variant(table, "other")
+    def second() -> None: ...
+
+    assert table == {"first": first, "other": second}
+    assert table.readers("x") == ["first"] and table.readers("y") == ["other"]
+
+
+SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (
+            DPOLoss,
+            {"label_smoothing": 0.1},
+            f"label_smoothing=0.1 is not read by loss_type sigmoid; leave it out: {SMOOTHED}",
+        ),
+        (
+            DPOLoss,
+            {"loss_type": ("ipo", "hinge"), "label_smoothing": 0.1},
+            f"label_smoothing=0.1 is not read by loss_type ipo, hinge; leave it out: {SMOOTHED}",
+        ),
+        (
+            DPOLoss,
+            {"loss_type": "sft", "beta": 0.5},
+            "beta=0.5 is not read by loss_type sft; leave it out: it is an option of all but sft",
+        ),
+        (
+            DPOLoss,
+            {"f_alpha_divergence_coef": 0.2},
+            "f_alpha_divergence_coef=0.2 is not read by f_divergence_type reverse_kl; leave it out: it is an option of "
+            "alpha_divergence",
+        ),
+        (
+            CPOLoss,
+            {"simpo_gamma": 1.0},
+            "simpo_gamma=1.0 is not read by loss_type sigmoid; leave it out: it is an option of simpo, alphapo",
+        ),
+        (
+            CPOLoss,
+            {"loss_type": "simper", "beta": 2.0},
+            "beta=2.0 is not read by loss_type simper; leave it out: it is an option of all but simper",
+        ),
+        (
+            TPOLoss,
+            {"loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing=0.1 is not read by loss_type ipo; leave it out: it is an option of sigmoid, tpo-l",
+        ),
+        (
+            GRPOLoss,
+            {"loss_type": "sapo", "epsilon": 0.1},
+            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, cispo, vespo",
+        ),
+        *(
+            (
+                GRPOLoss,
+                {"loss_type": name, "importance_sampling_level": "sequence"},
+                f"importance_sampling_level=sequence is not read by loss_type {name}; leave it out: it is an option of "
+                "all but vespo, gmpo, rloo",
+            )
+            for name in ("gmpo", "vespo", "rloo")
+        ),
+        (
+            GRPOLoss,
+            {"loss_type": "gmpo", "beta": 0.1, "use_bias_correction_kl": False},
+            "use_bias_correction_kl=False is not read by loss_type gmpo; leave it out: it is an option of all but "
+            "gmpo, rloo",
+        ),
+        (GRPOLoss, {"kl_estimator": "k2"}, "kl_estimator=k2 is read only where beta is not 0; leave it out"),
+        (
+            GRPOLoss,
+            {"use_bias_correction_kl": False},
+            "use_bias_correction_kl=False is read only where beta is not 0; leave it out",
+        ),
+    ],
+)
+def test_an_option_that_is_not_read_is_refused(loss, options, message):
+    with refused(message):
+        loss(**options)
+
+
+def test_of_several_losses_one_reads_it():
+    DPOLoss(loss_type=("sigmoid", "cdpo"), label_smoothing=0.1)
+    DPOLoss(loss_type=("sft", "sigmoid"), beta=0.5, ld_alpha=0.5, f_divergence_type="forward_kl")
+    with refused(f"label_smoothing=0.1 is not read by loss_type sigmoid, sft; leave it out: {SMOOTHED}"):
+        DPOLoss(loss_type=("sigmoid", "sft"), label_smoothing=0.1)
+
+
+def test_a_default_that_is_given_is_no_matter():
+    DPOLoss(loss_type="sft", beta=0.1, label_smoothing=0.0, irpo_alpha=1.0)
+    GRPOLoss(loss_type="rloo", importance_sampling_level="token", kl_estimator="k3", beta=0)
+    GRPOLoss(beta=0.1, kl_estimator="k2", use_bias_correction_kl=False)
+
+
+def declared() -> list[tuple[str, str, str]]:
+    """(method, option, variant) of every loss_type that is said to read an option that not all of them do."""
+    return [
+        (method, option.name, name)
+        for method, loss in LOSSES.items()
+        for table in (loss.option_tables.get("loss_type"),)
+        if table is not None
+        for option in dataclasses.fields(loss)
+        if table.said(option.name)
+        for name in table
+    ]
+
+
+def sources(method: str, name: str) -> str:
+    """The code of everything that a variant's entry names, and what that calls in the modules of losses."""
+    modules = {
+        "dpo": (dpo, dpo_types),
+        "cpo": (cpo,),
+        "tpo": (cpo,),
+        "grpo": (grpo, grpo_types),
+        "kto": (kto,),
+        "sft": (sft,),
+    }
+    entry = LOSSES[method].option_tables["loss_type"][name]
+    waiting = [x for x in (entry if isinstance(entry, tuple) else (entry,)) if inspect.isfunction(x)]
+    known = {k: v for module in modules[method] for k, v in vars(module).items() if inspect.isfunction(v)}
+    seen: list[Any] = []
+    while waiting:
+        function = waiting.pop()
+        if function in seen:
+            continue
+        seen.append(function)
+        names = {
+            node.id
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+            if isinstance(node, ast.Name)
+        }
+        waiting += [known[x] for x in names & known.keys()]
+    return "\n".join(inspect.getsource(function) for function in seen)
+
+
+COMMON = {
+    "beta",
+    "ld_alpha",
+    "f_divergence_type",
+    "importance_sampling_level",
+    "kl_estimator",
+    "use_bias_correction_kl",
+}
+"""What the loss itself reads, for all but those that say that they ignore it."""
+
+
+@pytest.mark.parametrize(("method", "option", "name"), declared())
+def test_what_is_declared_is_what_the_formula_reads(method, option, name):
+    """By the code of the formula: an option of its own is named there, and nobody else's is."""
+    if option in COMMON | {"top_entropy_quantile"}:
+        pytest.skip("read outside the formula: its value is compared below")
+    code = sources(method, name)
+    said = name in LOSSES[method].option_tables["loss_type"].readers(option)
+    read = f"loss.{option}" in code or (option in ("epsilon", "epsilon_high") and "loss.epsilons" in code)
+    if (name, option) == ("cispo", "epsilon"):
+        assert not said and "loss.epsilons[1]" in code  # the upper one only
+    else:
+        assert said == read
+
+
+def test_help_says_who_reads_an_option():
+    assert readers_said(DPOLoss, "label_smoothing") == "loss_type cdpo, robust, exo_pair, aot, aot_unpaired"
+    assert readers_said(DPOLoss, "f_alpha_divergence_coef") == "f_divergence_type alpha_divergence"
+    assert readers_said(GRPOLoss, "use_bias_correction_kl") == "loss_type all but gmpo, rloo; beta not 0"
+    assert readers_said(GRPOLoss, "entropy_coef") == readers_said(Loss, "anything") == ""
+
+
+# A loss of the user's own ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_from_outside_needs_none_of_it():
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Loss):
+        cap: float = math.inf
+        scale: float = 1.0
+        loss_type: str = "mine"
+        name: "Unknown" = None  # type: ignore[name-defined]  # noqa: F821
+
+    loss = Own(scale=2.0, loss_type="other")
+    assert loss.cap == math.inf and Own(cap=math.inf) == Own() and ranges_of(Own) == {}
+    with refused("scale=nan must be finite"):
+        Own(scale=math.nan)
+
+
+def test_a_table_can_be_had_by_a_loss_from_outside():
+    table: Variants[Any] = Variants()
+    table.enter("one", torch.exp, reads=("scale",))
+    table.enter("two", torch.log)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Loss):
+        option_tables = {"shape": table}
+        shape: str = "one"
+        scale: float = 1.0
+
+    Own(scale=2.0)
+    with refused("scale=2.0 is not read by shape two; leave it out: it is an option of one"):
+        Own(shape="two", scale=2.0)
+    with refused("shape='three' is unknown, expected one of: one, two"):
+        Own(shape="three")
+
+
+def test_all_that_only_some_read_is_declared_for_existing_options():
+    for loss in LOSSES.values():
+        names = {f.name for f in dataclasses.fields(loss)}
+        for table in loss.option_tables.values():
+            for options in (*table.reads.values(), *table.ignores.values()):
+                assert set(options) <= names
+        assert {*loss.option_tables, *loss.option_switches, *loss.option_switches.values()} <= names
+    assert "label_smoothing" in DPO_TYPES.reads["cdpo"] and "delta" in GRPO_TYPES.reads["dapo"]
