@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logratio.losses import CompletionLogps, GRPOLoss, Totals
+from logratio.losses import GRPO_TYPES, CompletionLogps, GRPOLoss, Totals
 from logratio.losses.grpo import LEVELS
 from logratio.reference.strategies import Batch, batches
 
