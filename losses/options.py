@@ -173,7 +173,7 @@ def _chosen(loss: Any, option: str) -> tuple[str, ...]:
 
 def readers_said(loss: type, name: str) -> str:
     """For the help of an option: which variants read it, "" where all do, always."""
-    parts = [f"{option} {said}" for option, table in loss.option_tables.items() if (said := table.said(name))]  # type: ignore[attr-defined]
+    parts = [f"{option}: {said}" for option, table in loss.option_tables.items() if (said := table.said(name))]  # type: ignore[attr-defined]
     if name in loss.option_switches:  # type: ignore[attr-defined]
-        parts.append(f"{loss.option_switches[name]} not 0")  # type: ignore[attr-defined]
+        parts.append(f"{loss.option_switches[name]}: not 0")  # type: ignore[attr-defined]
     return "; ".join(parts)

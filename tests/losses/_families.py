@@ -1,6 +1,7 @@
 """Losses by a short name, and laws held to them on drawn batches: for the tests of families of losses."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -59,3 +60,8 @@ PLAIN = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "cdpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "beta_dpo"),
 ]
+
+
+def refused(message: str) -> Any:
+    """Whole, letter by letter."""
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
