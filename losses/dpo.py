@@ -95,8 +95,9 @@ def dpo_type(
     """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType` and `Variants.enter`."""
 
     def add(formula: Formula) -> Formula:
+        own = ["f_divergence_type"] if divergences and "f_divergence_type" not in ignores else []
         entry = DPOType(formula, divergences, whole_step)
-        DPO_TYPES.enter(formula.__name__, entry, reads=reads, ignores=ignores)
+        DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
         return formula
 
     return add

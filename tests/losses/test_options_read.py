@@ -1,6 +1,7 @@
 """An option that the chosen variants do not read is refused; what reads it is declared where a variant is entered."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,15 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
             {"f_alpha_divergence_coef": 0.2},
             "f_alpha_divergence_coef=0.2 is not read by f_divergence_type reverse_kl; leave it out: it is an option of "
             "alpha_divergence",
+        ),
+        *(
+            (
+                DPOLoss,
+                {"loss_type": name, "f_divergence_type": "forward_kl"},
+                f"f_divergence_type=forward_kl is not read by loss_type {name}; leave it out: it is an option of "
+                "sigmoid, hinge, ipo, sigmoid_norm, robust, exo_pair, discopop",
+            )
+            for name in ("sft", "nca_pair")
         ),
         (
             CPOLoss,
@@ -173,7 +183,7 @@ def declared() -> list[tuple[str, str, str]]:
         if loss.option_tables["loss_type"].said(option.name)
         for name in loss.option_tables["loss_type"]
         if (name, option.name) not in UNDEFINED and not (name == "rloo" and option.name == "use_bias_correction_kl")
-        if option.name != "f_divergence_type" or DPO_TYPES[name].divergences
+        if option.name != "f_divergence_type" or DPO_TYPES[name].divergences  # of others it is not defined
     ]
 
 
@@ -236,3 +246,26 @@ def test_all_that_only_some_read_is_declared_for_existing_options():
                 assert set(options) <= names
         assert {*loss.option_tables, *loss.option_switches, *loss.option_switches.values()} <= names
     assert "label_smoothing" in DPO_TYPES.reads["cdpo"] and "delta" in GRPO_TYPES.reads["dapo"]
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+ROWS = {row.split("`")[1]: row.split(" | ") for row in README.splitlines() if row.startswith("| `")}
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_the_readmes_table_is_of_the_declarations(method):
+    """It names every loss_type and option; behind an option that only some read, these."""
+    loss, (_, types, *rest) = LOSSES[method], ROWS[method]
+    options = " | ".join(rest)
+    table = loss.option_tables.get("loss_type")
+    assert types.strip(" |") == ", ".join(table or ())
+    for f in dataclasses.fields(loss):
+        said = table.said(f.name) if table else ""
+        if f.name in ("loss_type", "beta", "max_completion_length"):
+            continue
+        if table and len(table.readers(f.name)) == 1:  # "options of their own"
+            assert options.split("their own: ")[1].count(said) == 1
+        elif said:
+            assert f"`{f.name}` ({said})" in options
+        elif f.name != "f_alpha_divergence_coef":
+            assert f"`{f.name}`" in options
