@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 from logratio.losses import LOSSES, Kind, Loss
+from logratio.losses.options import readers_said
 
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from .errors import UserError
@@ -81,7 +82,7 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
 
-    parts: dict[str, Any] = {"loss": loss, "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if loss.kind is Kind.GROUPED:
         parts["rollout"] = RolloutConfig
     config_file = _take(argv, "--config")
@@ -100,7 +101,25 @@ def parse_train(argv: list[str]) -> RunConfig:
         )
     except ValueError as error:  # a loss refuses its fields
         raise UserError(str(error)) from error
-    return RunConfig(method=method, **{name: getattr(options, name) for name in parts})
+    chosen = {name: getattr(options, name) for name in parts}
+    chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
+    return RunConfig(method=method, **chosen)
+
+
+def with_readers(loss: type[Loss]) -> type[Loss]:
+    """The same loss, whose help says of an option which variants read it, where not all do."""
+    hints = get_type_hints(loss, include_extras=True)
+    said = {f.name: readers_said(loss, f.name) for f in dataclasses.fields(loss)}
+    fields: list[Any] = []
+    for f in dataclasses.fields(loss):
+        if said[f.name]:
+            hint = Annotated[hints[f.name], tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))]
+            fields.append((f.name, hint, dataclasses.field(default=f.default)))
+    return dataclasses.make_dataclass(loss.__name__, fields, bases=(loss,), frozen=True, kw_only=True)
+
+
+def _hint(said: str) -> Callable[[str], str]:
+    return lambda default: f"(default: {default}; {said})"
 
 
 def load_loss(name: str) -> type[Loss]:
