@@ -201,7 +201,7 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 
-def windows(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+def batches(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller."""
     epoch = 0
     while True:
