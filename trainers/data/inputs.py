@@ -43,7 +43,7 @@ def _prompt_tokens(example: Example) -> int:
 
 
 def loss_inputs(
-    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None, old: Tensor | None
+    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None = None, old: Tensor | None = None
 ) -> dict[str, Any]:
     """The arguments, beside `totals`, that a loss of this kind is called with. out, ref, old: [paths, T] each."""
     mask = batch.scored
