@@ -4,7 +4,7 @@
 
 It prints a line a step, and computes what `logratio train dpo` computes with the same options (a test compares them):
 
-    logratio train dpo --lora_r 8 --loss_type sigmoid --beta 0.1 --batch_size 16 --micro_batch_tokens 256 \\
+    logratio train dpo --lora_r 8 --beta 0.1 --batch_size 16 --micro_batch_tokens 256 \\
         --learning_rate 2e-4 --lr_scheduler_type constant --no-shuffle --max_steps 20
 
 The embedded model has random weights, which do not learn to add in so few steps: what there is to see is the loop.
@@ -37,7 +37,7 @@ LEARNING_RATE = 2e-4
 def train(steps: int = STEPS) -> tuple[Policy, list[float]]:
     """The trained policy, and the loss of every step."""
     torch.manual_seed(SEED)
-    loss = DPOLoss(beta=0.1, loss_type="sigmoid")
+    loss = DPOLoss(beta=0.1)
 
     # Rows -> examples: token ids of a prompt, its chosen and its rejected completion.
     tokenizer = tiny_tokenizer()

@@ -1,7 +1,8 @@
 """One optimizer step's gradient: totals over the whole step, then micro-batches that only add up.
 
 Nothing here depends on how the step was cut: the totals are counted before the first forward pass, over all
-micro-batches and processes, and every loss divides by them.
+micro-batches and processes, and every loss divides by them. What else a loss may know of the step is told, with a
+picture, in `docs/totals.md`.
 """
 
 from __future__ import annotations
