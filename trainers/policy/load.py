@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..config import ModelConfig
 from ..errors import UserError, first_line
 from .liger import check_liger, use_liger
+from .nf4 import keep_layout
 from .policy import REFERENCE_ADAPTER
 from .tiny import tiny_model, tiny_tokenizer
 
@@ -39,6 +40,7 @@ def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name
     if config.use_liger_kernel:
         check_liger(device)
     model = _load(config, device, seed, name or config.model_name_or_path)
+    keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
     if config.use_liger_kernel:
         use_liger(model)
     return model
