@@ -35,7 +35,7 @@ from .policy.reference import (
     save_table,
 )
 from .policy.reference_sync import ReferenceSync, make_sync
-from .policy.sharing import choose_attention
+from .policy.sharing import choose_attention, share_prompts
 from .rollout.rewards import load_reward
 from .rollout.rollouts import Rollouts
 from .step import Step
@@ -201,7 +201,7 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 
-def windows(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+def batches(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller."""
     epoch = 0
     while True:
@@ -223,10 +223,9 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     check_trainable(model)
     temperature = config.rollout.temperature if config.rollout else 1.0
     policy = Policy(model, temperature=temperature, stats=config.loss.stats)
-    obstacle, notes = choose_attention(policy, config.model.attn_implementation, autocast_of(config))
-    policy.shared = not obstacle
+    notes = share_prompts(policy, config.model.attn_implementation, autocast_of(config))
     policy.train()
-    return policy, [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
+    return policy, notes
 
 
 def autocast_of(config: RunConfig) -> torch.dtype | None:

@@ -118,6 +118,8 @@ def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], d
 class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
+    config = RolloutConfig(num_generations=2)
+
     def __call__(self, prompts: Any) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
 

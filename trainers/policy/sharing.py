@@ -27,6 +27,13 @@ MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS)
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
+def share_prompts(policy: Policy, asked: str | None = None, autocast: torch.dtype | None = None) -> list[str]:
+    """Pack as suits the policy (`Policy.shared`), with what `choose_attention` finds; returns what to tell the user."""
+    obstacle, notes = choose_attention(policy, asked, autocast)
+    policy.shared = not obstacle
+    return [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
+
+
 def choose_attention(
     policy: Policy, asked: str | None = None, autocast: torch.dtype | None = None
 ) -> tuple[str, list[str]]:

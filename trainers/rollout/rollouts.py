@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,15 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import GenerationConfig
 
-from logratio.losses import ADVANTAGES, KL_ESTIMATORS, Mean
+from logratio.losses import ADVANTAGES, Mean
 from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_normalize
 
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
-from ..errors import UserError
 from ..policy.policy import Policy
 from ..policy.reference import inference
-from ..step import MicroBatch, gather_rows
+from ..processes import gather_rows
 from .rewards import Reward, call_reward
 
 # Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
@@ -209,50 +206,3 @@ class Rollouts:
             values = rolled.by_function[..., column]
             metrics[f"rewards/{name}/mean"] = Mean.of(values, ~values.isnan())
         return metrics
-
-
-def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:
-    """The divergence of each completion from the reference, sum_t k(log old - log ref) over its scored tokens, [n]
-    float64 in the order of the examples; and its mean over tokens.
-
-    micros: these examples packed, with `old` and `ref` filled. Raises UserError where a divergence is not finite.
-    """
-    first, count = {}, 0
-    for example in examples:
-        first[id(example)] = count
-        count += len(example.completions)
-    sums = torch.zeros(count, dtype=torch.float64)
-    tokens = torch.zeros(())
-    for micro in micros:
-        if micro.batch.is_filler:
-            continue
-        assert micro.old is not None and micro.ref is not None
-        kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
-        tokens += micro.batch.scored.sum().cpu()
-        at = 0
-        for example in micro.batch.examples:
-            start, n = first[id(example)], len(example.completions)
-            sums[start : start + n] = kl[at : at + n].sum(-1).cpu()
-            at += n
-    for example in examples:
-        if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
-            raise UserError(
-                f"the divergence from the reference is not finite (row {example.row} of the data set); "
-                "use float32, or another --reward_kl_estimator"
-            )
-    return sums, Mean(sums.sum(), tokens)
-
-
-def give_advantages(
-    examples: Sequence[Example], micros: Sequence[MicroBatch], advantages: Sequence[float]
-) -> list[Example]:
-    """The examples with the advantages of their completions, given in the same order, in the micro-batches too."""
-    values = iter(advantages)
-    new = {
-        id(example): dataclasses.replace(example, advantages=tuple(islice(values, len(example.completions))))
-        for example in examples
-    }
-    for micro in micros:
-        inside = tuple(new[id(example)] for example in micro.batch.examples)
-        micro.batch = dataclasses.replace(micro.batch, examples=inside)
-    return list(new.values())

@@ -10,10 +10,11 @@ from logratio.losses import GRPOLoss
 from logratio.reference import oracle
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
+from logratio.trainers.data.inputs import count_totals
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
-from logratio.trainers.rollout.rollouts import Rollouts, Sampled, generate, give_advantages
-from logratio.trainers.step import count_totals
+from logratio.trainers.rollout.rollouts import Rollouts, Sampled, generate
+from logratio.trainers.rollout.windows import give_advantages
 
 # Generation --------------------------------------------------------------------------------------------------------
 
