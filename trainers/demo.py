@@ -36,7 +36,7 @@ from .data.examples import Prompt, prepare_prompts
 from .data.rows import Rows
 from .errors import UserError
 from .loop import train_run
-from .policy.load import TINY
+from .policy.tiny import TINY
 from .rollout.rewards import exact_answer
 from .rollout.rollouts import generate
 from .runlog import reset_peak_mem

@@ -16,7 +16,7 @@ import torch
 
 from logratio.losses import Mean
 
-from .checkpoint import save
+from .checkpoint import save_run
 from .config import RunConfig
 from .data.examples import Example
 from .data.packing import split_groups
@@ -90,7 +90,7 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
             if due_at(step, config.train.save_steps, total_steps) and main:
-                save(run.policy, run.tokenizer, output_dir / ("" if step == total_steps else f"checkpoint-{step}"))
+                save_run(config, run.policy, run.tokenizer, None if step == total_steps else step)
             if step == total_steps:
                 break
             started = time.perf_counter()
