@@ -17,8 +17,8 @@ from .errors import UserError
 DEFAULT_LEARNING_RATE = {"sft": 2e-5}
 OTHER_LEARNING_RATE = 1e-6
 DEFAULT_BATCH_SIZE = 8
-# Options that say nothing by themselves, with their defaults. In the dataclass they are None, which means "not given", so
-# that what would not be read can be refused.
+# Options that say nothing by themselves, with their defaults. In the dataclass they are None, which means "not given",
+# so that what would not be read can be refused.
 LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
 SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
@@ -68,12 +68,14 @@ class ModelConfig:
         adapters = self.lora_r > 0 or self.adapter_name_or_path
         if self.load_in_4bit and not adapters:
             raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
-        if self.lora_r < 0 or not 0 <= (self.lora_dropout or 0) < 1:
-            raise UserError(f"--lora_r {self.lora_r} or --lora_dropout {self.lora_dropout} is out of range")
+        if self.lora_r < 0:
+            raise UserError(f"--lora_r must not be negative, got {self.lora_r}")
+        if not 0 <= (self.lora_dropout or 0) < 1:
+            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.adapter_name_or_path and self.lora_r:
             raise UserError(
-                f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} goes "
-                "on with those of a run before; leave one of them out"
+                f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} "
+                "goes on with those of a run before; leave one of them out"
             )
         if not self.lora_r:
             why = "describes new adapters, and --adapter_name_or_path brings its own; leave it out"

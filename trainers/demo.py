@@ -196,6 +196,7 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
         data=DataConfig(dataset_name=str(folder / f"{method.data}.jsonl")),
         train=TrainConfig(
             output_dir=str(folder / method.folder),
+            overwrite_output_dir=True,
             batch_size=method.batch_size,
             max_steps=method.steps,
             learning_rate=method.learning_rate,

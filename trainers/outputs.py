@@ -1,4 +1,4 @@
-"""The folder that a run writes to: whether it can, whether another run's model is in the way, and making room for its own."""
+"""The folder that a run writes to: whether it can, and whether another run's model is in the way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import UserError, first_line
 
 BASE_MODEL = "base_model"
 """Folder in `output_dir` for the embedded model that an adapter was trained on, which has no name to be loaded by."""
-# What `save` writes. Two of its kinds in one folder would load together: a model with another one's adapter or template.
+# What `save` writes. Two kinds in one folder would load together: a model with another one's adapter or chat template.
 MODEL_FILES = (
     *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "config.json", "generation_config.json"),
@@ -87,6 +87,6 @@ def check_room(name: str, model_bytes: int, copies: int) -> None:
     needed = model_bytes * copies + SLACK
     if needed > free:
         raise UserError(
-            f"--output_dir {name} has {free / 2**30:.2f} GiB free, but what is to be saved there ({copies} x the weights) "
-            f"takes {needed / 2**30:.2f}; make room, or save less often (--save_steps)"
+            f"--output_dir {name} has {free / 2**30:.2f} GiB free, but what is to be saved there ({copies} x the "
+            f"weights) takes {needed / 2**30:.2f}; make room, or save less often (--save_steps)"
         )

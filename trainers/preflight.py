@@ -73,7 +73,8 @@ def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Sh
     warmup = config.train.warmup_steps
     if warmup >= total_steps and warmup:
         raise UserError(
-            f"--warmup_steps {warmup} of {total_steps} steps: the learning rate would never reach its peak; choose fewer"
+            f"--warmup_steps {warmup} of {total_steps} steps: the learning rate would never reach its peak; "
+            "choose fewer"
         )
     if not config.model.lora_r and not config.model.adapter_name_or_path:
         every = config.train.save_steps
@@ -136,6 +137,6 @@ def describe_stuck(model: Any, config: RunConfig) -> list[str]:
     if part < STUCK:
         return []
     return [
-        f"{100 * part:.0f} % of the {config.model.dtype} weights cannot be moved by a step of the learning rate {rate:g}, "
-        "which is below their rounding: use --dtype float32 --mixed_precision bf16, or a larger rate"
+        f"{100 * part:.0f} % of the {config.model.dtype} weights cannot be moved by a step of the learning rate "
+        f"{rate:g}, which is below their rounding: use --dtype float32 --mixed_precision bf16, or a larger rate"
     ]

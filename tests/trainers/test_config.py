@@ -38,8 +38,8 @@ def test_no_field_stands_in_two_of_the_configurations(name):
             {"load_in_4bit": True},
             "--load_in_4bit freezes the model, so something else must train: add --lora_r 16",
         ),
-        (ModelConfig, {"lora_r": -1}, "--lora_r -1 or --lora_dropout 0.0 is out of range"),
-        (ModelConfig, {"lora_dropout": 1.0}, "--lora_r 0 or --lora_dropout 1.0 is out of range"),
+        (ModelConfig, {"lora_r": -1}, "--lora_r must not be negative, got -1"),
+        (ModelConfig, {"lora_dropout": 1.0}, "--lora_dropout must be in [0, 1), got 1.0"),
         (DataConfig, {"max_length": 1}, "--max_length 1 leaves no room for a prompt and a completion"),
         (DataConfig, {"eval_size": -3}, "--eval_size must not be negative, got -3"),
         (

@@ -1,4 +1,4 @@
-"""What is checked of model files, weights, token ids and lengths, so that no run ends in another library's traceback."""
+"""What is checked of model files and weights, so that no run ends in another library's traceback."""
 
 from __future__ import annotations
 

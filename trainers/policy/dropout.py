@@ -19,7 +19,7 @@ OTHER_HEADS = ("summary", "classifier")
 
 def rates(model: nn.Module) -> dict[str, float]:
     """Name -> rate of every dropout of the model that is not 0: of its modules by their last name, and of rates that
-    modules keep as plain numbers (`attention_dropout`) or read from the configuration while they run."""
+    modules keep as plain numbers (`attention_dropout`); else those that they may read from the configuration."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd):
@@ -27,9 +27,8 @@ def rates(model: nn.Module) -> dict[str, float]:
                 found[last_word(name)] = float(module.p)
             continue
         found |= _numbers(module)
-    for config in _configs(model):
-        found |= {name: rate for name, rate in _numbers(config).items() if not name.startswith(OTHER_HEADS)}
-    return found
+    configured = [entry for config in _configs(model) for entry in _numbers(config).items()]
+    return found or {name: rate for name, rate in configured if not name.startswith(OTHER_HEADS)}
 
 
 def switch_off(model: nn.Module) -> dict[str, float]:

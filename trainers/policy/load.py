@@ -98,12 +98,13 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    load: Any = AutoModelForCausalLM.from_pretrained
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; what is wrong with them is said by `check_loaded`
     try:
         with foreign(f"the model {name!r} could not be loaded"):
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+            model, info = load(name, **options)
     finally:
         logging.set_verbosity(verbosity)
     notes = check_loaded(name, info)
@@ -111,7 +112,7 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
 
 
 def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
-    """The configuration of `name`; UserError unless it is a decoder-only language model of text, as far as files tell."""
+    """The configuration of `name`; UserError unless it is one of a decoder-only language model of text."""
     check_folder(name, option)
     with foreign(f"no model configuration could be loaded from {name!r}"):
         config: Any = AutoConfig.from_pretrained(name)
