@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from logratio.losses import Mean
 
-from .checkpoint import save
+from .checkpoint import save_run
 from .config import RunConfig
 from .data.examples import Example
 from .errors import UserError
@@ -67,7 +66,7 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
             if main and due_at(step, config.save_steps, last):
-                save(run.policy, run.tokenizer, Path(config.output_dir, "" if step == last else f"checkpoint-{step}"))
+                save_run(run.config, run.policy, run.tokenizer, None if step == last else step)
             if step == last:
                 break
             started = time.perf_counter()

@@ -73,7 +73,8 @@ def test_every_method_trains_logs_and_saves(workspace, method):
 
 def test_a_second_run_moves_the_first_ones_log_aside(workspace):
     for seed in ("1", "2"):
-        assert cli.main(["train", "sft", *SHORT, "--max_steps", "1", "--seed", seed]) == 0
+        words = ["train", "sft", *SHORT, "--max_steps", "1", "--seed", seed, "--overwrite_output_dir"]
+        assert cli.main(words) == 0
     seeds = [json.loads((workspace / "out" / f"run_config{n}.json").read_text())["train"]["seed"] for n in ("", ".1")]
     assert seeds == [2, 1]
     assert len(log_of(workspace / "out")) == 1 and (workspace / "out" / "metrics.1.jsonl").exists()

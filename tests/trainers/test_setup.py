@@ -34,7 +34,17 @@ def rows(tmp_path):
 
 
 def config_of(method, rows, *options):
-    return parse_train([method, "--dataset_name", str(rows), "--output_dir", str(rows.parent / "out"), *options])
+    return parse_train(
+        [
+            method,
+            "--dataset_name",
+            str(rows),
+            "--output_dir",
+            str(rows.parent / "out"),
+            "--overwrite_output_dir",
+            *options,
+        ]
+    )
 
 
 def take(iterator, count):

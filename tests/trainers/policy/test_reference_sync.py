@@ -17,7 +17,7 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
-from logratio.trainers.policy.load import add_adapters
+from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.reference import AdapterReference, ModelReference
 from logratio.trainers.policy.reference_sync import SMALLEST, ReferenceSync
@@ -257,7 +257,7 @@ def test_only_the_trained_adapter_is_saved(rows):
     run = run_of(rows, *KINDS["lora"], *SYNC, "0.5")
     log_of(run)
     folder = rows.parent / "out"
-    assert not list(folder.rglob(f"*{REFERENCE_ADAPTER}*")) and len(list(folder.rglob("*.safetensors"))) == 1
+    assert not list(folder.rglob(f"*{REFERENCE_ADAPTER}*")) and len(list(folder.glob("*.safetensors"))) == 1
     loaded = PeftModel.from_pretrained(tiny_model(run.config.train.seed), folder)
     assert list(loaded.peft_config) == ["default"] and loaded.peft_config["default"].r == 2
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_only_the_trained_adapter_is_saved(rows):
         ("dpo", ("--ref_model_mixup_alpha", "1.1"), "--ref_model_mixup_alpha must be in .0, 1."),
         ("dpo", ("--ref_model_mixup_alpha", "nan"), "--ref_model_mixup_alpha must be in .0, 1."),
         ("dpo", ("--ref_model_sync_steps", "0"), "--ref_model_sync_steps at least 1"),
-        ("orpo", (), "--sync_ref_model changes the reference, but this orpo has none; leave it out"),
+        ("orpo", (), "--sync_ref_model is about the reference, but this orpo has none; leave it out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(method, options, message, rows):
