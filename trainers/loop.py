@@ -61,6 +61,8 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
                 raise UserError(f"step {step}: {error}") from error
             if run.reference_sync is not None:
                 run.reference_sync.after(step)
+            for note in run.rollouts.after(step) if run.rollouts is not None else ():
+                log.say(note)
             learning_rate = run.optimizer.param_groups[0]["lr"]
             run.scheduler.step()
 

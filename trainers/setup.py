@@ -22,7 +22,7 @@ from .config import RunConfig, TrainConfig
 from .data.examples import Example, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
-from .policy.load import add_adapters, check_trainable, load_model, load_tokenizer
+from .policy.load import TINY, add_adapters, check_trainable, load_model, load_tokenizer
 from .policy.policy import Policy
 from .policy.reference import (
     AdapterReference,
@@ -36,9 +36,16 @@ from .policy.reference import (
 )
 from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import choose_attention
-from .rollout.rewards import load_reward
+from .rollout.calling import TrainerState
+from .rollout.ends import name_ends
+from .rollout.rewards import load_rewards
 from .rollout.rollouts import Rollouts
 from .step import Step
+
+UNTRAINED = (
+    "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
+    "`logratio train sft` first, and give its output_dir as --model_name_or_path"
+)
 
 
 @dataclass
@@ -75,10 +82,11 @@ def build(config: RunConfig) -> Run:
     set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model.model_name_or_path)
     data = load_data(config, tokenizer)
-    rewards = {name: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
+    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
     total_steps = count_steps(len(data.train), config, accelerator.num_processes)
 
     policy, notes = make_policy(config, accelerator.device)
+    notes += name_ends(policy.causal_lm, tokenizer, data.train)
     wrapped = accelerator.prepare_model(policy)
     reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
@@ -94,7 +102,12 @@ def build(config: RunConfig) -> Run:
     )
     rollouts = None
     if config.rollout:
-        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, config.loss.max_completion_length)
+        per_epoch = -(-len(data.train) // (config.train.batch_size or 1)) * config.rollout.num_iterations
+        state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
+        limit = config.loss.max_completion_length
+        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, state=state, accelerator=accelerator)
+        if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
+            notes.append(UNTRAINED)
     optimizer = make_optimizer(policy, config.train, accelerator.device)
     scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, config.train.warmup_steps, total_steps)
     return Run(
