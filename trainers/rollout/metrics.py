@@ -19,10 +19,11 @@ from logratio.losses.advantages import sum_then_normalize
 def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Mean]:
     """lengths: of the step's completions, in tokens. ended: False where the length limit cut one."""
     metrics = {"completions/clipped_ratio": Mean.of(1 - ended)}
-    for name, values in (("", lengths), ("_terminated", lengths[ended.bool()])):
+    for name, values in (("", lengths.flatten()), ("_terminated", lengths[ended.bool()])):
+        ascending = values.sort().values
         metrics[f"completions/mean{name}_length"] = Mean.of(values)
-        metrics[f"completions/min{name}_length"] = Mean.of(values.sort().values[:1])
-        metrics[f"completions/max{name}_length"] = Mean.of(values.sort().values[-1:])
+        metrics[f"completions/min{name}_length"] = Mean.of(ascending[:1])
+        metrics[f"completions/max{name}_length"] = Mean.of(ascending[-1:])
     return metrics
 
 

@@ -193,7 +193,8 @@ class Rollouts:
             try:
                 by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
-                    scores[:, column] = torch.tensor([torch.nan if v is None else v for v in values])
+                    known = [torch.nan if value is None else value for value in values]
+                    scores[:, column] = torch.tensor(known, dtype=torch.float64)
             except UserError as failed:
                 error = failed
         names = self._agree(error, sorted(log.metrics))
