@@ -234,7 +234,7 @@ class RolloutConfig:
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"

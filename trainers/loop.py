@@ -53,6 +53,8 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
                 updated = update(run, window.examples, step)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
+            for note in run.rollouts.after(step) if run.rollouts is not None else ():
+                log.say(note)
             metrics, tokens = reduced(run, window, result)
             num_tokens += tokens
             step_ms = (time.perf_counter() - started) * 1e3

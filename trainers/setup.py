@@ -29,10 +29,18 @@ from .policy.policy import Policy
 from .policy.reference import autocast_of, make_reference
 from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
+from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
-from .rollout.rewards import load_reward
+from .rollout.calling import TrainerState
+from .rollout.ends import name_ends
+from .rollout.rewards import load_rewards
 from .rollout.rollouts import Rollouts
 from .step import Step
+
+UNTRAINED = (
+    "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
+    "`logratio train sft` first, and give its output_dir as --model_name_or_path"
+)
 
 
 @dataclass
@@ -70,11 +78,12 @@ def build(config: RunConfig) -> Run:
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer)
-    rewards = {name: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
+    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
     total_steps = count_steps(len(data.train), config, accelerator.num_processes)
     model_notes += check_before(config, [*data.train, *data.evaluation], shapes, total_steps)
 
     policy, notes = make_policy(config, accelerator.device)
+    notes += name_ends(policy.causal_lm, tokenizer, data.train)
     wrapped = accelerator.prepare_model(policy)
     reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
@@ -90,7 +99,12 @@ def build(config: RunConfig) -> Run:
     )
     rollouts = None
     if config.rollout:
-        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, config.loss.max_completion_length)
+        per_epoch = -(-len(data.train) // (config.train.batch_size or 1)) * config.rollout.num_iterations
+        state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
+        limit = config.loss.max_completion_length
+        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, state=state, accelerator=accelerator)
+        if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
+            notes.append(UNTRAINED)
     optimizer = make_optimizer(policy, config.train, accelerator.device)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))

@@ -129,6 +129,9 @@ class GivenRollouts:
     def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
 
+    def after(self, step: int) -> list[str]:
+        return []
+
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
     """Examples in place of prompts, and their old log-probs in place of the policy's."""
