@@ -25,12 +25,12 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from . import head, step
-from .contestants import LEARNING_RATE
-from .head import HeadCase
-from .measure import free_memory
-from .records import Records, certificate, device_name
-from .step_cases import GOALS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .measure import head, step
+from .measure.clock import free_memory
+from .measure.contestants import LEARNING_RATE
+from .measure.head import HeadCase
+from .measure.step_cases import GOALS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .reporting.records import Records, certificate, device_name
 
 HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
 SMALL_HEAD_SHAPES = {"SmolLM2-135M": (576, 49152)}

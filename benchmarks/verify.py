@@ -25,10 +25,10 @@ from transformers import LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
-from .cases import CASES, Case
+from .peers.cases import CASES, Case
+from .peers.sides import oracles, ours, trls
+from .peers.truths import Gradient, Subject
 from .progress import Progress
-from .sides import oracles, ours, trls
-from .truths import Gradient, Subject
 
 BOUNDS = {"trl": 1e-5, "oracle": 1e-10}
 TINY = 1e-6

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .policy import Policy
+from .policy.policy import Policy
 
 
 def save(policy: Policy, tokenizer: Any, folder: Path) -> None:

@@ -30,15 +30,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from logratio.losses import DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, ORPOLoss, SFTLoss
 
-from .arithmetic import arithmetic_rows
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
-from .data import Prompt, prepare_prompts
+from .data.arithmetic import arithmetic_rows
+from .data.examples import Prompt, prepare_prompts
+from .data.rows import Rows
 from .errors import UserError
 from .loop import train_run
-from .model import TINY
-from .rewards import exact_answer
-from .rollout import generate
-from .rows import Rows
+from .policy.load import TINY
+from .rollout.rewards import exact_answer
+from .rollout.rollouts import generate
 from .runlog import reset_peak_mem
 from .setup import Run, build
 

@@ -18,11 +18,11 @@ from logratio.losses import Mean
 
 from .checkpoint import save
 from .config import RunConfig
-from .data import Example
+from .data.examples import Example
+from .data.packing import split_groups
 from .errors import UserError
-from .model import describe
-from .packing import split_groups
-from .rollout import Rolled, give_advantages, reward_kl
+from .policy.load import describe
+from .rollout.rollouts import Rolled, give_advantages, reward_kl
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, build, windows
 from .step import StepResult, rows_of

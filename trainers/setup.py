@@ -19,11 +19,12 @@ from transformers import get_scheduler
 from logratio.losses import Kind
 
 from .config import RunConfig, TrainConfig
-from .data import Example, prepare, prepare_prompts
+from .data.examples import Example, prepare, prepare_prompts
+from .data.rows import Rows, load_rows
 from .errors import UserError
-from .model import add_adapters, check_trainable, load_model, load_tokenizer
-from .policy import Policy
-from .reference import (
+from .policy.load import add_adapters, check_trainable, load_model, load_tokenizer
+from .policy.policy import Policy
+from .policy.reference import (
     AdapterReference,
     ModelReference,
     Reference,
@@ -33,11 +34,10 @@ from .reference import (
     precompute,
     save_table,
 )
-from .reference_sync import ReferenceSync, make_sync
-from .rewards import load_reward
-from .rollout import Rollouts
-from .rows import Rows, load_rows
-from .sharing import choose_attention
+from .policy.reference_sync import ReferenceSync, make_sync
+from .policy.sharing import choose_attention
+from .rollout.rewards import load_reward
+from .rollout.rollouts import Rollouts
 from .step import Step
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, TokenLogps, Totals
 
-from .data import Completion, Example
+from .data.examples import Completion, Example
+from .data.packing import PackedBatch, example_tokens, pack
 from .errors import UserError
-from .mismatch import mismatched, refer_together, together
-from .packing import PackedBatch, example_tokens, pack
-from .policy import Policy
-from .reference import Reference, StoredReference, inference
+from .policy.mismatch import mismatched, refer_together, together
+from .policy.policy import Policy
+from .policy.reference import Reference, StoredReference, inference
 
 
 @dataclass

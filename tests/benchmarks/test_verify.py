@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
-from logratio.benchmarks.cases import CASES, Case
-from logratio.benchmarks.sides import trls
-from logratio.benchmarks.truths import Gradient, Subject
+from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.sides import trls
+from logratio.benchmarks.peers.truths import Gradient, Subject
 from logratio.benchmarks.verify import Errors, line, main, verify, worst
 from logratio.losses import CPO_TYPES, DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, TPO_TYPES
 from logratio.reference import oracle
@@ -29,10 +29,6 @@ TABLES = {
     "orpo": {None: None},
     "grpo": GRPO_TYPES,
 }
-
-
-SIDES = ("rel", "our", "trl")
-"""Of an error: between ours and the truth, and where TRL is the truth of each against float64."""
 
 
 def named(cases: list[Case]) -> pytest.MarkDecorator:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.benchmarks.cases import CASES, Case
+from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import (
     CPO_TYPES,
     DPO_TYPES,

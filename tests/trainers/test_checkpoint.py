@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logratio.trainers.checkpoint import save
-from logratio.trainers.policy import REFERENCE_ADAPTER, Policy
-from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 IDS = torch.tensor([[65, 66, 67, 68]])

@@ -12,7 +12,7 @@ from peft import PeftModel
 from logratio.losses import LOSSES
 from logratio.trainers import cli
 from logratio.trainers.errors import UserError
-from logratio.trainers.tiny import tiny_model
+from logratio.trainers.policy.tiny import tiny_model
 
 PROMISED = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_s", "step_ms", "peak_mem_mib"}
 

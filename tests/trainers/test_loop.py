@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks import truths
+from logratio.benchmarks.peers import truths
 from logratio.losses import DPO_TYPES, LOSSES, DPOType, Kind
 from logratio.reference import trl
 from logratio.trainers import setup
 from logratio.trainers.cli import main
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.loop import train_run
-from logratio.trainers.reference import StoredReference, tokens_key
-from logratio.trainers.rollout import Rolled
+from logratio.trainers.policy.reference import StoredReference, tokens_key
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.rollout.rollouts import Rolled
 from logratio.trainers.step import Step
-from logratio.trainers.tiny import tiny_tokenizer
 
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
 BATCH = 4

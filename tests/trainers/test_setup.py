@@ -222,7 +222,7 @@ def test_a_run_says_what_became_of_its_data(rows, method):
 
 
 def test_a_model_that_may_not_share_says_so(rows, tmp_path):
-    from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+    from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
     tiny_model(num_hidden_layers=1, attn_implementation="eager").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -235,7 +235,7 @@ def test_a_model_that_may_not_share_says_so(rows, tmp_path):
 
 def test_a_reference_model_that_may_not_share_rules_it_out_for_both(rows, tmp_path):
     """Both compute the same micro-batches, and the reference's log-probs would silently be wrong."""
-    from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+    from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
     tiny_model(num_hidden_layers=1).save_pretrained(tmp_path / "shares")
     tiny_tokenizer().save_pretrained(tmp_path / "shares")

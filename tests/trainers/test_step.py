@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks import truths
-from logratio.benchmarks.cases import CASES, Case
+from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
-from logratio.trainers import packing
-from logratio.trainers.data import Completion, Example
+from logratio.trainers.data import packing
+from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.data.packing import example_tokens, pack
 from logratio.trainers.errors import UserError
-from logratio.trainers.packing import example_tokens, pack
-from logratio.trainers.policy import Policy
-from logratio.trainers.reference import AdapterReference
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import AdapterReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs
 
