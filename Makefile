@@ -26,7 +26,7 @@ test-long: install
 
 # Ours beside TRL, what fits two minutes on two cores; `logratio bench --help` names the rest.
 bench: install
-	$(BIN)/python -m logratio.benchmarks.bench quick --results build/bench --repeats 2 --fresh
+	$(BIN)/logratio bench quick --results build/bench --repeats 2 --fresh
 
 # Small mistakes in losses/, one at a time: which would the tests let live? `make mutants FILES=losses/dpo.py` for one file.
 mutants: install

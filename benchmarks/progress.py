@@ -26,8 +26,10 @@ class Progress:
         """Show on the bar what is being done."""
         self.bar.update(self.task, description=f"{self.what}: {name}")
 
-    def step(self) -> None:
-        """One more is done."""
+    def step(self, line: str = "") -> None:
+        """One more is done; print what came of it."""
+        if line:
+            self.say(line)
         self.bar.advance(self.task)
 
     def __enter__(self) -> Progress:

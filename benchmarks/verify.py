@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         progress.say("Relative errors. In brackets: what ours and TRL's are from float64.\n" + HEADER)
         for row in verify(cases, options.seed):
             rows.append(row)
-            progress.say(line(row))
-            progress.step()
+            progress.step(line(row))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     for case in cases:

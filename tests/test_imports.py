@@ -164,6 +164,39 @@ def test_the_property_kit_loads_neither_what_it_tests_nor_trl():
     assert not loaded & {"logratio.losses", "logratio.trainers", "logratio.benchmarks", "trl", "transformers"}
 
 
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    """In a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+
+
+def test_the_list_of_commands_is_shown_without_loading_any():
+    done = run(
+        "import sys; from logratio.trainers.cli import main; status = main(['--help'])\n"
+        "print(*{m.split('.')[0] for m in sys.modules} | {m for m in sys.modules if m.startswith('logratio.')})\n"
+        "sys.exit(status)"
+    )
+    *shown, loaded = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == ""
+    assert any(line.startswith("verify          Compare every loss with TRL") for line in shown)
+    heavy = {"torch", "numpy", "transformers", "tyro", "yaml", "rich", "datasets", "peft"}
+    assert not set(loaded.split()) & (heavy | {"logratio.losses", "logratio.benchmarks.verify", "logratio.reference"})
+
+
+def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses():
+    """PEFT imports it; on a CPU with AVX512-BF16, of which it is told here, it would."""
+    done = run(
+        "import sys, warnings, logratio.trainers, bitsandbytes.functional as functional\n"
+        "warnings.simplefilter('ignore'); functional.has_avx512bf16 = lambda: True; sys.modules['kernels'] = None\n"
+        "import importlib, bitsandbytes.backends.cpu.ops as ops\n"
+        "try: importlib.reload(ops)\n"
+        "except RuntimeError: pass  # what it registers is registered already\n"
+        "assert ops.gemm_4bit_forward_kernel is None\n"
+        "ops.logger.warning('another warning')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "another warning\n"
+
+
 def test_a_variant_is_a_screenful():
     """At most 15 lines of code for each function of the files that hold variants, docstring apart."""
     long = {}

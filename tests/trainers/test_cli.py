@@ -251,11 +251,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(workspace, ca
     assert not list((workspace / "out").glob("*.safetensors"))
 
 
+def test_methods_are_named_without_loading_them():
+    assert cli.METHODS == tuple(LOSSES)
+
+
 def test_help_lists_commands_and_options(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(entry.name in shown for entry in entry_points(group=cli.COMMANDS)) and METHODS in shown
+    for entry in entry_points(group=cli.COMMANDS):
+        assert f"{entry.name:<15} {entry.load().__doc__.splitlines()[0]}\n" in shown
+    assert METHODS in shown
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "dpo", "--help"])
     assert stopped.value.code == 0

@@ -18,6 +18,7 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
+from ..errors import UserError
 from ..policy.policy import Policy
 from ..policy.reference import inference
 from ..processes import gather_rows
