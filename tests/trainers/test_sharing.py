@@ -69,7 +69,8 @@ def test_a_soft_cap_of_attention_is_not_lost(capped, random_model):
 
 
 def test_attention_without_the_models_soft_cap_is_refused(capped):
-    message = "--attn_implementation sdpa: it has no soft-cap, and the model's attn_logit_softcapping is 0.5; leave it out"
+    asked = "--attn_implementation sdpa: "
+    message = f"{asked}it has no soft-cap, and the model's attn_logit_softcapping is 0.5; leave it out"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         choose_attention(Policy(capped), "sdpa")
 
