@@ -32,7 +32,7 @@ BAD = {
 GOOD = {
     "some None": "def f(completions, **_):\n    return [None, 1.0] * (len(completions) // 2)",
     "async": "async def f(completions, **_):\n    return [1.0] * len(completions)",
-    "callable": "class F:\n    def __call__(self, completions, **_):\n        return [1.0] * len(completions)\n\nf = F()",
+    "callable": "class F:\n    def __call__(self, completions, **_):\n        return [1.0] * len(completions)\nf = F()",
     "integers": "def f(completions, **_):\n    return [1] * len(completions)",
     "booleans": "def f(completions, **_):\n    return [True] * len(completions)",
     "numpy": "import numpy\ndef f(completions, **_):\n    return numpy.ones(len(completions))",
