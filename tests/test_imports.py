@@ -33,7 +33,7 @@ FLOORS = (
     ("trainers/setup.py",),
     ("trainers/loop.py",),
     ("trainers/cli.py", "trainers/demo.py"),
-    ("benchmarks/memory", "benchmarks/peers", "benchmarks/reporting"),
+    ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
     ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
     ("benchmarks/atlas.py", "benchmarks/bench.py"),
