@@ -51,7 +51,7 @@ def out_of_range(options: Any) -> Iterator[tuple[str, Any, str]]:
 
     A default that is not finite itself means something, and may be given.
     """
-    ranges = ranges_of(type(options))
+    ranges = ranges_of(type(options))  # type: ignore[arg-type]  # a class is hashable
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         for number in value if isinstance(value, tuple) else (value,):

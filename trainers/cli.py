@@ -140,9 +140,8 @@ def with_readers(loss: type[Loss]) -> type[Loss]:
     fields: list[Any] = []
     for f in dataclasses.fields(loss):
         if said[f.name]:
-            shown = tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))
-            hint = Annotated[hints[f.name], shown]  # type: ignore[valid-type, name-defined]
-            fields.append((f.name, hint, dataclasses.field(default=f.default)))
+            more = tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))
+            fields.append((f.name, Annotated[hints[f.name], more], dataclasses.field(default=f.default)))
     return dataclasses.make_dataclass(loss.__name__, fields, bases=(loss,), frozen=True, kw_only=True)
 
 

@@ -21,8 +21,8 @@ _LUSPO_KL = "grpo luspo,importance_sampling_level=sequence,beta=0.04"
 _SEQUENCE = tuple(f"grpo {name},importance_sampling_level=sequence" for name in ("cispo", "sapo"))
 _KTO_WEIGHTED = "kto kto,desirable_weight=1.5,undesirable_weight=0.5"
 _SMOOTHED = (
-    "label_smoothing is taken with `sigmoid` and ignored: sp(-x), plain DPO, instead of (1 - e) sp(-x) + e sp(x), "
-    "which is `cdpo` here, where `sigmoid` refuses it."
+    "label_smoothing is taken with `sigmoid` and ignored: sp(-x), plain DPO, instead of (1 - e) sp(-x) + e sp(x). That "
+    "is `cdpo` here, where `sigmoid` refuses the option."
 )
 
 _WHOLE: list[tuple[str, str, tuple[str, ...]]] = [
@@ -41,8 +41,8 @@ _WHOLE: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "trl",
-        "Another default, not another formula: epsilon_high is epsilon's 0.2 instead of 5, so that min(rho, 0.2) "
-        "weighs the tokens.",
+        "Another default, not another formula: epsilon_high is epsilon's 0.2 instead of 5, so that the weight is "
+        "min(rho, 0.2).",
         ("grpo cispo (defaults)",),
     ),
     ("liger", "There are no class weights: 1 - sigmoid(+-beta (r - z)), not w times it.", (_KTO_WEIGHTED,)),
