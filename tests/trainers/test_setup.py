@@ -26,6 +26,7 @@ def rows(tmp_path):
             "chosen": str(i + 1),
             "rejected": str(i + 30),
             "reference": str(i),
+            "answer": str(i + 1),
         }
         for i in range(7)
     ]

@@ -32,6 +32,7 @@ GIVEN = (
 """What every reward may take by name, beside the columns of the data set."""
 
 LARGEST = torch.finfo(torch.float32).max
+_FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
 _TAKEN = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
 _TAKEN |= {"peak_mem_mib", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"}
@@ -66,7 +67,10 @@ class RewardLog:
         """Add a value to the metric, whose mean over the step's values on all processes is logged."""
         if not isinstance(name, str) or name in _TAKEN or name.startswith(_TAKEN_PREFIXES):
             raise UserError(f"log_metric cannot take the name {name!r}, which the log uses itself: choose another")
-        self.metrics[name].append(finite(value, f"log_metric({name!r})"))
+        number = finite(value)
+        if number is None:
+            raise UserError(f"log_metric({name!r}) takes a finite number, got {shown(value)}")
+        self.metrics[name].append(number)
 
     def log_extra(self, column: str, values: Any) -> None:
         self.columns.add(str(column))
@@ -136,7 +140,7 @@ def call_rewards(
             }
             try:
                 results[name] = reward(**_taken(reward, given))
-            except (Exception, SystemExit) as error:
+            except _FAILURES as error:
                 raise _failed(name, error, asked) from error
             if inspect.isawaitable(results[name]):
                 waiting[name] = results[name]
@@ -200,7 +204,7 @@ def _awaited(waiting: Mapping[str, Awaitable[Any]], asked: Asked) -> dict[str, A
     try:
         return dict(zip(waiting, running.result(), strict=True))
     except _Stopped as stopped:
-        if isinstance(stopped.error, Exception | SystemExit | asyncio.CancelledError):
+        if isinstance(stopped.error, _FAILURES):
             raise _failed(stopped.name, stopped.error, asked) from stopped.error
         raise stopped.error from None
     except BaseException:
@@ -242,32 +246,30 @@ def _numbers(name: str, result: Any, asked: Asked) -> list[float | None]:
         )
     try:
         values = list(result)
-    except (Exception, SystemExit) as error:  # of a generator
+    except _FAILURES as error:  # of a generator
         raise _failed(name, error, asked) from error
     if len(values) != len(asked.completions):
         raise UserError(f"the reward {name!r} returned {len(values)} numbers for {len(asked.completions)} completions")
     numbers: list[float | None] = []
     for index, value in enumerate(values):
-        try:
-            numbers.append(None if value is None else finite(value, f"the reward {name!r}"))
-        except UserError as error:
-            raise UserError(f"{error} or None, for {asked.place(index)}") from None
+        number = None if value is None else finite(value)
+        if number is None and value is not None:
+            raise UserError(
+                f"the reward {name!r} must return a finite number (in float32, too) or None for {asked.place(index)}: "
+                f"got {shown(value)}"
+            )
+        numbers.append(number)
     return numbers
 
 
-def finite(value: Any, what: str) -> float:
-    """`value` as a float; UserError unless it is a finite number that float32 holds, or a scalar of a library."""
+def finite(value: Any) -> float | None:
+    """A number, or a scalar of a library, as a float; None where it is none, or not one that float32 holds."""
     try:
-        if isinstance(value, str | bytes | bytearray):
-            raise TypeError
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(f"{what} must give finite numbers, got {shown(value)}") from None
-    if not abs(number) <= LARGEST:
-        raise UserError(f"{what} must give finite numbers (in float32, too), got {shown(value)}")
-    return number
+        value = value.item() if hasattr(value, "item") else value
+        number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        return None
+    return number if abs(number) <= LARGEST else None
 
 
 def names_of(rewards: Sequence[tuple[str, Reward]]) -> list[str]:
