@@ -45,7 +45,7 @@ RANGES = {
     "train dpo --ld_alpha 1.1": "ld_alpha",
     "train dpo --loss_type dpop --dpop_lambda -1": "dpop_lambda",
     "train dpo --loss_type robust --label_smoothing 0.5": "label_smoothing",
-    "train dpo --loss_type cdpo --label_smoothing 0.6": "label_smoothing",
+    "train dpo --loss_type cdpo --label_smoothing 1.5": "label_smoothing",
     "train dpo --ref_model_sync_steps 0 --sync_ref_model": "--ref_model_sync_steps",
     "train dpo --sync_ref_model --ref_model_mixup_alpha 1.5": "--ref_model_mixup_alpha",
     "train kto --desirable_weight -1": "desirable_weight",
