@@ -80,7 +80,8 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     if name == TINY and not config.load_in_4bit:
         tiny: Any = tiny_model(seed)
         if config.attn_implementation:
-            tiny.set_attn_implementation(config.attn_implementation)
+            with foreign(f"--attn_implementation {config.attn_implementation}"):
+                tiny.set_attn_implementation(config.attn_implementation)
         return tiny.to(device=device, dtype=getattr(torch, config.dtype)), []
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:
