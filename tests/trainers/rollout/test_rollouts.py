@@ -180,7 +180,8 @@ def test_rewards_are_called_in_trls_form(policy, tokenizer):
     ]
     examples, _ = rolled_out(policy, tokenizer, {"watch": watch})(prompts)
     assert seen["prompts"] == ["AB", "AB", "C", "C"]
-    assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"] == {"level": [3, 3, 4, 4]}
+    assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"]["level"] == [3, 3, 4, 4]
+    assert seen["others"].keys() == {"level", "trainer_state", "log_metric", "log_extra"}
     assert seen["limit"] == 6
     ids = [c.ids for e in examples for c in e.completions]
     assert seen["ids"] == ids and all(1 <= len(i) <= 6 for i in ids)
