@@ -58,8 +58,8 @@ def test_a_token_without_a_row_names_the_row_of_the_data(data, unloaded):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["xxxxx"])
     message = (
-        f"row 0 of the data set holds token 259, which has no row in the embeddings of '{data}/model', that end at 258; "
-        "use the tokenizer that belongs to the model"
+        f"row 0 of the data set holds token 259, which has no row in the embeddings of '{data}/model', that end at "
+        "258; use the tokenizer that belongs to the model"
     )
     refused(re.escape(message), data, "dpo", model=tiny_model(**SMALL), tokenizer=tokenizer)
 
@@ -91,7 +91,10 @@ def test_kto_may_give_a_prompt_the_longest_completion():
     assert longest_sequence(config, examples) == (3, 12)
     assert longest_sequence(parse_train(["kto"]), examples) == (3, 19)
     assert longest_sequence(parse_train(["dpo"]), examples) == (3, 11)
-    prompts = [Prompt("a", [1] * 5, row=0, columns={}), Prompt("a", [1] * 6, row=1, columns={})]
+    prompts = [
+        Prompt(prompt_ids=[1] * 5, prompt="a", columns={}, row=0),
+        Prompt(prompt_ids=[1] * 6, prompt="a", columns={}, row=1),
+    ]
     assert longest_sequence(parse_train(["grpo", "--max_completion_length", "7"]), prompts) == (1, 13)
 
 

@@ -73,7 +73,7 @@ BROKEN = {
     "a weight less": (weights(lambda t: t.pop(FIRST)), FITS + "it lacks 1 weights, the first "),
     "a weight more": (
         weights(lambda t: t.update(extra=torch.ones(1))),
-        FITS + "it holds foreign 1 weights, the first ",
+        FITS + "it holds 1 foreign weights, the first ",
     ),
     "modules of another architecture": (configured(target_modules=["c_attn"]), FITS),
     "a NaN": (
