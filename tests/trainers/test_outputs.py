@@ -60,9 +60,7 @@ def test_a_disk_without_room_is_refused_before_the_model_is_loaded(monkeypatch, 
     monkeypatch.setattr("logratio.trainers.setup.load_model", never)
     # 0.67 M parameters in float32 are 2.6 MiB
     steps = ["--max_steps", "3", "--save_steps", "1", "--output_dir", "out"]
-    message = (
-        "--output_dir out has 0.07 GiB free, but what is to be saved there (3 x the weights) takes 0.07; make room"
-    )
+    message = "--output_dir out has 0.07 GiB free, but what is to be saved there (3 x the weights) takes 0.07"
     assert train(*steps, capsys=capsys).startswith(message)
 
 

@@ -35,17 +35,8 @@ def rows(tmp_path):
 
 
 def config_of(method, rows, *options):
-    return parse_train(
-        [
-            method,
-            "--dataset_name",
-            str(rows),
-            "--output_dir",
-            str(rows.parent / "out"),
-            "--overwrite_output_dir",
-            *options,
-        ]
-    )
+    words = ["--dataset_name", str(rows), "--output_dir", str(rows.parent / "out"), "--overwrite_output_dir"]
+    return parse_train([method, *words, *options])
 
 
 def take(iterator, count):

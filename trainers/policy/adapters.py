@@ -121,9 +121,10 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
                 if "size mismatch" not in str(error):
                     raise
                 raise UserError(f"{fault}{made_for}: {mismatch(error)}") from error
-            for kind, keys in (("lacks", result.missing_keys), ("holds foreign", result.unexpected_keys)):
-                if keys:
-                    raise UserError(f"{fault}{made_for}: it {kind} {len(keys)} weights, the first {keys[0]}")
+            if keys := result.missing_keys:
+                raise UserError(f"{fault}{made_for}: it lacks {len(keys)} weights, the first {keys[0]}")
+            if keys := result.unexpected_keys:
+                raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
         model.set_adapter("default")
     if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
         raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")

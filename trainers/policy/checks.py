@@ -53,10 +53,8 @@ def check_safetensors(path: Path) -> None:
     """Raise UserError where the file is cut or its header broken; its numbers are not read."""
     from safetensors import safe_open
 
-    with (
-        foreign(f"the weights file {path} cannot be read; it is cut or corrupt, so copy it again"),
-        safe_open(path, "pt"),
-    ):
+    what = f"the weights file {path} is cut or corrupt and cannot be read; copy it again"
+    with foreign(what), safe_open(path, "pt"):
         pass
 
 

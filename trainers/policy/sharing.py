@@ -116,6 +116,11 @@ def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> s
         (apart,) = pack([example], 1000, shared=False)
         apart = apart.to(head.device)
         hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
+        if not hidden.isfinite().all():  # or it would be taken for a model whose tokens see what follows
+            raise UserError(
+                f"{type(model).__name__} computes hidden states that are not finite in {hidden.dtype}; "
+                "use another --dtype (float16 overflows where bfloat16 does not) or another checkpoint"
+            )
         _check_causal(policy, apart)
         _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
         (together,) = pack([example], 1000, shared=True, pad_to_multiple_of=policy.row_multiple)
