@@ -182,7 +182,7 @@ class Encoder:
             return result
 
     def _bounds(self, ids: list[int], plain: bool) -> slice:
-        """What is left of them: without what the tokenizer adds at the end, one BOS at the start, one EOS at the end."""
+        """What stays: nothing that the tokenizer adds at the end, at most one BOS at the start and one EOS at the end."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         start, stop = 0, len(ids)
         if plain and self._tail and ids[-len(self._tail) :] == self._tail:
