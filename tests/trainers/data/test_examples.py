@@ -295,9 +295,8 @@ def test_a_bad_row_is_named_with_its_column(kind, row, message):
 BAD_CHATS = [
     ({"prompt": "a"}, f"{SECOND}: 'prompt' must be a list of messages, as in the first row, got str 'a'"),
     ({"prompt": []}, f"{SECOND}: the prompt must be a list of at least one message"),
-    ({"prompt": [user("a"), assistant("b")]}, f"{SECOND}: the prompt ends with the role 'assistant'"),
-    ({"prompt": [{"role": "system", "content": "s"}]}, f"{SECOND}: the prompt ends with the role 'system'"),
-    ({"chosen": [user("b")]}, f"{SECOND}: 'chosen', message 0 has the role 'user' where 'assistant'"),
+    ({"prompt": [{"role": "gpt", "content": "s"}]}, f"{SECOND}: the prompt, message 0 has the role 'gpt': write"),
+    ({"chosen": [user("b")]}, f"{SECOND}: 'chosen' has no assistant's turn to learn from"),
     ({"chosen": [assistant(" ")]}, f"{SECOND}: 'chosen', message 0 is an assistant's turn without text"),
     (
         {"chosen": [{"role": "assistant"}]},
