@@ -18,11 +18,9 @@ ADDS = {"nothing": "$A", "BOS": f"{BOS} $A", "EOS": f"$A {EOS}", "both": f"{BOS}
 
 def tokenizer_that_adds(what, template=TEMPLATE, bos=BOS):
     tokenizer = tiny_tokenizer()
-    if bos != EOS:
-        tokenizer.add_special_tokens({"bos_token": bos})
-    tokenizer.bos_token = bos
-    single = ADDS[what].replace(BOS, bos)
+    tokenizer.add_special_tokens({"bos_token": bos})
     pairs = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {bos, EOS}]
+    single = ADDS[what].replace(BOS, bos)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
     tokenizer.chat_template = template
     return tokenizer
@@ -102,6 +100,4 @@ def test_answers_begun_in_the_prompt_are_counted():
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "c"}]}]
     _, report = prepare(Rows("data", rows), Kind.SEQUENCE, tiny_tokenizer())
-    assert (
-        str(report) == "data: 1 examples; 1 whose prompt ends with an assistant's turn, which a turn of its own follows"
-    )
+    assert str(report).endswith("; 1 whose prompt ends with an assistant's turn, which a turn of its own follows")

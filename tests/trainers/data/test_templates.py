@@ -1,7 +1,5 @@
 """What is found out about a chat template by rendering with it, on templates built like those of known families."""
 
-import json
-
 import pytest
 
 from logratio.trainers.data.templates import closing_ids
