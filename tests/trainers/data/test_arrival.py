@@ -25,7 +25,8 @@ WITH_TOOLS = """\
 {{ m.content or '' }}
 {%- for call in m.tool_calls or [] -%}{{ call.function.name + (call.function.arguments | tojson) }}{%- endfor -%}
 {{ '<|im_end|>\\n' }}{%- endfor -%}
-{%- if loud -%}{{ '!' }}{%- endif -%}"""
+{%- if loud -%}{{ '!' }}{%- endif -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 AS_TEXT = WITH_TOOLS.replace("(call.function.arguments | tojson)", "call.function.arguments")
 ONE_CALL = WITH_TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
 NO_TOOL_ROLE = CHATML.replace("m.content", "(m.content if m.role != 'tool' else '')")
