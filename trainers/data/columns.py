@@ -9,9 +9,9 @@ from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .rows import Rows
-from .tokenization import Text, check_messages, implicit_prompt, is_conversation, shown
+from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
 # For each kind the sets of columns that will do, the preferred one first.
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -139,9 +139,3 @@ def check_messages(messages: Any, where: str, *, after: str | None = None) -> No
         if role == "assistant" and not message.get("tool_calls") and not (content or "").strip():
             raise UserError(f"{place} is an assistant's turn without text: give it an answer or remove the row")
         after = role
-
-
-def shown(value: Any) -> str:
-    """The value's type and its beginning, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
