@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .streams import Lasting
+
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
 
 
@@ -31,7 +33,8 @@ class RunLog:
         self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True, quiet: bool = False
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
-        self.console = Console(quiet=quiet or not main, soft_wrap=True)
+        shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
+        self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
         self.started = time.perf_counter()
         if not main:
             return
