@@ -6,6 +6,7 @@ file (`--config`) gives the same options; what is said on the command line wins.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import warnings
@@ -22,6 +23,7 @@ from logratio.losses import LOSSES, Kind, Loss
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from .errors import UserError
 from .plugins import import_object
+from .streams import Lasting, lasting_streams
 
 COMMANDS = "logratio.commands"
 TRAIN_HELP = "train METHOD    train with one of: {methods}; `logratio train METHOD --help` lists the options"
@@ -30,14 +32,22 @@ TRAIN_HELP = "train METHOD    train with one of: {methods}; `logratio train METH
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `logratio`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return dispatch(argv)
-    except UserError as error:
-        sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
-        return 1
-    except KeyboardInterrupt:
-        print("logratio: interrupted", file=sys.stderr)
-        return 130
+    # A run goes on when nobody reads what it prints any more; a command that only prints ends then.
+    with lasting_streams() if argv[:1] == ["train"] else contextlib.nullcontext():
+        try:
+            status = dispatch(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            Lasting(sys.stdout).give_up()
+            return 141  # as where SIGPIPE ends a process
+        except UserError as error:
+            sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
+            return 1
+        except KeyboardInterrupt:
+            print("logratio: interrupted", file=sys.stderr)
+            return 130
 
 
 def dispatch(argv: list[str]) -> int:

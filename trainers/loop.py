@@ -48,6 +48,7 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
     with RunLog(config.train.output_dir, config.as_dict(), total_steps=total_steps, main=main, quiet=quiet) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
+        log.list_skipped(run.data.skipped)
         row: dict[str, float] = {}
         step = num_tokens = 0
         started = time.perf_counter()

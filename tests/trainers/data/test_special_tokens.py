@@ -5,6 +5,7 @@ from tokenizers import processors
 
 from logratio.losses import Kind
 from logratio.trainers.data.examples import Rows, prepare, prepare_prompts
+from logratio.trainers.data.tokenization import Encoder
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -90,10 +91,13 @@ def test_one_token_may_be_both():
 
 
 def test_the_row_that_a_batch_fails_at_is_found():
-    rows = [{"prompt": "a", "completion": "b"} for _ in range(1500)]
-    rows[1234] = {"prompt": "a", "completion": "b\udc80"}
-    with pytest.raises(UserError, match=r"^data, row 1234 .counted from 0.: the text has half of a surrogate pair"):
-        prepare(Rows("data", rows), Kind.SEQUENCE, tiny_tokenizer())
+    texts = ["a"] * 1500
+    texts[1234] = "b\udc80"
+    places = [f"line {i}" for i in range(1500)]
+    with pytest.raises(UserError, match=r"^line 1234: the text has half of a surrogate pair .\\udc80., which is no"):
+        Encoder(tiny_tokenizer()).prompts(texts, [{}] * 1500, places)
+    taken = Encoder(tiny_tokenizer()).prompts(texts[:1234], [{}] * 1234, places[:1234])
+    assert taken == [[ord("a")]] * 1234
 
 
 def test_answers_begun_in_the_prompt_are_counted():
