@@ -1,7 +1,7 @@
 """Which part of a rendered conversation is the assistant's.
 
-Where the chat template marks it with {% generation %} ... {% endgeneration %}, what it marks. Otherwise it is found turn
-by turn, and only taken where everything agrees with the text of the whole:
+Where the chat template marks it with {% generation %} ... {% endgeneration %}, what it marks. Otherwise it is found
+turn by turn, and only taken where everything agrees with the text of the whole:
 
     start   where what the template renders of the messages before, with its generation prompt, ends, or parts from it
     end     behind the last closing token before the next message's content, with the white space that follows it in
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -133,9 +134,7 @@ def _start(
         # Without a generation prompt there may be a header in between that is not the assistant's to write.
         direct = content and text[len(before) :].lstrip().startswith(content)
         return len(before) if before != bare or direct else None
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text))
-    )
+    shared = len(commonprefix([before, text]))
     return shared if text.startswith(bare) and shared > len(bare) else None
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template at work: rendered, with what it raises as a sentence; what it does is found by probing."""
+"""A tokenizer's chat template at work: what it raises becomes a sentence, what it does is found by probing."""
 
 from __future__ import annotations
 
