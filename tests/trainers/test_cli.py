@@ -191,7 +191,7 @@ def test_a_loss_from_outside_trains(workspace, capsys):
 
 METHODS = ", ".join(LOSSES)
 BAD = {
-    "nope": "unknown command 'nope', expected one of: train, ",
+    "nope": "unknown command 'nope', expected one of: train",
     "train": f"train needs a method, one of: {METHODS}",
     "train --lora_r 4": f"train needs a method, one of: {METHODS}",
     "train ppo": f"unknown method 'ppo', expected one of: {METHODS}",
@@ -260,6 +260,15 @@ def test_help_lists_commands_and_options(capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--beta", "--lora_r", "--dataset_name", "--micro_batch_tokens"))
+
+
+def test_commands_that_only_an_installed_package_has_are_said_to_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert cli.main(["plan"]) == 1
+    assert capsys.readouterr().err == (
+        "logratio: unknown command 'plan', expected one of: train; the others are there once the package is installed "
+        "(`pip install -e .`)\n"
+    )
 
 
 def test_user_errors_from_sub_commands_and_interrupts_have_a_status(monkeypatch, capsys):
