@@ -79,7 +79,8 @@ def dispatch(argv: list[str]) -> int:
     if command in others:
         run: Callable[[list[str]], int] = others[command].load()
         return run(rest)
-    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}")
+    missing = "" if others else "; the others are there once the package is installed (`pip install -e .`)"
+    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}{missing}")
 
 
 def summary(entry: EntryPoint) -> str:

@@ -192,7 +192,7 @@ def test_a_loss_from_outside_trains(workspace, capsys):
 
 METHODS = ", ".join(LOSSES)
 BAD = {
-    "nope": "unknown command 'nope', expected one of: train, ",
+    "nope": "unknown command 'nope', expected one of: train",
     "train": f"train needs a method, one of: {METHODS}",
     "train --lora_r 4": f"train needs a method, one of: {METHODS}",
     "train ppo": f"unknown method 'ppo', expected one of: {METHODS}",
@@ -307,6 +307,15 @@ def test_options_out_of_range_or_unread_are_one_sentence(words, message, capsys)
 
 def test_options_of_a_loss_are_of_its_own_class():
     assert type(cli.parse_train(["dpo", "--loss_type", "cdpo", "--label_smoothing", "0.1"]).loss) is LOSSES["dpo"]
+
+
+def test_commands_that_only_an_installed_package_has_are_said_to_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert cli.main(["plan"]) == 1
+    assert capsys.readouterr().err == (
+        "logratio: unknown command 'plan', expected one of: train; the others are there once the package is installed "
+        "(`pip install -e .`)\n"
+    )
 
 
 def test_user_errors_from_sub_commands_and_interrupts_have_a_status(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from ..errors import UserError
 
 def keep_layout(model: nn.Module) -> None:
     """Let bitsandbytes repack no weight of the model from now on."""
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
