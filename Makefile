@@ -9,10 +9,10 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --editable ".[reference,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reference,test]"
 	touch $@
 
 demo: install

@@ -105,7 +105,7 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
 
-    parts: dict[str, Any] = {"loss": loss, "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if loss.kind is Kind.GROUPED:
         parts["rollout"] = RolloutConfig
     config_file = _take(argv, "--config")
@@ -124,7 +124,29 @@ def parse_train(argv: list[str]) -> RunConfig:
         )
     except ValueError as error:  # a loss refuses its fields
         raise UserError(str(error)) from error
-    return RunConfig(method=method, **{name: getattr(options, name) for name in parts})
+    chosen = {name: getattr(options, name) for name in parts}
+    chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
+    return RunConfig(method=method, **chosen)
+
+
+def with_readers(loss: type[Loss]) -> type[Loss]:
+    """The same loss, whose help says of an option which variants read it, where not all do."""
+    import tyro
+
+    from logratio.losses.options import readers_said
+
+    hints: dict[str, Any] = get_type_hints(loss, include_extras=True)
+    said = {f.name: readers_said(loss, f.name) for f in dataclasses.fields(loss)}
+    fields: list[Any] = []
+    for f in dataclasses.fields(loss):
+        if said[f.name]:
+            more = tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))
+            fields.append((f.name, Annotated[hints[f.name], more], dataclasses.field(default=f.default)))
+    return dataclasses.make_dataclass(loss.__name__, fields, bases=(loss,), frozen=True, kw_only=True)
+
+
+def _hint(said: str) -> Callable[[str], str]:
+    return lambda default: f"(default: {default}; {said})"
 
 
 def load_loss(name: str) -> type[Loss]:
@@ -149,7 +171,7 @@ def yaml_options(path: Path, parts: Any) -> list[str]:
 
     try:
         entries = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict):
         raise UserError(f"--config {path} must map option names to values, got a {type(entries).__name__}")

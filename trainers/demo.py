@@ -36,7 +36,7 @@ from .data.examples import Prompt, prepare_prompts
 from .data.rows import Rows
 from .errors import UserError
 from .loop import train_run
-from .policy.load import TINY
+from .policy.tiny import TINY
 from .rollout.rewards import exact_answer
 from .rollout.rollouts import generate
 from .runlog import reset_peak_mem
@@ -196,6 +196,7 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
         data=DataConfig(dataset_name=str(folder / f"{method.data}.jsonl")),
         train=TrainConfig(
             output_dir=str(folder / method.folder),
+            overwrite_output_dir=True,
             batch_size=method.batch_size,
             max_steps=method.steps,
             learning_rate=method.learning_rate,

@@ -118,6 +118,8 @@ def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], d
 class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
+    config = RolloutConfig(num_generations=2)
+
     def __call__(self, prompts: Any) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
 
@@ -126,6 +128,9 @@ class GivenRollouts:
 
     def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
+
+    def after(self, step: int) -> list[str]:
+        return []
 
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:

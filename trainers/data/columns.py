@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from .messages import template_options
 from .rows import Rows
-from .tokenization import Text, check_messages, implicit_prompt, is_conversation, shown
+from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
 # For each kind the sets of columns that will do, the preferred one first.
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
@@ -77,7 +77,7 @@ def _read(row: Mapping[str, Any], where: str, index: int, columns: tuple[str, ..
     texts = [column for column in columns if column != "label"]
     for column in texts:
         _check_format(row[column], f"{where}: {column!r}", conversational)
-    options = _template_options(row, where)
+    options = template_options(row, where, conversational=conversational)
     label = row["label"] if "label" in columns else None
     if label is not None and not isinstance(label, bool):
         raise UserError(f"{where}: 'label' must be true or false, got {shown(label)}")
@@ -91,14 +91,10 @@ def _read(row: Mapping[str, Any], where: str, index: int, columns: tuple[str, ..
             )
     else:
         prompt, completions = row["prompt"], [row[column] for column in texts if column != "prompt"]
-    last = None
     if prompt is not None and conversational:
         check_messages(prompt, f"{where}: the prompt")
-        last = prompt[-1]["role"]
-        if last not in ("user", "tool"):
-            raise UserError(f"{where}: the prompt ends with the role {last!r}, expected 'user': the answer follows it")
     for column, completion in zip([c for c in texts if c != "prompt"], completions, strict=True):
-        _check_completion(completion, f"{where}: {column!r}", last)
+        _check_completion(completion, f"{where}: {column!r}")
     return Source(index, prompt, completions, options, label)
 
 
@@ -126,22 +122,11 @@ def _check_format(value: Any, place: str, conversational: bool) -> None:
         raise UserError(f"{place} must be text or a list of messages, and the same in all rows, got {shown(value)}")
 
 
-def _check_completion(completion: Text, place: str, after: str | None) -> None:
+def _check_completion(completion: Text, place: str) -> None:
     if isinstance(completion, str):
         if not completion.strip():
             raise UserError(f"{place} has no text to learn from: fill it in or remove the row")
         return
-    check_messages(completion, place, after=after)
+    check_messages(completion, place)
     if not any(message["role"] == "assistant" for message in completion):
         raise UserError(f"{place} has no assistant's turn to learn from: add one or remove the row")
-
-
-def _template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    options = dict(row.get("chat_template_kwargs") or {})
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: 'tools' is not valid JSON: {error.msg}") from None
-    return {**options, "tools": tools} if tools else options

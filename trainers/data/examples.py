@@ -24,7 +24,7 @@ from ..errors import UserError
 from .columns import Source, read_sources
 from .rows import Rows, load_rows
 from .token_weights import has_weights, token_weights
-from .tokenization import Text, assistant_masks, check_tokenizer, common_prefix, encode, is_conversation, with_eos
+from .tokenization import Encoder, Text, check_tokenizer, common_prefix, is_conversation, with_eos
 
 __all__ = ["Completion", "Example", "Prompt", "Report", "Rows", "load_rows", "prepare", "prepare_prompts"]
 
@@ -88,8 +88,9 @@ class Report:
     examples: that remain. truncated: completions cut at `max_length`, by `tokens_cut` tokens together. dropped:
     examples without a scored token within `max_length`. identical: pairs whose two completions are the same tokens,
     from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
-    completion behind it, so that the completion starts where the two part. weighted: examples with weights other
-    than 1. labels: (True, False) counts.
+    completion behind it, so that the completion starts where the two part. begun: examples whose prompt ends with an
+    assistant's turn. special: examples whose own text has special tokens, which are read as such. weighted: examples
+    with weights other than 1. labels: (True, False) counts.
     """
 
     name: str
@@ -99,8 +100,16 @@ class Report:
     dropped: int = 0
     identical: int = 0
     moved: int = 0
+    begun: int = 0
+    special: int = 0
     weighted: int = 0
     labels: tuple[int, int] | None = None
+
+    def note(self, source: Source, encoder: Encoder) -> None:
+        """Count what a row has before any of it is cut."""
+        prompt = source.prompt
+        self.begun += isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
+        self.special += encoder.count_special([*([] if prompt is None else [prompt]), *source.completions]) > 0
 
     def __str__(self) -> str:
         notes = [f"{self.name}: {self.examples} examples"]
@@ -116,6 +125,10 @@ class Report:
             notes.append(f"{self.identical} pairs with identical chosen and rejected")
         if self.moved:
             notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
+        if self.begun:
+            notes.append(f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows")
+        if self.special:
+            notes.append(f"{self.special} whose own text has special tokens, which are read as such")
         return "; ".join(notes)
 
 
@@ -150,17 +163,19 @@ def prepare(
             "leave it out, or use assistant_only_loss with conversations"
         )
     report = Report(rows.name)
+    encoder = Encoder(tokenizer)
     examples: list[Example] = []
     for batch in _batches(read_sources(rows, kind, gold=gold)):
-        prompts, wholes = _tokenize(tokenizer, batch)
+        prompts, wholes = _tokenize(encoder, batch, rows)
         for source, prompt, whole in zip(batch, prompts, wholes, strict=True):
             place = rows.where(source.row)
+            report.note(source, encoder)
             if kind == Kind.SEQUENCE:
                 # TRL's default: the completion where there is one, else everything.
                 masked_prompt = None if completion_only_loss is False else prompt
                 text = _wholes(source, tokenizer)[0]
                 marked = assistant_only_loss or has_weights(text)
-                mask = assistant_masks(tokenizer, [text], [source.options])[0] if marked else None
+                mask = encoder.assistant_mask(text, source.options, place) if marked else None
                 weights = token_weights(source.weight, text, mask, len(whole[0]), place)
                 mask = mask if assistant_only_loss else None
                 example = _sequence(source, masked_prompt, whole[0], mask, weights, max_length, place, report)
@@ -183,10 +198,12 @@ def prepare_prompts(rows: Rows, tokenizer: Any, *, max_length: int | None = None
     check_tokenizer(tokenizer, conversational=is_conversation(first.prompt))
     names = [name for name in rows.rows[0] if name != "prompt"]
     report = Report(rows.name)
+    encoder = Encoder(tokenizer)
     prompts = []
     for batch in _batches(read_sources(rows, Kind.GROUPED)):
-        for source, ids in zip(batch, _tokenize(tokenizer, batch)[0], strict=True):
+        for source, ids in zip(batch, _tokenize(encoder, batch, rows, to_generate=True)[0], strict=True):
             place = rows.where(source.row)
+            report.note(source, encoder)
             if not ids:
                 raise UserError(f"{place}: the prompt has no tokens: give it text")
             if max_length is not None and len(ids) >= max_length:
@@ -218,17 +235,25 @@ def _wholes(source: Source, tokenizer: Any) -> list[Any]:
     ]
 
 
-def _tokenize(tokenizer: Any, batch: list[Source]) -> tuple[list[list[int] | None], list[list[list[int]]]]:
+def _tokenize(
+    encoder: Encoder, batch: list[Source], rows: Rows, *, to_generate: bool = False
+) -> tuple[list[list[int] | None], list[list[list[int]]]]:
     """Ids of each row's prompt alone (None where it has none), and of its prompt with each completion."""
     with_prompt = [source for source in batch if source.prompt is not None]
-    prompts = encode(
-        tokenizer,
+    prompts = encoder.prompts(
         [source.prompt for source in with_prompt if source.prompt is not None],
         [source.options for source in with_prompt],
-        add_generation_prompt=True,
+        [rows.where(source.row) for source in with_prompt],
+        to_generate=to_generate,
     )
-    pieces = [(whole, source.options) for source in batch for whole in _wholes(source, tokenizer)]
-    wholes = iter(encode(tokenizer, [whole for whole, _ in pieces], [options for _, options in pieces]))
+    pieces = [(whole, source) for source in batch for whole in _wholes(source, encoder.tokenizer)]
+    wholes = iter(
+        encoder.wholes(
+            [whole for whole, _ in pieces],
+            [source.options for _, source in pieces],
+            [rows.where(source.row) for _, source in pieces],
+        )
+    )
     return (
         list(prompts) if with_prompt else [None] * len(batch),
         [[next(wholes) for _ in source.completions] for source in batch],

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from ..config import ModelConfig
-from ..errors import UserError, first_line
+from ..errors import UserError
+from .checks import check_finite, check_folder, check_loaded, foreign
 from .liger import check_liger, use_liger
-from .policy import REFERENCE_ADAPTER
-from .tiny import tiny_model, tiny_tokenizer
-
-TINY = "tiny"
+from .nf4 import keep_layout
+from .tiny import TINY, tiny_model, tiny_tokenizer
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of `name`, with a padding token."""
+    """The tokenizer of `name`, with a padding token (see `pad_within` for one that the model does not know)."""
     if name == TINY:
         return tiny_tokenizer()
-    try:
+    with foreign(f"no tokenizer could be loaded from {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {name!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token_id is None:
@@ -34,22 +31,58 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_model(config: ModelConfig, device: torch.device, *, seed: int = 0, name: str | None = None) -> Any:
-    """The bare model on `device`, without adapters. name: another model than `config.model_name_or_path`."""
+def pad_within(tokenizer: Any, rows: int, name: str) -> list[str]:
+    """Let the tokenizer pad with a token that has one of the embeddings' `rows`; returns what to tell about it.
+
+    Nothing attends to padding, but it is looked up all the same. UserError where EOS itself has no row.
+    """
+    if tokenizer.eos_token_id >= rows:
+        raise UserError(
+            f"the tokenizer's EOS token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}) has no row in the "
+            f"embeddings of {name!r}, which end at {rows - 1}; use the tokenizer that belongs to the model"
+        )
+    if tokenizer.pad_token_id < rows:
+        return []
+    old, pad = tokenizer.pad_token, tokenizer.pad_token_id
+    tokenizer.pad_token = tokenizer.eos_token
+    return [
+        f"the padding token {old} ({pad}) has no row in the model's embeddings, which end at {rows - 1}: "
+        f"{tokenizer.eos_token} ({tokenizer.eos_token_id}) is used instead, in the saved tokenizer too"
+    ]
+
+
+def load_model(
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    name: str | None = None,
+    notes: list[str] | None = None,
+) -> Any:
+    """The bare model on `device`, without adapters. name: another model than `config.model_name_or_path`.
+
+    notes: what is to be told of its files is added to it.
+    """
     if config.use_liger_kernel:
         check_liger(device)
-    model = _load(config, device, seed, name or config.model_name_or_path)
+    name = name or config.model_name_or_path
+    model, said = _load(config, device, seed, name)
+    keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
+    check_finite(model, repr(name))
+    if notes is not None:
+        notes += said
     if config.use_liger_kernel:
         use_liger(model)
     return model
 
 
-def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> Any:
+def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tuple[Any, list[str]]:
     if name == TINY and not config.load_in_4bit:
         tiny: Any = tiny_model(seed)
         if config.attn_implementation:
-            tiny.set_attn_implementation(config.attn_implementation)
-        return tiny.to(device=device, dtype=getattr(torch, config.dtype))
+            with foreign(f"--attn_implementation {config.attn_implementation}"):
+                tiny.set_attn_implementation(config.attn_implementation)
+        return tiny.to(device=device, dtype=getattr(torch, config.dtype)), []
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(seed).save_pretrained(folder)
@@ -68,19 +101,24 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of missing weights; what is wrong with them is said by `check_loaded`
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model {name!r} could not be loaded: {first_line(error)}") from error
-    return model if config.load_in_4bit else model.to(device)
+        with foreign(f"the model {name!r} could not be loaded"):
+            model, info = load(name, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    notes = check_loaded(name, info)
+    return (model if config.load_in_4bit else model.to(device)), notes
 
 
-def check_architecture(name: str) -> None:
-    """Raise UserError unless `name` is a decoder-only language model of text."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model configuration could be loaded from {name!r}: {first_line(error)}") from error
+def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
+    """The configuration of `name`; UserError unless it is one of a decoder-only language model of text."""
+    check_folder(name, option)
+    with foreign(f"no model configuration could be loaded from {name!r}"):
+        config: Any = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
@@ -89,68 +127,7 @@ def check_architecture(name: str) -> None:
         )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{name!r} ({config.model_type}) is not a causal language model that transformers knows")
-
-
-def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
-    """`model` with the adapters that are trained, in float32, or itself where the whole model is.
-
-    frozen_copy: a starting adapter (`adapter_name_or_path`) gets a frozen copy, which is the reference. A fresh one
-    gets one where the reference is to follow the policy (`sync_ref_model`), whose product is 0 as its own is.
-    """
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not config.adapter_name_or_path and not config.lora_r:
-        return model
-    if config.adapter_name_or_path:
-        model = _load_adapter(model, config.adapter_name_or_path, frozen_copy)
-    else:
-        model = _fresh_adapter(model, config, frozen_copy and config.sync_ref_model)
-    if config.fused_lora:
-        from .lora_layers import fuse_lora
-
-        fuse_lora(model)
-    return model
-
-
-def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets: Any = list(config.lora_target_modules)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        wrapped = get_peft_model(model, lora)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
-    base: Any = wrapped.get_base_model()
-    if hasattr(base.get_output_embeddings(), "lora_A"):
-        raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
-    if frozen_copy:
-        random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
-        wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
-        torch.set_rng_state(random_state)
-        wrapped.set_adapter("default")
-    return wrapped
-
-
-def _load_adapter(model: Any, path: str, frozen_copy: bool) -> Any:
-    from peft import PeftModel
-
-    try:
-        model = PeftModel.from_pretrained(model, path, is_trainable=True)
-        if frozen_copy:
-            model.load_adapter(path, adapter_name=REFERENCE_ADAPTER, is_trainable=False)
-            model.set_adapter("default")
-    except (OSError, ValueError) as error:
-        raise UserError(f"no adapter could be loaded from {path!r}: {first_line(error)}") from error
-    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
-        raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")
-    return model
+    return config
 
 
 def check_trainable(model: Any) -> None:

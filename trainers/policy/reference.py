@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from logratio.losses import Kind
+
+from ..config import RunConfig
 from ..data.examples import Example
 from ..data.packing import PackedBatch, example_tokens, pack
 from ..errors import UserError
+from .checks import foreign
+from .load import load_model
 from .policy import Policy
+from .sharing import choose_attention
 
 PACKED_TOGETHER = 512
 """Examples of a data set, of about one length, that are packed at a time: packing takes the square of their number."""
@@ -43,10 +50,13 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 
 class AdapterReference:
-    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from."""
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from.
 
-    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any]) -> None:
-        self.policy, self.wrapped = policy, wrapped
+    wrapped: the policy as accelerate wraps it, where it does.
+    """
+
+    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any] | None = None) -> None:
+        self.policy, self.wrapped = policy, policy if wrapped is None else wrapped
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy), self.policy.as_reference():
@@ -153,7 +163,7 @@ def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) 
 
 def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
     """Read a table; UserError where it was computed for other weights, tokens or temperature."""
-    with safe_open(path, framework="pt") as file:
+    with foreign(f"{path} cannot be read; delete it"), safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
         different = [name for name, value in key.items() if stored.get(name) != value]
         if different:
@@ -165,3 +175,50 @@ def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
         for example, i in sorted((name.split(".") for name in file.keys()), key=lambda name: (name[0], int(name[1]))):
             table.setdefault(example, []).append(file.get_tensor(f"{example}.{i}"))
     return table
+
+
+def make_reference(
+    config: RunConfig, policy: Policy, wrapped: Any, examples: Sequence[Any], accelerator: Accelerator
+) -> tuple[Reference | None, list[str]]:
+    """The source of reference log-probs that the loss and the options ask for, and what to tell about it."""
+    if not config.wants_reference:
+        return None, []
+    named = config.model.ref_model_name_or_path
+    notes: list[str] = []
+    reference: Reference
+    if policy.has_adapters and named is None:
+        reference = AdapterReference(policy, wrapped)
+    else:
+        model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
+        other = Policy(model, temperature=policy.temperature, shared=policy.shared)
+        obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
+        notes = said if named else []  # else the policy's own, said already
+        if other.uses_flex and not policy.uses_flex:  # whose rows are not padded for it
+            other.causal_lm.set_attn_implementation("sdpa")
+        if obstacle and policy.shared:  # both compute the same micro-batches
+            policy.shared = other.shared = False
+            notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
+        reference = ModelReference(other, autocast_of(config))
+    if not config.model.precompute_ref_log_probs:
+        return reference, notes
+    if config.loss.kind is Kind.GROUPED:
+        raise UserError("--precompute_ref_log_probs needs completions beforehand, and rollouts are not known yet")
+    assert examples and isinstance(examples[0], Example)
+    path = Path(config.train.output_dir) / "ref_log_probs.safetensors"
+    source = policy if isinstance(reference, AdapterReference) else reference.policy  # type: ignore[union-attr]
+    key = fingerprint(source, examples, policy.temperature)
+    found = path.exists()
+    accelerator.wait_for_everyone()  # or one process would find what another has just written
+    if found:
+        return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
+    table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **policy.packing)
+    if accelerator.is_main_process:
+        save_table(path, table, key)
+    accelerator.wait_for_everyone()
+    notes.append(f"reference log-probs of {len(examples)} examples written to {path}")
+    return StoredReference(table, reference), notes
+
+
+def autocast_of(config: RunConfig) -> torch.dtype | None:
+    """In which the policy computes where its weights' dtype is another."""
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]

@@ -48,6 +48,7 @@ def make_sync(
         )
     other = reference.policy if isinstance(reference, ModelReference) else None
     alpha, every = options.ref_model_mixup_alpha, options.ref_model_sync_steps
+    assert alpha is not None and every is not None  # `RunConfig.resolved`
     sync = ReferenceSync(policy, other, alpha=alpha, every=every)
     if every > total_steps:
         return sync, [f"the reference stays as it is: --ref_model_sync_steps {every} of {total_steps} steps"]

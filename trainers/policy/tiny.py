@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+TINY = "tiny"  # what options call it
 MAX_LENGTH = 2048
 PAD, START, EOS = "<|pad|>", "<|im_start|>", "<|im_end|>"
 

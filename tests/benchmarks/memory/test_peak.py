@@ -23,7 +23,7 @@ from logratio.losses import logps
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack, split_groups
-from logratio.trainers.policy.load import add_adapters
+from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import Policy
 
 from ._alive import Alive
