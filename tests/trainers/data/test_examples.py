@@ -320,7 +320,7 @@ def test_a_bad_row_of_a_file_is_named_by_its_line(tmp_path):
 
 
 def test_missing_columns_are_said_with_those_there_are():
-    message = "has the columns question, answer, expected prompt and completion, or messages, or text"
+    message = "has the columns question, answer, expected prompt and completion, or messages, or conversations, or text"
     with pytest.raises(UserError, match=message):
         prepared([{"question": "a", "answer": "b"}], Kind.SEQUENCE)
 
