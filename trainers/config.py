@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from logratio.losses import Kind
 from logratio.losses.advantages import ADVANTAGES
+from logratio.losses.options import Count, NotNegative, Positive, Range, Share, out_of_range
 
 from .errors import UserError
 
@@ -15,6 +17,19 @@ from .errors import UserError
 DEFAULT_LEARNING_RATE = {"sft": 2e-5}
 OTHER_LEARNING_RATE = 1e-6
 DEFAULT_BATCH_SIZE = 8
+# Options that say nothing by themselves, with their defaults. In the dataclass they are None, which means "not given",
+# so that what would not be read can be refused.
+LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
+SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy takes no other
+NotNegativeCount = Annotated[int, Range(0)]
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for the first number that is not finite or outside the range in its annotation."""
+    for name, value, must in out_of_range(config):
+        raise UserError(f"--{name} {must}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,20 +44,22 @@ class ModelConfig:
     """Attention implementation of transformers (default: flex_attention on a GPU where it fits, else its choice)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    lora_r: int = 0
+    lora_r: NotNegativeCount = 0
     """Rank of the LoRA adapters; 0 trains the whole model."""
-    lora_alpha: float = 32
-    """The adapters' output is scaled by lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
-    """Dropout in front of the adapters."""
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get adapters, or all-linear."""
+    lora_alpha: Positive | None = None
+    """The adapters' output is scaled by lora_alpha / lora_r (default: 32)."""
+    lora_dropout: Annotated[float, Range(0, 1, below=True)] | None = None
+    """Dropout in front of the new adapters (default: 0), on in training whatever disable_dropout is."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the modules that get adapters, or all-linear (the default)."""
     fused_lora: bool = True
     """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
     use_liger_kernel: bool = False
     """Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False
     """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
+    disable_dropout: bool | None = None
+    """Train without the dropout that the model and a loaded adapter bring along (default: yes, but for SFT)."""
     adapter_name_or_path: str | None = None
     """Go on training this adapter; a frozen copy of it is the reference."""
     ref_model_name_or_path: str | None = None
@@ -51,19 +68,28 @@ class ModelConfig:
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
     sync_ref_model: bool = False
     """Let the reference follow the policy (TR-DPO), in full fine-tuning, LoRA and QLoRA."""
-    ref_model_mixup_alpha: float = 0.6
-    """Its weights become this x the policy's + (1 - this) x its own."""
-    ref_model_sync_steps: int = 512
-    """Every so many optimizer steps."""
+    ref_model_mixup_alpha: Share | None = None
+    """Its weights become this x the policy's + (1 - this) x its own (default: 0.6)."""
+    ref_model_sync_steps: Count | None = None
+    """Every so many optimizer steps (default: 512)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         adapters = self.lora_r > 0 or self.adapter_name_or_path
         if self.load_in_4bit and not adapters:
             raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
-        if self.lora_r < 0 or not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_r {self.lora_r} or --lora_dropout {self.lora_dropout} is out of range")
-        if not 0 <= self.ref_model_mixup_alpha <= 1 or self.ref_model_sync_steps < 1:
-            raise UserError("--ref_model_mixup_alpha must be in [0, 1], --ref_model_sync_steps at least 1")
+        if self.adapter_name_or_path and self.lora_r:
+            raise UserError(
+                f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} "
+                "goes on with those of a run before; leave one of them out"
+            )
+        if not self.lora_r:
+            why = "describes new adapters, and --adapter_name_or_path brings its own; leave it out"
+            self._refuse_given(
+                LORA, why if adapters else "needs adapters to describe: add --lora_r 16, or leave it out"
+            )
+        if not self.sync_ref_model:
+            self._refuse_given(SYNC, "says how the reference follows the policy: add --sync_ref_model, or leave it out")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise UserError("--sync_ref_model changes the reference, whose log-probs --precompute_ref_log_probs fixes")
         if self.sync_ref_model and self.ref_model_name_or_path:
@@ -72,20 +98,37 @@ class ModelConfig:
                 f"--ref_model_name_or_path {self.ref_model_name_or_path} are not; leave one of them out"
             )
 
+    def _refuse_given(self, options: Mapping[str, Any], why: str) -> None:
+        given = [f"--{name}" for name in options if getattr(self, name) is not None]
+        if given:
+            raise UserError(f"{' and '.join(given)} {why}")
+
+    def resolved(self, loss: Any = None) -> ModelConfig:
+        """With the defaults of what is used filled in; disable_dropout's depends on the loss.
+
+        TRL 1.16 disables dropout in DPO, KTO, ORPO and CPO too, but neither in GRPO nor in RLOO, whose ratios are
+        then not 1 on policy.
+        """
+        used = {**(LORA if self.lora_r else {}), **(SYNC if self.sync_ref_model else {})}
+        found = {name: value for name, value in used.items() if getattr(self, name) is None}
+        if self.disable_dropout is None and loss is not None:
+            found["disable_dropout"] = loss.kind is not Kind.SEQUENCE or loss.wants_reference
+        return dataclasses.replace(self, **found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What it is trained on."""
 
     dataset_name: str = "arithmetic"
-    """Hub name, .jsonl, .json or .parquet file, folder, or "arithmetic": the embedded task."""
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
     """Split to train on."""
     dataset_test_split: str | None = None
     """Split to evaluate on."""
-    eval_size: int = 0
+    eval_size: NotNegativeCount = 0
     """Rows of the train split to hold out for evaluation instead."""
     max_length: int = 1024
     """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
@@ -93,14 +136,15 @@ class DataConfig:
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False
     """SFT: score the assistant's turns only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_length < 2:
             raise UserError(f"--max_length {self.max_length} leaves no room for a prompt and a completion")
-        if self.eval_size < 0:
-            raise UserError(f"--eval_size must not be negative, got {self.eval_size}")
         if self.eval_size and self.dataset_test_split:
             raise UserError("--eval_size and --dataset_test_split both say what to evaluate on; give one of them")
 
@@ -111,50 +155,55 @@ class TrainConfig:
 
     output_dir: str = "runs/latest"
     """Folder for the log, the configuration and the trained model."""
-    batch_size: int | None = None
+    overwrite_output_dir: bool = False
+    """Remove the model and checkpoints that another run left in output_dir; logs and reference log-probs stay."""
+    resume_from_checkpoint: str | None = None
+    """Refused: checkpoints hold weights, without the optimizer's state; the message says how to train on from one."""
+    batch_size: Count | None = None
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
     prompts for GRPO."""
-    per_device_train_batch_size: int | None = None
+    per_device_train_batch_size: Count | None = None
     """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: Count | None = None
     """TRL's spelling, see per_device_train_batch_size."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Count = 8192
     """Tokens of one forward pass on one process, padding included: memory against speed, never the result."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps (default: as many as num_train_epochs takes)."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: Positive = 3.0
     """Passes over the data."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Peak learning rate (default: 2e-5 for SFT, 1e-6 for the others)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: NotNegativeCount = 0
     """Steps in which the learning rate grows from 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's weight decay, of matrices only."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     """Optimizer; all but the first are bitsandbytes'."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass."""
-    eval_steps: int | None = None
+    eval_steps: Count | None = None
     """Evaluate every so many steps (default: at the end only)."""
-    save_steps: int | None = None
+    save_steps: Count | None = None
     """Save every so many steps (default: at the end only)."""
-    seed: int = 42
+    seed: Seed = 42
     """Of shuffling, adapters, dropout and rollouts."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
-        for name in (*counts, "max_steps", "num_train_epochs", "eval_steps", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, got {value}")
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"--{name} must not be negative, got {value}")
+        check_numbers(self)
+
+        if self.resume_from_checkpoint is not None:
+            folder = self.resume_from_checkpoint
+            raise UserError(
+                "--resume_from_checkpoint is not supported, because checkpoints hold weights without the optimizer's "
+                f"state and the place in the data: train on from its weights with --adapter_name_or_path {folder} "
+                f"(of a whole model: --model_name_or_path {folder}), the --max_steps that are left and another "
+                "--output_dir"
+            )
 
     def resolved(self, method: str, num_processes: int) -> TrainConfig:
         """With every default that depends on the method or the number of processes filled in."""
@@ -180,14 +229,14 @@ class RolloutConfig:
 
     num_generations: int = 8
     """Completions of each prompt."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of sampling, and of the log-probs that are trained."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Sample from the smallest set of tokens that holds this probability."""
-    num_iterations: int = 1
+    num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
@@ -201,13 +250,14 @@ class RolloutConfig:
     """Whiten the advantages over the step."""
     mask_truncated_completions: bool = False
     """Learn nothing from completions that reached the length limit; they are rewarded and counted as others are."""
-    reward_kl_coef: float = 0.0
+    reward_kl_coef: NotNegative = 0.0
     """Take this times the divergence from the reference, summed over the completion, off its reward (RLOO,
     REINFORCE++)."""
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.advantage_type not in ADVANTAGES:
             raise UserError(
                 f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
@@ -216,14 +266,12 @@ class RolloutConfig:
         if self.num_generations < advantage.smallest_group:
             needed = advantage.smallest_group
             raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.num_iterations < 1:
-            raise UserError("--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
             )
-        if not 0 <= self.reward_kl_coef < math.inf:
-            raise UserError(f"--reward_kl_coef must be finite and not negative, got {self.reward_kl_coef}")
+        if self.reward_kl_estimator != "k1" and not self.reward_kl_coef:
+            raise UserError(f"--reward_kl_estimator {self.reward_kl_estimator} is read only with --reward_kl_coef")
         if self.multi_objective_aggregation == "normalize_then_sum":
             own = ("advantage_type", "scale_rewards", "normalize_advantages", "reward_kl_coef")
             given = [f.name for f in dataclasses.fields(self) if f.name in own and getattr(self, f.name) != f.default]
@@ -253,6 +301,23 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig | None = None
+
+    def __post_init__(self) -> None:
+        model, data, train = self.model, self.data, self.train
+        if not self.wants_reference:
+            for name in ("sync_ref_model", "precompute_ref_log_probs", "ref_model_name_or_path"):
+                if value := getattr(model, name):
+                    given = f"--{name}" if value is True else f"--{name} {value}"
+                    raise UserError(f"{given} is about the reference, but this {self.method} has none; leave it out")
+        if train.eval_steps and not data.eval_size and not data.dataset_test_split:
+            raise UserError(
+                f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"
+            )
+
+    def resolved(self, num_processes: int) -> RunConfig:
+        """With every default filled in that depends on other options, the method or the number of processes."""
+        train = self.train.resolved(self.method, num_processes)
+        return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train)
 
     @property
     def wants_reference(self) -> bool:

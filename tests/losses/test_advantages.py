@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks.truths import random_model
+from logratio.benchmarks.peers.truths import random_model
 from logratio.losses import KL_ESTIMATORS
 from logratio.losses.advantages import (
     ADVANTAGES,
@@ -22,7 +22,7 @@ from logratio.losses.advantages import (
     sum_then_normalize,
 )
 from logratio.reference import oracle, trl
-from logratio.trainers.tiny import tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_tokenizer
 
 NAN = math.nan
 KINDS = [*((name, {}) for name in ADVANTAGES), ("group", {"scale": "batch"}), ("group", {"scale": "none"})]

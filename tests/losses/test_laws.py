@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.benchmarks.cases import CASES, Case
+from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import (
     CPO_TYPES,
     DPO_TYPES,
@@ -36,13 +36,8 @@ def types_of(case: Case) -> set[str]:
 
 
 def stops_gradients(case: Case) -> Any:
-    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; bco and beta_dpo use step means.
-
-    At cispo's default of 0.2 every weight is 0.2: the cap is the constant.
-    """
-    if case.options.get("use_weighting") or types_of(case) & {"dft", "vespo"}:
-        return True
-    if "cispo" in types_of(case) and case.loss.epsilon_high:
+    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; bco and beta_dpo use step means."""
+    if case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo"}:
         return True
     return "collected" if types_of(case) & {"bco", "beta_dpo"} else False
 

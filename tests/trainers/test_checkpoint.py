@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logratio.trainers.checkpoint import save
-from logratio.trainers.policy import REFERENCE_ADAPTER, Policy
-from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+from logratio.trainers.errors import UserError
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 IDS = torch.tensor([[65, 66, 67, 68]])
@@ -104,8 +105,9 @@ def test_a_crash_while_writing_leaves_the_earlier_files(model, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(type(second.model), "save_pretrained", breaks)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(UserError, match=f"^the model could not be saved in {tmp_path}: no space left on device$"):
             save(second, tiny_tokenizer(), tmp_path)
+    assert not (tmp_path / ".partial").exists()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     save(second, tiny_tokenizer(), tmp_path)
     assert not (tmp_path / ".partial").exists()

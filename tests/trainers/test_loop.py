@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks import truths
+from logratio.benchmarks.peers import truths
 from logratio.losses import DPO_TYPES, LOSSES, DPOType, Kind
 from logratio.reference import trl
 from logratio.trainers import setup
 from logratio.trainers.cli import main
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.loop import train_run
-from logratio.trainers.reference import StoredReference, tokens_key
-from logratio.trainers.rollout import Rolled
+from logratio.trainers.policy.reference import StoredReference, tokens_key
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.rollout.rollouts import Rolled
 from logratio.trainers.step import Step
-from logratio.trainers.tiny import tiny_tokenizer
 
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
 BATCH = 4
@@ -118,6 +118,8 @@ def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], d
 class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
+    config = RolloutConfig(num_generations=2)
+
     def __call__(self, prompts: Any) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
 
@@ -126,6 +128,9 @@ class GivenRollouts:
 
     def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
+
+    def after(self, step: int) -> list[str]:
+        return []
 
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:

@@ -17,7 +17,8 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 from accelerate.utils import DistributedType
-from logratio.trainers import cli, loop
+from logratio.trainers import cli
+from logratio.trainers import loop
 from logratio.trainers.step import Step
 
 seen, build, cut = [], loop.build, Step.micro_batches
@@ -127,8 +128,8 @@ import torch
 from accelerate import Accelerator
 from logratio.losses.advantages import ADVANTAGES
 from logratio.trainers.config import RolloutConfig
-from logratio.trainers.data import Completion, Example
-from logratio.trainers.rollout import Rolled, Rollouts
+from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.rollout.rollouts import Rolled, Rollouts
 
 alone = Accelerator()
 world, rank = alone.num_processes, alone.process_index

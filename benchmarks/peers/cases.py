@@ -1,0 +1,190 @@
+"""Every variant of every loss with the options that matter to it: what is verified, held to the laws, and compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from logratio.losses import LOSSES, GRPOLoss, Loss
+
+CISPO_CAP = GRPOLoss(loss_type="cispo").epsilons[1]
+"""Our default of cispo's epsilon_high."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss and its options; how TRL is asked for the same, or why it cannot be.
+
+    trl: the trainer, None where TRL has no such loss. differs: why TRL's value is another one although it has the loss.
+    state: what the loss carries from earlier steps. weighted: rows have token weights.
+    """
+
+    method: str
+    options: dict[str, Any]
+    trl: str | None = None
+    differs: str = ""
+    state: dict[str, float] = field(default_factory=dict)
+    weighted: bool = False
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.method](**self.options)
+
+    @property
+    def trl_options(self) -> dict[str, Any]:
+        """The options as TRL's configuration takes them: rloo and gmpo are trainers there, not loss types."""
+        own = {"loss_type"} if self.trl in ("rloo", "gmpo") else set()
+        cap = {"epsilon_high": CISPO_CAP} if self.options.get("loss_type") == "cispo" else {}  # TRL's default: 0.2
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in (cap | self.options).items() if n not in own}
+
+    @property
+    def name(self) -> str:
+        """The loss type (or the method, where it has none) and the other options."""
+        loss_type = self.options.get("loss_type", self.method)
+        words = ["+".join(loss_type) if isinstance(loss_type, tuple) else loss_type]
+        for key, value in self.options.items():
+            if key != "loss_type":
+                words.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return ",".join([*words, *(["weighted rows"] if self.weighted else [])])
+
+
+def sft_cases() -> Iterator[Case]:
+    yield Case("sft", {"loss_type": "nll"}, "sft")
+    yield Case("sft", {"loss_type": "dft"}, "sft")
+    for loss_type in ("nll", "dft"):
+        yield Case("sft", {"loss_type": loss_type, "z_loss_coef": 0.01})
+        yield Case("sft", {"loss_type": loss_type}, weighted=True)
+
+
+SMOOTHING = {"exo_pair": 0.001, "robust": 0.1, "cdpo": 0.1}
+"""label_smoothing of loss types that mean little, or are refused, without."""
+TRL_DPO = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+
+
+def dpo_cases() -> Iterator[Case]:
+    refused = {
+        "sft": "TRL multiplies an expanded scalar in place: RuntimeError",
+        "hinge": "TRL multiplies relu's output in place, which its backward needs: RuntimeError",
+    }
+    for name in (*TRL_DPO, *OTHER_DPO):
+        plain: dict[str, Any] = {"loss_type": name} | (
+            {"label_smoothing": SMOOTHING[name]} if name in SMOOTHING else {}
+        )
+        trl = "dpo" if name in TRL_DPO else None
+        state = {"margin": 0.3} if name == "beta_dpo" else {}
+        yield Case("dpo", plain, trl, state=state)
+        if name != "sft":
+            yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
+        if name not in ("aot", "aot_unpaired"):
+            options = plain | {"use_weighting": True}
+            yield Case("dpo", options, trl, refused.get(name, ""), state=state)
+        if name in DIVERGENT:
+            for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
+                # with its own tau discopop's slope changes its sign where these scores are: ill-conditioned
+                wide = {"discopop_tau": 0.5} if name == "discopop" else {}
+                yield Case("dpo", plain | {"f_divergence_type": divergence} | wide, trl)
+    more: list[dict[str, Any]] = [
+        {"loss_type": "sigmoid", "beta": 0.5},
+        {"loss_type": "exo_pair", "label_smoothing": 0.2, "beta": 0.5},
+        {"loss_type": "aot", "label_smoothing": 0.1, "beta": 0.5},
+        {"loss_type": "aot_unpaired", "label_smoothing": 0.1, "ld_alpha": 0.0},
+        {"loss_type": "discopop", "discopop_tau": 0.5, "beta": 0.5},
+        {"loss_type": "ipo", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        {"loss_type": "sigmoid", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2},
+        {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+        {"loss_type": ("sigmoid", "sft"), "f_divergence_type": "js_divergence", "ld_alpha": 0.5},
+        {"loss_type": ("sigmoid", "ipo", "apo_zero"), "use_weighting": True, "ld_alpha": 0.3},
+    ]
+    yield from (Case("dpo", options, "dpo") for options in more)
+    for options in (
+        {"loss_type": "irpo", "irpo_alpha": 0.3},
+        {"loss_type": "dpop", "dpop_lambda": 5.0, "beta": 0.5},
+        {"loss_type": "cal_dpo", "cal_dpo_coef": 0.1, "beta": 0.5},
+        {"loss_type": "r_dpo", "r_dpo_alpha": 0.02},
+        {"loss_type": "chi_po", "chi_po_r_max": 0.5},
+        {"loss_type": "rainbow", "rainbow_mu": 0.9, "rainbow_gamma": 0.4, "beta": 2.0},
+        {"loss_type": "beta_dpo", "beta_dpo_coef": 0.1, "beta_dpo_momentum": 0.5},
+    ):
+        yield Case("dpo", options)
+
+
+def kto_cases() -> Iterator[Case]:
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    for name, trl in (("kto", "kto"), ("apo_zero_unpaired", "kto"), ("bco", None)):
+        state = {"reward_sum": 0.7, "num_examples": 9.0} if name == "bco" else {}
+        for options in ({}, weights, {"beta": 0.5}):
+            yield Case("kto", {"loss_type": name} | options, trl, state=state)
+
+
+def cpo_cases() -> Iterator[Case]:
+    """CPO, TPO and ORPO."""
+    for name in ("sigmoid", "hinge", "ipo", "simpo", "alphapo", "simper"):
+        trl = None if name == "simper" else "cpo"
+        no_nll = "TRL sets cpo_alpha to 0 for alphapo, whatever was asked" if name == "alphapo" else ""
+        overflow = "TRL raises P^-alpha of the whole sequence, which overflows" if name in ("sigmoid", "hinge") else ""
+        yield Case("cpo", {"loss_type": name}, trl)
+        smoothed = {"label_smoothing": 0.1} if name in ("sigmoid", "simpo", "alphapo") else {}
+        steep = {} if name == "simper" else {"beta": 0.5}
+        wide = {"simpo_gamma": 0.2} if name in ("simpo", "alphapo") else {}
+        yield Case("cpo", {"loss_type": name, "cpo_alpha": 0.3} | steep | smoothed, trl, no_nll)
+        yield Case("cpo", {"loss_type": name, "alpha": 0.05} | wide, trl, overflow)
+    for name in ("sigmoid", "hinge", "ipo", "tpo-l"):
+        yield Case("tpo", {"loss_type": name}, "tpo")
+        smoothed = {"label_smoothing": 0.1} if name in ("sigmoid", "tpo-l") else {}
+        wide = {"tpo_l_gamma": 0.2} if name == "tpo-l" else {}
+        yield Case("tpo", {"loss_type": name, "beta": 0.5, "tpo_alpha": 0.3} | smoothed, "tpo")
+        yield Case("tpo", {"loss_type": name, "tpo_alpha": 0.0} | wide, "tpo")
+    yield Case("orpo", {}, "orpo")
+    yield Case("orpo", {"beta": 1.0}, "orpo")
+
+
+CLIPPED = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
+TRL_GRPO = (*CLIPPED, "cispo", "sapo", "vespo")
+
+
+def grpo_cases() -> Iterator[Case]:
+    levels = ("token", "sequence")
+    at_levels = [x for x in itertools.product(TRL_GRPO, levels) if x != ("vespo", "sequence")]
+    for (name, level), beta in itertools.product(at_levels, (0.0, 0.04)):
+        yield Case("grpo", {"loss_type": name, "importance_sampling_level": level, "beta": beta}, "grpo")
+    for name, level in at_levels:
+        plain = {"loss_type": name, "importance_sampling_level": level}
+        yield Case("grpo", plain | {"top_entropy_quantile": 0.4, "beta": 0.04}, "grpo")
+        yield Case("grpo", plain | {"off_policy_mask_threshold": 0.02, "beta": 0.04}, "grpo")
+    for name, level, delta in itertools.product(CLIPPED, levels, (1.1, 4.0)):
+        yield Case("grpo", {"loss_type": name, "importance_sampling_level": level, "delta": delta}, "grpo")
+    for options in (
+        {"loss_type": "dapo", "beta": 0.04, "use_bias_correction_kl": False, "epsilon_high": 0.28},
+        {"loss_type": "grpo", "entropy_coef": 0.1},
+        {"loss_type": "dapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5},
+        {
+            "loss_type": "vespo",
+            "vespo_k_pos": 1.5,
+            "vespo_lambda_pos": 1.0,
+            "vespo_k_neg": 2.5,
+            "vespo_lambda_neg": 1.5,
+        },
+    ):
+        yield Case("grpo", options, "grpo")
+    for name, trl in (("gmpo", "gmpo"), ("rloo", "rloo")):
+        yield Case("grpo", {"loss_type": name}, trl)
+        yield Case("grpo", {"loss_type": name, "epsilon": 0.1, "epsilon_high": 0.4}, trl)
+    yield Case("grpo", {"loss_type": "gmpo", "beta": 0.04}, "gmpo")
+    yield Case("grpo", {"loss_type": "gmpo", "top_entropy_quantile": 0.4, "epsilon": 0.4}, "gmpo")
+    for estimator in ("k1", "k2"):
+        yield Case("grpo", {"loss_type": "grpo", "beta": 0.04, "kl_estimator": estimator})
+        yield Case(
+            "grpo", {"loss_type": "dapo", "beta": 0.04, "kl_estimator": estimator, "use_bias_correction_kl": False}
+        )
+
+
+CASES: list[Case] = [*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *grpo_cases()]
