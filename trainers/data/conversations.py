@@ -102,7 +102,6 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: 'documents' in 'chat_template_kwargs' must be a list of objects, got {shown(documents)}"
         )
-    # a column of objects has null in it for every key that another row has
     return without_nulls({**options, "tools": tools} if tools else options)
 
 
