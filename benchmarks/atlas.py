@@ -3,7 +3,7 @@
 Three tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
 Splits: how far each one's gradient moves when the same batch is cut in micro-batches, as its user would accumulate.
 Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. A verdict is a measurement: one
-without its reason in `_atlas_reasons.py`, or a reason without its measurement, is an error (status 1).
+without its reason in `peers/reasons.py`, or a reason without its measurement, is an error (status 1).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.errors import UserError
 
-from . import _peers
-from ._atlas_cases import ATLAS, Asked, Compared
-from ._atlas_faults import FAULTS, measure_faults
-from ._atlas_reasons import REASONS, SPLIT_REASONS
-from ._atlas_text import markdown
-from .truths import Gradient
+from .peers import peers
+from .peers.compared import ATLAS, Asked, Compared
+from .peers.faults import FAULTS, measure_faults
+from .peers.reasons import REASONS, SPLIT_REASONS
+from .peers.text import markdown
+from .peers.truths import Gradient
+from .progress import Progress
 from .verify import relative_errors
 
 EQUAL = 1e-4
 """Relative error in float32 up to which two losses, or two gradients, are the same."""
 CLEAR = 10
 """How many times that it takes to be different."""
-PEERS = {"trl": _peers.trls, "liger": _peers.ligers}
+PEERS = {"trl": peers.trls, "liger": peers.ligers}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     method, out = tyro.cli(options, args=argv, prog="logratio atlas")
     if method is not None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
-    if _peers.liger_installed() != _peers.LIGER_VERSION:
+    if peers.liger_installed() != peers.LIGER_VERSION:
         raise UserError(
-            f"the atlas needs liger-kernel=={_peers.LIGER_VERSION}, found {_peers.liger_installed()}: "
+            f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
             "pip install 'logratio[peers]'"
         )
     compared = [case for case in ATLAS if method in (None, case.method)]
@@ -74,29 +75,36 @@ def main(argv: list[str] | None = None) -> int:
 def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[str, Any]:
     """All that the atlas says, ready for JSON."""
     torch.set_num_threads(1)
-    variants, splits = [], []
-    for case in compared:
-        more, split = measure_one(case)
-        variants += more
-        splits.append(split)
+    variants, splits, seen = [], [], []
+    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults)) as progress:
+        for case in compared:
+            progress.begin(case.name)
+            more, split = measure_one(case)
+            variants += more
+            splits.append(split)
+            progress.step(": ".join([case.name, ", ".join(f"{row['peer']} {row['verdict']}" for row in more)]))
+        for fault in faults:
+            progress.begin(fault.name)
+            seen += measure_faults([fault])
+            progress.step(f"fault: {fault.name}")
     return {
         "command": "logratio atlas",
-        "versions": _peers.versions(),
+        "versions": peers.versions(),
         "trl_pinned": trl.TRL_VERSION,
-        "batch": _peers.BATCH,
-        "parts": _peers.PARTS,
+        "batch": peers.BATCH,
+        "parts": peers.PARTS,
         "equal": EQUAL,
         "variants": variants,
         "splits": splits,
-        "faults": measure_faults(faults),
+        "faults": seen,
     }
 
 
 def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each peer that has the loss; and one of all changes under a split."""
-    whole, split = (_peers.ours(case.method, case.options, parts) for parts in (1, _peers.PARTS))
+    whole, split = (peers.ours(case.method, case.options, parts) for parts in (1, peers.PARTS))
     rows: list[dict[str, Any]] = []
-    changes: dict[str, Any] = {"variant": case.name, "ours": rounded(_peers.change(whole, split)), "reasons": {}}
+    changes: dict[str, Any] = {"variant": case.name, "ours": rounded(peers.change(whole, split)), "reasons": {}}
     scale = 0.0
     asked: dict[str, Asked | None] = {"trl": case.trl, "liger": case.liger}
     for peer, name_and_options in asked.items():
@@ -104,7 +112,7 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             continue
         row: dict[str, Any] = {"variant": case.name, "peer": peer, "our_loss": rounded(whole.loss, 6)}
         try:
-            theirs, cut = (PEERS[peer](*name_and_options, parts) for parts in (1, _peers.PARTS))
+            theirs, cut = (PEERS[peer](*name_and_options, parts) for parts in (1, peers.PARTS))
         except (ValueError, RuntimeError, NotImplementedError) as error:
             row |= {"verdict": "refused", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
         else:
@@ -117,7 +125,7 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "grad_rel_err": rounded(errors[1]),
             }
             row["verdict"] = "equal" if max(errors) <= EQUAL else "different"
-            changes[peer] = rounded(_peers.change(theirs, cut))
+            changes[peer] = rounded(peers.change(theirs, cut))
             if changes[peer] > EQUAL:
                 changes["reasons"][peer] = SPLIT_REASONS.get((peer, case.name), "")
         row["reason"] = "" if row["verdict"] == "equal" else REASONS.get((peer, case.name), "")

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from logratio.trainers.errors import UserError
 
-from .geometry import Geometry, find
-from .gpus import GPUS
-from .memory import CONTEXT, MARGIN, MIB, Prediction, Setup, largest_fitting, predict
-from .roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
+from .memory.geometry import Geometry, find
+from .memory.gpus import GPUS
+from .memory.peak import CONTEXT, MARGIN, MIB, Prediction, Setup, largest_fitting, predict
+from .memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
 
 ADVICE = "try --gradient_checkpointing, --lora_r 16 --load_in_4bit, or a larger --gpu"
 

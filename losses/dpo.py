@@ -200,7 +200,9 @@ class DPOLoss(Loss):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             object.__setattr__(self, "loss_type", (self.loss_type,))
-        if not self.loss_type or (self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type)):
+        if not self.loss_type:
+            raise ValueError("loss_type must name at least one variant")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights={self.loss_weights} must have one number for each of {self.loss_type}")
         super().__post_init__()
         unfit = [name for name in self.loss_type if not DPO_TYPES[name].divergences]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from logratio.losses import Kind
 from logratio.losses.advantages import ADVANTAGES
 from logratio.losses.options import Count, NotNegative, Positive, Range, Share, out_of_range
 
@@ -15,6 +17,10 @@ from .errors import UserError
 DEFAULT_LEARNING_RATE = {"sft": 2e-5}
 OTHER_LEARNING_RATE = 1e-6
 DEFAULT_BATCH_SIZE = 8
+# Options that say nothing by themselves, with their defaults. In the dataclass they are None, which means "not given",
+# so that what would not be read can be refused.
+LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
+SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy takes no other
 NotNegativeCount = Annotated[int, Range(0)]
@@ -40,18 +46,20 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_r: NotNegativeCount = 0
     """Rank of the LoRA adapters; 0 trains the whole model."""
-    lora_alpha: Positive = 32
-    """The adapters' output is scaled by lora_alpha / lora_r."""
-    lora_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Dropout in front of the adapters."""
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get adapters, or all-linear."""
+    lora_alpha: Positive | None = None
+    """The adapters' output is scaled by lora_alpha / lora_r (default: 32)."""
+    lora_dropout: Annotated[float, Range(0, 1, below=True)] | None = None
+    """Dropout in front of the new adapters (default: 0), on in training whatever disable_dropout is."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the modules that get adapters, or all-linear (the default)."""
     fused_lora: bool = True
     """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
     use_liger_kernel: bool = False
     """Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False
     """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
+    disable_dropout: bool | None = None
+    """Train without the dropout that the model and a loaded adapter bring along (default: yes, but for SFT)."""
     adapter_name_or_path: str | None = None
     """Go on training this adapter; a frozen copy of it is the reference."""
     ref_model_name_or_path: str | None = None
@@ -60,16 +68,27 @@ class ModelConfig:
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
     sync_ref_model: bool = False
     """Let the reference follow the policy (TR-DPO), in full fine-tuning, LoRA and QLoRA."""
-    ref_model_mixup_alpha: Share = 0.6
-    """Its weights become this x the policy's + (1 - this) x its own."""
-    ref_model_sync_steps: Count = 512
-    """Every so many optimizer steps."""
+    ref_model_mixup_alpha: Share | None = None
+    """Its weights become this x the policy's + (1 - this) x its own (default: 0.6)."""
+    ref_model_sync_steps: Count | None = None
+    """Every so many optimizer steps (default: 512)."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
         adapters = self.lora_r > 0 or self.adapter_name_or_path
         if self.load_in_4bit and not adapters:
             raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
+        if self.adapter_name_or_path and self.lora_r:
+            raise UserError(
+                f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} "
+                "goes on with those of a run before; leave one of them out"
+            )
+        if not self.lora_r:
+            theirs = "these describe new adapters, and --adapter_name_or_path brings its own; leave them out"
+            ours = "without adapters nothing reads this; add --lora_r 16, or leave it out"
+            self._refuse_given(LORA, theirs if adapters else ours)
+        if not self.sync_ref_model:
+            self._refuse_given(SYNC, "nothing reads this without --sync_ref_model; add it, or leave this out")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise UserError("--sync_ref_model changes the reference, whose log-probs --precompute_ref_log_probs fixes")
         if self.sync_ref_model and self.ref_model_name_or_path:
@@ -78,13 +97,30 @@ class ModelConfig:
                 f"--ref_model_name_or_path {self.ref_model_name_or_path} are not; leave one of them out"
             )
 
+    def _refuse_given(self, options: Mapping[str, Any], why: str) -> None:
+        given = [f"--{name}" for name in options if getattr(self, name) is not None]
+        if given:
+            raise UserError(f"{', '.join(given)}: {why}")
+
+    def resolved(self, loss: Any = None) -> ModelConfig:
+        """With the defaults of what is used filled in; disable_dropout's depends on the loss.
+
+        TRL 1.16 disables dropout in DPO, KTO, ORPO and CPO too, but neither in GRPO nor in RLOO, whose ratios are
+        then not 1 on policy.
+        """
+        used = {**(LORA if self.lora_r else {}), **(SYNC if self.sync_ref_model else {})}
+        found = {name: value for name, value in used.items() if getattr(self, name) is None}
+        if self.disable_dropout is None and loss is not None:
+            found["disable_dropout"] = loss.kind is not Kind.SEQUENCE or loss.wants_reference
+        return dataclasses.replace(self, **found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What it is trained on."""
 
     dataset_name: str = "arithmetic"
-    """Hub name, .jsonl, .json or .parquet file, folder, or "arithmetic": the embedded task."""
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
@@ -99,6 +135,8 @@ class DataConfig:
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False
     """SFT: score the assistant's turns only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
 
@@ -116,6 +154,10 @@ class TrainConfig:
 
     output_dir: str = "runs/latest"
     """Folder for the log, the configuration and the trained model."""
+    overwrite_output_dir: bool = False
+    """Remove the model and checkpoints that another run left in output_dir; logs and reference log-probs stay."""
+    resume_from_checkpoint: str | None = None
+    """Refused: checkpoints hold weights, without the optimizer's state; the message says how to train on from one."""
     batch_size: Count | None = None
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
     prompts for GRPO."""
@@ -153,6 +195,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
 
+        if self.resume_from_checkpoint is not None:
+            folder = self.resume_from_checkpoint
+            raise UserError(
+                "--resume_from_checkpoint is not supported, because checkpoints hold weights without the optimizer's "
+                f"state and the place in the data: train on from its weights with --adapter_name_or_path {folder} "
+                f"(of a whole model: --model_name_or_path {folder}), the --max_steps that are left and another "
+                "--output_dir"
+            )
+
     def resolved(self, method: str, num_processes: int) -> TrainConfig:
         """With every default that depends on the method or the number of processes filled in."""
         per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
@@ -184,7 +235,7 @@ class RolloutConfig:
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
@@ -249,6 +300,23 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig | None = None
+
+    def __post_init__(self) -> None:
+        model, data, train = self.model, self.data, self.train
+        if not self.wants_reference:
+            for name in ("sync_ref_model", "precompute_ref_log_probs", "ref_model_name_or_path"):
+                if value := getattr(model, name):
+                    given = f"--{name}" if value is True else f"--{name} {value}"
+                    raise UserError(f"{given} is about the reference, but this {self.method} has none; leave it out")
+        if train.eval_steps and not data.eval_size and not data.dataset_test_split:
+            raise UserError(
+                f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"
+            )
+
+    def resolved(self, num_processes: int) -> RunConfig:
+        """With every default filled in that depends on other options, the method or the number of processes."""
+        train = self.train.resolved(self.method, num_processes)
+        return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train)
 
     @property
     def wants_reference(self) -> bool:

@@ -30,15 +30,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from logratio.losses import DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, ORPOLoss, SFTLoss
 
-from .arithmetic import arithmetic_rows
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
-from .data import Prompt, prepare_prompts
+from .data.arithmetic import arithmetic_rows
+from .data.examples import Prompt, prepare_prompts
+from .data.rows import Rows
 from .errors import UserError
 from .loop import train_run
-from .model import TINY
-from .rewards import exact_answer
-from .rollout import generate
-from .rows import Rows
+from .policy.tiny import TINY
+from .rollout.rewards import exact_answer
+from .rollout.rollouts import generate
 from .runlog import reset_peak_mem
 from .setup import Run, build
 
@@ -196,6 +196,7 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
         data=DataConfig(dataset_name=str(folder / f"{method.data}.jsonl")),
         train=TrainConfig(
             output_dir=str(folder / method.folder),
+            overwrite_output_dir=True,
             batch_size=method.batch_size,
             max_steps=method.steps,
             learning_rate=method.learning_rate,

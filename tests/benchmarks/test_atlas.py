@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from logratio.benchmarks import _atlas_tensors, _peers, atlas
-from logratio.benchmarks._atlas_cases import ATLAS, Compared, same
-from logratio.benchmarks._atlas_faults import FAULTS, Fault, guarded, measure_faults, sound
-from logratio.benchmarks._atlas_reasons import REASONS
-from logratio.benchmarks._atlas_tensors import Outcome, Rollout
-from logratio.benchmarks._atlas_text import markdown
+from logratio.benchmarks import atlas
+from logratio.benchmarks.peers import peers, tensors
+from logratio.benchmarks.peers.compared import ATLAS, Compared, same
+from logratio.benchmarks.peers.faults import FAULTS, Fault, guarded, measure_faults, sound
+from logratio.benchmarks.peers.reasons import REASONS
+from logratio.benchmarks.peers.tensors import Outcome, Rollout
+from logratio.benchmarks.peers.text import markdown
 from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,10 +61,10 @@ def test_liger_is_measured_too() -> None:
 
 @needs_liger
 def test_a_rollouts_tokens_are_counted_over_the_step_if_liger_is_told() -> None:
-    whole = _peers.ligers("GRPO", {"beta": 0.0})
+    whole = peers.ligers("GRPO", {"beta": 0.0})
     told = {"beta": 0.0, "num_items_in_batch": True}
-    assert _peers.change(whole, _peers.ligers("GRPO", told, 4)) < 1e-5
-    assert _peers.change(whole, _peers.ligers("GRPO", {"beta": 0.0}, 4)) > 0.01
+    assert peers.change(whole, peers.ligers("GRPO", told, 4)) < 1e-5
+    assert peers.change(whole, peers.ligers("GRPO", {"beta": 0.0}, 4)) > 0.01
 
 
 # ---------------------------------------------------------------------------------------------- what is an error
@@ -106,7 +107,7 @@ def test_a_reason_for_a_row_that_is_not_there_is_an_error(measured: dict, monkey
 def test_a_wrong_reason_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(_peers, "liger_installed", lambda: _peers.LIGER_VERSION)
+    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "ATLAS", [same("sft", loss_type="nll")])
     monkeypatch.setattr(atlas, "FAULTS", [])
     monkeypatch.setattr(atlas, "REASONS", {})
@@ -120,7 +121,7 @@ def test_a_wrong_reason_fails_the_command(
 
 
 def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_peers, "liger_installed", lambda: None)
+    monkeypatch.setattr(peers, "liger_installed", lambda: None)
     with pytest.raises(UserError, match=r"needs liger-kernel==0.8.5, found None: pip install"):
         atlas.main([])
     with pytest.raises(UserError, match="unknown method 'ppo'"):
@@ -150,8 +151,8 @@ BENIGN = {
 def test_on_ordinary_inputs_a_peer_gives_what_we_do(peer: str, method: str) -> None:
     """So that a fault is the peer's, and not of the way in which it is run."""
     inputs, options = BENIGN[method]
-    expected = getattr(_atlas_tensors, f"our_{method}")(*inputs, **options)
-    found = getattr(_atlas_tensors, f"{peer}_{method}")(*inputs, **options)
+    expected = getattr(tensors, f"our_{method}")(*inputs, **options)
+    found = getattr(tensors, f"{peer}_{method}")(*inputs, **options)
     assert found.error == "" and found[:2] == pytest.approx(expected[:2], rel=1e-5) and expected.value != 0
 
 
@@ -189,4 +190,4 @@ def test_the_page_is_made_from_the_measurements_of_every_variant() -> None:
         name for _, name in REASONS
     }
     assert [row["fault"] for row in stored["faults"]] == [fault.name for fault in FAULTS]
-    assert stored["versions"]["liger-kernel"] == _peers.LIGER_VERSION
+    assert stored["versions"]["liger-kernel"] == peers.LIGER_VERSION

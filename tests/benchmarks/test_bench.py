@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from logratio.benchmarks import bench, head, measure, step
-from logratio.benchmarks.records import read
-from logratio.benchmarks.step_cases import METHODS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
-from logratio.benchmarks.workloads import WORKLOADS, Lengths, count_padded, examples
+from logratio.benchmarks import bench
+from logratio.benchmarks.measure import clock as measure
+from logratio.benchmarks.measure import head, step
+from logratio.benchmarks.measure.step_cases import METHODS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from logratio.benchmarks.measure.workloads import WORKLOADS, Lengths, count_padded, examples
+from logratio.benchmarks.reporting.records import read
 from logratio.losses import LOSSES
-from logratio.trainers.data import Completion, Example
+from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from logratio.benchmarks._report_rows import groups, lines_of, quotient
-from logratio.benchmarks._report_tables import number
 from logratio.benchmarks.report import BEGINNING, load, main, newest
+from logratio.benchmarks.reporting.rows import groups, lines_of, quotient
+from logratio.benchmarks.reporting.tables import number
 from logratio.trainers.errors import UserError
 
 needs_matplotlib = pytest.mark.skipif(
@@ -209,7 +209,7 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    from logratio.benchmarks._report_plots import COLOURS
+    from logratio.benchmarks.reporting.plots import COLOURS
 
     parts = {"reference": 40.0, "forward": 50.0, "backward": 90.0}
     rows = [step("logratio", 200, 9000, predicted_peak_mem_mib=9450, parts=parts), step("trl", 350, 13500)]
@@ -239,7 +239,7 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_matplotlib
 def test_bars_are_as_high_as_their_numbers() -> None:
-    from logratio.benchmarks import _report_plots as plots
+    from logratio.benchmarks.reporting import plots
 
     def heights(**where: Any) -> list[list[float]]:
         rows = [step("logratio", 200, 2048, **where), step("trl", 300, 4096, **where)]

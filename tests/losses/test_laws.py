@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.benchmarks.cases import CASES, Case
+from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import (
     CPO_TYPES,
     DPO_TYPES,
@@ -87,7 +87,7 @@ def why_stopped(case: Case) -> Any:
 @pytest.mark.parametrize("case", one_of_each(why_stopped))
 def test_gradients_that_are_said_to_be_stopped_are(case):
     with pytest.raises(LawViolation) as violation:
-        check_loss(case.loss, laws=["gradient"], max_examples=30)
+        check_loss(case.loss, laws=["gradient"], max_examples=10)
     assert violation.value.law == "gradient"
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks.truths import random_model
+from logratio.benchmarks.peers.truths import random_model
 from logratio.reference import oracle, trl
-from logratio.trainers.tiny import tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_tokenizer
 
 RTOL = 1e-5
 

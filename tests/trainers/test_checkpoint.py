@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logratio.trainers.checkpoint import save
-from logratio.trainers.policy import REFERENCE_ADAPTER, Policy
-from logratio.trainers.tiny import tiny_model, tiny_tokenizer
+from logratio.trainers.errors import UserError
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
 IDS = torch.tensor([[65, 66, 67, 68]])
@@ -33,10 +34,14 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
+def assert_same(one, other):
+    torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+
+
 def test_a_full_model_loads_back(model, tmp_path):
     save(Policy(model), tiny_tokenizer(), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(logits(loaded), logits(model))
+    assert_same(loaded, model)
     assert not (tmp_path / "out" / ".partial").exists()
 
 
@@ -52,7 +57,7 @@ def test_an_adapter_loads_back_on_its_base_without_the_references_copy(model, tm
                 p.add_(0.1)
     save(Policy(trained.eval()), tiny_tokenizer(), tmp_path / "out")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out").eval()
-    assert torch.equal(logits(loaded), logits(trained))
+    assert_same(loaded, trained)
     assert not torch.allclose(logits(loaded), logits(start), atol=1e-2)
     assert not list((tmp_path / "out").rglob(f"*{REFERENCE_ADAPTER}*"))
     assert sorted(loaded.peft_config) == ["default"]
@@ -80,7 +85,7 @@ def test_saving_again_replaces_whole_files_and_leaves_others(model, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == names
     assert (tmp_path / "metrics.jsonl").read_text() == "kept"
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(second))
+    assert_same(loaded, second)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -100,8 +105,9 @@ def test_a_crash_while_writing_leaves_the_earlier_files(model, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(type(second.model), "save_pretrained", breaks)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(UserError, match=f"^the model could not be saved in {tmp_path}: no space left on device$"):
             save(second, tiny_tokenizer(), tmp_path)
+    assert not (tmp_path / ".partial").exists()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     save(second, tiny_tokenizer(), tmp_path)
     assert not (tmp_path / ".partial").exists()
@@ -112,3 +118,19 @@ def test_a_crash_while_writing_leaves_the_earlier_files(model, tmp_path, monkeyp
 def test_the_adapters_configuration_names_no_temporary_folder(model, tmp_path):
     save(Policy(with_lora(model)), tiny_tokenizer(), tmp_path)
     assert ".partial" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()))
+
+
+def test_a_generation_configuration_that_contradicts_itself_does_not_cost_the_weights(model, tmp_path):
+    """transformers loads it and refuses to save it; it is saved as it was."""
+    tiny = tiny_model(1, **SMALL)
+    tiny.save_pretrained(tmp_path / "start")
+    own = {"do_sample": False, "temperature": 0.9, "eos_token_id": 258}
+    (tmp_path / "start" / "generation_config.json").write_text(json.dumps(own))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "start").eval()
+    with pytest.raises(ValueError, match="temperature"):
+        loaded.save_pretrained(tmp_path / "refused")
+    save(Policy(loaded), tiny_tokenizer(), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in own} == own
+    assert loaded.generation_config.temperature == 0.9
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(loaded))

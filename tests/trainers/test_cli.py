@@ -12,7 +12,7 @@ from peft import PeftModel
 from logratio.losses import LOSSES
 from logratio.trainers import cli
 from logratio.trainers.errors import UserError
-from logratio.trainers.tiny import tiny_model
+from logratio.trainers.policy.tiny import tiny_model
 
 PROMISED = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_s", "step_ms", "peak_mem_mib"}
 
@@ -73,7 +73,8 @@ def test_every_method_trains_logs_and_saves(workspace, method):
 
 def test_a_second_run_moves_the_first_ones_log_aside(workspace):
     for seed in ("1", "2"):
-        assert cli.main(["train", "sft", *SHORT, "--max_steps", "1", "--seed", seed]) == 0
+        words = ["train", "sft", *SHORT, "--max_steps", "1", "--seed", seed, "--overwrite_output_dir"]
+        assert cli.main(words) == 0
     seeds = [json.loads((workspace / "out" / f"run_config{n}.json").read_text())["train"]["seed"] for n in ("", ".1")]
     assert seeds == [2, 1]
     assert len(log_of(workspace / "out")) == 1 and (workspace / "out" / "metrics.1.jsonl").exists()
@@ -103,7 +104,7 @@ def test_yaml_gives_the_same_options_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "learning_rate: 1e-5\nbeta: 0.3\nshuffle: no\ngradient-checkpointing: true\ncompletion_only_loss: true\n"
-        "lora_target_modules: [q_proj, v_proj]\nmax_steps: null\nwarmup_steps: 3\noutput_dir: runs/x\n"
+        "lora_r: 4\nlora_target_modules: [q_proj, v_proj]\nmax_steps: null\nwarmup_steps: 3\noutput_dir: runs/x\n"
     )
     config = cli.parse_train(["dpo", "--config", str(file), "--beta", "0.7", "--shuffle"])
     assert config == cli.parse_train(["dpo", "--beta", "0.7", f"--config={file}", "--shuffle"])
@@ -191,7 +192,7 @@ def test_a_loss_from_outside_trains(workspace, capsys):
 
 METHODS = ", ".join(LOSSES)
 BAD = {
-    "nope": "unknown command 'nope', expected one of: train, ",
+    "nope": "unknown command 'nope', expected one of: train",
     "train": f"train needs a method, one of: {METHODS}",
     "train --lora_r 4": f"train needs a method, one of: {METHODS}",
     "train ppo": f"unknown method 'ppo', expected one of: {METHODS}",
@@ -205,7 +206,8 @@ BAD = {
         "give one or the other"
     ),
     "train dpo --dataset_train_split nope": "the data set 'arithmetic' has no split 'nope', only 'train' and 'test'",
-    "train dpo --model_name_or_path ./nowhere": "no tokenizer could be loaded from './nowhere': ",
+    "train dpo --model_name_or_path ./nowhere": "--model_name_or_path ./nowhere does not exist (looked in ",
+    "train dpo --model_name_or_path nowhere": "no model configuration could be loaded from 'nowhere': ",
     "train dpo --dataset_name rows.jsonl --eval_size 4": "--eval_size 4 leaves nothing of 4 examples to train on",
     "train kto --dataset_name rows.jsonl --batch_size 1": (
         "4 examples in steps of --batch_size 1 make a step of 1, in which kto cannot pair its prompt with another's "
@@ -250,11 +252,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(workspace, ca
     assert not list((workspace / "out").glob("*.safetensors"))
 
 
+def test_methods_are_named_without_loading_them():
+    assert cli.METHODS == tuple(LOSSES)
+
+
 def test_help_lists_commands_and_options(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(entry.name in shown for entry in entry_points(group=cli.COMMANDS)) and METHODS in shown
+    for entry in entry_points(group=cli.COMMANDS):
+        assert f"{entry.name:<15} {entry.load().__doc__.splitlines()[0]}\n" in shown
+    assert METHODS in shown
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "dpo", "--help"])
     assert stopped.value.code == 0
@@ -300,6 +308,15 @@ def test_options_out_of_range_or_unread_are_one_sentence(words, message, capsys)
 
 def test_options_of_a_loss_are_of_its_own_class():
     assert type(cli.parse_train(["dpo", "--loss_type", "cdpo", "--label_smoothing", "0.1"]).loss) is LOSSES["dpo"]
+
+
+def test_commands_that_only_an_installed_package_has_are_said_to_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert cli.main(["plan"]) == 1
+    assert capsys.readouterr().err == (
+        "logratio: unknown command 'plan', expected one of: train; the others are there once the package is installed "
+        "(`pip install -e .`)\n"
+    )
 
 
 def test_user_errors_from_sub_commands_and_interrupts_have_a_status(monkeypatch, capsys):

@@ -10,14 +10,14 @@ import pytest
 
 from logratio.losses import LOSSES, Kind
 from logratio.trainers import demo
-from logratio.trainers.arithmetic import arithmetic_rows
 from logratio.trainers.config import RunConfig
-from logratio.trainers.data import load_rows, prepare, prepare_prompts
+from logratio.trainers.data.arithmetic import arithmetic_rows
+from logratio.trainers.data.examples import load_rows, prepare, prepare_prompts
+from logratio.trainers.data.rows import Rows
 from logratio.trainers.demo import METHODS, START, Method, Result, Score
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout import Sampled
-from logratio.trainers.rows import Rows
-from logratio.trainers.tiny import tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.rollout.rollouts import Sampled
 
 TOKENIZER = tiny_tokenizer()
 RUN = SimpleNamespace(policy=None, tokenizer=TOKENIZER)

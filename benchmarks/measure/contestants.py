@@ -1,0 +1,184 @@
+"""One optimizer step of each contestant, on the same weights and the same token ids: what one is, and ours.
+
+A step is everything from token ids to updated weights: packing or padding (TRL's is done beforehand, as its data
+loader's workers would), reference, forward, backward, clipping, AdamW. TRL's are in `trl_contestant.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from logratio.trainers.data.examples import Example
+from logratio.trainers.data.packing import pack
+from logratio.trainers.policy.lora_layers import fuse_lora
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import (
+    AdapterReference,
+    ModelReference,
+    Reference,
+    StoredReference,
+    inference,
+)
+from logratio.trainers.policy.sharing import choose_attention, share_prompts
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.step import MicroBatch, Step
+
+from .clock import wait
+from .step_cases import StepCase
+
+LEARNING_RATE = 1e-5
+MAX_GRAD_NORM = 1.0
+
+OldLogps = dict[str, list[Tensor]]
+"""`tokens_key` of an example -> log-probs of its completions under the policy that sampled them."""
+
+
+class Contestant(Protocol):
+    """attention: its implementation's name. model: with the parameters that train. ref_model: if it is another."""
+
+    attention: str
+    model: Any
+    ref_model: Any
+    optimizer: Any
+
+    def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> Any:
+        """What `backward` takes, of the examples of a step."""
+
+    def backward(self, batch: Any) -> None:
+        """Reference, forward and backward: the step's gradient is added up."""
+
+    def update(self) -> None:
+        """Clip, step, reset."""
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        """Of every completion's tokens, flat, without gradient, as the step's forward pass computes them."""
+
+
+def apply_update(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """What both sides do with a gradient."""
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class Ours:
+    """logratio, as `logratio train` runs a step. old: of GRPO's rollouts."""
+
+    def __init__(
+        self, case: StepCase, model: Any, ref_model: Any, device: torch.device, old: OldLogps | None = None
+    ) -> None:
+        self.case, self.model, self.ref_model, self.device = case, model, ref_model, device
+        loss = case.loss
+        fuse_lora(model)
+        if case.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy = self.policy = Policy(model, stats=loss.stats)
+        share_prompts(policy)
+        self.attention = policy.causal_lm.config._attn_implementation
+        reference: Reference | None = None
+        if loss.wants_reference:
+            reference = AdapterReference(policy, policy)
+            if not policy.has_adapters:
+                other = Policy(ref_model, shared=policy.shared)
+                choose_attention(other)
+                reference = ModelReference(other)
+        self.step = Step(
+            start_accelerator("no"),
+            policy,
+            policy,
+            loss,
+            reference,
+            micro_batch_tokens=case.micro_batch_tokens,
+            max_length=case.max_length,
+        )
+        self.old = None if old is None else StoredReference(old, AdapterReference(policy, policy))
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        policy.train()
+
+    def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> list[Example]:
+        return list(window)
+
+    def micro_batches(self, window: list[Example]) -> list[MicroBatch]:
+        micros = self.step.micro_batches(window)
+        if self.old is not None:
+            for micro in micros:
+                micro.old = self.old(micro.batch)
+        return micros
+
+    def backward(self, batch: list[Example]) -> None:
+        micros = self.micro_batches(batch)
+        result = self.step(micros, self.step.totals(batch, micros))
+        result.reduced(self.step.accelerator)  # the metrics, which TRL counts in its step as well
+
+    def update(self) -> None:
+        apply_update(self.policy, self.optimizer)
+
+    def logps(self, examples: Sequence[Example]) -> Tensor:
+        return policy_logps(self.policy, examples)
+
+    def timed_parts(self, window: list[Example]) -> dict[str, float]:
+        """The milliseconds that each part of one step takes, with the device drained in between."""
+        parts: dict[str, float] = {}
+        last = time.perf_counter()
+
+        def mark(name: str) -> None:
+            nonlocal last
+            wait(self.device)
+            now = time.perf_counter()
+            parts[name], last = (now - last) * 1e3, now
+
+        wait(self.device)
+        micros = self.micro_batches(window)
+        mark("packing")
+        totals = self.step.totals(window, micros)
+        mark("pass before the step")
+        self.step.fill_reference(micros)
+        mark("reference")
+        self.step(micros, totals)
+        mark("forward and backward")
+        self.update()
+        mark("optimizer")
+        return {k: v for k, v in parts.items() if v > 0.5}
+
+
+def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
+    """Log-probs of every completion's tokens, flat, one example at a time, its prompt shared as the policy does."""
+    device = policy.causal_lm.get_output_embeddings().weight.device
+    parts = []
+    with inference(policy):
+        for example in examples:
+            for batch in pack([example], 1 << 30, **policy.packing):
+                moved = batch.to(device)
+                parts.append(policy(moved).logps[moved.scored])
+    return torch.cat(parts)
+
+
+def share_frozen(model: Any) -> Any:
+    """A copy that has parameters of its own where they train, and shares the frozen ones and all buffers."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in shared})
+
+
+def trainable_copy(model: Any, adapter: str) -> Any:
+    """A copy whose adapters train, over shared weights, or all of whose weights do."""
+    return copy.deepcopy(model).requires_grad_(True) if adapter == "full" else share_frozen(model)
+
+
+def kept_mib(contestant: Contestant) -> float:
+    """What stays allocated between two steps: weights (of the reference too), nf4's scales, AdamW's state; MiB."""
+    models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
+    kept = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    for weight in list(kept):
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            kept += [state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ())]
+    kept += [v for state in contestant.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(sizes.values()) / 2**20

@@ -1,0 +1,248 @@
+"""The suite `head`: LM head and log-probabilities, forward and backward, ours beside everybody's.
+
+A case is (hidden size H, vocabulary V, N tokens, dtype, head frozen or trainable). Work is counted as what a frozen
+head needs at least, 2 products of 2 N H V operations (3 with a trainable head), whatever a contestant really computes,
+and its rate is held against the rate that the plain product of the same shapes reaches here: `share_of_gemm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logratio.losses import linear_logps
+
+from ..reporting.records import installed
+from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms, wait
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """One shape. name: of the model that it is taken from."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    num_tokens: int
+    dtype: str
+    trainable: bool
+
+    @property
+    def case(self) -> str:
+        head = "trainable" if self.trainable else "frozen"
+        return f"head-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{head}"
+
+    def fields(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "num_tokens": self.num_tokens,
+            "dtype": self.dtype,
+            "head": "trainable" if self.trainable else "frozen",
+        }
+
+
+class Inputs(NamedTuple):
+    """hidden [N, H] and weight [V, H], leaves; targets [N]; coefficients [N] float32: the loss is -sum(c log p)."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    coefficients: Tensor
+
+    def cleared(self) -> Inputs:
+        self.hidden.grad = self.weight.grad = None
+        return self
+
+
+def inputs(case: HeadCase, device: torch.device, seed: int) -> Inputs:
+    """Random, with logits that spread over about ten nats, as a language model's do."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    n, h, v = case.num_tokens, case.hidden_size, case.vocab_size
+    hidden = torch.randn(n, h, generator=generator, device=device, dtype=torch.float32)
+    weight = torch.randn(v, h, generator=generator, device=device, dtype=torch.float32).mul_(2.5 / h**0.5)
+    targets = torch.randint(v, (n,), generator=generator, device=device)
+    c = torch.rand(n, generator=generator, device=device, dtype=torch.float32).add_(0.5).div_(n)
+    return Inputs(
+        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(case.trainable), targets, c
+    ).cleared()
+
+
+def ours(impl: str) -> Callable[[Inputs], Tensor]:
+    def loss(x: Inputs) -> Tensor:
+        return -(x.coefficients * linear_logps(x.hidden, x.weight, x.targets, impl=impl)).sum()
+
+    return loss
+
+
+def trl(x: Inputs) -> Tensor:
+    """TRL's fused head, asked for log-probabilities alone."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+
+    args = (x.hidden, x.weight, None, x.targets, 1.0, chunk, None, 1.0, ("log_probs",))
+    return -(x.coefficients * ChunkedLogProbFunction.apply(*args)[0]).sum()
+
+
+def liger_cross_entropy(x: Inputs) -> Tensor:
+    """Liger's fused cross-entropy, which knows the gradient of its own mean only."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="mean")(x.weight, x.hidden, x.targets)
+
+
+def liger_grpo(x: Inputs) -> Tensor:
+    """Liger's GRPO loss of one sequence, whose coefficients are advantages: at old = policy -A log p in gradient."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    rows = 8
+    hidden = x.hidden.view(rows, -1, x.hidden.shape[1])
+    targets, mask = x.targets.view(rows, -1), torch.ones_like(x.targets).view(rows, -1)
+    advantages = torch.ones(rows, device=x.hidden.device)
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, compiled=x.hidden.is_cuda)
+    return loss(hidden, x.weight, targets, mask, advantages)[0]
+
+
+def torch_cross_entropy(x: Inputs) -> Tensor:
+    """torch's own chunked cross-entropy, of a mean as well."""
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    return linear_cross_entropy(x.hidden, x.weight, x.targets, options=LinearCrossEntropyOptions())
+
+
+class Contestant(NamedTuple):
+    """loss: what is run, forward and (by the caller) backward. mean: its coefficients are all 1 / N."""
+
+    loss: Callable[[Inputs], Tensor]
+    mean: bool = False
+    gpu_only: bool = False
+    package: str | None = None
+
+
+CONTESTANTS = {
+    "logratio (two_gemm)": Contestant(ours("two_gemm")),
+    "logratio (triton)": Contestant(ours("triton"), gpu_only=True, package="triton"),
+    "eager": Contestant(ours("eager")),
+    "trl": Contestant(trl, package="trl"),
+    "liger (cross entropy)": Contestant(liger_cross_entropy, mean=True, gpu_only=True, package="liger-kernel"),
+    "liger (grpo)": Contestant(liger_grpo, mean=True, package="liger-kernel"),
+    "torch": Contestant(torch_cross_entropy, mean=True),
+}
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a contestant cannot run here, or None."""
+    contestant = CONTESTANTS[name]
+    if contestant.gpu_only and device.type != "cuda":
+        return "needs a GPU"
+    if contestant.package and not installed(contestant.package):
+        return f"{contestant.package} is not installed"
+    if contestant.loss is torch_cross_entropy and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no chunked linear_cross_entropy"
+    return None
+
+
+def gradients(contestant: Contestant, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """d loss / d hidden and d loss / d weight, of a run of its own."""
+    contestant.loss(x.cleared()).backward()
+    assert x.hidden.grad is not None
+    return x.hidden.grad, x.weight.grad
+
+
+def truth(x: Inputs, mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probs, and the gradients of hidden and weight, in float64 chunk by chunk."""
+    hidden = x.hidden.detach().double().requires_grad_()
+    weight = x.weight.detach().double().requires_grad_(x.weight.requires_grad)
+    c = torch.full_like(x.coefficients, 1 / len(x.coefficients)) if mean else x.coefficients
+    logps = linear_logps(hidden, weight, x.targets, impl="two_gemm", chunk_tokens=512)
+    (-(c.double() * logps).sum()).backward()
+    assert hidden.grad is not None
+    return logps.detach(), hidden.grad, weight.grad
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, in float64."""
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def errors(names: list[str], x: Inputs) -> dict[str, dict[str, float | None]]:
+    """Errors against float64 of log-probs (ours alone return them) and gradients, relative."""
+    found: dict[str, dict[str, float | None]] = {}
+    for mean in (False, True):
+        mine = [name for name in names if CONTESTANTS[name].mean is mean]
+        if not mine:
+            continue
+        logps, of_hidden, of_weight = truth(x, mean)
+        for name in mine:
+            grad, weight_grad = gradients(CONTESTANTS[name], x)
+            row: dict[str, float | None] = {"logps_err": None, "grad_hidden_err": relative(grad, of_hidden)}
+            row["grad_weight_err"] = None if weight_grad is None else relative(weight_grad, of_weight)  # type: ignore[arg-type]
+            if name.startswith("logratio") or name == "eager":
+                impl = name.removeprefix("logratio (").removesuffix(")")
+                with torch.no_grad():
+                    mine_logps = linear_logps(x.hidden, x.weight, x.targets, impl=impl)
+                row["logps_err"] = relative(mine_logps, logps)
+            found[name] = row
+            x.cleared()
+    return found
+
+
+def gemm_tflops(case: HeadCase, x: Inputs, repeats: int = 5) -> float:
+    """The rate of the plain product hidden @ weight^T, the best of some rounds, over the rows that fit one chunk."""
+    rows = min(len(x.hidden), 2048)
+    hidden, weight = x.hidden.detach()[:rows], x.weight.detach().t()
+    best = min(time_ms(lambda: hidden @ weight, hidden.device) for _ in range(repeats + 2))
+    return 2 * rows * case.hidden_size * case.vocab_size / best / 1e9
+
+
+def run(case: HeadCase, device: torch.device, *, repeats: int, seed: int) -> dict[str, dict[str, Any]]:
+    """{contestant: status and figures} of one case. One that runs out of memory, or fails, does not end the others."""
+    x = inputs(case, device, seed)
+    rows: dict[str, dict[str, Any]] = {}
+    able = []
+    for name, contestant in CONTESTANTS.items():
+        if reason := why_not(name, device):
+            rows[name] = {"status": "refused", "error": reason}
+            continue
+        rows[name] = trial(contestant, x, device)
+        if rows[name]["status"] == "ok":
+            able.append(name)
+    for name, row in errors(able, x).items():
+        rows[name] |= row
+    works = {name: lambda _, c=CONTESTANTS[name]: c.loss(x.cleared()).backward() for name in able}  # type: ignore[misc]
+    ceiling = gemm_tflops(case, x)
+    work = 2 * (3 if case.trainable else 2) * case.num_tokens * case.hidden_size * case.vocab_size
+    for name, times in interleaved(works, device, repeats=repeats).items():
+        figures = percentiles(times, "time_ms")
+        tflops = work / figures["time_ms_p50"] / 1e9
+        rows[name] |= figures | {"tflops": tflops, "share_of_gemm": tflops / ceiling, "gemm_tflops": ceiling}
+        rows[name]["times_ms"] = times
+    return rows
+
+
+def trial(contestant: Contestant, x: Inputs, device: torch.device) -> dict[str, Any]:
+    """Run it once, for its peak memory beyond the inputs; or say what became of it."""
+    try:
+        contestant.loss(x.cleared()).backward()  # compiles
+        x.cleared()
+        free_memory()
+        base = allocated_mib(device)
+        return {
+            "status": "ok",
+            "peak_mem_mib": peak_mem(lambda: contestant.loss(x.cleared()).backward(), device, beyond=base),
+        }
+    except torch.OutOfMemoryError as error:
+        return {"status": "oom", "error": str(error).split("\n")[0]}
+    except Exception as error:  # a peer's fault must not end the run; it is recorded
+        return {"status": "failed", "error": f"{type(error).__name__}: {str(error).split(chr(10))[0]}"}
+    finally:
+        x.cleared()
+        wait(device)
+        free_memory()

@@ -1,0 +1,1 @@
+"""Peak memory and step time, predicted from shapes."""

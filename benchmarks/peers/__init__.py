@@ -1,0 +1,1 @@
+"""Our losses beside the oracle's, TRL's and Liger's."""

@@ -1,0 +1,266 @@
+"""One batch under three implementations: ours as a training step takes it, TRL's trainer, Liger's chunked losses.
+
+All three see the same tiny model and tokens, in float32, and give a loss and the gradient of every LoRA parameter, for
+the batch as a whole or cut in micro-batches as the implementation's user would accumulate them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig
+
+from logratio.losses import LOSSES, Kind
+from logratio.reference import oracle, trl
+from logratio.trainers.data.examples import Example, prepare
+from logratio.trainers.data.rows import Rows
+from logratio.trainers.policy.mismatch import mismatched
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import AdapterReference, StoredReference, tokens_key
+from logratio.trainers.policy.sharing import why_not_shared
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.step import Step
+
+from .truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows
+
+LIGER_VERSION = "0.8.5"
+BATCH = 8
+PARTS = 4
+GROUP = 2
+
+
+class Data(NamedTuple):
+    """rows: in TRL's format. examples: the same tokens; rollouts by group. old: of rollouts, by `tokens_key`."""
+
+    rows: list[dict[str, Any]]
+    examples: list[Example]
+    old: dict[str, list[Tensor]]
+
+
+@functools.cache
+def the_model(seed: int = 0) -> Any:
+    """A tiny Llama whose adapters are small enough that log-ratios to the reference are a few nats."""
+    return random_model(LlamaConfig, seed, adapters=0.15)
+
+
+@functools.cache
+def data_of(method: str, seed: int = 1) -> Data:
+    """`BATCH` ragged examples of a method, or as many rollouts in groups of `GROUP`, off policy."""
+    if LOSSES[method].kind is Kind.GROUPED:
+        return _rollouts(seed)
+    rows = random_rows(method, seed, BATCH)
+    examples, _ = prepare(
+        Rows("random", rows), LOSSES[method].kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=method == "tpo"
+    )
+    return Data(rows, examples, {})
+
+
+def _rollouts(seed: int) -> Data:
+    model = the_model()
+    examples = random_groups(seed, BATCH // GROUP, GROUP)
+    old = old_logps(model, examples, seed)
+    rows = []
+    for example in examples:
+        with model.disable_adapter(), torch.no_grad():
+            ref = [oracle.sequence_logps(model, example.prompt_ids, c.ids).completion for c in example.completions]
+        for k, completion in enumerate(example.completions):
+            rows.append(
+                {
+                    "prompt_ids": example.prompt_ids,
+                    "completion_ids": completion.ids,
+                    "advantage": (example.advantages or ())[k],
+                    "old_per_token_logps": old[tokens_key(example)][k],
+                    "ref_per_token_logps": ref[k],
+                }
+            )
+    return Data(rows, examples, old)
+
+
+def chunks(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """Consecutive parts of equal size."""
+    size = len(items) // parts
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
+    """Our loss of one optimizer step: no micro-batch has examples of two `parts`; uneven lengths are cut finer."""
+    data, loss = data_of(method), LOSSES[method](**options)
+    examples = data.examples
+    if loss.kind is Kind.PAIRED and not loss.scores_gold:
+        examples = [example.take([0, 1]) for example in examples]
+    policy = Policy(copy.deepcopy(the_model()), stats=loss.stats)
+    policy.shared = not why_not_shared(policy)
+    reference = AdapterReference(policy, policy) if loss.wants_reference else None
+    step = Step(
+        start_accelerator("no"),
+        policy,
+        policy,
+        loss,
+        reference,
+        micro_batch_tokens=1 << 20,
+        max_length=MAX_LENGTH,
+    )
+    micros = [micro for part in chunks(examples, parts) for micro in step.micro_batches(part)]
+    if data.old:
+        stored = StoredReference(data.old, reference)  # type: ignore[arg-type]
+        for micro in micros:
+            micro.old = stored(micro.batch)
+    result = step(micros, step.totals(examples, micros))
+    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
+    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
+
+
+def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
+    """TRL's. Raises what its trainer raises for options that it refuses."""
+    data, model, tokenizer = data_of(ours_method(method)), the_model(), tiny_tokenizer()
+    if parts == 1:
+        result = trl.loss_and_grads(method, model, tokenizer, data.rows, max_length=MAX_LENGTH, **options)
+        return Gradient(result.loss, result.scale, result.grads)
+    loss, grads = trl.micro_batched(method, model, tokenizer, data.rows, parts, max_length=MAX_LENGTH, **options)
+    return Gradient(loss, abs(loss), grads)
+
+
+def ours_method(method: str) -> str:
+    """Our method for TRL's: its rloo and gmpo are loss types of grpo here."""
+    return "grpo" if method in ("rloo", "gmpo") else method
+
+
+# ---------------------------------------------------------------------------------------------- Liger
+def liger_installed() -> str | None:
+    """The installed version of Liger, if any."""
+    try:
+        return importlib.metadata.version("liger-kernel")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def ligers(name: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
+    """Liger's chunked loss `name` (DPO, KTO, ORPO, CPO, SimPO, GRPO) on the last hidden states, eager.
+
+    options: of its class, and three for its call. nll_target: ORPO's NLL covers the prompt too. kl: KTO gets TRL's
+    estimate. num_items_in_batch: GRPO is told the tokens of the step, and its micro-batches are added up; otherwise
+    their mean is taken.
+    """
+    import liger_kernel.chunked_loss as liger
+
+    options = dict(options)
+    call = {key: options.pop(key) for key in ("nll_target", "num_items_in_batch", "kl") if key in options}
+    loss_function = getattr(liger, f"LigerFusedLinear{name}Loss")(compiled=False, **options)
+    model = copy.deepcopy(the_model())
+    run: Any = {"KTO": _liger_kto, "GRPO": _liger_grpo}.get(name, _liger_pairs)
+    data = data_of({"SimPO": "cpo"}.get(name, name.lower()))
+    items = chunks(data.rows if name == "GRPO" else data.examples, parts)
+    if "num_items_in_batch" in call:
+        call["num_items_in_batch"] = sum(len(row["completion_ids"]) for row in data.rows)
+    total = 0.0
+    for part in items:
+        loss = run(loss_function, model, part, call) / (1 if "num_items_in_batch" in call else parts)
+        loss.backward()
+        total += loss.item()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return Gradient(total, abs(total), {name: g for name, g in grads.items() if g is not None})
+
+
+def _padded(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> SimpleNamespace:
+    """(prompt, completion) pairs as ids, mask and shifted targets [B, T], -100 on prompt and padding."""
+    ids = pad_sequence([torch.tensor([*p, *c]) for p, c in sequences], True, 0)
+    mask = pad_sequence([torch.ones(len(p) + len(c), dtype=torch.long) for p, c in sequences], True, 0)
+    labels = pad_sequence([torch.tensor([-100] * len(p) + list(c)) for p, c in sequences], True, -100)
+    everything = ids.masked_fill(mask == 0, -100)
+    return SimpleNamespace(ids=ids, mask=mask, target=labels[:, 1:], everything=everything[:, 1:])
+
+
+def _hidden(model: Any, batch: SimpleNamespace) -> Tensor:
+    return model.base_model.model.model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state[:, :-1]
+
+
+def _reference_hidden(model: Any, batch: SimpleNamespace) -> Tensor:
+    with torch.no_grad(), model.disable_adapter():
+        return _hidden(model, batch)
+
+
+def _head(model: Any) -> Tensor:
+    return model.get_output_embeddings().weight
+
+
+def _liger_pairs(loss_function: Any, model: Any, part: Sequence[Example], call: dict[str, Any]) -> Tensor:
+    batch = _padded([(e.prompt_ids, e.completions[k].ids) for k in (0, 1) for e in part])
+    arguments = {}
+    if getattr(loss_function, "use_ref_model", False):
+        arguments = {"ref_input": _reference_hidden(model, batch), "ref_weight": _head(model)}
+    if call.get("nll_target"):
+        arguments["nll_target"] = batch.everything
+    return loss_function(_head(model), _hidden(model, batch), batch.target, **arguments)[0]
+
+
+def _liger_kto(loss_function: Any, model: Any, part: Sequence[Example], call: dict[str, Any]) -> Tensor:
+    """With the KL estimate that TRL makes of the micro-batch, if the options ask for any: Liger takes it as given."""
+    batch = _padded([(e.prompt_ids, e.completions[0].ids) for e in part])
+    arguments = {"ref_input": _reference_hidden(model, batch), "ref_weight": _head(model)}
+    arguments["preference_labels"] = torch.tensor([bool(e.label) for e in part])
+    if call.get("kl"):
+        arguments["kl"] = kl_of(model, part).clamp(min=0)
+    return loss_function(_hidden(model, batch), _head(model), batch.target, **arguments)[0]
+
+
+def kl_of(model: Any, part: Sequence[Example]) -> Tensor:
+    """The mean log-ratio of mismatched completions, not clamped."""
+    pairs = [(e.prompt_ids, e.completions[0].ids) for e in mismatched(part, MAX_LENGTH)]
+
+    def total() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([oracle.sequence_logps(model, *pair).completion.sum() for pair in pairs])
+
+    policy = total()
+    with model.disable_adapter():
+        return (policy - total()).mean()
+
+
+def _liger_grpo(loss_function: Any, model: Any, part: Sequence[Mapping[str, Any]], call: dict[str, Any]) -> Tensor:
+    """Prompts padded left, completions right, as TRL makes them."""
+    width = max(len(row["completion_ids"]) for row in part)
+    start = max(len(row["prompt_ids"]) for row in part)
+
+    def right(name: str) -> Tensor:
+        return pad_sequence([torch.as_tensor(row[name]) for row in part], True, 0)
+
+    ids = [pad_sequence([torch.tensor(row["prompt_ids"]) for row in part], True, 0, "left"), right("completion_ids")]
+    ones = [
+        [torch.ones(len(row[f"{side}_ids"]), dtype=torch.long) for row in part] for side in ("prompt", "completion")
+    ]
+    masks = [pad_sequence(ones[0], True, 0, "left"), pad_sequence(ones[1], True, 0)]
+    batch = SimpleNamespace(ids=torch.cat(ids, 1), mask=torch.cat(masks, 1))
+    hidden = _hidden(model, batch)[:, start - 1 : start - 1 + width]
+    advantages = torch.tensor([row["advantage"] for row in part])
+    return loss_function(
+        hidden,
+        _head(model),
+        ids[1],
+        masks[1],
+        advantages,
+        ref_per_token_logps=right("ref_per_token_logps"),
+        old_per_token_logps=right("old_per_token_logps"),
+        **call,
+    )[0]
+
+
+def change(whole: Gradient, split: Gradient) -> float:
+    """How far the gradient moves when the batch is cut: |split - whole| / |whole|."""
+    names = sorted(whole.grads)
+    a, b = (torch.cat([g.grads[name].flatten().double() for name in names]) for g in (whole, split))
+    return ((b - a).norm() / a.norm()).item()
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that the numbers depend on."""
+    names = ("torch", "transformers", "peft", "trl")
+    return {name: importlib.metadata.version(name) for name in names} | {"liger-kernel": liger_installed()}

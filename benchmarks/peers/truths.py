@@ -1,0 +1,276 @@
+"""What verification compares on: a tiny model and ragged rows, both random, and what they are under the truths.
+
+Models are a tiny random Llama and Qwen2 with LoRA. `sides.py` computes a loss on them: ours, TRL's and the oracle's.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from logratio.losses import LOSSES, Kind
+from logratio.reference import oracle
+from logratio.reference.oracle import SequenceLogps
+from logratio.trainers.data.examples import Completion, Example, prepare
+from logratio.trainers.data.packing import PackedBatch
+from logratio.trainers.data.rows import Rows
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key
+from logratio.trainers.policy.sharing import why_not_shared
+from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from .cases import Case
+
+MAX_LENGTH = 1024
+LONGEST = 12
+"""Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A loss, its scale (see `relative_errors`) and the gradient of every trainable parameter."""
+
+    loss: float
+    scale: float
+    grads: dict[str, Tensor]
+
+
+def random_model(config: Any, seed: int, adapters: float = 0.5) -> Any:
+    """A tiny random model with LoRA on all linear layers, B not zero, so that every gradient is something.
+
+    adapters: the scale of B; at 0.2 log-ratios of `LONGEST` characters are about a nat, at 0.5 a few.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                initializer_range=0.2,  # far from uniform predictions
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        )
+        lora = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model.float(), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(adapters)
+    return model
+
+
+def exact(model: Any) -> Any:
+    """A float64 copy that computes in float64: transformers' RMSNorms go through float32 whatever the dtype."""
+    model = copy.deepcopy(model).double()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model
+
+
+def random_rows(
+    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24
+) -> list[dict[str, Any]]:
+    """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return "".join(rng.choices(string.ascii_letters + string.digits + "éß", k=rng.randint(low, high)))
+
+    rows = []
+    for i in range(count):
+        row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
+        if LOSSES[method].kind is Kind.PAIRED:
+            row |= {"chosen": " " + text(1, longest), "rejected": " " + text(1, longest)}
+        else:
+            row["completion"] = " " + text(1, longest)
+        if method == "tpo":
+            row["reference"] = " " + text(1, longest)
+        if method == "kto":
+            row["label"] = i % 3 != 1
+        if weighted:
+            row["weight"] = 0.0 if i == 1 else rng.randint(1, 24) / 8
+        rows.append(row)
+    return rows
+
+
+def random_groups(seed: int, groups: int = 2, size: int = 3) -> list[Example]:
+    """Rollouts of random tokens with advantages."""
+    rng = random.Random(seed)
+    examples = []
+    for row in range(groups):
+        completions = [Completion([rng.randrange(256) for _ in range(rng.randint(1, 14))]) for _ in range(size)]
+        prompt = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
+        examples.append(Example(prompt, completions, row=row, advantages=tuple(rng.gauss(0, 1) for _ in range(size))))
+    return examples
+
+
+def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
+    """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
+    generator = torch.Generator().manual_seed(seed)
+    table: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for example in examples:
+            logps = [oracle.sequence_logps(model, example.prompt_ids, c.ids).completion for c in example.completions]
+            table[tokens_key(example)] = [
+                x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps
+            ]
+    return table
+
+
+class Subject:
+    """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
+
+    A case changes neither the model nor what is kept.
+    """
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.seed = seed
+        self.models = {torch.float32: random_model(config, seed, adapters=0.2)}
+        self.models[torch.float64] = exact(self.models[torch.float32])
+        self.kept: dict[Any, Any] = {}
+        self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """`compute()`, of the first call with this key."""
+        if key not in self.kept:
+            self.kept[key] = compute()
+        return self.kept[key]
+
+    def policy(self, dtype: torch.dtype) -> Policy:
+        """A copy of the model as a policy, without a gradient."""
+
+        def make() -> Policy:
+            policy = Policy(copy.deepcopy(self.models[dtype]))
+            policy.shared = not why_not_shared(policy)
+            return policy
+
+        policy: Policy = self.once(("policy", dtype), make)
+        policy.zero_grad(set_to_none=True)
+        return policy
+
+    def reference(self, policy: Policy, dtype: torch.dtype) -> Reference:
+        """The policy's own without its adapters; a micro-batch that comes again gets what it got."""
+        live = AdapterReference(policy, policy)
+
+        def remembered(batch: PackedBatch) -> Tensor:
+            key = ("reference", dtype, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
+            logps: Tensor = self.once(key, lambda: live(batch))
+            return logps
+
+        return remembered
+
+    def examples(self, case: Case) -> list[Example]:
+        """What `random_rows` and `random_groups` are after tokenization."""
+        loss = case.loss
+        if loss.kind is Kind.GROUPED:
+            return random_groups(self.seed)
+        rows = Rows("random", random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST))
+        return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
+
+    def old(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        """`old_logps` of `random_groups`: numbers of float32, so that both precisions are given the same."""
+
+        def make() -> dict[str, list[Tensor]]:
+            table = old_logps(self.models[torch.float64], random_groups(self.seed), self.seed)
+            return {key: [x.float().to(dtype) for x in values] for key, values in table.items()}
+
+        table: dict[str, list[Tensor]] = self.once(("old", dtype), make)
+        return table
+
+    def rollout_rows(self) -> list[dict[str, Any]]:
+        """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it."""
+        old, rows = self.old(torch.float32), []
+        for example in random_groups(self.seed):
+            ref = [self.passed(example, k, torch.float32, reference=True) for k in range(len(example.completions))]
+            for k, (completion, advantage) in enumerate(
+                zip(example.completions, example.advantages or (), strict=True)
+            ):
+                rows.append(
+                    {
+                        "prompt_ids": example.prompt_ids,
+                        "completion_ids": completion.ids,
+                        "advantage": advantage,
+                        "old_per_token_logps": old[tokens_key(example)][k],
+                        "ref_per_token_logps": ref[k].completion,
+                    }
+                )
+        return rows
+
+    def passed(
+        self, example: Example, which: int, dtype: torch.dtype = torch.float64, *, reference: bool = False
+    ) -> SequenceLogps:
+        """A plain unpadded forward pass of a prompt with its completion number `which`, apart from its graph.
+
+        reference: of the model without its adapters, and without a gradient.
+        """
+        ids, model = example.completions[which].ids, self.models[dtype]
+
+        def compute() -> SequenceLogps:
+            if reference:
+                with model.disable_adapter(), torch.no_grad():
+                    return oracle.sequence_logps(model, example.prompt_ids, ids)
+            out = oracle.sequence_logps(model, example.prompt_ids, ids)
+            leaves = SequenceLogps(*(x.detach().requires_grad_() for x in out))
+            self.graphs += zip(leaves, out, strict=True)
+            return leaves
+
+        key = ("passed", tuple(example.prompt_ids), tuple(ids), dtype, reference)
+        passed: SequenceLogps = self.once(key, compute)
+        return passed
+
+    def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
+        """In float64, of every example's completion number `which`."""
+        return [self.passed(example, which) for example in examples]
+
+    def reference_passes(self, examples: Sequence[Example], which: int) -> list[Tensor]:
+        """The completions' log-probs under the model without its adapters, in float64."""
+        return [self.passed(example, which, reference=True).completion for example in examples]
+
+    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of a loss of `policy_passes`, for every trained parameter, in float64.
+
+        By the chain rule: what the passes give has few numbers, whose derivatives all losses share.
+        """
+        trained = {name: p for name, p in self.models[torch.float64].named_parameters() if p.requires_grad}
+        total = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float64)
+        slopes = torch.autograd.grad(loss, [leaf for leaf, _ in self.graphs], allow_unused=True)
+        for slope, (leaf, values) in zip(slopes, self.graphs, strict=True):
+            if slope is not None:
+                total += slope @ self.once(("jacobian", id(leaf)), partial(jacobian, values, list(trained.values())))
+        parts = total.split([p.numel() for p in trained.values()])
+        return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
+
+
+@cache
+def subject_of(config: Any, seed: int) -> Subject:
+    """The one of this configuration and seed."""
+    return Subject(config, seed)
+
+
+def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """[N, P]: the derivatives of N values by all numbers of the parameters."""
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in values]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])

@@ -1,0 +1,1 @@
+"""Measured lines, and the tables and plots made of them."""

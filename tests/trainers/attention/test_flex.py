@@ -1,0 +1,260 @@
+"""FlexAttention: its mask says what the dense one says, and what it computes is the unshared computation.
+
+On a CPU torch refuses its backward pass, although its reference implementation has one; `flex_on_cpu` lets it through.
+What only kernels can get wrong is in `test_flex_gpu.py`.
+"""
+
+import functools
+import types
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+from logratio.trainers.attention import flex
+from logratio.trainers.attention.flex import OURS, THEIRS, adopt, block_mask
+from logratio.trainers.attention.masks import attention_mask
+from logratio.trainers.data import packing
+from logratio.trainers.data.examples import Completion, Example, Prompt
+from logratio.trainers.data.packing import pack
+from logratio.trainers.errors import UserError
+from logratio.trainers.policy import sharing
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.sharing import choose_attention, probe
+from logratio.trainers.rollout.rollouts import generate
+from logratio.trainers.step import Step
+
+from ._flex import assert_close, batches, groups, results, with_flex
+
+# Compiling takes seconds for each. The first have every form of mask between them.
+MODELS = "llama qwen2-window mistral-window gemma3".split()
+MORE = "phi3-window granite opt gpt-neox".split()
+
+
+@functools.cache
+def reference_implementation():
+    return torch.compile(flex._attend, dynamic=True, fullgraph=True, backend="aot_eager")
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "compiled", reference_implementation)
+    monkeypatch.setattr(flex, "DEVICES", ("cpu",))
+
+
+# not shrunk: masks take long to make, and a failure would take minutes to show
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(packed=batches(), window=st.none() | st.integers(1, 8))
+def test_the_block_mask_says_what_the_dense_mask_says(packed, window):
+    """Of every pair of tokens, and of every block: left out, asked pair by pair, or taken whole without asking."""
+    size, flex.BLOCK = flex.BLOCK, 4
+    try:
+        for batch in packed:
+            dense, blocks = attention_mask(batch, window), block_mask(batch, window)
+            rows, length = batch.input_ids.shape
+            assert blocks.shape == (rows, 1, length, length)
+            assert torch.equal(create_mask(blocks.mask_mod, rows, 1, length, length, device="cpu"), dense)
+            end = -length % 4
+            tiles = torch.nn.functional.pad(dense, (0, end, 0, end)).unflatten(3, (-1, 4)).unflatten(2, (-1, 4))
+            assert torch.equal(blocks.to_dense().bool(), tiles.any(5).any(3))
+            assert torch.equal(blocks.full_kv_num_blocks, tiles.all(5).all(3).sum(-1).int())
+    finally:
+        flex.BLOCK = size
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_flex_gives_the_unshared_log_probs_and_gradients(flex_on_cpu, random_model, name):
+    model = random_model(name)
+    truth = results(Policy(model, shared=False), groups())
+    policy = with_flex(model)
+    assert policy.row_multiple == 128
+    for budget in (128, 1000):
+        assert_close(results(policy, groups(), budget=budget), truth, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "mistral-window", "gpt2"])
+def test_padded_rows_give_the_same_log_probs_and_gradients(monkeypatch, random_model, name):
+    policy, examples = Policy(random_model(name), shared=True), groups(longest=12)  # GPT-2 has 24 positions
+    truth = results(policy, examples)
+    monkeypatch.setattr(Policy, "row_multiple", 128)
+    assert_close(results(policy, examples), truth, 1e-5)
+
+
+def test_flex_with_gradient_checkpointing_and_adapters(flex_on_cpu, random_model):
+    model = random_model("qwen2-window")
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    truth = results(Policy(lora, shared=False), groups())
+    policy = with_flex(lora)
+    policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.causal_lm.enable_input_require_grads()
+    assert_close(results(policy.train(), groups()), truth, 1e-5)
+
+
+def test_flex_under_autocast(flex_on_cpu, random_model):
+    """Queries come out of the rope in float32, values in bfloat16."""
+    policy = with_flex(random_model("llama"))
+    truth = results(policy, groups())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(results(policy, groups()), truth, 0.05)
+
+
+def test_layers_with_and_without_a_window_get_masks_of_their_own(flex_on_cpu, random_model, pack_one):
+    batch = pack_one(groups())
+    by_type = with_flex(random_model("qwen2-window")).mask(batch)
+    assert {kind: type(mask) for kind, mask in by_type.items()} == dict.fromkeys(
+        ("full_attention", "sliding_attention"), BlockMask
+    )
+    assert isinstance(with_flex(random_model("mistral-window")).mask(batch), BlockMask)
+    assert isinstance(Policy(random_model("mistral-window")).mask(batch), torch.Tensor)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_kernels_are_compiled_a_few_times_whatever_the_lengths(grad):
+    """One row or more x one block or more: four, whichever windows; and one where blocks and heads were as many."""
+    # Which graphs there are, and their guards, does not depend on what makes kernels of them.
+    attend = torch.compile(flex._attend, dynamic=True, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for rows, blocks in [(1, 1), (2, 1), (1, 2), (2, 2), (3, 4), (4, 3), (1, 5), (5, 1), (3, 6)]:
+        (batch,) = pack([Example([2] * 9, [Completion([3] * (128 * blocks - 10)), Completion([3])])] * rows, 10**6)
+        query, key, value = (torch.randn(rows, heads, 128 * blocks, 8, requires_grad=grad) for heads in (2, 1, 1))
+        for window in (None, 7):
+            with torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+                attend(query, key, value, block_mask(batch, window), 0.3)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] <= 6 and graphs[-1] == graphs[5], graphs
+
+
+def never(*arguments):
+    raise AssertionError("called FlexAttention")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_without_our_mask_the_model_runs_as_with_sdpa(flex_on_cpu, monkeypatch, random_model, name):
+    """Plain batches and generation, whose prompts are padded on the left."""
+    model = random_model(name)
+    policy = with_flex(model)
+    monkeypatch.setattr(flex, "compiled", lambda: never)
+    (batch,) = pack(groups(sizes=(1, 1)), 10_000, shared=False)
+    assert batch.plain
+    assert torch.equal(policy.hidden_states(batch), Policy(model).hidden_states(batch))
+    tokenizer = types.SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    prompts = [Prompt(e.prompt_ids, "", {}) for e in groups(1)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    sampled = generate(policy, tokenizer, prompts, **options)
+    assert sampled == generate(Policy(model), tokenizer, prompts, **options)
+    with pytest.raises(AssertionError, match="called FlexAttention"):
+        policy(pack(groups(), 1000)[0])
+
+
+def test_the_trial_of_sharing_goes_the_same_way(flex_on_cpu, monkeypatch, random_model):
+    policy = with_flex(random_model("llama"))
+    lengths = []
+
+    def watched(query, *others):
+        lengths.append(query.shape[2])
+        return reference_implementation()(query, *others)
+
+    monkeypatch.setattr(flex, "compiled", lambda: watched)
+    assert probe(policy) == ""
+    assert lengths == [128] * 2
+    monkeypatch.setattr(flex, "may_see", lambda query, key: query.place >= key.place)
+    assert probe(policy).startswith("a shared prompt changes its hidden states")
+
+
+def on_gpu(model):
+    """What `adopt` sees of a model, as if it were on a GPU."""
+    return types.SimpleNamespace(
+        device=torch.device("cuda"),
+        config=model.config,
+        _supports_sdpa=model._supports_sdpa,
+        _supports_flex_attn=model._supports_flex_attn,
+        set_attn_implementation=model.set_attn_implementation,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "taken"),
+    [
+        ("llama", None, OURS),
+        ("llama", THEIRS, OURS),
+        ("llama", "sdpa", "sdpa"),
+        ("llama-eager", None, "eager"),
+        ("gpt2", None, "sdpa"),
+        ("gemma2", None, None),  # as transformers has it
+        ("gemma2", THEIRS, THEIRS),
+    ],
+)
+def test_a_gpu_takes_flex_where_it_fits(monkeypatch, random_model, name, asked, taken):
+    monkeypatch.setattr(flex, "why_not", lambda model: "")
+    model = random_model(name)
+    if asked:
+        model.set_attn_implementation(asked)
+    taken = taken or model.config._attn_implementation
+    assert adopt(on_gpu(model), asked) == [] and model.config._attn_implementation == taken
+
+
+def test_where_flex_does_not_work_the_mask_stays_dense_and_the_user_is_told(monkeypatch, random_model):
+    model = random_model("llama")
+    monkeypatch.setattr(flex, "why_not", lambda model: "it raises OutOfResources")
+    assert adopt(on_gpu(model)) == ["rows are masked densely, not with FlexAttention: it raises OutOfResources"]
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="--attn_implementation flex_attention: it raises OutOfResources; leave it out"):
+        adopt(on_gpu(model), THEIRS)
+
+
+def test_a_cpu_refuses_flex(random_model):
+    model = random_model("llama")
+    assert adopt(model) == [] and model.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="flex_attention: it does not train on a cpu; leave it out"):
+        adopt(model, THEIRS)
+
+
+def test_dropout_inside_the_attention_is_an_obstacle(flex_on_cpu, random_model):
+    with pytest.raises(UserError, match="it has no dropout, and the model's attention_dropout is 0.1"):
+        adopt(random_model("llama", attention_dropout=0.1), THEIRS)
+
+
+@pytest.mark.parametrize("option", flex.NOT_DONE)
+def test_what_flex_leaves_out_is_refused(flex_on_cpu, random_model, pack_one, option):
+    q = torch.zeros(1, 2, 128, 16)
+    mask = block_mask(pack_one(groups(longest=9), pad_to_multiple_of=128))
+    options = {"dropout": 0.0, "softcap": None, "scaling": 0.25}
+    assert flex.flex_or_sdpa(None, q, q, q, mask, **options)[0].shape == (1, 128, 2, 16)
+    with pytest.raises(ValueError, match=f"{OURS} does not support {option}"):
+        flex.flex_or_sdpa(None, q, q, q, mask, **(options | {option: 0.5}))
+
+
+def test_a_model_that_has_no_use_for_a_block_mask_gets_a_dense_one(monkeypatch, random_model):
+    policy = Policy(random_model("llama"))
+    policy.causal_lm.set_attn_implementation(OURS)
+    monkeypatch.setattr(sharing, "adopt", lambda model, asked: [])
+    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.uses_flex else "")
+    told = ["rows are masked densely, not with FlexAttention: it raises"]
+    assert choose_attention(policy) == ("", told) and not policy.uses_flex
+
+
+def test_rows_are_padded_in_every_batch_of_a_flex_policy(flex_on_cpu, random_model):
+    flexible, dense = with_flex(random_model("llama")), Policy(random_model("llama"), shared=True)
+    for policy, multiple in ((flexible, 128), (dense, 1)):
+        step = Step(None, policy, policy, types.SimpleNamespace(), None, micro_batch_tokens=1, max_length=1)
+        assert step.packing["pad_to_multiple_of"] == multiple and step.packing["shared"]
+
+
+def test_padding_is_room_for_more_examples_and_counted():
+    """Sequences of 40 tokens: three a row of 128, as many rows as the budget has room for, not one row alone."""
+    examples = [Example([2] * 10, [Completion([3] * 30)], row=row) for row in range(12)]
+    assert [b.input_ids.shape for b in pack(examples, 512, pad_to_multiple_of=128)] == [(4, 128)]
+    assert [b.input_ids.shape for b in pack(examples, 511, pad_to_multiple_of=128)] == [(3, 128), (1, 128)]
+    assert [b.input_ids.shape for b in pack(examples[:1], 512, pad_to_multiple_of=128)] == [(1, 40)], "needs no mask"
+    unshared = pack(examples, 480, pad_to_multiple_of=128, shared=False)
+    assert [b.input_ids.shape for b in unshared] == [(12, 40)]
+    assert packing.pack(examples, 512)[0].input_ids.shape == (12, 40)

@@ -1,0 +1,146 @@
+"""The output folder: refused in time where it cannot be written to or holds another run's model."""
+
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from logratio.trainers import cli, outputs
+from logratio.trainers.errors import UserError
+
+WORDS = ["--dataset_name", "rows.jsonl", "--batch_size", "2", "--max_steps", "1", "--learning_rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+1=", "completion": "1", "chosen": str(i + 1), "rejected": str(i + 20)} for i in range(2)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def train(*options, method="sft", capsys=None):
+    """The error's text, or "" of a run that went well."""
+    status = cli.main(["train", method, *WORDS, *options])
+    error = capsys.readouterr().err if capsys else ""
+    assert not capsys or (status == 1) == bool(error)
+    return error.removeprefix("logratio: ").strip()
+
+
+def never(*args, **kwargs):
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("rows.jsonl", "--output_dir rows.jsonl is a file; give a folder"),
+        ("rows.jsonl/out", "--output_dir rows.jsonl/out cannot be made, because .*rows.jsonl is a file; give another"),
+        ("/proc/out", r"--output_dir /proc/out cannot be written to \(.*\); give another folder"),
+        ("x" * 300, r"--output_dir x+\.* (has a name too long|cannot be written to)"),
+        (" ", "--output_dir is empty; give a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(folder, message, monkeypatch, capsys):
+    monkeypatch.setattr("logratio.trainers.setup.read_model", never)
+    before = set(os.listdir())
+    assert re.match(message, train("--output_dir", folder, capsys=capsys))
+    assert set(os.listdir()) == before
+
+
+def test_a_disk_without_room_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(0, 0, outputs.SLACK + 5 * 2**20))
+    monkeypatch.setattr("logratio.trainers.setup.load_model", never)
+    # 0.67 M parameters in float32 are 2.6 MiB
+    steps = ["--max_steps", "3", "--save_steps", "1", "--output_dir", "out"]
+    message = "--output_dir out has 0.07 GiB free, but what is to be saved there (3 x the weights) takes 0.07"
+    assert train(*steps, capsys=capsys).startswith(message)
+
+
+def test_another_runs_model_is_in_the_way_unless_it_may_be_replaced(capsys):
+    assert train("--output_dir", "out") == ""
+    Path("out/checkpoint-7").mkdir()
+    Path("out/chat_template.jinja").write_text("{{ messages }}")
+    Path("out/notes.txt").write_text("mine")
+    Path("out/ref_log_probs.safetensors").write_text("kept")
+    before = {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")}
+    capsys.readouterr()
+    error = train("--output_dir", "out", "--lora_r", "2", capsys=capsys)
+    assert error == (
+        "--output_dir out holds another run's model (chat_template.jinja); choose another folder, or replace it with "
+        "--overwrite_output_dir"
+    )
+    assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
+    assert train("--output_dir", "out", "--lora_r", "2", "--overwrite_output_dir", capsys=capsys) == ""
+    names = {p.name for p in Path("out").iterdir()}
+    assert {"adapter_model.safetensors", "notes.txt", "ref_log_probs.safetensors", "metrics.1.jsonl"} <= names
+    assert not names & {"model.safetensors", "config.json", "generation_config.json", "checkpoint-7"}
+
+
+def test_a_failed_runs_log_is_not_in_the_way(capsys):
+    Path("out").mkdir()
+    Path("out/metrics.jsonl").write_text("{}")
+    assert train("--output_dir", "out", capsys=capsys) == "" and Path("out/metrics.1.jsonl").read_text() == "{}"
+
+
+def test_reference_log_probs_stay_of_use(capsys):
+    words = ["--lora_r", "2", "--precompute_ref_log_probs", "--output_dir", "out"]
+    assert train(*words, method="dpo") == ""
+    stamp = Path("out/ref_log_probs.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    cli.main(["train", "dpo", *WORDS, *words, "--overwrite_output_dir"])
+    assert "reference log-probs read from out/ref_log_probs.safetensors" in capsys.readouterr().out
+    assert Path("out/ref_log_probs.safetensors").stat().st_mtime_ns == stamp
+    Path("out/ref_log_probs.safetensors").write_bytes(b"\x00" * 30)
+    error = train(*words, "--overwrite_output_dir", method="dpo", capsys=capsys)
+    assert error.startswith("out/ref_log_probs.safetensors cannot be read; delete it: ")
+
+
+@pytest.mark.parametrize("start", ["out", "out/checkpoint-1"])
+def test_what_training_starts_from_is_never_removed(start, capsys):
+    assert train("--output_dir", "out", "--lora_r", "2", "--max_steps", "2", "--save_steps", "1") == ""
+    capsys.readouterr()
+    words = ["--output_dir", "out", "--overwrite_output_dir", "--adapter_name_or_path", start]
+    assert train(*words, capsys=capsys) == (
+        f"--overwrite_output_dir would remove --adapter_name_or_path {start}, which training starts from; choose "
+        "another --output_dir"
+    )
+    assert Path(start, "adapter_model.safetensors").exists()
+
+
+def test_an_adapter_of_the_embedded_model_comes_with_its_base(monkeypatch):
+    """So that PEFT loads it by its folder alone, from anywhere; a checkpoint too; and training goes on from it."""
+    options = ["--lora_r", "2", "--output_dir", "out", "--max_steps", "2", "--save_steps", "1", "--seed", "5"]
+    assert train(*options) == ""
+    folder = Path("out").resolve()
+    monkeypatch.chdir("/")
+    loaded = {name: AutoPeftModelForCausalLM.from_pretrained(folder / name) for name in ("", "checkpoint-1")}
+    ids = torch.tensor([[50, 43, 49, 61]])
+    base = AutoModelForCausalLM.from_pretrained(folder / "base_model")
+    outputs_of = [m.eval()(input_ids=ids).logits for m in (*loaded.values(), base.eval())]
+    assert not any(torch.equal(a, b) for a, b in zip(outputs_of, outputs_of[1:], strict=False))
+    monkeypatch.chdir(folder.parent)
+    assert train("--adapter_name_or_path", "out", "--output_dir", "next", "--seed", "5") == ""
+    shutil.rmtree("out")
+    assert AutoPeftModelForCausalLM.from_pretrained("next").peft_config["default"].r == 2
+
+
+def test_going_on_is_refused_in_a_sentence_that_says_what_to_do(capsys):
+    error = train("--resume_from_checkpoint", "out/checkpoint-2", capsys=capsys)
+    assert error.startswith("--resume_from_checkpoint is not supported") and "\n" not in error
+    assert "--adapter_name_or_path out/checkpoint-2 (of a whole model: --model_name_or_path out/checkpoint-2)" in error
+
+
+def test_room_is_counted_in_bytes(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(0, 0, outputs.SLACK + 100))
+    outputs.check_room("anywhere", 50, 2)
+    with pytest.raises(UserError, match=r"\(2 x the weights\)"):
+        outputs.check_room("anywhere", 51, 2)

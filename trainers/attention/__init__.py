@@ -1,0 +1,1 @@
+"""Who sees whom in a packed row, in the forms that attention takes."""

@@ -1,0 +1,155 @@
+"""FlexAttention for packed rows on a GPU, whose kernels skip the blocks of a row that nobody sees.
+
+A model that has taken it (`adopt`) still runs everything else as with "sdpa": the attention function looks at the mask.
+A BlockMask, which only `Policy` makes, goes to FlexAttention; no mask (rows of one completion, causal) and the tensor
+masks of generation go to `scaled_dot_product_attention`. So nothing is switched between rollouts and updates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..data.packing import PackedBatch
+from ..errors import UserError, first_line
+from .masks import Token, may_see, tokens
+
+# transformers' name for its own FlexAttention, and ours for `flex_or_sdpa`.
+THEIRS, OURS = "flex_attention", "logratio_flex"
+# Rows are padded to a multiple of the kernels' block.
+BLOCK = 128
+# One graph for each of: gradients or none, one row or more, one block or more, and for sizes that happen to be equal
+# where it is compiled. torch's own limit of 8 could be met, and what is beyond it runs without a kernel.
+RECOMPILE_LIMIT = 64
+# What transformers may ask an attention function for beyond the scale, and this one does not do.
+NOT_DONE = ("dropout", "softcap", "s_aux", "position_bias")
+# Where it has a backward pass that was tried.
+DEVICES = ("cuda",)
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def block_mask(batch: PackedBatch, window: int | None = None) -> BlockMask:
+    """`masks.attention_mask` for FlexAttention; costs a few passes over R * L * L booleans, once a forward."""
+    rows, length = batch.group.shape
+    return _block_mask(Token(*(x.int() for x in tokens(batch, window))), rows, length)
+
+
+def _block_mask(of: Token, rows: int, length: int) -> BlockMask:
+    # The tensors are captured one by one, and a window comes as one of them: as a Python number it would be compiled
+    # into the kernel, and layers with and without it would need kernels of their own.
+    _, group, segment, position, first = of
+
+    def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query = Token(q, group[row, q], segment[row, q], position[row, q], first[row, q])
+        key = Token(k, group[row, k], segment[row, k], position[row, k], first[row, k])
+        return may_see(query, key)
+
+    return create_block_mask(mask_mod, rows, None, length, length, device=group.device, BLOCK_SIZE=BLOCK)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    # told that no block is cut short, kernels load without bounds; a row's length alone would not tell them
+    torch._check(query.shape[2] % BLOCK == 0)
+    grouped = query.shape[1] != key.shape[1]
+    out = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@functools.cache
+def compiled() -> Callable[..., Tensor]:
+    """`_attend` as a kernel for rows of any number and length. fullgraph: it never falls back to L * L scores."""
+    return torch.compile(_attend, dynamic=True, fullgraph=True)
+
+
+def flex_or_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query [R, heads, L, D], key and value [R, key heads, L, D] (grouped-query
+    attention where these are fewer; D of 16 or more) of one dtype; returns [R, L, heads, D].
+
+    With a BlockMask, ValueError where it is asked for what it leaves out (`NOT_DONE`).
+    """
+    if not isinstance(attention_mask, BlockMask):
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    asked = {"dropout": dropout or None, **options}
+    left_out = [name for name in NOT_DONE if asked.get(name) is not None]
+    if left_out:
+        raise ValueError(f"{OURS} does not support {', '.join(left_out)}")
+    if torch.is_autocast_enabled(query.device.type):  # which casts for sdpa, but not for FlexAttention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # around every call, because gradient checkpointing calls from a thread of its own
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        out = compiled()(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(OURS, flex_or_sdpa)
+AttentionMaskInterface.register(OURS, AttentionMaskInterface()["sdpa"])
+
+
+def adopt(model: Any, asked: str | None = None) -> list[str]:
+    """Let `model` use FlexAttention where that fits; returns what to tell the user.
+
+    It is taken on a GPU in place of "sdpa", if nothing was asked for. Raises UserError where it was asked for and does
+    not work. A model for which "sdpa" would not do (it has no soft-cap) keeps transformers' function of that name.
+    """
+    default = asked is None and model.device.type in DEVICES and model.config._attn_implementation == "sdpa"
+    fits = model._supports_flex_attn and model._supports_sdpa and softcap_of(model) is None
+    if not fits or not (default or asked == THEIRS):
+        return []
+    reason = why_not(model)
+    if reason and asked:
+        raise UserError(f"--attn_implementation {asked}: {reason}; leave it out")
+    if reason:
+        return [f"rows are masked densely, not with FlexAttention: {reason}"]
+    model.set_attn_implementation(OURS)
+    return []
+
+
+def softcap_of(model: Any) -> float | None:
+    """c of the scores c tanh(s / c), where the model caps them."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def why_not(model: Any) -> str:
+    """Why FlexAttention does not work for this model on its device, or "": what it cannot do, then a trial."""
+    if model.device.type not in DEVICES:
+        return f"it does not train on a {model.device.type}"
+    config = model.config.get_text_config()
+    dropouts = [name for name in DROPOUTS if getattr(config, name, None)]
+    if dropouts:
+        return f"it has no dropout, and the model's {dropouts[0]} is {getattr(config, dropouts[0])}"
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    rows, length = 2, 3 * BLOCK
+    try:
+        with torch.enable_grad():
+            query, key, value = (
+                torch.zeros(rows, n, length, size, device=model.device, dtype=model.dtype, requires_grad=True)
+                for n in (heads, key_heads, key_heads)
+            )
+            nothing = torch.zeros(rows, length, dtype=torch.int32, device=model.device)
+            mask = _block_mask(Token(*[nothing] * 5), rows, length)
+            flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:  # no compiler, too old a GPU, ...
+        return f"it raises {type(error).__name__}: {first_line(error)}"
+    return ""

@@ -1,0 +1,1 @@
+"""Rows to examples to packed batches."""

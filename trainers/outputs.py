@@ -1,0 +1,92 @@
+"""The folder that a run writes to: whether it can, and whether another run's model is in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .config import RunConfig
+from .errors import UserError, first_line
+
+BASE_MODEL = "base_model"
+"""Folder in `output_dir` for the embedded model that an adapter was trained on, which has no name to be loaded by."""
+# What `save` writes. Two kinds in one folder would load together: a model with another one's adapter or chat template.
+MODEL_FILES = (
+    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "checkpoint-*", BASE_MODEL),
+)
+SLACK = 64 * 2**20  # bytes, for the log and the tokenizer
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise UserError unless `output_dir` can be written to and holds no model, or one that may be replaced."""
+    name = config.train.output_dir
+    folder = Path(name)
+    if not name.strip():
+        raise UserError("--output_dir is empty; give a folder")
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output_dir {name} is a file; give a folder")
+        existing = nearest(folder)
+        if not existing.is_dir():
+            raise UserError(f"--output_dir {name} cannot be made, because {existing} is a file; give another folder")
+        if len(max(folder.parts, key=len, default="").encode()) > os.pathconf(existing, "PC_NAME_MAX"):
+            raise UserError(f"--output_dir {name[:40]}... has a name too long for a folder; give a shorter one")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UserError(f"--output_dir {name} cannot be written to ({reason}); give another folder") from error
+    found = model_files(folder)
+    if not found:
+        return
+    if not config.train.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {name} holds another run's model ({found[0].name}); choose another folder, or replace it "
+            "with --overwrite_output_dir"
+        )
+    for option in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
+        start = getattr(config.model, option)
+        at = Path(start or "").resolve()
+        if start and (at == folder.resolve() or any(at.is_relative_to(p.resolve()) for p in found)):
+            raise UserError(
+                f"--overwrite_output_dir would remove --{option} {start}, which training starts from; choose another "
+                "--output_dir"
+            )
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or what exists of the way to it."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Files and folders of a saved model, its tokenizer and its checkpoints."""
+    return sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern)) if folder.is_dir() else []
+
+
+def clear(folder: Path) -> None:
+    """Remove another run's model and checkpoints; logs, reference log-probs and all else stay."""
+    for path in model_files(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_room(name: str, model_bytes: int, copies: int) -> None:
+    """Raise UserError where the disk does not hold `copies` saved models."""
+    free = shutil.disk_usage(nearest(Path(name))).free
+    needed = model_bytes * copies + SLACK
+    if needed > free:
+        raise UserError(
+            f"--output_dir {name} has {free / 2**30:.2f} GiB free, but what is to be saved there ({copies} x the "
+            f"weights) takes {needed / 2**30:.2f}; make room, or save less often (--save_steps)"
+        )

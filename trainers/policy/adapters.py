@@ -1,0 +1,148 @@
+"""The adapters that a run trains: fresh ones, or those of a folder, with a frozen copy where that is the reference."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError, first_line
+from .checks import check_finite, foreign
+from .dropout import switch_off
+from .policy import REFERENCE_ADAPTER
+from .tiny import TINY
+
+
+def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
+    """`model` with the adapters that are trained, in float32, or itself where the whole model is.
+
+    frozen_copy: a starting adapter (`adapter_name_or_path`) gets a frozen copy, which is the reference. A fresh one
+    gets one where the reference is to follow the policy (`sync_ref_model`), whose product is 0 as its own is.
+    """
+    config = config.resolved()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.adapter_name_or_path:
+        model = _load_adapter(model, config.adapter_name_or_path, config.model_name_or_path, frozen_copy)
+    if config.disable_dropout:  # before there are fresh adapters, and before layers without dropout are fused
+        switch_off(model)
+    if config.lora_r:
+        model = _fresh_adapter(model, config, frozen_copy and config.sync_ref_model)
+    if config.fused_lora and (config.lora_r or config.adapter_name_or_path):
+        from .lora_layers import fuse_lora
+
+        fuse_lora(model)
+    return model
+
+
+def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    alpha = config.lora_alpha
+    assert alpha is not None and config.lora_dropout is not None and config.lora_target_modules is not None
+    targets: Any = list(config.lora_target_modules)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    check_targets(model, targets)
+    try:
+        with warnings.catch_warnings():  # of what it then does itself, for GPT-2's transposed weights
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            wrapped = get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
+    base: Any = wrapped.get_base_model()
+    if hasattr(base.get_output_embeddings(), "lora_A"):
+        raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
+    if frozen_copy:
+        random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
+        wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
+        torch.set_rng_state(random_state)
+        wrapped.set_adapter("default")
+    return wrapped
+
+
+def check_targets(model: Any, targets: list[str]) -> None:
+    """Raise UserError where a name matches no module: PEFT is content if one of several does."""
+    if targets == ["all-linear"]:
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if getattr(m, "weight", None) is not None}
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: no module of the model is called {target}; it has "
+                + ", ".join(sorted(linear))
+            )
+
+
+def check_adapter(path: str) -> None:
+    """Raise UserError where the folder holds no adapter that can be trained, before any model is loaded."""
+    from peft import PeftConfig
+
+    with foreign(f"no adapter could be loaded from {path!r}"):
+        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").exists():
+            raise UserError(f"no adapter could be loaded from {path!r}: the folder has no adapter_config.json")
+        config: Any = PeftConfig.from_pretrained(path)
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise UserError(f"the adapter in {path!r} is of type {kind}, which adds to the prompt; use LoRA or its kin")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"the adapter in {path!r} is for {config.task_type}, not for a causal language model")
+
+
+def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    check_adapter(path)
+    names = {"default": True, **({REFERENCE_ADAPTER: False} if frozen_copy else {})}
+    with foreign(f"no adapter could be loaded from {path!r}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Already found a `peft_config`|missing adapter keys)")
+        config: Any = PeftConfig.from_pretrained(path)
+        named = config.base_model_name_or_path
+        fault = f"the adapter in {path!r} does not fit the model {base!r}"
+        made_for = f" (it was made for {named!r})" if named and named != base else ""
+        config.inference_mode = False
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None)
+        try:
+            model = PeftModelForCausalLM(model, config, "default")
+        except ValueError as error:  # no module of the names that it wants
+            raise UserError(f"{fault}{made_for}: {first_line(error)}") from error
+        for name, trained in names.items():
+            try:
+                result = model.load_adapter(path, adapter_name=name, is_trainable=trained, key_mapping=renamed)
+            except RuntimeError as error:
+                if "size mismatch" not in str(error):
+                    raise
+                raise UserError(f"{fault}{made_for}: {mismatch(error)}") from error
+            if keys := result.missing_keys:
+                raise UserError(f"{fault}{made_for}: it lacks {len(keys)} weights, the first {keys[0]}")
+            if keys := result.unexpected_keys:
+                raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
+        model.set_adapter("default")
+    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
+        raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")
+    check_finite(model, f"the adapter in {path!r}", trained_only=True)
+    if base != TINY:
+        model.peft_config["default"].base_model_name_or_path = base  # under which what is saved will be loaded
+    return model
+
+
+def mismatch(error: Exception) -> str:
+    """The first of torch's lines on sizes that differ, shorter."""
+    line = next(line for line in str(error).splitlines() if "size mismatch" in line)
+    return (
+        line.strip()
+        .replace("copying a param with shape torch.Size", "")
+        .replace(" from checkpoint, the shape in current model is torch.Size", " in the file, ")
+        .rstrip(".")
+        + " in the model"
+    )

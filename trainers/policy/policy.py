@@ -1,0 +1,133 @@
+"""The model as a function from a packed batch to log-probabilities, and the reference beside it.
+
+`Policy.forward` is the whole trained computation (backbone, gather of the scored positions, LM head), because the
+gradient hooks of DDP and the gathering hooks of FSDP and ZeRO hang on the forward of the module that accelerate wraps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logratio.losses import TokenLogps, linear_logps
+
+from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
+from ..attention.masks import attention_mask
+from ..attention.stretches import STRETCHES, stretch_mask
+from ..data.packing import PackedBatch
+from .nf4 import refuse_repacked
+
+REFERENCE_ADAPTER = "reference"
+MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
+"""Attention implementation -> who sees whom in the form that it takes; others take a dense mask."""
+
+
+class Policy(nn.Module):
+    """A causal language model, perhaps with adapters; `forward` gives log-probabilities of what a batch scores.
+
+    temperature: divides the logits, as in sampling. stats: the row statistics that forward returns too.
+    shared: whether a prompt and its completions are packed into one row (see `sharing.py`).
+    """
+
+    def __init__(
+        self, model: Any, *, temperature: float = 1.0, stats: tuple[str, ...] = (), shared: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.stats = stats
+        self.shared = shared
+        self.window = sliding_window(self.causal_lm.config)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, with adapter layers in place, without PEFT's wrapper."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def attention(self) -> str:
+        """The name that transformers has for its implementation."""
+        return str(self.causal_lm.config.get_text_config()._attn_implementation)
+
+    @property
+    def uses_flex(self) -> bool:
+        return self.attention in (OURS, THEIRS)
+
+    @property
+    def row_multiple(self) -> int:
+        """`pad_to_multiple_of` of the rows that it likes best."""
+        return BLOCK if self.uses_flex else 1
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """The arguments of `pack` that suit it. A GPU that waits for launches could compute a thousand tokens."""
+        cost = 64 if self.causal_lm.device.type == "cpu" else 1024
+        return {"shared": self.shared, "pad_to_multiple_of": self.row_multiple, "micro_batch_cost": cost}
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def forward(self, batch: PackedBatch) -> TokenLogps:
+        """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
+        if torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
+            refuse_repacked(*self.parameters())
+        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
+        weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
+        out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)
+        return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
+
+    def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """[R, L, H], the backbone's last hidden states. options: of the function in `MASKS`."""
+        return self.causal_lm.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None if batch.plain else self.mask(batch, **options),
+            use_cache=False,
+        ).last_hidden_state
+
+    def mask(self, batch: PackedBatch, **options: Any) -> Any:
+        """Who sees whom, in the form that the model's attention takes."""
+        make: Callable[..., Any] = MASKS.get(self.attention, attention_mask)
+        if self.window is None:
+            return make(batch, **options)
+        windowed = make(batch, self.window, **options)
+        by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
+        return {"full_attention": make(batch, **options), "sliding_attention": windowed} if by_type else windowed
+
+    def head_options(self) -> dict[str, Any]:
+        """How this architecture turns the head's output into logits, by its configuration's own names."""
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return {
+            "bias": getattr(self.causal_lm.get_output_embeddings(), "bias", None),
+            "temperature": self.temperature,
+            "logit_scale": scale / (getattr(config, "logits_scaling", None) or 1.0),
+            "softcap": getattr(config, "final_logit_softcapping", None),
+        }
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, forward computes the reference: the frozen starting adapter if there is one, else no adapter."""
+        if REFERENCE_ADAPTER not in self.model.peft_config:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter(REFERENCE_ADAPTER)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")  # makes it trainable again, and the reference frozen
+
+
+def sliding_window(config: Any) -> int | None:
+    """The sliding window that some layer of the model has, in tokens, or None."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    in_use = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
+    return window if window and in_use else None

@@ -1,0 +1,224 @@
+"""Where reference log-probabilities come from: adapters switched off, a frozen adapter, another model, or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from logratio.losses import Kind
+
+from ..config import RunConfig
+from ..data.examples import Example
+from ..data.packing import PackedBatch, example_tokens, pack
+from ..errors import UserError
+from .checks import foreign
+from .load import load_model
+from .policy import Policy
+from .sharing import choose_attention
+
+PACKED_TOGETHER = 512
+"""Examples of a data set, of about one length, that are packed at a time: packing takes the square of their number."""
+
+
+class Reference(Protocol):
+    """Log-probabilities under the reference, [paths, T] as `batch.scored`, without gradient."""
+
+    def __call__(self, batch: PackedBatch) -> Tensor: ...
+
+
+@contextlib.contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """No gradient, no dropout."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+class AdapterReference:
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from.
+
+    wrapped: the policy as accelerate wraps it, where it does.
+    """
+
+    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any] | None = None) -> None:
+        self.policy, self.wrapped = policy, policy if wrapped is None else wrapped
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        with inference(self.policy), self.policy.as_reference():
+            return self.wrapped(batch).logps
+
+
+class ModelReference:
+    """Another model: the starting weights in full fine-tuning, or one given by name.
+
+    autocast: the dtype of the policy's mixed precision, so that a run begins at log-ratios of 0.
+    """
+
+    def __init__(self, policy: Policy, autocast: torch.dtype | None = None) -> None:
+        self.policy, self.autocast = policy.requires_grad_(False).eval(), autocast
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        device = batch.input_ids.device.type
+        with inference(self.policy), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            return self.policy(batch).logps
+
+
+class StoredReference:
+    """Log-probabilities computed beforehand, by the tokens of an example; batches with others go to `live`.
+
+    table: `tokens_key` -> the scored log-probs of each completion, on the CPU: a GPU would wait for each of them.
+    """
+
+    def __init__(self, table: dict[str, list[Tensor]], live: Reference) -> None:
+        self.table, self.live = table, live
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        keys = [tokens_key(example) for example in batch.examples]
+        if any(key not in self.table for key in keys):
+            return self.live(batch)
+        scored = batch.scored.cpu()
+        out = torch.zeros(scored.shape, dtype=self.table[keys[0]][0].dtype)
+        if not batch.is_filler:
+            for path, values in enumerate(values for key in keys for values in self.table[key]):
+                out[path, scored[path]] = values
+        return out.to(batch.scored.device)
+
+
+def tokens_key(example: Example) -> str:
+    """What its log-probabilities depend on. A row's number would not do: pairs become two examples in KTO, and the
+    rows of an evaluation split have the same numbers again."""
+    completions = [(c.ids, c.scored) for c in example.completions]
+    return hashlib.sha256(json.dumps([list(example.prompt_ids), completions]).encode()).hexdigest()
+
+
+def precompute(
+    live: Reference, examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, **packing: Any
+) -> dict[str, list[Tensor]]:
+    """The table of a `StoredReference`, on the CPU in float32."""
+    table = {}
+    ordered = sorted(examples, key=example_tokens)
+    for start in range(0, len(ordered), PACKED_TOGETHER):
+        for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
+            for example, logps in per_example(batch, live(batch.to(device))):
+                table[tokens_key(example)] = logps
+    return table
+
+
+def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, list[Tensor]]]:
+    """Every example with the scored values of each of its completions, copies on the CPU; none of a filler.
+
+    values: [paths, T] as `batch.scored`.
+    """
+    values, scored, path = values.cpu(), batch.scored.cpu(), 0
+    for example in () if batch.is_filler else batch.examples:
+        after = path + len(example.completions)
+        yield example, [values[p, scored[p]] for p in range(path, after)]  # a mask makes a copy
+        path = after
+
+
+def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:
+    """What stored log-probabilities depend on: the reference's weights, and the token ids that they are of.
+
+    Token ids cover the data, its order, the tokenizer, the chat template and the truncation.
+    """
+    weights = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        if policy.has_adapters:
+            stack.enter_context(policy.as_reference())
+        active = set(policy.model.active_adapters) if policy.has_adapters else set()
+        for name, value in sorted(policy.causal_lm.state_dict().items()):
+            if "lora_" in name and not any(f".{a}." in name for a in active if a != "default"):
+                continue  # adapters that the reference does not use
+            weights.update(name.encode())
+            weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+    data = hashlib.sha256()
+    for example in examples:
+        data.update(tokens_key(example).encode())
+    return {"weights": weights.hexdigest(), "tokens": data.hexdigest(), "temperature": repr(temperature)}
+
+
+def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) -> None:
+    """Write the table whole or not at all."""
+    tensors = {f"{example}.{i}": t for example, parts in table.items() for i, t in enumerate(parts)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=key)
+    os.replace(temporary, path)
+
+
+def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
+    """Read a table; UserError where it was computed for other weights, tokens or temperature."""
+    with foreign(f"{path} cannot be read; delete it"), safe_open(path, framework="pt") as file:
+        stored = file.metadata() or {}
+        different = [name for name, value in key.items() if stored.get(name) != value]
+        if different:
+            raise UserError(
+                f"{path} holds reference log-probs for other {' and '.join(different)} than this run's; "
+                "delete it or choose another --output_dir"
+            )
+        table: dict[str, list[Tensor]] = {}
+        for example, i in sorted((name.split(".") for name in file.keys()), key=lambda name: (name[0], int(name[1]))):
+            table.setdefault(example, []).append(file.get_tensor(f"{example}.{i}"))
+    return table
+
+
+def make_reference(
+    config: RunConfig, policy: Policy, wrapped: Any, examples: Sequence[Any], accelerator: Accelerator
+) -> tuple[Reference | None, list[str]]:
+    """The source of reference log-probs that the loss and the options ask for, and what to tell about it."""
+    if not config.wants_reference:
+        return None, []
+    named = config.model.ref_model_name_or_path
+    notes: list[str] = []
+    reference: Reference
+    if policy.has_adapters and named is None:
+        reference = AdapterReference(policy, wrapped)
+    else:
+        model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
+        other = Policy(model, temperature=policy.temperature, shared=policy.shared)
+        obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
+        notes = said if named else []  # else the policy's own, said already
+        if other.uses_flex and not policy.uses_flex:  # whose rows are not padded for it
+            other.causal_lm.set_attn_implementation("sdpa")
+        if obstacle and policy.shared:  # both compute the same micro-batches
+            policy.shared = other.shared = False
+            notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
+        reference = ModelReference(other, autocast_of(config))
+    if not config.model.precompute_ref_log_probs:
+        return reference, notes
+    if config.loss.kind is Kind.GROUPED:
+        raise UserError("--precompute_ref_log_probs needs completions beforehand, and rollouts are not known yet")
+    assert examples and isinstance(examples[0], Example)
+    path = Path(config.train.output_dir) / "ref_log_probs.safetensors"
+    source = policy if isinstance(reference, AdapterReference) else reference.policy  # type: ignore[union-attr]
+    key = fingerprint(source, examples, policy.temperature)
+    found = path.exists()
+    accelerator.wait_for_everyone()  # or one process would find what another has just written
+    if found:
+        return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
+    table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **policy.packing)
+    if accelerator.is_main_process:
+        save_table(path, table, key)
+    accelerator.wait_for_everyone()
+    notes.append(f"reference log-probs of {len(examples)} examples written to {path}")
+    return StoredReference(table, reference), notes
+
+
+def autocast_of(config: RunConfig) -> torch.dtype | None:
+    """In which the policy computes where its weights' dtype is another."""
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]

@@ -1,0 +1,142 @@
+"""What can be known before a model is loaded, from its configuration, the data and the options; and refused in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .config import RunConfig
+from .errors import UserError
+from .outputs import check_room
+from .policy.adapters import check_adapter, check_targets
+from .policy.checks import learned_positions, skeleton, stuck
+from .policy.load import check_architecture, load_tokenizer, pad_within
+from .policy.tiny import TINY, tiny_config
+
+# Part of the weights that cannot move from which on one is told.
+STUCK = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model called `name`: rows of its embeddings, positions that it learned (None: it computes them), those that
+    it was made for, its parameters."""
+
+    name: str
+    rows: int
+    learned: int | None
+    made_for: int | None
+    parameters: int
+
+
+def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
+    """The tokenizer, the shapes of the model and of a reference of its own, and what to tell about them.
+
+    Raises UserError where a folder, a configuration, an adapter's or `lora_target_modules` rules the run out.
+    """
+    options = config.model
+    name = options.model_name_or_path
+    bare = skeleton_of(name)
+    tokenizer = load_tokenizer(name)
+    shapes = [shape_of(bare, name)]
+    if options.lora_target_modules:
+        check_targets(bare, list(options.lora_target_modules))
+    if options.adapter_name_or_path:
+        check_adapter(options.adapter_name_or_path)
+    if other := options.ref_model_name_or_path:
+        shapes.append(shape_of(skeleton_of(other, "--ref_model_name_or_path"), other))
+    return tokenizer, shapes, pad_within(tokenizer, min(s.rows for s in shapes), name)
+
+
+def skeleton_of(name: str, option: str = "--model_name_or_path") -> Any:
+    """The model without weights."""
+    return skeleton(tiny_config() if name == TINY else check_architecture(name, option), name)
+
+
+def shape_of(model: Any, name: str) -> Shape:
+    text = model.config.get_text_config()
+    return Shape(
+        name=name,
+        rows=model.get_input_embeddings().weight.shape[0],
+        learned=learned_positions(model),
+        made_for=getattr(text, "max_position_embeddings", None) if getattr(text, "rope_parameters", None) else None,
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Shape], total_steps: int) -> list[str]:
+    """Raise UserError where a token or a position is beyond a model's tables, the warm-up beyond the last step, or the
+    saved models beyond the disk. examples: or prompts, of training and evaluation. Returns what to tell."""
+    warmup = config.train.warmup_steps
+    if warmup >= total_steps and warmup:
+        raise UserError(
+            f"--warmup_steps {warmup} of {total_steps} steps: the learning rate would never reach its peak; "
+            "choose fewer"
+        )
+    if not config.model.lora_r and not config.model.adapter_name_or_path:
+        every = config.train.save_steps
+        copies = 1 + ((total_steps - 1) // every if every else 0)
+        check_room(config.train.output_dir, shapes[0].parameters * getattr(torch, config.model.dtype).itemsize, copies)
+    for shape in shapes:
+        check_ids(examples, shape)
+    row, longest = longest_sequence(config, examples)
+    notes = []
+    for shape in shapes:
+        said = f"row {row} of the data set makes a sequence of {longest} tokens, more than the {{}} positions {{}}"
+        if shape.learned is not None and longest > shape.learned:
+            option = "--max_length or --max_completion_length" if config.rollout else "--max_length"
+            raise UserError(f"{said.format(shape.learned, f'that {shape.name!r} has learned')}; lower {option}")
+        if shape.made_for is not None and longest > shape.made_for:
+            notes.append(f"{said.format(shape.made_for, f'that {shape.name!r} was made for')}, where it may do badly")
+    return notes
+
+
+def paths(example: Any) -> Iterator[Sequence[int]]:
+    """Token ids of a prompt, and of each completion."""
+    yield example.prompt_ids
+    for completion in getattr(example, "completions", ()):
+        yield completion.ids
+
+
+def check_ids(examples: Sequence[Any], shape: Shape) -> None:
+    """Raise UserError for a token id without a row in the embeddings."""
+    for example in examples:
+        for ids in paths(example):
+            if ids and max(ids) >= shape.rows:
+                raise UserError(
+                    f"row {example.row} of the data set holds token {max(ids)}, which has no row in the embeddings of "
+                    f"{shape.name!r}, that end at {shape.rows - 1}; use the tokenizer that belongs to the model"
+                )
+
+
+def longest_sequence(config: RunConfig, examples: Sequence[Any]) -> tuple[int, int]:
+    """(its row, tokens of a prompt with a completion) of the longest that may come, by this data."""
+    if not examples:
+        return 0, 0
+
+    def length(example: Any) -> int:
+        more = max((len(c.ids) for c in getattr(example, "completions", ())), default=0)
+        return len(example.prompt_ids) + (config.loss.max_completion_length if config.rollout else more)
+
+    longest = max(examples, key=length)
+    if config.loss.window_pass != "mismatched":
+        return longest.row, length(longest)
+    prompt = max(examples, key=lambda e: len(e.prompt_ids))  # which may get another's completion
+    other = max(len(c.ids) for e in examples for c in e.completions)
+    return prompt.row, max(length(longest), min(len(prompt.prompt_ids) + other, config.data.max_length))
+
+
+def describe_stuck(model: Any, config: RunConfig) -> list[str]:
+    """What to tell where weights in 16 bits are too coarse for the learning rate."""
+    rate = config.train.learning_rate
+    assert rate is not None
+    part = stuck(model, rate) if rate else 0.0
+    if part < STUCK:
+        return []
+    return [
+        f"{100 * part:.0f} % of the {config.model.dtype} weights cannot be moved by a step of the learning rate "
+        f"{rate:g}, which is below their rounding: use --dtype float32 --mixed_precision bf16, or a larger rate"
+    ]
