@@ -88,7 +88,6 @@ class Variants(dict[str, V]):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.reads: dict[str, Collection[str]] = {}
         self.ignores: dict[str, Collection[str]] = {}
 

@@ -216,7 +216,7 @@ def test_one_name_is_a_tuple_of_one():
     [
         ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, sigmoid_norm, "),
         ({"loss_type": ("ipo", "best")}, "loss_type='best' is unknown"),
-        ({"loss_type": ()}, r"loss_weights=None must have one number for each of \(\)"),
+        ({"loss_type": ()}, "^loss_type must name at least one variant$"),
         ({"loss_weights": (1.0, 2.0)}, r"loss_weights=\(1.0, 2.0\) must have one number for each of \('sigmoid',\)"),
         ({"loss_type": ("ipo", "sft"), "loss_weights": (1.0,)}, r"each of \('ipo', 'sft'\)"),
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is unknown, expected one of: reverse_kl, forward_kl, "),
