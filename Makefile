@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python -m logratio.trainers.demo
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: install
 	$(BIN)/python -m pytest -m slow

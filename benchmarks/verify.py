@@ -27,7 +27,7 @@ from logratio.trainers.errors import UserError
 
 from .peers.cases import CASES, Case
 from .peers.sides import oracles, ours, trls
-from .peers.truths import Gradient, Subject
+from .peers.truths import Gradient, Subject, subject_of
 from .progress import Progress
 
 BOUNDS = {"trl": 1e-5, "oracle": 1e-10}
@@ -126,7 +126,7 @@ def verify(
     architectures: Sequence[Any] = (LlamaConfig, Qwen2Config),
 ) -> Iterator[dict[str, Any]]:
     """One row for each case and truth that it has: the errors of the model that is worst."""
-    subjects = [Subject(kind, seed) for kind in architectures]
+    subjects = [subject_of(kind, seed) for kind in architectures]
     for case in cases:
         exact = [oracles(case, subject) for subject in subjects]
         for against in truths_of(case, truths):

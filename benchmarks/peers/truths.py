@@ -10,7 +10,7 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -262,6 +262,12 @@ class Subject:
                 total += slope @ self.once(("jacobian", id(leaf)), partial(jacobian, values, list(trained.values())))
         parts = total.split([p.numel() for p in trained.values()])
         return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
+
+
+@cache
+def subject_of(config: Any, seed: int) -> Subject:
+    """The one of this configuration and seed."""
+    return Subject(config, seed)
 
 
 def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -89,18 +89,19 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(tool, dict):
             raise UserError(f"{where}: 'tools' must be a list of tools, each an object, got {shown(tool)} in it")
     options = _option(row, "chat_template_kwargs", dict, "an object of options for the chat template", where)
+    # a column of objects has null in it for every key that another row has
+    options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name in callers_options():
             raise UserError(
                 f"{where}: 'chat_template_kwargs' has {name!r}, which is not the row's to set"
                 + (": give them in a column of their own" if name == "tools" else ": leave it out")
             )
-    documents = options.get("documents") or []
+    documents = options.get("documents", [])
     if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
         raise UserError(
             f"{where}: 'documents' in 'chat_template_kwargs' must be a list of objects, got {shown(documents)}"
         )
-    # a column of objects has null in it for every key that another row has
     return without_nulls({**options, "tools": tools} if tools else options)
 
 
