@@ -15,7 +15,8 @@ from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.load import add_adapters, load_model
+from logratio.trainers.policy.adapters import add_adapters
+from logratio.trainers.policy.load import load_model
 from logratio.trainers.policy.lora_layers import fuse_lora
 from logratio.trainers.policy.nf4 import is_repacked
 from logratio.trainers.policy.policy import Policy
