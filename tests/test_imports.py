@@ -23,13 +23,15 @@ MAY_IMPORT = {
 # The rooms from the ground up: a folder with all that is in it, or a file. Rooms on one floor do not know each other.
 FLOORS = (
     ("losses",),
-    ("trainers/errors.py",),
-    ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py", "trainers/runlog.py"),
+    ("trainers/errors.py", "trainers/streams.py"),
+    ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py"),
+    ("trainers/runlog.py", "trainers/outputs.py"),
     ("trainers/data",),
     ("trainers/attention",),
     ("trainers/policy",),
     ("trainers/step.py", "trainers/checkpoint.py"),
     ("trainers/rollout",),
+    ("trainers/preflight.py",),
     ("trainers/setup.py",),
     ("trainers/loop.py",),
     ("trainers/cli.py", "trainers/demo.py"),

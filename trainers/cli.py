@@ -9,6 +9,7 @@ Libraries that take seconds to import are imported where they are used, so that 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from .errors import UserError
 from .plugins import import_object
+from .streams import Lasting, lasting_streams
 
 if TYPE_CHECKING:
     from logratio.losses import Loss
@@ -37,14 +39,22 @@ TRAIN_HELP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `logratio`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return dispatch(argv)
-    except UserError as error:
-        sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
-        return 1
-    except KeyboardInterrupt:
-        print("logratio: interrupted", file=sys.stderr)
-        return 130
+    # A run goes on when nobody reads what it prints any more; a command that only prints ends then.
+    with lasting_streams() if argv[:1] == ["train"] else contextlib.nullcontext():
+        try:
+            status = dispatch(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            Lasting(sys.stdout).give_up()
+            return 141  # as where SIGPIPE ends a process
+        except UserError as error:
+            sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
+            return 1
+        except KeyboardInterrupt:
+            print("logratio: interrupted", file=sys.stderr)
+            return 130
 
 
 def dispatch(argv: list[str]) -> int:
@@ -69,7 +79,8 @@ def dispatch(argv: list[str]) -> int:
     if command in others:
         run: Callable[[list[str]], int] = others[command].load()
         return run(rest)
-    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}")
+    missing = "" if others else "; the others are there once the package is installed (`pip install -e .`)"
+    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}{missing}")
 
 
 def summary(entry: EntryPoint) -> str:

@@ -84,12 +84,11 @@ class ModelConfig:
                 "goes on with those of a run before; leave one of them out"
             )
         if not self.lora_r:
-            why = "describes new adapters, and --adapter_name_or_path brings its own; leave it out"
-            self._refuse_given(
-                LORA, why if adapters else "needs adapters to describe: add --lora_r 16, or leave it out"
-            )
+            theirs = "these describe new adapters, and --adapter_name_or_path brings its own; leave them out"
+            ours = "without adapters nothing reads this; add --lora_r 16, or leave it out"
+            self._refuse_given(LORA, theirs if adapters else ours)
         if not self.sync_ref_model:
-            self._refuse_given(SYNC, "says how the reference follows the policy: add --sync_ref_model, or leave it out")
+            self._refuse_given(SYNC, "nothing reads this without --sync_ref_model; add it, or leave this out")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise UserError("--sync_ref_model changes the reference, whose log-probs --precompute_ref_log_probs fixes")
         if self.sync_ref_model and self.ref_model_name_or_path:
@@ -101,7 +100,7 @@ class ModelConfig:
     def _refuse_given(self, options: Mapping[str, Any], why: str) -> None:
         given = [f"--{name}" for name in options if getattr(self, name) is not None]
         if given:
-            raise UserError(f"{' and '.join(given)} {why}")
+            raise UserError(f"{', '.join(given)}: {why}")
 
     def resolved(self, loss: Any = None) -> ModelConfig:
         """With the defaults of what is used filled in; disable_dropout's depends on the loss.
@@ -121,7 +120,7 @@ class DataConfig:
     """What it is trained on."""
 
     dataset_name: str = "arithmetic"
-    """Hub name, .jsonl, .json or .parquet file, folder, or "arithmetic": the embedded task."""
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
@@ -136,6 +135,8 @@ class DataConfig:
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False
     """SFT: score the assistant's turns only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
 

@@ -15,18 +15,22 @@ class UserError(Exception):
 class RowError(UserError):
     """One row that cannot be used, which a run may go on without (`--on_bad_row skip`).
 
-    place: where it stands, with which the sentence begins. reason: the rest of the sentence. row: its index.
+    place: where it stands, with which the sentence begins. rest: of the sentence, with the space, colon or comma that
+    joins it to the place; `reason` is the same without. row: its index in the data set.
     """
 
-    def __init__(self, place: str, reason: str, row: int) -> None:
-        super().__init__(f"{place}{reason if reason.startswith((',', ':')) else f' {reason}'}")
-        self.place, self.reason, self.row = place, reason.lstrip(",: "), row
+    def __init__(self, place: str, rest: str, row: int) -> None:
+        super().__init__(place + rest)
+        self.place, self.reason, self.row = place, rest.lstrip(",: "), row
 
     @classmethod
     def of(cls, error: UserError, place: str, row: int) -> RowError | None:
         """The error as one of this row, whose place its sentence begins with; None where it is about something else."""
+        if isinstance(error, cls):
+            return error
         text = str(error)
-        return cls(place, text[len(place) :].removeprefix(" "), row) if text.startswith(place) else None
+        rest = text[len(place) :]
+        return cls(place, rest, row) if text.startswith(place) and not rest[:1].isdigit() else None
 
 
 def first_line(error: BaseException) -> str:

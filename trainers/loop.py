@@ -45,6 +45,7 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
     with RunLog(config.output_dir, run.config.as_dict(), total_steps=last, main=main, quiet=quiet) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
+        log.list_skipped(run.data.skipped)
         started = time.perf_counter()
         for step, window in enumerate(steps(run), start=1):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from logratio.losses import Kind
 
 from .config import RunConfig, TrainConfig
-from .data.examples import prepare, prepare_prompts
+from .data.examples import Report, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
 from .outputs import check_output, clear
@@ -45,11 +45,15 @@ UNTRAINED = (
 
 @dataclass
 class Data:
-    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user."""
+    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
+
+    skipped: the rows that were left out, as skipped_rows.jsonl lists them.
+    """
 
     train: list[Any]
     evaluation: list[Any]
     notes: list[str]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -148,11 +152,10 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
     if options.dataset_test_split:
         evaluation = load_rows_of(config, options.dataset_test_split)
 
-    def tokenized(rows: Rows) -> tuple[list[Any], str]:
+    def tokenized(rows: Rows) -> tuple[list[Any], Report]:
         if kind is Kind.GROUPED:
-            prompts, report = prepare_prompts(rows, tokenizer, max_length=options.max_length)
-            return list(prompts), str(report)
-        examples, report = prepare(
+            return prepare_prompts(rows, tokenizer, max_length=options.max_length, on_bad_row=options.on_bad_row)
+        return prepare(
             rows,
             kind,
             tokenizer,
@@ -160,15 +163,16 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             completion_only_loss=options.completion_only_loss,
             assistant_only_loss=options.assistant_only_loss,
             gold=config.loss.scores_gold,
+            on_bad_row=options.on_bad_row,
         )
-        return list(examples), str(report)
 
-    examples, note = tokenized(train)
+    examples, report = tokenized(train)
     held_out: list[Any] = []
-    notes = [note]
+    notes, skipped = [str(report)], report.skipped
     if evaluation is not None:
-        held_out, note = tokenized(evaluation)
-        notes.append(note)
+        held_out, report = tokenized(evaluation)
+        notes.append(str(report))
+        skipped += report.skipped
     elif options.eval_size:
         if options.eval_size >= len(examples):
             raise UserError(f"--eval_size {options.eval_size} leaves nothing of {len(examples)} examples to train on")
@@ -181,7 +185,7 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         raise UserError(
             f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
         )
-    return Data(examples, held_out, notes)
+    return Data(examples, held_out, notes, skipped)
 
 
 def load_rows_of(config: RunConfig, split: str) -> Rows:
@@ -192,6 +196,7 @@ def load_rows_of(config: RunConfig, split: str) -> Rows:
         split=split,
         config=config.data.dataset_config,
         seed=config.train.seed,
+        keep_bad=config.data.on_bad_row == "skip",
     )
 
 

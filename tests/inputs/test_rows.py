@@ -66,7 +66,7 @@ ODD = {
     "messages in a string": ("sft", {"messages": json.dumps([USER, ANSWER])}),
     "share gpt": ("sft", {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]}),
     "text that begins with a bracket": ("sft", {"text": "[1, 2] is a list"}),
-    "text that is a JSON list": ("sft", {"text": '[{"role": "user"}]'}),
+    "text that is a JSON list": ("sft", {"text": '["a", "b"]'}),
     "null columns": ("sft", {**GOOD, "weight": None, "tools": None}),
     "other columns": ("sft", {**GOOD, "id": 7, "source": {"a": [1]}}),
     "NUL and emoji": ("sft", {"prompt": "a\x00b", "completion": "\U0001f600 \u202e"}),
@@ -110,9 +110,9 @@ def test_a_bad_row_is_skipped_where_asked(run, tmp_path, name):
     words = "--dataset_name rows.jsonl --max_steps 1 --batch_size 3 --output_dir out --on_bad_row skip"
     said = run(f"train {method} {words}")
     assert said.status == 0, said
-    assert "1 skipped" in said.output or "skipped" in said.output
+    assert "1 rows skipped" in said.output
     (skipped,) = [json.loads(x) for x in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
-    assert "line 2" in json.dumps(skipped) and names in json.dumps(skipped)
+    assert (skipped["line"], skipped["row"]) == (2, 1) and names in skipped["reason"]
 
 
 @pytest.mark.parametrize("name", ODD)

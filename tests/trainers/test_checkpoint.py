@@ -118,3 +118,19 @@ def test_a_crash_while_writing_leaves_the_earlier_files(model, tmp_path, monkeyp
 def test_the_adapters_configuration_names_no_temporary_folder(model, tmp_path):
     save(Policy(with_lora(model)), tiny_tokenizer(), tmp_path)
     assert ".partial" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()))
+
+
+def test_a_generation_configuration_that_contradicts_itself_does_not_cost_the_weights(model, tmp_path):
+    """transformers loads it and refuses to save it; it is saved as it was."""
+    tiny = tiny_model(1, **SMALL)
+    tiny.save_pretrained(tmp_path / "start")
+    own = {"do_sample": False, "temperature": 0.9, "eos_token_id": 258}
+    (tmp_path / "start" / "generation_config.json").write_text(json.dumps(own))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "start").eval()
+    with pytest.raises(ValueError, match="temperature"):
+        loaded.save_pretrained(tmp_path / "refused")
+    save(Policy(loaded), tiny_tokenizer(), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in own} == own
+    assert loaded.generation_config.temperature == 0.9
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(loaded))

@@ -22,6 +22,8 @@ POSITIVE = (
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_steps"),
     *("num_train_epochs", "eval_steps", "save_steps"),
 )
+# Given at their defaults: what counts is that they were given.
+GIVEN = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -42,6 +44,41 @@ def test_no_field_stands_in_two_of_the_configurations(name):
         ),
         (ModelConfig, {"lora_r": -1}, "--lora_r must not be negative, got -1"),
         (ModelConfig, {"lora_dropout": 1.0}, "--lora_dropout must be in [0, 1), got 1.0"),
+        *(
+            (
+                ModelConfig,
+                {name: value},
+                f"--{name}: without adapters nothing reads this; add --lora_r 16, or leave it out",
+            )
+            for name, value in GIVEN.items()
+        ),
+        *(
+            (
+                ModelConfig,
+                {name: value, "adapter_name_or_path": "some/adapter"},
+                f"--{name}: these describe new adapters, and --adapter_name_or_path brings its own; leave them out",
+            )
+            for name, value in GIVEN.items()
+        ),
+        (
+            ModelConfig,
+            {"lora_alpha": 32.0, "lora_dropout": 0.0},
+            "--lora_alpha, --lora_dropout: without adapters nothing reads this; add --lora_r 16, or leave it out",
+        ),
+        (
+            ModelConfig,
+            {"lora_r": 4, "adapter_name_or_path": "some/adapter"},
+            "--lora_r 4 asks for new adapters, --adapter_name_or_path some/adapter goes on with those of a run before; "
+            "leave one of them out",
+        ),
+        *(
+            (
+                ModelConfig,
+                {name: value},
+                f"--{name}: nothing reads this without --sync_ref_model; add it, or leave this out",
+            )
+            for name, value in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512))
+        ),
         (DataConfig, {"max_length": 1}, "--max_length 1 leaves no room for a prompt and a completion"),
         (DataConfig, {"eval_size": -3}, "--eval_size must not be negative, got -3"),
         (
@@ -118,6 +155,40 @@ def test_no_field_stands_in_two_of_the_configurations(name):
 def test_what_cannot_mean_anything_is_refused(part, options, message):
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         part(**options)
+
+
+def test_defaults_are_those_of_what_is_used():
+    resolved = ModelConfig(lora_r=4, lora_alpha=8, sync_ref_model=True).resolved()
+    assert (resolved.lora_alpha, resolved.lora_dropout, resolved.lora_target_modules) == (8, 0.0, ("all-linear",))
+    assert (resolved.ref_model_mixup_alpha, resolved.ref_model_sync_steps) == (0.6, 512)
+    bare = ModelConfig().resolved()
+    assert bare == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("ref_model_name_or_path", "some/model", "--ref_model_name_or_path some/model"),
+        ("precompute_ref_log_probs", True, "--precompute_ref_log_probs"),
+        ("sync_ref_model", True, "--sync_ref_model"),
+    ],
+)
+def test_options_of_a_reference_need_one(option, value, shown):
+    for method in ("sft", "orpo", "grpo"):
+        message = f"{shown} is about the reference, but this {method} has none; leave it out"
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            RunConfig(method=method, loss=LOSSES[method](), model=ModelConfig(**{option: value}))
+    RunConfig(method="dpo", loss=LOSSES["dpo"](), model=ModelConfig(**{option: value}))
+    RunConfig(method="grpo", loss=LOSSES["grpo"](beta=0.1), model=ModelConfig(**{option: value}))
+
+
+def test_evaluation_needs_something_to_evaluate_on():
+    parts = {"method": "dpo", "loss": LOSSES["dpo"](), "train": TrainConfig(eval_steps=5)}
+    message = "--eval_steps 5 has nothing to evaluate on: add --eval_size or --dataset_test_split"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        RunConfig(**parts)
+    for data in (DataConfig(eval_size=1), DataConfig(dataset_test_split="test")):
+        assert RunConfig(**parts, data=data).train.eval_steps == 5
 
 
 def test_adapters_of_either_kind_allow_4_bit():

@@ -91,10 +91,7 @@ def test_kto_may_give_a_prompt_the_longest_completion():
     assert longest_sequence(config, examples) == (3, 12)
     assert longest_sequence(parse_train(["kto"]), examples) == (3, 19)
     assert longest_sequence(parse_train(["dpo"]), examples) == (3, 11)
-    prompts = [
-        Prompt(prompt_ids=[1] * 5, prompt="a", columns={}, row=0),
-        Prompt(prompt_ids=[1] * 6, prompt="a", columns={}, row=1),
-    ]
+    prompts = [Prompt([1] * n, "a", {}, row) for row, n in enumerate((5, 6))]
     assert longest_sequence(parse_train(["grpo", "--max_completion_length", "7"]), prompts) == (1, 13)
 
 

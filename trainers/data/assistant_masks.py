@@ -1,7 +1,7 @@
 """Which part of a rendered conversation is the assistant's.
 
-Where the chat template marks it with {% generation %} ... {% endgeneration %}, what it marks. Otherwise it is found turn
-by turn, and only taken where everything agrees with the text of the whole:
+Where the chat template marks it with {% generation %} ... {% endgeneration %}, what it marks. Otherwise it is found
+turn by turn, and only taken where everything agrees with the text of the whole:
 
     start   where what the template renders of the messages before, with its generation prompt, ends, or parts from it
     end     behind the last closing token before the next message's content, with the white space that follows it in
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -47,12 +48,13 @@ def assistant_spans(
     if not marks_turns(template.tokenizer, options):
         return text, _by_turns(template, normal, options, place, text)
     source = template.tokenizer.get_chat_template(tools=options.get("tools"))
-    (rendered,), (spans,) = render_jinja_template(
+    found: Any = render_jinja_template(
         conversations=[normal],
         chat_template=source,
         return_assistant_tokens_mask=True,
         **{**template.tokenizer.special_tokens_map, **options},
     )
+    (rendered,), (spans,) = found
     if rendered != text:  # the template depends on the time of day, or on nothing that we know
         raise UserError(f"{place} is rendered otherwise a second time, so that its assistant's turns cannot be found")
     return text, spans
@@ -133,9 +135,7 @@ def _start(
         # Without a generation prompt there may be a header in between that is not the assistant's to write.
         direct = content and text[len(before) :].lstrip().startswith(content)
         return len(before) if before != bare or direct else None
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text))
-    )
+    shared = len(commonprefix([before, text]))
     return shared if text.startswith(bare) and shared > len(bare) else None
 
 

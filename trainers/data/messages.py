@@ -1,4 +1,4 @@
-"""Messages and template options in one form, however the file had them: objects decoded, and without nulls.
+"""Messages in the form that chat templates know, however the file had them: arguments decoded, and without nulls.
 
 Arrow gives every object of a column the keys of all the others, as nulls, which a template would write out: they are
 dropped from messages, tool calls and tools, at any depth. So is, therefore, a null that was meant ("unit": null in an
@@ -11,19 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UserError, first_line, shown
+from ..errors import UserError, shown
+from .files import parse_json
 
 Messages = list[dict[str, Any]]
-
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-# What apply_chat_template and the renderer behind it are told by us alone.
-_OURS = frozenset(
-    (
-        "add_generation_prompt chat_template continue_final_message conversation conversations max_length messages "
-        "padding return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens tokenize "
-        "tokenizer_kwargs truncation"
-    ).split()
-)
 
 
 def without_nulls(value: Any) -> Any:
@@ -33,44 +24,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nulls(item) for item in value]
     return value
-
-
-def template_options(row: Mapping[str, Any], where: str, *, conversational: bool) -> dict[str, Any]:
-    """What the row gives its chat template beside the messages: `tools`, and what `chat_template_kwargs` holds.
-
-    Raises UserError, which begins with `where`, for what no template could be given.
-    """
-    for column in MEDIA:
-        if row.get(column):
-            raise UserError(f"{where} has {column!r}, but models are trained on text alone: remove the column")
-    options = _decoded(row.get("chat_template_kwargs"), f"{where}: 'chat_template_kwargs'", "an object") or {}
-    if not isinstance(options, Mapping):
-        raise UserError(f"{where}: 'chat_template_kwargs' must be an object, got {shown(options)}")
-    options = without_nulls(options)
-    ours = sorted(_OURS & options.keys())
-    if ours:
-        raise UserError(f"{where}: 'chat_template_kwargs' has {ours[0]!r}, which is not the row's to set: remove it")
-    if row.get("tools") and "tools" in options:
-        raise UserError(f"{where} has 'tools' in a column and in 'chat_template_kwargs': leave one of them out")
-    tools = _decoded(row.get("tools") or options.pop("tools", None), f"{where}: 'tools'", "a list of tools")
-    if tools:
-        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise UserError(f"{where}: 'tools' must be a list of tools, each an object, got {shown(tools)}")
-        options["tools"] = without_nulls(tools)
-    if options and not conversational:
-        given = "tools" if "tools" in options else "chat_template_kwargs"
-        raise UserError(f"{where} has {given!r}, but its text is plain, and no chat template would get them: remove it")
-    return options
-
-
-def _decoded(value: Any, place: str, expected: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-        raise UserError(f"{place} is not valid JSON: {reason}; expected {expected}") from None
 
 
 def normal_messages(messages: Any, where: str) -> Messages:
@@ -102,7 +55,11 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
 
 def _arguments(arguments: Any, place: str) -> dict[str, Any]:
     if isinstance(arguments, str):
-        arguments = _decoded(arguments, f"{place} has arguments whose text", "an object") if arguments.strip() else {}
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{place} has arguments whose text is not valid JSON: {reason}") from None
     if not isinstance(arguments, dict):
         raise UserError(f"{place} has arguments that are no object, got {shown(arguments)}")
     return arguments

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template at work: rendered, with what it raises as a sentence; what it does is found by probing."""
+"""A tokenizer's chat template at work: what it raises becomes a sentence, what it does is found by probing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ChatTemplate:
     def _takes_arguments(self, form: str) -> bool:
         """Whether a tool call's arguments have to be of this form, since the template raises at an object ("text")."""
         if form not in self._takes:
-            user = {"role": "user", "content": "question"}
+            user: dict[str, Any] = {"role": "user", "content": "question"}
             call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
             probe = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
             as_text = self._try(with_arguments_as_text(probe))
@@ -170,7 +170,7 @@ class ChatTemplate:
 def _changes(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """For each key of the message that has something to say, the message with less or other of it."""
     changes = []
-    content = message.get("content")
+    content: Any = message.get("content")
     if content_text(content).strip():
         more = [*content, {"type": "text", "text": "x"}] if isinstance(content, list) else content.rstrip() + "x"
         changes.append(("content", {**message, "content": more}))

@@ -182,7 +182,7 @@ class Encoder:
             return result
 
     def _bounds(self, ids: list[int], plain: bool) -> slice:
-        """What is left of them: without what the tokenizer adds at the end, one BOS at the start, one EOS at the end."""
+        """What stays: nothing that the tokenizer adds at the end, one BOS at the start at most, one EOS at the end."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         start, stop = 0, len(ids)
         if plain and self._tail and ids[-len(self._tail) :] == self._tail:
@@ -211,9 +211,7 @@ def _why_no_ids(text: str, error: Exception) -> str:
         text.encode()
     except UnicodeEncodeError as found:
         half = f"\\u{ord(text[found.start]):04x}"
-        return (
-            f"the text has half of a surrogate pair ({half}), which is no character: remove it or replace it by U+FFFD"
-        )
+        return f"the text has half of a surrogate pair ({half}), which is no character: remove it or write it whole"
     return f"the tokenizer does not take the text: {first_line(error)}"
 
 

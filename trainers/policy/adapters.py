@@ -54,7 +54,9 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
     )
     check_targets(model, targets)
     try:
-        wrapped = get_peft_model(model, lora)
+        with warnings.catch_warnings():  # of what it then does itself, for GPT-2's transposed weights
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
     base: Any = wrapped.get_base_model()

@@ -16,6 +16,7 @@ from ..errors import UserError
 
 def keep_layout(model: nn.Module) -> None:
     """Let bitsandbytes repack no weight of the model from now on."""
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
@@ -32,5 +33,5 @@ def refuse_repacked(*weights: Tensor) -> None:
     if any(map(is_repacked, weights)):
         raise UserError(
             "bitsandbytes has repacked nf4 weights of the model for inference on this CPU, and no gradient goes back "
-            "through them; call `logratio.trainers.nf4.keep_layout(model)` before the model's first forward pass"
+            "through them; call `logratio.trainers.policy.nf4.keep_layout(model)` before the model's first forward pass"
         )

@@ -23,7 +23,7 @@ from logratio.trainers.policy.reference import AdapterReference, inference
 
 CPU = torch.device("cpu")
 EXAMPLES = [Example(list(b"12+5="), [Completion(list(b"17")), Completion(list(b"125"))])]
-REFUSED = r"bitsandbytes has repacked nf4 weights of the model .* call `logratio\.trainers\.nf4\.keep_layout\(model\)`"
+REFUSED = r"bitsandbytes has repacked nf4 weights .* call `logratio\.trainers\.policy\.nf4\.keep_layout\(model\)`"
 
 
 @pytest.fixture(autouse=True)
