@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -151,6 +152,7 @@ class Subject:
         self.models = {torch.float32: random_model(config, seed, adapters=0.2)}
         self.models[torch.float64] = exact(self.models[torch.float32])
         self.kept: dict[Any, Any] = {}
+        self.noise: torch.Generator | None = None
         self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
 
     def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
@@ -229,6 +231,9 @@ class Subject:
         ids, model = example.completions[which].ids, self.models[dtype]
 
         def compute() -> SequenceLogps:
+            if dtype != torch.float64 and not reference:
+                with torch.no_grad():
+                    return oracle.sequence_logps(model, example.prompt_ids, ids)
             if reference:
                 with model.disable_adapter(), torch.no_grad():
                     return oracle.sequence_logps(model, example.prompt_ids, ids)
@@ -243,11 +248,29 @@ class Subject:
 
     def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
         """In float64, of every example's completion number `which`."""
-        return [self.passed(example, which) for example in examples]
+        return [self._in_float64(example, which, False) for example in examples]
 
     def reference_passes(self, examples: Sequence[Example], which: int) -> list[Tensor]:
         """The completions' log-probs under the model without its adapters, in float64."""
-        return [self.passed(example, which, reference=True).completion for example in examples]
+        return [self._in_float64(example, which, True).completion for example in examples]
+
+    def _in_float64(self, example: Example, which: int, reference: bool) -> SequenceLogps:
+        """A pass; inside `rounded` as far off as the same in float32 is, all tokens to one side."""
+        exact = self.passed(example, which, reference=reference)
+        if self.noise is None:
+            return exact
+        single = self.passed(example, which, torch.float32, reference=reference)
+        side = 2 * torch.randint(2, (), generator=self.noise) - 1
+        return SequenceLogps(*(x + side * (y - x.detach()).abs() for x, y in zip(exact, single, strict=True)))
+
+    @contextmanager
+    def rounded(self, draw: int) -> Iterator[None]:
+        """Inside, passes in float64 are off by the rounding of float32; in another `draw` to other sides."""
+        self.noise = torch.Generator().manual_seed(draw)
+        try:
+            yield
+        finally:
+            self.noise = None
 
     def gradient(self, loss: Tensor) -> dict[str, Tensor]:
         """Of a loss of `policy_passes`, for every trained parameter, in float64.

@@ -48,7 +48,7 @@ def test_rows_of_verify_come_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys:
     """A run that is cut short has shown what it had found."""
 
     def rows(cases: object, seed: int) -> object:
-        errors = dict.fromkeys(("our_loss_err", "trl_loss_err", "our_grad_err", "trl_grad_err"))
+        errors = {f"{side}_{part}_err": None for side in ("our", "trl", "rounding") for part in ("loss", "grad")}
         yield (
             {"method": "orpo", "variant": "orpo", "against": "oracle", "dtype": "float64", "ok": True}
             | errors

@@ -79,7 +79,8 @@ def test_a_wrong_loss_is_found_and_reported(
     assert "1 of 4 cases are of losses or options that TRL has not" in out
     rows = json.loads(file.read_text())
     keys = ["method", "variant", "against", "dtype"]
-    keys += ["loss_rel_err", "our_loss_err", "trl_loss_err", "grad_rel_err", "our_grad_err", "trl_grad_err"]
+    errors = ("{}_rel_err", "our_{}_err", "trl_{}_err", "rounding_{}_err")
+    keys += [key.format(part) for part in ("loss", "grad") for key in errors]
     assert [list(row) for row in rows] == [[*keys, "ok"]] * 6
     assert all((row["our_grad_err"] is None) == (row["against"] == "oracle") for row in rows)
     assert [(row["variant"], row["against"], row["ok"]) for row in rows] == [
@@ -104,6 +105,9 @@ def test_a_wrong_loss_is_found_and_reported(
         (Errors(1.9e-5, 1.6e-5, 0.7e-5), False),  # ours is further off than rounding explains
         (Errors(1.1e-5, 1.1e-5, 1e-7), False),
         (Errors(9.9e-5, 1e-6, 9.9e-5), True),
+        (Errors(2.2e-5, 1.9e-5, 0.8e-5, rounding=1.9e-5), True),  # TRL's was exact by luck
+        (Errors(2.2e-5, 1.9e-5, 0.8e-5, rounding=1.7e-5), False),
+        (Errors(1.2e-4, 1.1e-4, 1e-5, rounding=1e-3), False),  # so much is rounded nowhere
         (Errors(1e-3, 1e-6, 1e-3), False),  # TRL's is another formula
         (Errors(2e-3, 1e-3, 1e-3), False),
         (Errors(float("nan"), float("nan"), 1e-6), False),
@@ -135,6 +139,37 @@ def test_a_formula_of_trls_that_differs_is_out_of_bounds(
     (row,) = verify([case], seed=1, truths=["trl"], architectures=[LlamaConfig])
     assert row["grad_rel_err"] > 1e-5 and row["ok"] is ok
     assert row["trl_grad_err"] == pytest.approx(factor - 1, rel=0.2) and row["our_grad_err"] < 1e-5
+
+
+def test_rounding_that_a_loss_enlarges_does_not_hide_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DiscoPOP's gradient is as ill-conditioned as any here: it is held to what rounding explains, and no more."""
+    case = FIRST["dpo", "discopop"]
+    (row,) = verify([case], seed=0, truths=["trl"], architectures=[LlamaConfig])
+    assert row["ok"]
+    right = DPO_TYPES["discopop"]
+    wrong = right._replace(formula=lambda r, loss: right.formula(r, loss) * (1 + 5e-5))
+    monkeypatch.setitem(DPO_TYPES, "discopop", wrong)
+    (row,) = verify([case], seed=0, truths=["trl"], architectures=[LlamaConfig])
+    assert not row["ok"] and 1e-6 < row["rounding_grad_err"] < row["our_grad_err"] < 1e-4
+
+
+def test_what_is_rounded_is_exact_again_afterwards() -> None:
+    subject = Subject(LlamaConfig, 0)
+    examples = subject.examples(FIRST["dpo", "sigmoid"])
+
+    def sums() -> list[float]:
+        passes = [x.completion for x in subject.policy_passes(examples, 0)] + subject.reference_passes(examples, 1)
+        return [x.sum().item() for x in passes]
+
+    exact = sums()
+    with subject.rounded(0):
+        one = sums()
+    with subject.rounded(1):
+        other = sums()
+    assert sums() == exact
+    off = [[abs(a / b - 1) for a, b in zip(x, exact, strict=True)] for x in (one, other)]
+    assert off[0] == pytest.approx(off[1], rel=1e-3) and one != other
+    assert all(1e-9 < x < 1e-5 for x in off[0])
 
 
 def test_what_cases_share_does_not_depend_on_their_order() -> None:
