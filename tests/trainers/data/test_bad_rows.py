@@ -81,6 +81,14 @@ def test_a_row_that_fails_in_the_tokenizer_is_found_in_its_batch():
     assert (report.truncated, report.skipped[0]["reason"]) == (0, "the text is wrong")
 
 
+def test_an_error_is_of_the_row_whose_place_begins_it():
+    own = RowError.of(UserError("f.jsonl, line 1: 'label' is odd"), "f.jsonl, line 1", 0)
+    assert (str(own), own.reason, own.row) == ("f.jsonl, line 1: 'label' is odd", "'label' is odd", 0)
+    assert RowError.of(own, "elsewhere", 3) is own
+    for other in ("f.jsonl, line 12 lacks 'label'", "f.jsonl has no rows", ""):
+        assert RowError.of(UserError(other), "f.jsonl, line 1", 0) is None
+
+
 @pytest.mark.parametrize("place", ["the tokenizer", "data, row 11 (counted from 0)", "data, row 1"])
 def test_an_error_of_the_whole_data_set_ends_the_run_all_the_same(place):
     with pytest.raises(UserError, match=f"{place}: the text is wrong".replace("(", r"\(").replace(")", r"\)")):

@@ -293,6 +293,10 @@ OURS = (
         ({"chat_template_kwargs": "mood"}, "'chat_template_kwargs' is not valid JSON"),
         ({"chat_template_kwargs": {"tools": []}}, "'chat_template_kwargs' has 'tools', .*: give them in a column"),
         (
+            {"chat_template_kwargs": {"documents": 0}},
+            "'documents' in 'chat_template_kwargs' must be a list of objects",
+        ),
+        (
             {"chat_template_kwargs": {"documents": [1]}},
             "'documents' in 'chat_template_kwargs' must be a list of objects",
         ),
