@@ -9,24 +9,24 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --editable ".[reference,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[reference,test]"
 	touch $@
 
 demo: install
 	$(BIN)/python -m logratio.trainers.demo
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
 
 # Ours beside TRL, what fits two minutes on two cores; `logratio bench --help` names the rest.
 bench: install
-	$(BIN)/python -m logratio.benchmarks.bench quick --results build/bench --repeats 2 --fresh
+	$(BIN)/logratio bench quick --results build/bench --repeats 2 --fresh
 
 # Small mistakes in losses/, one at a time: which would the tests let live? `make mutants FILES=losses/dpo.py` for one file.
 mutants: install

@@ -27,6 +27,7 @@ from .peers.faults import FAULTS, measure_faults
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
 from .peers.truths import Gradient
+from .progress import Progress
 from .verify import relative_errors
 
 EQUAL = 1e-4
@@ -74,11 +75,18 @@ def main(argv: list[str] | None = None) -> int:
 def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[str, Any]:
     """All that the atlas says, ready for JSON."""
     torch.set_num_threads(1)
-    variants, splits = [], []
-    for case in compared:
-        more, split = measure_one(case)
-        variants += more
-        splits.append(split)
+    variants, splits, seen = [], [], []
+    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults)) as progress:
+        for case in compared:
+            progress.begin(case.name)
+            more, split = measure_one(case)
+            variants += more
+            splits.append(split)
+            progress.step(": ".join([case.name, ", ".join(f"{row['peer']} {row['verdict']}" for row in more)]))
+        for fault in faults:
+            progress.begin(fault.name)
+            seen += measure_faults([fault])
+            progress.step(f"fault: {fault.name}")
     return {
         "command": "logratio atlas",
         "versions": peers.versions(),
@@ -88,7 +96,7 @@ def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[st
         "equal": EQUAL,
         "variants": variants,
         "splits": splits,
-        "faults": measure_faults(faults),
+        "faults": seen,
     }
 
 

@@ -30,6 +30,7 @@ from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
 from .measure.head import HeadCase
 from .measure.step_cases import GOALS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .progress import Progress
 from .reporting.records import Records, certificate, device_name
 
 HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
@@ -131,33 +132,38 @@ def step_job(suite: str, case: StepCase, options: Options, device: torch.device)
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     """Run what has no line yet, one case after the other; 1 where one failed."""
-    console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    started = time.perf_counter()
     records = Records(options.results / f"{slug(device)}.jsonl", fresh=options.fresh)
     # what failed, or did not end, comes last: tried first, again and again, it would keep a run from the rest
     jobs = sorted(jobs, key=lambda job: (job.suite, job.case.case) in records.failed)
     failed = left = 0
-    for number, job in enumerate(jobs, 1):
-        stub = record_of(job, options, device)
-        of_head = isinstance(job.case, HeadCase)
-        names = tuple(head.CONTESTANTS) if of_head else options.contestants or step.CONTESTANTS
-        able = [name for name in names if not (head if of_head else step).why_not(name, device)]
-        if all(records.has(stub | {"contestant": name}) for name in able):
-            console.print(f"{number}/{len(jobs)} {job.case.case}: measured already")
-            continue
-        if options.budget_s is not None and time.perf_counter() - started > options.budget_s:
-            left += 1
-            continue
-        begun = time.perf_counter()
-        with records.beginning(job.suite, job.case.case):
-            found = attempted(job, names)
-        for name, figures in found.items():
-            records.add(stub | {"contestant": name} | {k: finite(v) for k, v in figures.items()})
-            failed += figures["status"] == "failed"
-            console.print(f"{number}/{len(jobs)} {job.case.case}: {name} {summary(figures)}")
-        console.print(f"    {time.perf_counter() - begun:.0f} s")
+    with Progress(Console(), "bench", len(jobs)) as progress:
+        for number, job in enumerate(jobs, 1):
+            stub = record_of(job, options, device)
+            of_head = isinstance(job.case, HeadCase)
+            names = tuple(head.CONTESTANTS) if of_head else options.contestants or step.CONTESTANTS
+            able = [name for name in names if not (head if of_head else step).why_not(name, device)]
+            heading = f"{number}/{len(jobs)} {job.case.case}"
+            if all(records.has(stub | {"contestant": name}) for name in able):
+                progress.step(f"{heading}: measured already")
+                continue
+            if options.budget_s is not None and time.perf_counter() - started > options.budget_s:
+                left += 1
+                progress.step()
+                continue
+            progress.begin(job.case.case)
+            progress.say(heading)
+            begun = time.perf_counter()
+            with records.beginning(job.suite, job.case.case):
+                found = attempted(job, names)
+            for name, figures in found.items():
+                records.add(stub | {"contestant": name} | {k: finite(v) for k, v in figures.items()})
+                failed += figures["status"] == "failed"
+                progress.say(f"    {name} {summary(figures)}")
+            progress.step(f"    {time.perf_counter() - begun:.0f} s")
     if left:
-        console.print(f"{left} cases are left; the same command goes on with them")
-    console.print(f"results in {records.path}")
+        print(f"{left} cases are left; the same command goes on with them")
+    print(f"results in {records.path}")
     return 1 if failed else 0
 
 

@@ -7,8 +7,9 @@ from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_typ
 from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .logps import TokenLogps, linear_logps
+from .options import Variants, variant
 from .orpo import ORPOLoss
-from .registry import LOSSES, register, variant
+from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals
 
@@ -43,6 +44,7 @@ __all__ = [
     "TPOLoss",
     "TokenLogps",
     "Totals",
+    "Variants",
     "advantage",
     "dpo_type",
     "dpo_types",

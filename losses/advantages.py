@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .registry import check_choice, variant
+from .options import Variants, check_choice, variant
 
 EPS = 1e-4
 Dims = int | tuple[int, ...]
@@ -66,7 +66,7 @@ class Advantage:
         return self.formula(rewards, context)
 
 
-ADVANTAGES: dict[str, Advantage] = {}
+ADVANTAGES: Variants[Advantage] = Variants()
 """Every advantage_type by its name."""
 
 
@@ -76,7 +76,7 @@ def advantage(
     """Function decorator: enter a formula into `ADVANTAGES` under its own name."""
 
     def add(formula: Formula) -> Formula:
-        variant(ADVANTAGES, formula.__name__)(Advantage(formula, smallest_group, whitened, wants_greedy))
+        ADVANTAGES.enter(formula.__name__, Advantage(formula, smallest_group, whitened, wants_greedy))
         return formula
 
     return add
@@ -194,7 +194,7 @@ def opo(rewards: Tensor, context: Context) -> Tensor:
 
 # Several reward functions ---------------------------------------------------------------------------------------------
 
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+AGGREGATIONS: Variants[Callable[[Tensor, Tensor], Tensor]] = Variants()
 """multi_objective_aggregation -> R [groups, G] from the rewards [groups, G, K] of K functions, weights [K]."""
 
 

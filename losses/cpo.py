@@ -9,7 +9,8 @@ CPO's NLL is that of the chosen completion, TPO's that of a third, gold one. A v
 
 Differs from TRL 1.16: (1) the NLL is the token mean of the optimizer step, TRL's of the micro-batch; (2) `alpha` is
 computed with expm1 and stops at exponents of 40, where TRL overflows to NaN; an empty completion has average 0, in TRL
-0/0. As in TRL, `simpo` keeps the NLL unless cpo_alpha is 0 (the paper has none), and `alphapo` is `simpo` without it.
+0/0; (3) an option that the loss_type does not read is refused: TRL ignores it, with a warning for label_smoothing.
+As in TRL, `simpo` keeps the NLL unless cpo_alpha is 0 (the paper has none), and `alphapo` is `simpo` without it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from .dpo import MAX_EXPONENT, preference_metrics
 from .dpo_types import smoothed
-from .registry import check_choice, check_positive, check_range, register
+from .options import NotNegative, Positive, Share, Variants
+from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 
@@ -65,15 +67,16 @@ def tpo_l(chosen: Tensor, rejected: Tensor, loss: Any) -> Tensor:
     return smoothed(loss.beta * (chosen - rejected) - loss.tpo_l_gamma, loss.label_smoothing)
 
 
-CPO_TYPES = {
-    "sigmoid": CPOType(sigmoid, averages=False),
-    "hinge": CPOType(hinge, averages=False),
-    "ipo": CPOType(ipo, averages=True),
-    "simpo": CPOType(simpo, averages=True),
-    "alphapo": CPOType(simpo, averages=True, nll=0.0),
-    "simper": CPOType(simper, averages=True, nll=0.0),
-}
-TPO_TYPES = {name: CPO_TYPES[name] for name in ("sigmoid", "hinge", "ipo")} | {"tpo-l": CPOType(tpo_l, averages=True)}
+CPO_TYPES: Variants[CPOType] = Variants()
+TPO_TYPES: Variants[CPOType] = Variants()
+for _types in (CPO_TYPES, TPO_TYPES):
+    _types.enter("sigmoid", CPOType(sigmoid, averages=False), reads=("label_smoothing",))
+    _types.enter("hinge", CPOType(hinge, averages=False))
+    _types.enter("ipo", CPOType(ipo, averages=True))
+CPO_TYPES.enter("simpo", CPOType(simpo, averages=True), reads=("label_smoothing", "simpo_gamma"))
+CPO_TYPES.enter("alphapo", CPOType(simpo, averages=True, nll=0.0), reads=("label_smoothing", "simpo_gamma"))
+CPO_TYPES.enter("simper", CPOType(simper, averages=True, nll=0.0), ignores=("beta",))
+TPO_TYPES.enter("tpo-l", CPOType(tpo_l, averages=True), reads=("label_smoothing", "tpo_l_gamma"))
 
 
 def _scores(kind: CPOType, policy: PairLogps, alpha: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -98,24 +101,21 @@ class CPOLoss(Loss):
     """L = sum over pairs of l(s_w, s_l) / P + cpo_alpha * NLL(chosen); P pairs and NLL tokens of the whole step."""
 
     kind: ClassVar[Kind] = Kind.PAIRED
+    option_tables: ClassVar = {"loss_type": CPO_TYPES}
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Steepness in s_w - s_l (1 / nats)."""
     loss_type: str = "sigmoid"
     """sigmoid, hinge, ipo, simpo, alphapo, or simper."""
-    label_smoothing: float = 0.0
-    """Probability that a label is flipped: sigmoid, simpo, alphapo."""
-    cpo_alpha: float | None = None
-    """Weight of the chosen completion's NLL (default: 1, as in TRL; 0 for alphapo and simper)."""
+    label_smoothing: Share = 0.0
+    """Probability that a label is flipped."""
+    cpo_alpha: NotNegative | None = None
+    """Weight of the chosen completion's NLL (default: 1, as in TRL, for simpo too, whose paper has none: give 0; 0 for
+    alphapo and simper)."""
     simpo_gamma: float = 0.5
-    """simpo, alphapo: margin to reach, in units of beta s."""
+    """Margin to reach, in units of beta s."""
     alpha: float = 0.0
     """Reward (1 - P^-alpha) / alpha in place of log P, for every loss_type, as in TRL (AlphaPO: 0.25); 0 is log P."""
-
-    def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, CPO_TYPES)
-        check_positive("beta", self.beta)
-        check_range("label_smoothing", self.label_smoothing, 0, 1)
 
     def __call__(self, policy: PairLogps, *, totals: Totals) -> LossOutput:
         """policy: chosen and rejected [P, T] each. Raises ValueError or TypeError for what does not fit."""
@@ -135,22 +135,18 @@ class TPOLoss(Loss):
     """Triple Preference Optimization (arXiv 2405.16681 Sec. 3): L = sum of l(s_w, s_l) / P + tpo_alpha * NLL(gold)."""
 
     kind: ClassVar[Kind] = Kind.PAIRED
+    option_tables: ClassVar = {"loss_type": TPO_TYPES}
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Steepness in s_w - s_l (1 / nats)."""
     loss_type: str = "sigmoid"
     """sigmoid, hinge, ipo, or tpo-l."""
-    label_smoothing: float = 0.0
-    """Probability that a label is flipped: sigmoid, tpo-l."""
-    tpo_alpha: float = 1.0
+    label_smoothing: Share = 0.0
+    """Probability that a label is flipped."""
+    tpo_alpha: NotNegative = 1.0
     """Weight of the gold completion's NLL; at 0 no gold completion is needed."""
     tpo_l_gamma: float = 0.5
-    """tpo-l: margin to reach, in units of beta s."""
-
-    def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, TPO_TYPES)
-        check_positive("beta", self.beta)
-        check_range("label_smoothing", self.label_smoothing, 0, 1)
+    """Margin to reach, in units of beta s."""
 
     @property
     def scores_gold(self) -> bool:

@@ -12,14 +12,19 @@ and it is trained by `--loss_type my_loss`, and held to the laws and to its orac
 
 Differs from TRL 1.16: (1) means, sorted orders and token counts are those of the optimizer step, not of the
 micro-batch; (2) `ipo` and `sigmoid_norm` divide by scored tokens, TRL by the unshifted mask: the same number wherever
-there is a prompt; (3) exponents stop at 40 (`alpha_divergence`: TRL at 80, elsewhere nowhere: it overflows to NaN).
-Differs from the paper: `ipo` averages over tokens, as its authors recommended to TRL (pull request 1265).
+there is a prompt; (3) exponents stop at 40 (`alpha_divergence`: TRL at 80, elsewhere nowhere: it overflows to NaN);
+(4) an option that no chosen loss_type reads is refused, TRL ignores it: its `sigmoid` with label_smoothing is plain DPO
+(the smoothed loss is `cdpo`).
+Differs from the papers or their authors' code: (5) `ipo` averages over tokens, as its authors recommended to TRL (pull
+request 1265); (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors' code before it;
+(7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only); (8) `sppo_hard`
+is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -27,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .registry import check_choice, check_positive, check_range, enter, register, variant
+from .options import NotNegative, Positive, Share, Variants, variant
+from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 MAX_EXPONENT = 40.0
@@ -73,17 +79,25 @@ class DPOType(NamedTuple):
     whole_step: bool
 
 
-DPO_TYPES: dict[str, DPOType] = {}
+DPO_TYPES: Variants[DPOType] = Variants()
 """loss_type -> the loss of each pair, [P], nats."""
 
 Formula = Callable[[PairRatios, "DPOLoss"], Tensor]
 
 
-def dpo_type(*, divergences: bool = False, whole_step: bool = False) -> Callable[[Formula], Formula]:
-    """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType`."""
+def dpo_type(
+    *,
+    divergences: bool = False,
+    whole_step: bool = False,
+    reads: Collection[str] = (),
+    ignores: Collection[str] = (),
+) -> Callable[[Formula], Formula]:
+    """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType` and `Variants.enter`."""
 
     def add(formula: Formula) -> Formula:
-        enter(DPO_TYPES, formula.__name__, DPOType(formula, divergences, whole_step))
+        own = ["f_divergence_type"] if divergences and "f_divergence_type" not in ignores else []
+        entry = DPOType(formula, divergences, whole_step)
+        DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
         return formula
 
     return add
@@ -107,7 +121,7 @@ def ipo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (r.average_margin - 1 / (2 * loss.beta)) ** 2
 
 
-F_DIVERGENCES: dict[str, Callable[[Tensor, DPOLoss], Tensor]] = {}
+F_DIVERGENCES: Variants[Callable[[Tensor, DPOLoss], Tensor]] = Variants()
 """f_divergence_type -> f'(u) of r = log u, [P]: what takes the place of r (arXiv 2309.16240)."""
 
 
@@ -129,7 +143,7 @@ def js_divergence(r: Tensor, loss: DPOLoss) -> Tensor:
     return math.log(2) + logsigmoid(r)
 
 
-@variant(F_DIVERGENCES)
+@variant(F_DIVERGENCES, reads=("f_alpha_divergence_coef",))
 def alpha_divergence(r: Tensor, loss: DPOLoss) -> Tensor:
     """(u^(a-1) - 1) / (a - 1), reverse_kl at a = 1; a is 1 - alpha of the paper, as in TRL."""
     power = loss.f_alpha_divergence_coef - 1
@@ -143,56 +157,54 @@ class DPOLoss(Loss):
 
     kind: ClassVar[Kind] = Kind.PAIRED
     wants_reference: ClassVar[bool] = True  # type: ignore[misc]
+    option_tables: ClassVar = {"loss_type": DPO_TYPES, "f_divergence_type": F_DIVERGENCES}
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Strength of the pull towards the reference (1 / nats); tau in ipo."""
     loss_type: tuple[str, ...] = ("sigmoid",)
     """One or several of sigmoid, hinge, ipo, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair, sppo_hard, aot,
     aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow, beta_dpo."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss_type (default: 1)."""
-    label_smoothing: float = 0.0
-    """Probability that a label is flipped: cdpo, robust, exo_pair, aot, aot_unpaired."""
+    label_smoothing: Share = 0.0
+    """Probability that a label is flipped."""
     f_divergence_type: str = "reverse_kl"
     """reverse_kl, forward_kl, js_divergence, or alpha_divergence."""
     f_alpha_divergence_coef: float = 0.5
-    """alpha_divergence's exponent plus 1."""
-    ld_alpha: float | None = None
+    """The exponent plus 1."""
+    ld_alpha: Share | None = None
     """Weight of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411)."""
     use_weighting: bool = False
     """Multiply each pair by how probable both its completions are (WPO, arXiv 2406.11827 Eq. 2)."""
-    discopop_tau: float = 0.05
-    """discopop: temperature of the blend."""
-    irpo_alpha: float = 1.0
-    """irpo: weight of the NLL."""
-    dpop_lambda: float = 50.0
-    """dpop: penalty on a chosen completion that has lost probability."""
-    cal_dpo_coef: float = 0.5
-    """cal_dpo: weight of the calibration."""
+    discopop_tau: Positive = 0.05
+    """Temperature of the blend."""
+    irpo_alpha: NotNegative = 1.0
+    """Weight of the NLL."""
+    dpop_lambda: NotNegative = 50.0
+    """Penalty on a chosen completion that has lost probability."""
+    cal_dpo_coef: NotNegative = 0.5
+    """Weight of the calibration."""
     r_dpo_alpha: float = 0.1
-    """r_dpo: price of a token, in nats."""
-    chi_po_r_max: float = 10.0
-    """chi_po: margins are clipped to twice this."""
-    rainbow_mu: float = 0.25
-    """rainbow: share of the reference in the margin to beat."""
+    """Price of a token, in nats."""
+    chi_po_r_max: Positive = 10.0
+    """Margins are clipped to twice this."""
+    rainbow_mu: Share = 0.25
+    """Share of the reference in the margin to beat."""
     rainbow_gamma: float = 0.1
-    """rainbow: the constant margin, in nats a token."""
-    beta_dpo_coef: float = 0.6
-    """beta_dpo: how strongly beta follows the step's mean margin."""
-    beta_dpo_momentum: float = 0.9
-    """beta_dpo: of the running mean of margins."""
+    """The constant margin, in nats a token."""
+    beta_dpo_coef: NotNegative = 0.6
+    """How strongly beta follows the step's mean margin."""
+    beta_dpo_momentum: Share = 0.9
+    """Of the running mean of margins."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             object.__setattr__(self, "loss_type", (self.loss_type,))
-        for name in self.loss_type:
-            check_choice("loss_type", name, DPO_TYPES)
-        check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
-        for field in ("beta", "discopop_tau", "chi_po_r_max"):
-            check_positive(field, getattr(self, field))
-        check_range("label_smoothing", self.label_smoothing, 0, 1)
-        if not self.loss_type or (self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type)):
+        if not self.loss_type:
+            raise ValueError("loss_type must name at least one variant")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights={self.loss_weights} must have one number for each of {self.loss_type}")
+        super().__post_init__()
         unfit = [name for name in self.loss_type if not DPO_TYPES[name].divergences]
         if unfit and self.f_divergence_type != "reverse_kl":
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not defined for {', '.join(unfit)}")

@@ -7,36 +7,36 @@ names and equal it on one micro-batch; TRL's `+1` in apo_zero and apo_down is ke
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from .dpo import MAX_EXPONENT, DPOLoss, PairRatios, dpo_type
 
 
 def smoothed(x: Tensor, e: float) -> Tensor:
     """(1 - e) sp(-x) + e sp(x): the cross-entropy of sigmoid(x) with a label that is right with probability 1 - e."""
-    return (1 - e) * softplus(-x) + e * softplus(x)
+    return -(1 - e) * logsigmoid(x) - e * logsigmoid(-x)
 
 
 @dpo_type(divergences=True)
 def sigmoid_norm(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (r_w/|y_w| - r_l/|y_l|)), Tulu 3, arXiv 2411.15124 Sec. 4.3."""
-    return softplus(-loss.beta * r.average_margin)
+    return -logsigmoid(loss.beta * r.average_margin)
 
 
-@dpo_type()
+@dpo_type(reads=("label_smoothing",))
 def cdpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """(1 - e) sp(-x) + e sp(x), conservative DPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3)."""
     return smoothed(loss.beta * r.margin, loss.label_smoothing)
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, reads=("label_smoothing",))
 def robust(r: PairRatios, loss: DPOLoss) -> Tensor:
     """((1 - e) sp(-x) - e sp(x)) / (1 - 2e), arXiv 2403.00409: unbiased under flipped labels, not bounded below."""
     x, e = loss.beta * r.margin, loss.label_smoothing
-    return ((1 - e) * softplus(-x) - e * softplus(x)) / (1 - 2 * e)
+    return (e * logsigmoid(-x) - (1 - e) * logsigmoid(x)) / (1 - 2 * e)
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, reads=("label_smoothing",))
 def exo_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
     """s(x) (log s(x) - log(1 - e)) + s(-x) (log s(-x) - log e), arXiv 2402.00856 Eq. 16: a reverse KL."""
     x, e = loss.beta * r.margin, r.margin.new_tensor(loss.label_smoothing)
@@ -47,13 +47,13 @@ def exo_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
 def nca_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-b r_w) + sp(b r_w)/2 + sp(b r_l)/2, arXiv 2402.05369: r_w has a finite optimum, sigmoid(b r_w) = 2/3."""
     chosen, rejected = loss.beta * r.chosen, loss.beta * r.rejected
-    return softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 @dpo_type()
 def bco_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-b r_w) + sp(b r_l), arXiv 2404.04656 without its shift delta, as in TRL (`bco` of KTO has it)."""
-    return softplus(-loss.beta * r.chosen) + softplus(loss.beta * r.rejected)
+    return -logsigmoid(loss.beta * r.chosen) - logsigmoid(-loss.beta * r.rejected)
 
 
 @dpo_type()
@@ -78,7 +78,7 @@ def apo_down(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (loss.beta * r.chosen).sigmoid() + (-loss.beta * r.margin).sigmoid()
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, reads=("discopop_tau",))
 def discopop(r: PairRatios, loss: DPOLoss) -> Tensor:
     """(1 - m) sp(-x) + m exp(-x), m = s(x / tau), arXiv 2406.08414 Eq. 5, with m exp(-x) as one exponential.
 
@@ -86,10 +86,10 @@ def discopop(r: PairRatios, loss: DPOLoss) -> Tensor:
     """
     x = loss.beta * r.margin
     blend = x / loss.discopop_tau
-    return (-blend).sigmoid() * softplus(-x) + (logsigmoid(blend) - x).clamp(max=MAX_EXPONENT).exp()
+    return (logsigmoid(blend) - x).clamp(max=MAX_EXPONENT).exp() - (-blend).sigmoid() * logsigmoid(x)
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "f_divergence_type"))
 def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     """-sum log p_w / N_w, N_w the chosen tokens of the step (MPO, arXiv 2411.10442; RPO, 2405.16436).
 
@@ -98,7 +98,7 @@ def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     return r.chosen_nll * (r.totals.num_sequences / max(r.totals.num_chosen_tokens, 1))
 
 
-@dpo_type(whole_step=True)
+@dpo_type(whole_step=True, reads=("label_smoothing",))
 def aot(r: PairRatios, loss: DPOLoss) -> Tensor:
     """Smoothed sp(-beta (u_k - v_k)), u, v the step's margins log p_w - log p_l of policy and reference, each sorted.
 
@@ -108,7 +108,7 @@ def aot(r: PairRatios, loss: DPOLoss) -> Tensor:
     return smoothed(loss.beta * (r.chosen_logps - r.rejected_logps - matched), loss.label_smoothing)
 
 
-@dpo_type(whole_step=True)
+@dpo_type(whole_step=True, reads=("label_smoothing",))
 def aot_unpaired(r: PairRatios, loss: DPOLoss) -> Tensor:
     """Smoothed sp(-beta (u_k - v_k)), u = r_w and v = r_l of the step, each sorted, arXiv 2406.05882.
 
@@ -130,43 +130,43 @@ def same_rank(r: PairRatios, column: int, other: int) -> Tensor:
     return matched.to(r.chosen).nan_to_num()  # NaN only for pairs with nothing scored, which sort last on both sides
 
 
-@dpo_type()
+@dpo_type(reads=("irpo_alpha",))
 def irpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-x) - alpha log p_w / |y_w|, iterative reasoning preference optimization, arXiv 2404.19733."""
-    return softplus(-loss.beta * r.margin) + loss.irpo_alpha * r.chosen_nll / r.chosen_lengths
+    return loss.irpo_alpha * r.chosen_nll / r.chosen_lengths - logsigmoid(loss.beta * r.margin)
 
 
-@dpo_type()
+@dpo_type(reads=("dpop_lambda",))
 def dpop(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (r_w - r_l - lambda max(0, -r_w))), DPO-Positive (Smaug), arXiv 2402.13228.
 
     The kink is at r_w = 0, where training begins: there torch's relu has slope 0 and this is plain DPO; just below,
     the slope in r_w is 1 + lambda times as steep.
     """
-    return softplus(-loss.beta * (r.margin - loss.dpop_lambda * (-r.chosen).relu()))
+    return -logsigmoid(loss.beta * (r.margin - loss.dpop_lambda * (-r.chosen).relu()))
 
 
-@dpo_type()
+@dpo_type(reads=("cal_dpo_coef",))
 def cal_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-(r_w - r_l)) + c sppo_hard, arXiv 2412.14516; no beta in the sigmoid, as in the authors' code."""
-    return softplus(-r.margin) + loss.cal_dpo_coef * sppo_hard(r, loss)
+    return loss.cal_dpo_coef * sppo_hard(r, loss) - logsigmoid(r.margin)
 
 
-@dpo_type()
+@dpo_type(reads=("r_dpo_alpha",))
 def r_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-(x + alpha (|y_w| - |y_l|))), arXiv 2403.19159: a pair whose chosen is longer weighs less."""
-    return softplus(-(loss.beta * r.margin + loss.r_dpo_alpha * (r.chosen_lengths - r.rejected_lengths)))
+    return -logsigmoid(loss.beta * r.margin + loss.r_dpo_alpha * (r.chosen_lengths - r.rejected_lengths))
 
 
-@dpo_type()
+@dpo_type(reads=("chi_po_r_max",))
 def chi_po(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-clip(beta (f(r_w) - f(r_l)), +-2 R_max)), f(r) = exp(r) + r, chi-squared PO, arXiv 2407.13399."""
     chosen, rejected = (value.clamp(max=MAX_EXPONENT).exp() + value for value in (r.chosen, r.rejected))
     limit = 2 * loss.chi_po_r_max
-    return softplus(-(loss.beta * (chosen - rejected)).clamp(-limit, limit))
+    return -logsigmoid((loss.beta * (chosen - rejected)).clamp(-limit, limit))
 
 
-@dpo_type()
+@dpo_type(reads=("rainbow_mu", "rainbow_gamma"))
 def rainbow(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (D - mu D_ref - (1 - mu) gamma)), D, D_ref average log p_w minus average log p_l, arXiv 2410.04203.
 
@@ -175,10 +175,10 @@ def rainbow(r: PairRatios, loss: DPOLoss) -> Tensor:
     own = r.chosen_logps / r.chosen_lengths - r.rejected_logps / r.rejected_lengths
     reference = r.ref_chosen_logps / r.chosen_lengths - r.ref_rejected_logps / r.rejected_lengths
     to_beat = loss.rainbow_mu * reference + (1 - loss.rainbow_mu) * loss.rainbow_gamma
-    return softplus(-loss.beta * (own - to_beat))
+    return -logsigmoid(loss.beta * (own - to_beat))
 
 
-@dpo_type(whole_step=True)
+@dpo_type(whole_step=True, reads=("beta_dpo_coef", "beta_dpo_momentum"))
 def beta_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-b (r_w - r_l)), b = max(1e-3, beta (1 + coef (mean margin of the step - M))), arXiv 2407.08639.
 
@@ -188,4 +188,4 @@ def beta_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
         raise ValueError("beta_dpo adapts beta to the pairs of the whole step: it needs totals.collected")
     mean = (r.totals.collected[:, 2] - r.totals.collected[:, 3]).nanmean().nan_to_num().to(r.chosen)
     beta = loss.beta * (1 + loss.beta_dpo_coef * (mean - r.totals.state.get("margin", 0.0)))
-    return softplus(-beta.clamp(min=1e-3) * r.margin)
+    return -logsigmoid(beta.clamp(min=1e-3) * r.margin)

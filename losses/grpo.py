@@ -13,14 +13,19 @@ Differs from TRL 1.16: (1) token totals, the mean entropy and the entropy's quan
 TRL's dapo divides by the tokens of the generation batch, which is the same where a generation batch is one step; its
 bnpo divides by the tokens of a micro-batch, which would make the result depend on the memory setting: here bnpo's
 batch is the step, so it equals dapo. (2) log-ratios above 40 are held there, where TRL overflows to NaN at 88.
-(3) the entropy's quantile comes from a forward pass of its own before the step's.
+(3) the entropy's quantile comes from a forward pass of its own before the step's. (4) `cispo` caps the ratio at
+epsilon_high itself, as in TRL, but by default at 5 (ScaleRL, arXiv 2510.13786), TRL's at epsilon's 0.2, which binds
+for nearly every token. (5) cispo's share of capped tokens with A > 0 is `clip_ratio/high_mean`, TRL's
+`cispo_clip_ratio`; it has no lower bound, and sapo and vespo, which clip nothing, have no such metrics, as in TRL.
+(6) an option that the loss_type does not read is refused; TRL ignores it, but for vespo at sequence level, where its
+KL term is corrected by the sequence's ratio.
+Differs from verl: (7) a completion with nothing scored counts in B, as in TRL, also in means over sequences.
 As in TRL, the KL estimate is multiplied by rho by default (`use_bias_correction_kl`, arXiv 2512.02556), so that k3's
-gradient is that of the reverse KL also off policy, and `cispo` caps the ratio at epsilon_high itself.
+gradient is that of the reverse KL also off policy.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,19 +35,13 @@ import torch
 from torch import Tensor
 
 from .dpo import MAX_EXPONENT
-from .registry import check_choice, check_positive, check_range, register, variant
+from .options import Count, NotNegative, Positive, Share, Variants, variant
+from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
-UNDEFINED = {
-    "cispo": ("delta",),
-    "sapo": ("delta",),
-    "vespo": ("delta",),
-    "gmpo": ("delta",),
-    "rloo": ("delta", "beta", "top_entropy_quantile"),  # its KL is in the reward: `reward_kl_coef`
-}
-"""Options that a loss_type has no place for."""
-
-LEVELS = {"token": "a ratio for each token", "sequence": "one for the sequence, the exp of the mean (GSPO)"}
+LEVELS: Variants[str] = Variants()
+LEVELS.enter("token", "a ratio for each token")
+LEVELS.enter("sequence", "one for the sequence, the exp of the mean (GSPO)")
 
 
 class Ratios(NamedTuple):
@@ -61,29 +60,26 @@ class Ratios(NamedTuple):
     kept: Tensor
 
 
-def ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
-    """rho [C, T] or [C, 1], and the range in which it is not clipped."""
-    low, high = loss.epsilons
-    return x.ratio, 1 - low, 1 + high
-
-
 class GRPOType(NamedTuple):
     """surrogate(x, loss) -> [C, T] or [C, 1]; weight(lengths [C, 1], totals, loss) -> [C, 1] or scalar.
 
     sequence_term: the surrogate is of the whole completion (it selects the `kept` tokens itself, and the KL term is
-    not corrected by rho). epsilon: the default. clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range.
+    not corrected by rho). epsilon, epsilon_high: the defaults, None: the same as epsilon. widest: epsilon is below it.
+    clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range; None where nothing is, and no metrics of it.
     """
 
     surrogate: Callable[[Ratios, GRPOLoss], Tensor]
     weight: Callable[[Tensor, Totals, GRPOLoss], Tensor]
     sequence_term: bool = False
     epsilon: float = 0.2
-    clip: Callable[[Ratios, GRPOLoss], tuple[Tensor, float, float]] = ratio_range
+    epsilon_high: float | None = None
+    widest: float = 1.0
+    clip: Callable[[Ratios, GRPOLoss], tuple[Tensor, float, float]] | None = None
 
 
-GRPO_TYPES: dict[str, GRPOType] = {}
+GRPO_TYPES: Variants[GRPOType] = Variants()
 
-KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {}
+KL_ESTIMATORS: Variants[Callable[[Tensor], Tensor]] = Variants()
 """kl_estimator -> k(d) of d = log p - log p_ref, elementwise (Schulman, "Approximating KL divergence")."""
 
 
@@ -111,59 +107,57 @@ class GRPOLoss(Loss):
     """L = sum_i w_i sum_t l_it, with the weights w_i of the `loss_type`; see the module for l."""
 
     kind: ClassVar[Kind] = Kind.GROUPED
+    option_tables: ClassVar = {
+        "loss_type": GRPO_TYPES,
+        "kl_estimator": KL_ESTIMATORS,
+        "importance_sampling_level": LEVELS,
+    }
+    option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
     loss_type: str = "dapo"
     """dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo, gmpo, or rloo."""
-    beta: float = 0.0
+    beta: NotNegative = 0.0
     """Weight of the KL term to the reference; 0 needs no reference."""
     kl_estimator: str = "k3"
     """k1, k2, or k3."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio."""
-    epsilon: float | None = None
+    epsilon: NotNegative | None = None
     """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4)."""
-    epsilon_high: float | None = None
-    """Clip range above 1 (default: epsilon); cispo: the cap itself."""
-    delta: float | None = None
+    epsilon_high: NotNegative | None = None
+    """Clip range above 1 (default: epsilon); cispo: the cap of the ratio itself (default: 5, as ScaleRL has it)."""
+    delta: Positive | None = None
     """Cap of the unclipped ratio (INTELLECT-2); from 1 + epsilon_high on it is PPO's dual clip."""
     importance_sampling_level: str = "token"
-    """token, or sequence (GSPO)."""
+    """token, or sequence (GSPO, and LUSPO as its paper has it: luspo too is token-level unless asked)."""
     off_policy_mask_threshold: float | None = None
     """Drop completions of negative advantage whose mean log(p_old / p) is above this (DeepSeek-V3.2)."""
-    top_entropy_quantile: float = 1.0
+    top_entropy_quantile: Share = 1.0
     """Share of tokens, those of highest entropy over the step, that the policy term is taken of."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    max_completion_length: int = 512
+    max_completion_length: Count = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo."""
-    sapo_temperature_pos: float = 1.0
-    """sapo: where the advantage is positive."""
-    sapo_temperature_neg: float = 1.05
-    """sapo: elsewhere."""
-    vespo_k_pos: float = 2.0
-    """vespo: power of the ratio where the advantage is not negative."""
-    vespo_lambda_pos: float = 3.0
-    """vespo: rate of its exponential damping there."""
-    vespo_k_neg: float = 3.0
-    """vespo: power where the advantage is negative."""
-    vespo_lambda_neg: float = 2.0
-    """vespo: damping there."""
+    sapo_temperature_pos: Positive = 1.0
+    """Steepness of the gate where the advantage is positive."""
+    sapo_temperature_neg: Positive = 1.05
+    """Steepness elsewhere."""
+    vespo_k_pos: NotNegative = 2.0
+    """Power of the ratio where the advantage is not negative."""
+    vespo_lambda_pos: NotNegative = 3.0
+    """Rate of its exponential damping there."""
+    vespo_k_neg: NotNegative = 3.0
+    """Power where the advantage is negative."""
+    vespo_lambda_neg: NotNegative = 2.0
+    """Damping there."""
 
     def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, GRPO_TYPES)
-        check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        for name in ("epsilon", "epsilon_high", "delta", "max_completion_length", "sapo_temperature_pos"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        check_positive("sapo_temperature_neg", self.sapo_temperature_neg)
-        check_range("top_entropy_quantile", self.top_entropy_quantile, 0, 1)
-        if self.beta < 0:
-            raise ValueError(f"beta={self.beta} must not be negative")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in UNDEFINED.get(self.loss_type, ()) and value != field.default:
-                raise ValueError(f"{field.name}={value} has no meaning for {self.loss_type}; leave it out")
+        super().__post_init__()
+        low, high = self.epsilons
+        if low >= GRPO_TYPES[self.loss_type].widest:
+            raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
+        if self.loss_type == "cispo" and not high:
+            raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
 
     @property
     def wants_reference(self) -> bool:
@@ -183,8 +177,10 @@ class GRPOLoss(Loss):
     @property
     def epsilons(self) -> tuple[float, float]:
         """How far the ratio may go below and above 1 (gmpo: its logarithm, below and above 0)."""
-        low = GRPO_TYPES[self.loss_type].epsilon if self.epsilon is None else self.epsilon
-        return low, low if self.epsilon_high is None else self.epsilon_high
+        kind = GRPO_TYPES[self.loss_type]
+        low = kind.epsilon if self.epsilon is None else self.epsilon
+        high = kind.epsilon_high if self.epsilon_high is None else self.epsilon_high
+        return low, low if high is None else high
 
     def collect(self, policy: CompletionLogps, ref: CompletionLogps | None = None) -> Tensor:
         """[n], the entropies of all scored tokens."""
@@ -261,7 +257,10 @@ class GRPOLoss(Loss):
 
     @torch.no_grad()
     def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:
-        measure, low, high = GRPO_TYPES[self.loss_type].clip(x, self)
+        clip = GRPO_TYPES[self.loss_type].clip
+        if clip is None:
+            return {}
+        measure, low, high = clip(x, self)
         below = ((measure < low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
         above = ((measure > high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
         return {

@@ -17,14 +17,37 @@ from .types import Totals, choose, divide
 
 def clipped(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-min(min(rho, delta) A, clip(rho) A), arXiv 2402.03300 Eq. 3 (PPO, 1707.06347 Eq. 7), delta: 2505.07291."""
-    ratio, low, high = GRPO_TYPES[loss.loss_type].clip(x, loss)
+    ratio, low, high = ratio_range(x, loss)
     capped = ratio.clamp(max=math.inf if loss.delta is None else loss.delta)
     return -torch.min(capped * x.advantages, ratio.clamp(low, high) * x.advantages)
+
+
+def ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """rho [C, T] or [C, 1], and the range in which it is not clipped."""
+    low, high = loss.epsilons
+    return x.ratio, 1 - low, 1 + high
+
+
+def clipped_sequence(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """-min(W A, clip(W) A), W = exp(sum log rho), RLOO, arXiv 2402.14740, clipped as TRL does (the paper does not)."""
+    ratio, low, high = sequence_ratio_range(x, loss)
+    return -torch.min(ratio * x.advantages, ratio.clamp(low, high) * x.advantages)
+
+
+def sequence_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """W [C, 1], and the range in which it is not clipped."""
+    low, high = loss.epsilons
+    return x.log_ratio.sum(-1, keepdim=True).clamp(max=MAX_EXPONENT).exp(), 1 - low, 1 + high
 
 
 def capped_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-sg(min(rho, epsilon_high)) A log p, CISPO, arXiv 2506.13585: every token keeps a gradient."""
     return -x.ratio.clamp(max=loss.epsilons[1]).detach() * x.advantages * x.logps
+
+
+def capped_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
+    """rho [C, T] or [C, 1], and the range in which CISPO does not cap it: it has no lower bound."""
+    return x.ratio, -math.inf, loss.epsilons[1]
 
 
 def soft_gate(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -62,15 +85,6 @@ def log_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
     return x.log_ratio, -low, high
 
 
-def sequence_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
-    """W = exp(sum log rho) [C, 1], and the range in which it is not clipped.
-
-    `clipped` of it is RLOO, arXiv 2402.14740, clipped as TRL does (the paper does not).
-    """
-    low, high = loss.epsilons
-    return x.log_ratio.sum(-1, keepdim=True).clamp(max=MAX_EXPONENT).exp(), 1 - low, 1 + high
-
-
 def sequence_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
     """1 / (B |y_i|): the mean over completions of their token means."""
     return divide(1 / lengths, totals.num_sequences)
@@ -91,15 +105,36 @@ def constant_length(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
     return divide(torch.ones_like(lengths), totals.num_sequences * loss.max_completion_length)
 
 
-GRPO_TYPES |= {
-    "dapo": GRPOType(clipped, token_mean),
-    "grpo": GRPOType(clipped, sequence_mean),
-    "dr_grpo": GRPOType(clipped, constant_length),
-    "bnpo": GRPOType(clipped, token_mean),
-    "luspo": GRPOType(clipped, sequence_sum),
-    "sapo": GRPOType(soft_gate, sequence_mean),
-    "cispo": GRPOType(capped_weight, token_mean),
-    "vespo": GRPOType(gamma_weight, token_mean),
-    "gmpo": GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4, clip=log_ratio_range),
-    "rloo": GRPOType(clipped, sequence_mean, clip=sequence_ratio_range),
-}
+CLIP = ("epsilon", "epsilon_high")
+WHOLE = ("importance_sampling_level", "use_bias_correction_kl")
+
+for _name, _weight in {
+    "dapo": token_mean,
+    "grpo": sequence_mean,
+    "dr_grpo": constant_length,
+    "bnpo": token_mean,
+    "luspo": sequence_sum,
+}.items():
+    GRPO_TYPES.enter(_name, GRPOType(clipped, _weight, clip=ratio_range), reads=(*CLIP, "delta"))
+GRPO_TYPES.enter("sapo", GRPOType(soft_gate, sequence_mean), reads=("sapo_temperature_pos", "sapo_temperature_neg"))
+GRPO_TYPES.enter(
+    "cispo", GRPOType(capped_weight, token_mean, epsilon_high=5.0, clip=capped_range), reads=("epsilon_high",)
+)
+GRPO_TYPES.enter(
+    "vespo",
+    GRPOType(gamma_weight, token_mean),
+    reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    ignores=("importance_sampling_level",),
+)
+GRPO_TYPES.enter(
+    "gmpo",
+    GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4, widest=math.inf, clip=log_ratio_range),
+    reads=CLIP,
+    ignores=WHOLE,
+)
+GRPO_TYPES.enter(
+    "rloo",
+    GRPOType(clipped_sequence, sequence_mean, clip=sequence_ratio_range),
+    reads=CLIP,
+    ignores=(*WHOLE, "beta", "kl_estimator", "top_entropy_quantile"),  # its KL is in the reward: `reward_kl_coef`
+)

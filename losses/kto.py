@@ -21,9 +21,10 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
-from .registry import check_choice, check_positive, register
+from .options import NotNegative, Positive, Variants
+from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, choose, divide
 
 
@@ -46,7 +47,7 @@ def saturating(x: Tensor) -> Tensor:
 
 def logistic(x: Tensor) -> Tensor:
     """-log sigmoid(x), arXiv 2404.04656: convex, never saturated on the wrong side."""
-    return softplus(-x)
+    return -logsigmoid(x)
 
 
 def kl_estimate(totals: Totals, loss: KTOLoss) -> Tensor:
@@ -70,12 +71,11 @@ def running_mean(totals: Totals, loss: KTOLoss) -> Tensor:
     return torch.tensor(so_far["reward_sum"] / max(so_far["num_examples"], 1), dtype=torch.float64)
 
 
-KTO_TYPES = {
-    "kto": KTOType(saturating, kl_estimate, "mismatched"),
-    "apo_zero_unpaired": KTOType(saturating, nothing, None),  # arXiv 2408.06266, Eq. 7 unpaired
-    "bco": KTOType(logistic, running_mean, "own"),  # arXiv 2404.04656
-}
+KTO_TYPES: Variants[KTOType] = Variants()
 """loss_type -> the loss of an example."""
+KTO_TYPES.enter("kto", KTOType(saturating, kl_estimate, "mismatched"))
+KTO_TYPES.enter("apo_zero_unpaired", KTOType(saturating, nothing, None))  # arXiv 2408.06266, Eq. 7 unpaired
+KTO_TYPES.enter("bco", KTOType(logistic, running_mean, "own"))  # arXiv 2404.04656
 
 
 @register("kto")
@@ -85,19 +85,16 @@ class KTOLoss(Loss):
 
     kind: ClassVar[Kind] = Kind.LABELED
     wants_reference: ClassVar[bool] = True  # type: ignore[misc]
+    option_tables: ClassVar = {"loss_type": KTO_TYPES}
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Strength of the pull towards the reference (1 / nats)."""
     loss_type: str = "kto"
     """kto, apo_zero_unpaired, or bco."""
-    desirable_weight: float = 1.0
+    desirable_weight: NotNegative = 1.0
     """Weight of examples labelled True."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: NotNegative = 1.0
     """Weight of examples labelled False."""
-
-    def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, KTO_TYPES)
-        check_positive("beta", self.beta)
 
     @property
     def window_pass(self) -> Literal["own", "mismatched"] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._two_gemm import STATS, Tile, TorchTile, Transform, TwoGemm
-from .registry import check_choice, check_positive
+from .options import check_choice, check_positive
 
 IMPLEMENTATIONS = {
     "auto": "the fastest that applies",

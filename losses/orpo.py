@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .dpo import preference_metrics
-from .registry import check_positive, register
+from .options import Positive
+from .registry import register
 from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 
@@ -40,11 +41,8 @@ class ORPOLoss(Loss):
     kind: ClassVar[Kind] = Kind.PAIRED
     scores_prompt: ClassVar[bool] = True  # type: ignore[misc]
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Weight of the odds-ratio term (lambda in the paper)."""
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
 
     def __call__(self, policy: PairLogps, *, totals: Totals) -> LossOutput:
         """policy: chosen and rejected [P, T] each, and the prompt's log-probs, without which NLL is the chosen's.

@@ -13,10 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .registry import check_choice, register, variant
+from .options import NotNegative, Variants, variant
+from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
-SFT_TYPES: dict[str, Callable[[Tensor], Tensor]] = {}
+SFT_TYPES: Variants[Callable[[Tensor], Tensor]] = Variants()
 """loss_type -> the loss of each token given its log-probability, [C, T] -> [C, T]."""
 
 
@@ -41,16 +42,12 @@ class SFTLoss(Loss):
     """
 
     kind: ClassVar[Kind] = Kind.SEQUENCE
+    option_tables: ClassVar = {"loss_type": SFT_TYPES}
 
     loss_type: str = "nll"
     """nll, or dft (Dynamic Fine-Tuning)."""
-    z_loss_coef: float = 0.0
+    z_loss_coef: NotNegative = 0.0
     """Weight of the square of log Z, which keeps logits from drifting (PaLM: 1e-4)."""
-
-    def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, SFT_TYPES)
-        if not self.z_loss_coef >= 0:
-            raise ValueError(f"z_loss_coef={self.z_loss_coef} must not be negative")
 
     @property
     def stats(self) -> tuple[str, ...]:

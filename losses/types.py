@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .options import Variants, check_options
+
 
 class Kind(StrEnum):
     """What one example of a loss is; it decides how rows become tensors and what the loss is called with."""
@@ -217,6 +219,14 @@ class Loss:
     """
 
     kind: ClassVar[Kind]
+    option_tables: ClassVar[Mapping[str, Variants[Any]]] = {}
+    """Options that name a variant, and the table of their variants; a loss of the user's own needs none."""
+    option_switches: ClassVar[Mapping[str, str]] = {}
+    """Options that are read only where another option, a number, is not 0: option -> that one."""
+
+    def __post_init__(self) -> None:
+        """ValueError for options out of range or not read, see `options.py`."""
+        check_options(self)
 
     @property
     def wants_reference(self) -> bool:

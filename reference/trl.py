@@ -80,10 +80,12 @@ def loss_and_grads(
     *,
     max_length: int = 1024,
     ref_model: Any = None,
+    scaled: bool = True,
     **loss_options: Any,
 ) -> Result:
     """TRL's loss of one batch that holds all `rows`, and its gradient.
 
+    scaled: whether the scale is wanted; for rollouts it takes a pass over each of them. Otherwise it is |loss|.
     loss_options: fields of TRL's configuration, such as beta or loss_type; one that is None is left at TRL's default.
     Raises ImportError where trl is not the pinned version, ValueError where TRL would drop some of the rows.
     """
@@ -101,7 +103,7 @@ def loss_and_grads(
         stored = trainer._stored_metrics if method in ("orpo", "cpo") else trainer._metrics
         metrics = {name: float(np.mean(values)) for name, values in stored["train"].items()}
         scale = abs(loss.item())
-        if rolled:
+        if rolled and scaled:
             with torch.no_grad():
                 alone = [trainer.compute_loss(policy, rollouts(method, [row], pad)) for row in rows]
             scale = float(torch.stack(alone).abs().mean())

@@ -1,4 +1,4 @@
-"""The direction of imports: losses <- trainers <- benchmarks; reference stands apart from what it judges.
+"""The direction of imports, floor by floor: losses <- trainers <- benchmarks; reference apart from what it judges.
 
 One exception: the laws speak of losses in the vocabulary of `losses/types.py`, which has no formula in it.
 """
@@ -20,6 +20,26 @@ MAY_IMPORT = {
     "benchmarks": set(FOLDERS),
 }
 
+# The rooms from the ground up: a folder with all that is in it, or a file. Rooms on one floor do not know each other.
+FLOORS = (
+    ("losses",),
+    ("trainers/errors.py", "trainers/streams.py"),
+    ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py"),
+    ("trainers/runlog.py", "trainers/outputs.py"),
+    ("trainers/data",),
+    ("trainers/attention",),
+    ("trainers/policy",),
+    ("trainers/step.py", "trainers/checkpoint.py"),
+    ("trainers/rollout",),
+    ("trainers/preflight.py",),
+    ("trainers/setup.py",),
+    ("trainers/loop.py",),
+    ("trainers/cli.py", "trainers/demo.py"),
+    ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
+    ("benchmarks/measure",),
+    ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
+    ("benchmarks/atlas.py", "benchmarks/bench.py"),
+)
 
 VOCABULARY = "logratio.losses.types"
 SPEAK_IT = {"_law_book.py", "_law_runs.py", "family_laws.py", "family_laws_grpo.py", "generic_laws.py", "laws.py"}
@@ -42,6 +62,47 @@ def files(folder: str) -> list[Path]:
     found = sorted((ROOT / folder).rglob("*.py"))
     assert found, f"no files in {folder}"
     return found
+
+
+def room_of(path: Path) -> tuple[int, str] | None:
+    """(floor, room) of a file or folder of the repository; None where no floor has it."""
+    parts = path.relative_to(ROOT).parts
+    above = {"/".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return next(((n, room) for n, floor in enumerate(FLOORS) for room in floor if room in above), None)
+
+
+def file_of(name: str) -> Path:
+    """The module that an absolute dotted name of ours leads to, which may name something inside it."""
+    path = ROOT
+    for part in name.split(".")[1:]:
+        if (path / f"{part}.py").is_file():
+            return path / f"{part}.py"
+        if not (path / part).is_dir():
+            break
+        path = path / part
+    return path / "__init__.py"
+
+
+def test_every_file_has_its_floor():
+    product = [path for folder in ("losses", "trainers", "benchmarks") for path in files(folder)]
+    homeless = [str(path.relative_to(ROOT)) for path in product if room_of(path) is None]
+    assert [name for name in homeless if not name.endswith("__init__.py")] == [], "enter them into FLOORS"
+    assert [room for floor in FLOORS for room in floor if not (ROOT / room).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["losses", "trainers", "benchmarks"])
+def test_imports_go_down(folder):
+    """From a room to one on a lower floor, or within a room."""
+    wrong = []
+    for path in files(folder):
+        here = room_of(path)
+        for line, name in imports(path):
+            if here is None or not name.startswith("logratio.") or name.startswith("logratio.reference."):
+                continue
+            there = room_of(file_of(name))
+            if there is not None and there != here and there[0] >= here[0]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "what both need belongs on a lower floor"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -103,6 +164,39 @@ def test_the_property_kit_loads_neither_what_it_tests_nor_trl():
     loaded = loaded_by("logratio.reference.strategies")
     assert "logratio.reference" in loaded
     assert not loaded & {"logratio.losses", "logratio.trainers", "logratio.benchmarks", "trl", "transformers"}
+
+
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    """In a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+
+
+def test_the_list_of_commands_is_shown_without_loading_any():
+    done = run(
+        "import sys; from logratio.trainers.cli import main; status = main(['--help'])\n"
+        "print(*{m.split('.')[0] for m in sys.modules} | {m for m in sys.modules if m.startswith('logratio.')})\n"
+        "sys.exit(status)"
+    )
+    *shown, loaded = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == ""
+    assert any(line.startswith("verify          Compare every loss with TRL") for line in shown)
+    heavy = {"torch", "numpy", "transformers", "tyro", "yaml", "rich", "datasets", "peft"}
+    assert not set(loaded.split()) & (heavy | {"logratio.losses", "logratio.benchmarks.verify", "logratio.reference"})
+
+
+def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses():
+    """PEFT imports it; on a CPU with AVX512-BF16, of which it is told here, it would."""
+    done = run(
+        "import sys, warnings, logratio.trainers, bitsandbytes.functional as functional\n"
+        "warnings.simplefilter('ignore'); functional.has_avx512bf16 = lambda: True; sys.modules['kernels'] = None\n"
+        "import importlib, bitsandbytes.backends.cpu.ops as ops\n"
+        "try: importlib.reload(ops)\n"
+        "except RuntimeError: pass  # what it registers is registered already\n"
+        "assert ops.gemm_4bit_forward_kernel is None\n"
+        "ops.logger.warning('another warning')"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "another warning\n"
 
 
 def test_a_variant_is_a_screenful():

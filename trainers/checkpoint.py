@@ -30,8 +30,9 @@ def save_run(config: RunConfig, policy: Policy, tokenizer: Any, checkpoint: int 
         base = output_dir / BASE_MODEL
         policy.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
         if not (base / "config.json").exists():
-            model: Any = tiny_model(config.train.seed).to(dtype=getattr(torch, config.model.dtype))
+            model: Any = tiny_model(config.train.seed)
             own: Any = tiny_tokenizer()
+            model.to(dtype=getattr(torch, config.model.dtype))
             write(base, model.save_pretrained, own.save_pretrained)
     save(policy, tokenizer, output_dir if checkpoint is None else output_dir / f"checkpoint-{checkpoint}")
 

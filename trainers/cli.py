@@ -2,51 +2,70 @@
 
 Options are the fields of the configuration's dataclasses and of the loss itself, with flat names in any order. A YAML
 file (`--config`) gives the same options; what is said on the command line wins.
+
+Libraries that take seconds to import are imported where they are used, so that `logratio --help` answers at once.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import tyro
-import yaml
-
-from logratio.losses import LOSSES, Kind, Loss
-
-from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from .errors import UserError
 from .plugins import import_object
+from .streams import Lasting, lasting_streams
 
+if TYPE_CHECKING:
+    from logratio.losses import Loss
+
+    from .config import RunConfig
+
+METHODS = ("dpo", "grpo", "cpo", "tpo", "kto", "orpo", "sft")
+"""Those of `logratio.losses.LOSSES`, which is not imported for their names."""
 COMMANDS = "logratio.commands"
-TRAIN_HELP = "train METHOD    train with one of: {methods}; `logratio train METHOD --help` lists the options"
+TRAIN_HELP = (
+    f"train METHOD    train with one of: {', '.join(METHODS)}; `logratio train METHOD --help` lists the options"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `logratio`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return dispatch(argv)
-    except UserError as error:
-        sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
-        return 1
-    except KeyboardInterrupt:
-        print("logratio: interrupted", file=sys.stderr)
-        return 130
+    # A run goes on when nobody reads what it prints any more; a command that only prints ends then.
+    with lasting_streams() if argv[:1] == ["train"] else contextlib.nullcontext():
+        try:
+            status = dispatch(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            Lasting(sys.stdout).give_up()
+            return 141  # as where SIGPIPE ends a process
+        except UserError as error:
+            sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
+            return 1
+        except KeyboardInterrupt:
+            print("logratio: interrupted", file=sys.stderr)
+            return 130
 
 
 def dispatch(argv: list[str]) -> int:
     others = {entry.name: entry for entry in entry_points(group=COMMANDS)}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: logratio COMMAND ...\n\n" + TRAIN_HELP.format(methods=", ".join(LOSSES)))
+        print("usage: logratio COMMAND ...\n\n" + TRAIN_HELP)
         for name, entry in others.items():
-            print(f"{name:<15} {(entry.load().__doc__ or '').strip().partition(chr(10))[0]}".rstrip())
+            print(f"{name:<15} {summary(entry)}".rstrip())
         return 0 if argv else 2
+    # PEFT's use of a name that transformers is about to drop
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     command, rest = argv[0], argv[1:]
     if command == "train":
         config = parse_train(rest)
@@ -55,25 +74,41 @@ def dispatch(argv: list[str]) -> int:
         from .loop import train
 
         logging.disable_progress_bar()
-        # PEFT's use of a name that transformers is about to drop
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         train(config)
         return 0
     if command in others:
         run: Callable[[list[str]], int] = others[command].load()
         return run(rest)
-    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}")
+    missing = "" if others else "; the others are there once the package is installed (`pip install -e .`)"
+    raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}{missing}")
+
+
+def summary(entry: EntryPoint) -> str:
+    """The first line of the docstring of the function that is entered, read without importing its module."""
+    spec = importlib.util.find_spec(entry.module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
 
 
 def parse_train(argv: list[str]) -> RunConfig:
     """METHOD and options -> configuration. Exits with a message for options that do not parse, as argparse does."""
+    import tyro
+
+    from logratio.losses import LOSSES, Kind
+
+    from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+
     argv = list(argv)
     custom = _take(argv, "--loss")
     if not argv or argv[0].startswith("-"):
         if argv[:1] not in (["-h"], ["--help"]) and custom is None:
             raise UserError(f"train needs a method, one of: {', '.join(LOSSES)}")
         if custom is None:
-            print(TRAIN_HELP.format(methods=", ".join(LOSSES)))
+            print(TRAIN_HELP)
             raise SystemExit(0)
         argv.insert(0, "custom")
     method = argv.pop(0)
@@ -81,7 +116,7 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
 
-    parts: dict[str, Any] = {"loss": loss, "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if loss.kind is Kind.GROUPED:
         parts["rollout"] = RolloutConfig
     config_file = _take(argv, "--config")
@@ -100,11 +135,35 @@ def parse_train(argv: list[str]) -> RunConfig:
         )
     except ValueError as error:  # a loss refuses its fields
         raise UserError(str(error)) from error
-    return RunConfig(method=method, **{name: getattr(options, name) for name in parts})
+    chosen = {name: getattr(options, name) for name in parts}
+    chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
+    return RunConfig(method=method, **chosen)
+
+
+def with_readers(loss: type[Loss]) -> type[Loss]:
+    """The same loss, whose help says of an option which variants read it, where not all do."""
+    import tyro
+
+    from logratio.losses.options import readers_said
+
+    hints: dict[str, Any] = get_type_hints(loss, include_extras=True)
+    said = {f.name: readers_said(loss, f.name) for f in dataclasses.fields(loss)}
+    fields: list[Any] = []
+    for f in dataclasses.fields(loss):
+        if said[f.name]:
+            more = tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))
+            fields.append((f.name, Annotated[hints[f.name], more], dataclasses.field(default=f.default)))
+    return dataclasses.make_dataclass(loss.__name__, fields, bases=(loss,), frozen=True, kw_only=True)
+
+
+def _hint(said: str) -> Callable[[str], str]:
+    return lambda default: f"(default: {default}; {said})"
 
 
 def load_loss(name: str) -> type[Loss]:
     """`module:Class`, or a registered name."""
+    from logratio.losses import LOSSES, Loss
+
     if name in LOSSES:
         return LOSSES[name]
     if ":" not in name:
@@ -119,9 +178,11 @@ def load_loss(name: str) -> type[Loss]:
 
 def yaml_options(path: Path, parts: Any) -> list[str]:
     """The file's entries as command-line words, so that types are checked in one place only."""
+    import yaml
+
     try:
         entries = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict):
         raise UserError(f"--config {path} must map option names to values, got a {type(entries).__name__}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from logratio.losses import Kind
 from logratio.losses.advantages import ADVANTAGES
+from logratio.losses.options import Count, NotNegative, Positive, Range, Share, out_of_range
 
 from .errors import UserError
 
@@ -21,6 +21,15 @@ DEFAULT_BATCH_SIZE = 8
 # so that what would not be read can be refused.
 LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
 SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy takes no other
+NotNegativeCount = Annotated[int, Range(0)]
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for the first number that is not finite or outside the range in its annotation."""
+    for name, value, must in out_of_range(config):
+        raise UserError(f"--{name} {must}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +44,11 @@ class ModelConfig:
     """Attention implementation of transformers (default: flex_attention on a GPU where it fits, else its choice)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    lora_r: int = 0
+    lora_r: NotNegativeCount = 0
     """Rank of the LoRA adapters; 0 trains the whole model."""
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """The adapters' output is scaled by lora_alpha / lora_r (default: 32)."""
-    lora_dropout: float | None = None
+    lora_dropout: Annotated[float, Range(0, 1, below=True)] | None = None
     """Dropout in front of the new adapters (default: 0), on in training whatever disable_dropout is."""
     lora_target_modules: tuple[str, ...] | None = None
     """Names of the modules that get adapters, or all-linear (the default)."""
@@ -59,19 +68,16 @@ class ModelConfig:
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
     sync_ref_model: bool = False
     """Let the reference follow the policy (TR-DPO), in full fine-tuning, LoRA and QLoRA."""
-    ref_model_mixup_alpha: float | None = None
+    ref_model_mixup_alpha: Share | None = None
     """Its weights become this x the policy's + (1 - this) x its own (default: 0.6)."""
-    ref_model_sync_steps: int | None = None
+    ref_model_sync_steps: Count | None = None
     """Every so many optimizer steps (default: 512)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         adapters = self.lora_r > 0 or self.adapter_name_or_path
         if self.load_in_4bit and not adapters:
             raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
-        if self.lora_r < 0:
-            raise UserError(f"--lora_r must not be negative, got {self.lora_r}")
-        if not 0 <= (self.lora_dropout or 0) < 1:
-            raise UserError(f"--lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.adapter_name_or_path and self.lora_r:
             raise UserError(
                 f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} "
@@ -83,9 +89,6 @@ class ModelConfig:
             self._refuse_given(LORA, theirs if adapters else ours)
         if not self.sync_ref_model:
             self._refuse_given(SYNC, "nothing reads this without --sync_ref_model; add it, or leave this out")
-        alpha, every = self.ref_model_mixup_alpha, self.ref_model_sync_steps
-        if not (alpha is None or 0 <= alpha <= 1) or (every is not None and every < 1):
-            raise UserError("--ref_model_mixup_alpha must be in [0, 1], --ref_model_sync_steps at least 1")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise UserError("--sync_ref_model changes the reference, whose log-probs --precompute_ref_log_probs fixes")
         if self.sync_ref_model and self.ref_model_name_or_path:
@@ -117,14 +120,14 @@ class DataConfig:
     """What it is trained on."""
 
     dataset_name: str = "arithmetic"
-    """Hub name, .jsonl, .json or .parquet file, folder, or "arithmetic": the embedded task."""
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
     """Split to train on."""
     dataset_test_split: str | None = None
     """Split to evaluate on."""
-    eval_size: int = 0
+    eval_size: NotNegativeCount = 0
     """Rows of the train split to hold out for evaluation instead."""
     max_length: int = 1024
     """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
@@ -132,14 +135,15 @@ class DataConfig:
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False
     """SFT: score the assistant's turns only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_length < 2:
             raise UserError(f"--max_length {self.max_length} leaves no room for a prompt and a completion")
-        if self.eval_size < 0:
-            raise UserError(f"--eval_size must not be negative, got {self.eval_size}")
         if self.eval_size and self.dataset_test_split:
             raise UserError("--eval_size and --dataset_test_split both say what to evaluate on; give one of them")
 
@@ -154,50 +158,42 @@ class TrainConfig:
     """Remove the model and checkpoints that another run left in output_dir; logs and reference log-probs stay."""
     resume_from_checkpoint: str | None = None
     """Refused: checkpoints hold weights, without the optimizer's state; the message says how to train on from one."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
     prompts for GRPO."""
-    per_device_train_batch_size: int | None = None
+    per_device_train_batch_size: Count | None = None
     """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: Count | None = None
     """TRL's spelling, see per_device_train_batch_size."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Count = 8192
     """Tokens of one forward pass on one process, padding included: memory against speed, never the result."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps (default: as many as num_train_epochs takes)."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: Positive = 3.0
     """Passes over the data."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Peak learning rate (default: 2e-5 for SFT, 1e-6 for the others)."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: NotNegativeCount = 0
     """Steps in which the learning rate grows from 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's weight decay, of matrices only."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     """Optimizer; all but the first are bitsandbytes'."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass."""
-    eval_steps: int | None = None
+    eval_steps: Count | None = None
     """Evaluate every so many steps (default: at the end only)."""
-    save_steps: int | None = None
+    save_steps: Count | None = None
     """Save every so many steps (default: at the end only)."""
-    seed: int = 42
+    seed: Seed = 42
     """Of shuffling, adapters, dropout and rollouts."""
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
-        for name in (*counts, "max_steps", "num_train_epochs", "eval_steps", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name} must be positive, got {value}")
-        for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"--{name} must not be negative, got {value}")
+        check_numbers(self)
 
         if self.resume_from_checkpoint is not None:
             folder = self.resume_from_checkpoint
@@ -232,14 +228,14 @@ class RolloutConfig:
 
     num_generations: int = 8
     """Completions of each prompt."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of sampling, and of the log-probs that are trained."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Sample from the smallest set of tokens that holds this probability."""
-    num_iterations: int = 1
+    num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
@@ -253,13 +249,14 @@ class RolloutConfig:
     """Whiten the advantages over the step."""
     mask_truncated_completions: bool = False
     """Learn nothing from completions that reached the length limit; they are rewarded and counted as others are."""
-    reward_kl_coef: float = 0.0
+    reward_kl_coef: NotNegative = 0.0
     """Take this times the divergence from the reference, summed over the completion, off its reward (RLOO,
     REINFORCE++)."""
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.advantage_type not in ADVANTAGES:
             raise UserError(
                 f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
@@ -268,14 +265,12 @@ class RolloutConfig:
         if self.num_generations < advantage.smallest_group:
             needed = advantage.smallest_group
             raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.num_iterations < 1:
-            raise UserError("--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
             )
-        if not 0 <= self.reward_kl_coef < math.inf:
-            raise UserError(f"--reward_kl_coef must be finite and not negative, got {self.reward_kl_coef}")
+        if self.reward_kl_estimator != "k1" and not self.reward_kl_coef:
+            raise UserError(f"--reward_kl_estimator {self.reward_kl_estimator} is read only with --reward_kl_coef")
         if self.multi_objective_aggregation == "normalize_then_sum":
             own = ("advantage_type", "scale_rewards", "normalize_advantages", "reward_kl_coef")
             given = [f.name for f in dataclasses.fields(self) if f.name in own and getattr(self, f.name) != f.default]

@@ -1,6 +1,8 @@
-"""The one exception that is meant for the user's eyes, and what one says of another."""
+"""The exceptions that are meant for the user's eyes, and what one says of another."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class UserError(Exception):
@@ -10,6 +12,36 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+class RowError(UserError):
+    """One row that cannot be used, which a run may go on without (`--on_bad_row skip`).
+
+    place: where it stands, with which the sentence begins. rest: of the sentence, with the space, colon or comma that
+    joins it to the place; `reason` is the same without. row: its index in the data set.
+    """
+
+    def __init__(self, place: str, rest: str, row: int) -> None:
+        super().__init__(place + rest)
+        self.place, self.reason, self.row = place, rest.lstrip(",: "), row
+
+    @classmethod
+    def of(cls, error: UserError, place: str, row: int) -> RowError | None:
+        """The error as one of this row, whose place its sentence begins with; None where it is about something else."""
+        if isinstance(error, cls):
+            return error
+        text = str(error)
+        rest = text[len(place) :]
+        return cls(place, rest, row) if text.startswith(place) and not rest[:1].isdigit() else None
+
+
+def first_line(error: BaseException) -> str:
     """Of its message; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def shown(value: Any) -> str:
+    """The value's type and its beginning, for messages; whatever the value, this does not fail."""
+    try:
+        text = repr(value)
+    except Exception as error:  # an integer of 5,000 digits, a list in a list in a list, ...
+        text = f"that cannot be shown ({first_line(error)})"
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,16 +1,14 @@
 """The training loop: windows of examples in, an adapter or a model and a log out.
 
 A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py` for how one
-step's gradient comes about, `setup.py` for where everything below comes from.
+step's gradient comes about, `rollout/windows.py` for what GRPO learns from, `setup.py` for where all of it comes from.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -19,13 +17,12 @@ from logratio.losses import Mean
 from .checkpoint import save_run
 from .config import RunConfig
 from .data.examples import Example
-from .data.packing import split_groups
 from .errors import UserError
 from .policy.load import describe
-from .rollout.rollouts import Rolled, give_advantages, reward_kl
+from .rollout.windows import roll_out
 from .runlog import RunLog, peak_mem_mib
-from .setup import Run, build, windows
-from .step import StepResult, rows_of
+from .setup import Run, batches, build
+from .step import StepResult, Window, rows_of
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -42,106 +39,60 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
     until: called with the run and the step's number after every step; the step for which it is true, on all
         processes alike, is the last. quiet: nothing is shown, all is written.
     """
-    config, total_steps = run.config, run.total_steps
-    output_dir = Path(config.train.output_dir)
-    main = run.accelerator.is_main_process
-    with RunLog(config.train.output_dir, config.as_dict(), total_steps=total_steps, main=main, quiet=quiet) as log:
+    config, main, last = run.config.train, run.accelerator.is_main_process, run.total_steps
+    row: dict[str, float] = {}
+    num_tokens = 0
+    with RunLog(config.output_dir, run.config.as_dict(), total_steps=last, main=main, quiet=quiet) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
-        row: dict[str, float] = {}
-        step = num_tokens = 0
+        log.list_skipped(run.data.skipped)
         started = time.perf_counter()
-        for examples, gathered, micros, dealt in steps(run):
-            step += 1
-            totals = run.step.totals(examples, micros, dealt)
+        for step, window in enumerate(steps(run), start=1):
             try:
-                result = run.step(micros, totals)
-                grad_norm = update(run, examples)
+                totals = run.step.totals(window.examples, window.micros, window.dealt)
+                result = run.step(window.micros, totals)
+                updated = update(run, window.examples, step)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
-            if run.reference_sync is not None:
-                run.reference_sync.after(step)
-            learning_rate = run.optimizer.param_groups[0]["lr"]
-            run.scheduler.step()
-
-            for name, mean in gathered.items():
-                result.metrics[name] = Mean(*(x.to(run.accelerator.device) for x in mean))
-            tokens = count_tokens(examples)
-            result.metrics["tokens"] = Mean(*torch.tensor([tokens, 1.0], device=run.accelerator.device))
-            metrics = result.reduced(run.accelerator)
-            tokens = int(metrics.pop("tokens") * (run.accelerator.num_processes if dealt else 1))
+            for note in run.rollouts.after(step) if run.rollouts is not None else ():
+                log.say(note)
+            metrics, tokens = reduced(run, window, result)
             num_tokens += tokens
             step_ms = (time.perf_counter() - started) * 1e3
-            row = {
-                "step": step,
-                "loss": metrics.pop("loss"),
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate,
-                **metrics,
-                "num_tokens": num_tokens,
-                "tokens_per_s": tokens / step_ms * 1e3,
-                "step_ms": step_ms,
-                "peak_mem_mib": peak_mem_mib(run.accelerator.device),
-            }
+            row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": num_tokens}
+            row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
+            row["peak_mem_mib"] = peak_mem_mib(run.accelerator.device)
+
             if until is not None and until(run, step):
-                total_steps = step
-            due = due_at(step, config.train.eval_steps, total_steps)
-            if due and run.data.evaluation:
+                last = step
+            if run.data.evaluation and due_at(step, config.eval_steps, last):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
-            if due_at(step, config.train.save_steps, total_steps) and main:
-                save_run(config, run.policy, run.tokenizer, None if step == total_steps else step)
-            if step == total_steps:
+            if main and due_at(step, config.save_steps, last):
+                save_run(run.config, run.policy, run.tokenizer, None if step == last else step)
+            if step == last:
                 break
             started = time.perf_counter()
-        log.say(f"{step} steps done; saved in {output_dir}")
+        log.say(f"{row['step']} steps done; saved in {config.output_dir}")
     return row
 
 
-def steps(run: Run) -> Any:
-    """Yields (examples, their metrics, micro-batches, dealt) for ever, one an optimizer step.
-
-    dealt: the examples are this process's own (rollouts that it sampled), not the whole step's.
-    """
+def steps(run: Run) -> Iterator[Window]:
+    """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
-    for window in windows(run.data.train, config.batch_size, shuffle=run.config.data.shuffle, seed=config.seed):
+    for items in batches(run.data.train, config.batch_size, shuffle=run.config.data.shuffle, seed=config.seed):
         if run.rollouts is None:
-            yield window, {}, run.step.micro_batches(window), False
-            continue
-        rollout = run.config.rollout
-        assert rollout is not None
-        rolled = sample(run, window)
-        # whole groups are compared; ones that do not fit a micro-batch are divided
-        examples = split_groups(rolled.examples, config.micro_batch_tokens, run.policy.shared)
-        micros = run.step.micro_batches(examples, dealt=True)
-        kl, metrics = None, run.rollouts.metrics(rolled, run.accelerator)
-        if rollout.num_iterations > 1 or rollout.reward_kl_coef:
-            run.step.fill_old(micros)
-        if rollout.reward_kl_coef:
-            run.step.fill_reference(micros)
-            kl, metrics["kl"] = reward_kl(examples, micros, rollout.reward_kl_estimator)
-            kl = kl.view(rolled.by_function.shape[:2])
-            if rollout.num_iterations == 1:  # on policy, as without the penalty
-                for micro in micros:
-                    micro.old = None
-        advantages = run.rollouts.advantages(rolled, run.accelerator, kl)
-        examples = give_advantages(examples, micros, advantages.flatten().tolist())
-        for _ in range(rollout.num_iterations):
-            yield examples, metrics, micros, True
+            yield Window(items, run.step.micro_batches(items))
+        else:
+            window = roll_out(run.rollouts, run.step, items)
+            for _ in range(run.rollouts.config.num_iterations):
+                yield window
 
 
-def sample(run: Run, prompts: Sequence[Any]) -> Rolled:
-    """This process's share of the prompts, rolled out and scored."""
-    assert run.rollouts is not None
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    if len(prompts) < world:
-        raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
-    return run.rollouts(prompts[rank::world])
-
-
-def update(run: Run, examples: Sequence[Example]) -> float:
-    """Clip, step, reset; returns the gradient's norm before clipping. UserError where it is not finite."""
+def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]:
+    """Clip, update, reset; returns the gradient's norm before clipping and the learning rate. UserError where the
+    norm is not finite."""
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     limit = run.config.train.max_grad_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(trained, limit)
@@ -154,7 +105,20 @@ def update(run: Run, examples: Sequence[Example]) -> float:
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return grad_norm
+    if run.reference_sync is not None:
+        run.reference_sync.after(step)
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    run.scheduler.step()
+    return {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, float], int]:
+    """Loss and metrics of the step over all processes, the window's own among them; and how many tokens it held."""
+    world, device = run.accelerator.num_processes, run.accelerator.device
+    counted = Mean(*torch.tensor([count_tokens(window.examples), 1.0]))
+    result.metrics |= on(device, {**window.metrics, "tokens": counted})
+    metrics = result.reduced(run.accelerator)
+    return metrics, int(metrics.pop("tokens") * (world if window.dealt else 1))
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -162,16 +126,19 @@ def evaluate(run: Run) -> dict[str, float]:
     if run.rollouts is not None:
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
         rolled = run.rollouts(run.data.evaluation[rank::world], greedy=False)
-        metrics = run.rollouts.metrics(rolled, run.accelerator)
         zero = torch.zeros((), device=run.accelerator.device)
-        means = {name: Mean(*(x.to(zero.device) for x in mean)) for name, mean in metrics.items()}
-        return {k: v for k, v in StepResult(zero, means).reduced(run.accelerator).items() if k != "loss"}
+        result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
+        return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
     micros = run.step.micro_batches(run.data.evaluation)
     was_training = run.policy.training
     run.policy.eval()
     result = run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
     run.policy.train(was_training)
     return result.reduced(run.accelerator)
+
+
+def on(device: torch.device, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
+    return {name: Mean(*(x.to(device) for x in mean)) for name, mean in metrics.items()}
 
 
 def count_tokens(examples: Sequence[Example]) -> int:

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, a progress line."""
+"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, skipped_rows.jsonl, a progress line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .streams import Lasting
+
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
+
+
+SKIPPED = "skipped_rows.jsonl"
 
 
 class RunLog:
@@ -28,12 +33,13 @@ class RunLog:
         self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True, quiet: bool = False
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
-        self.console = Console(quiet=quiet or not main, soft_wrap=True)
+        shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
+        self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
         self.started = time.perf_counter()
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "run_config.json"):
+        for name in ("metrics.jsonl", "run_config.json", SKIPPED):
             keep_earlier(self.folder / name)
         (self.folder / "run_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         self.file = (self.folder / "metrics.jsonl").open("w", buffering=1)
@@ -60,6 +66,13 @@ class RunLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
+
+    def list_skipped(self, rows: list[dict[str, Any]]) -> None:
+        """One line of skipped_rows.jsonl for each; no file where there are none."""
+        if self.main and rows:
+            path = self.folder / SKIPPED
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self.say(f"skipped rows are listed in {path}")
 
     def step(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and on the screen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from logratio.losses import Kind
 
 from .config import RunConfig, TrainConfig
-from .data.examples import prepare, prepare_prompts
+from .data.examples import Report, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
 from .outputs import check_output, clear
@@ -28,20 +28,32 @@ from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
 from .policy.reference import autocast_of, make_reference
 from .policy.reference_sync import ReferenceSync, make_sync
-from .policy.sharing import choose_attention
+from .policy.sharing import share_prompts
+from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
-from .rollout.rewards import load_reward
+from .rollout.calling import TrainerState
+from .rollout.ends import name_ends
+from .rollout.rewards import load_rewards
 from .rollout.rollouts import Rollouts
 from .step import Step
+
+UNTRAINED = (
+    "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
+    "`logratio train sft` first, and give its output_dir as --model_name_or_path"
+)
 
 
 @dataclass
 class Data:
-    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user."""
+    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
+
+    skipped: the rows that were left out, as skipped_rows.jsonl lists them.
+    """
 
     train: list[Any]
     evaluation: list[Any]
     notes: list[str]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -70,11 +82,12 @@ def build(config: RunConfig) -> Run:
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer)
-    rewards = {name: load_reward(name) for name in config.rollout.reward_funcs} if config.rollout else {}
+    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
     total_steps = count_steps(len(data.train), config, accelerator.num_processes)
     model_notes += check_before(config, [*data.train, *data.evaluation], shapes, total_steps)
 
     policy, notes = make_policy(config, accelerator.device)
+    notes += name_ends(policy.causal_lm, tokenizer, data.train)
     wrapped = accelerator.prepare_model(policy)
     reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
@@ -90,7 +103,12 @@ def build(config: RunConfig) -> Run:
     )
     rollouts = None
     if config.rollout:
-        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, config.loss.max_completion_length)
+        per_epoch = -(-len(data.train) // (config.train.batch_size or 1)) * config.rollout.num_iterations
+        state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
+        limit = config.loss.max_completion_length
+        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, state=state, accelerator=accelerator)
+        if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
+            notes.append(UNTRAINED)
     optimizer = make_optimizer(policy, config.train, accelerator.device)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
@@ -134,11 +152,10 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
     if options.dataset_test_split:
         evaluation = load_rows_of(config, options.dataset_test_split)
 
-    def tokenized(rows: Rows) -> tuple[list[Any], str]:
+    def tokenized(rows: Rows) -> tuple[list[Any], Report]:
         if kind is Kind.GROUPED:
-            prompts, report = prepare_prompts(rows, tokenizer, max_length=options.max_length)
-            return list(prompts), str(report)
-        examples, report = prepare(
+            return prepare_prompts(rows, tokenizer, max_length=options.max_length, on_bad_row=options.on_bad_row)
+        return prepare(
             rows,
             kind,
             tokenizer,
@@ -146,15 +163,16 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             completion_only_loss=options.completion_only_loss,
             assistant_only_loss=options.assistant_only_loss,
             gold=config.loss.scores_gold,
+            on_bad_row=options.on_bad_row,
         )
-        return list(examples), str(report)
 
-    examples, note = tokenized(train)
+    examples, report = tokenized(train)
     held_out: list[Any] = []
-    notes = [note]
+    notes, skipped = [str(report)], report.skipped
     if evaluation is not None:
-        held_out, note = tokenized(evaluation)
-        notes.append(note)
+        held_out, report = tokenized(evaluation)
+        notes.append(str(report))
+        skipped += report.skipped
     elif options.eval_size:
         if options.eval_size >= len(examples):
             raise UserError(f"--eval_size {options.eval_size} leaves nothing of {len(examples)} examples to train on")
@@ -167,7 +185,7 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         raise UserError(
             f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
         )
-    return Data(examples, held_out, notes)
+    return Data(examples, held_out, notes, skipped)
 
 
 def load_rows_of(config: RunConfig, split: str) -> Rows:
@@ -178,6 +196,7 @@ def load_rows_of(config: RunConfig, split: str) -> Rows:
         split=split,
         config=config.data.dataset_config,
         seed=config.train.seed,
+        keep_bad=config.data.on_bad_row == "skip",
     )
 
 
@@ -199,7 +218,7 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 
-def windows(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+def batches(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller."""
     epoch = 0
     while True:
@@ -222,11 +241,9 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     notes += [*describe_dropout(model, compared=compared), *describe_stuck(model, config)]
     temperature = config.rollout.temperature if config.rollout else 1.0
     policy = Policy(model, temperature=temperature, stats=config.loss.stats)
-    obstacle, said = choose_attention(policy, config.model.attn_implementation, autocast_of(config))
-    policy.shared = not obstacle
+    notes += share_prompts(policy, config.model.attn_implementation, autocast_of(config))
     policy.train()
-    notes += said
-    return policy, [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
+    return policy, notes
 
 
 def make_optimizer(policy: Policy, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -1,7 +1,8 @@
 """One optimizer step's gradient: totals over the whole step, then micro-batches that only add up.
 
 Nothing here depends on how the step was cut: the totals are counted before the first forward pass, over all
-micro-batches and processes, and every loss divides by them.
+micro-batches and processes, and every loss divides by them. What else a loss may know of the step is told, with a
+picture, in `docs/totals.md`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from logratio.losses import CompletionLogps, Kind, Loss, Mean, PairLogps, TokenLogps, Totals
+from logratio.losses import Loss, Mean, Totals
 
-from .data.examples import Completion, Example
+from .data.examples import Example
+from .data.inputs import count_totals, loss_inputs
 from .data.packing import PackedBatch, example_tokens, pack
 from .errors import UserError
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
+from .processes import deal, gather_rows
 
 
 @dataclass
@@ -34,6 +37,20 @@ class MicroBatch:
     ref: Tensor | None = None
     old: Tensor | None = None
     own: Tensor | None = None
+
+
+@dataclass
+class Window:
+    """What one optimizer step learns from.
+
+    examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled).
+    micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
+    """
+
+    examples: Sequence[Example]
+    micros: list[MicroBatch]
+    metrics: dict[str, Mean] = field(default_factory=dict)
+    dealt: bool = False
 
 
 @dataclass
@@ -59,65 +76,6 @@ class StepResult:
         if "rewards/chosen" in means and "rewards/rejected" in means:  # of unpaired examples too
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return {"loss": summed[0], **means}
-
-
-def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
-    """What a loss divides by, counted from the examples of a step."""
-    per_completion = loss.kind is Kind.GROUPED
-    return Totals(
-        num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
-        num_tokens=sum(sum(_scored(c)) for e in examples for c in e.completions),
-        num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
-        num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
-        num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
-        sum_weights=sum(
-            weight
-            for e in examples
-            for c in e.completions
-            for weight, scored in zip(c.weights or [1.0] * len(c.ids), _scored(c), strict=True)
-            if scored
-        ),
-    )
-
-
-def _scored(completion: Completion) -> Sequence[bool]:
-    return [True] * len(completion.ids) if completion.scored is None else completion.scored
-
-
-def _prompt_tokens(example: Example) -> int:
-    chosen = example.completions[0]
-    return len(example.prompt_ids) - 1 + (0 if chosen.scored is None else len(chosen.ids) - sum(chosen.scored))
-
-
-def loss_inputs(
-    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None, old: Tensor | None
-) -> dict[str, Any]:
-    """The arguments, beside `totals`, that a loss of this kind is called with. out, ref, old: [paths, T] each."""
-    mask = batch.scored
-    policy = CompletionLogps(out.logps, mask, out.entropy, out.log_z, out.log_sum_p2, batch.weights)
-    others = {"ref": ref} if loss.wants_reference and ref is not None else {}
-    logps = {"policy": policy} | {name: CompletionLogps(values, mask) for name, values in others.items()}
-    if loss.kind is Kind.PAIRED:
-        return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
-    inputs: dict[str, Any] = dict(logps)
-    if loss.kind is Kind.LABELED:
-        inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
-    if loss.kind is Kind.GROUPED:
-        advantages = [a for e in batch.examples for a in e.advantages or ()]
-        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype, device=mask.device)
-        inputs["old"] = None if old is None else CompletionLogps(old, mask)
-    return inputs
-
-
-def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -> PairLogps:
-    """Paths by their place in an example; more: with the prompt or the gold completion where the loss scores it."""
-    n, k = batch.num_completions, 3 if loss.scores_gold else 2
-    return PairLogps(
-        paths.rows(slice(0, n, k)),
-        paths.rows(slice(1, n, k)),
-        paths.rows(slice(n, None)) if more and loss.scores_prompt else None,
-        paths.rows(slice(2, n, k)) if more and loss.scores_gold else None,
-    )
 
 
 class Step:
@@ -164,17 +122,7 @@ class Step:
         return [MicroBatch(batch.to(self.accelerator.device)) for batch in batches]
 
     def _deal(self, examples: Sequence[Example]) -> list[int]:
-        """This process's share: the longest example left goes to the process with the fewest tokens so far."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if world == 1:
-            return list(range(len(examples)))
-        shares: list[list[int]] = [[] for _ in range(world)]
-        load = [0] * world
-        for i in sorted(range(len(examples)), key=lambda i: -example_tokens(examples[i], self.policy.shared)):
-            lightest = load.index(min(load))
-            shares[lightest].append(i)
-            load[lightest] += example_tokens(examples[i], self.policy.shared)
-        return sorted(shares[rank])
+        return deal([example_tokens(example, self.policy.shared) for example in examples], self.accelerator)
 
     def fill_reference(self, micros: Sequence[MicroBatch]) -> None:
         """Compute the reference's log-probabilities where the loss wants them and they are not there yet."""
@@ -277,14 +225,3 @@ def rows_of(examples: Sequence[Example]) -> str:
     rows = sorted({e.row for e in examples})
     shown = ", ".join(map(str, rows[:16]))
     return shown if len(rows) <= 16 else f"{shown} and {len(rows) - 16} more"
-
-
-def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows of all processes, which may hold different numbers of them, and which of them are this process's."""
-    if accelerator.num_processes == 1:
-        return rows, slice(None)
-    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
-    padded = accelerator.pad_across_processes(rows.to(accelerator.device), dim=0)
-    parts = accelerator.gather(padded).to(rows.device).split(max(counts))
-    start = sum(counts[: accelerator.process_index])
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))

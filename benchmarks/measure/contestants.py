@@ -25,7 +25,7 @@ from logratio.trainers.policy.reference import (
     StoredReference,
     inference,
 )
-from logratio.trainers.policy.sharing import choose_attention
+from logratio.trainers.policy.sharing import choose_attention, share_prompts
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step
 
@@ -79,7 +79,7 @@ class Ours:
         if case.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = self.policy = Policy(model, stats=loss.stats)
-        policy.shared = not choose_attention(policy)[0]
+        share_prompts(policy)
         self.attention = policy.causal_lm.config._attn_implementation
         reference: Reference | None = None
         if loss.wants_reference:

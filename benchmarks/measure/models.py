@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from logratio.trainers.policy.nf4 import keep_layout
 from logratio.trainers.policy.tiny import tiny_model
 
 from ..memory.shapes import SHAPES, shape
@@ -88,4 +89,5 @@ def quantize(model: Any) -> None:
             four.weight = weight.to(device)
             four.bias = layer.bias
             setattr(parent, name, four)
+    keep_layout(model)
     model.is_loaded_in_4bit = True  # PEFT asks for it

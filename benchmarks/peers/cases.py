@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from logratio.losses import LOSSES, Loss
+from logratio.losses import LOSSES, GRPOLoss, Loss
+
+CISPO_CAP = GRPOLoss(loss_type="cispo").epsilons[1]
+"""Our default of cispo's epsilon_high."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Case:
     def trl_options(self) -> dict[str, Any]:
         """The options as TRL's configuration takes them: rloo and gmpo are trainers there, not loss types."""
         own = {"loss_type"} if self.trl in ("rloo", "gmpo") else set()
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in self.options.items() if name not in own}
+        cap = {"epsilon_high": CISPO_CAP} if self.options.get("loss_type") == "cispo" else {}  # TRL's default: 0.2
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in (cap | self.options).items() if n not in own}
 
     @property
     def name(self) -> str:
@@ -61,7 +65,7 @@ TRL_DPO = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
-DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 def dpo_cases() -> Iterator[Case]:
@@ -76,7 +80,8 @@ def dpo_cases() -> Iterator[Case]:
         trl = "dpo" if name in TRL_DPO else None
         state = {"margin": 0.3} if name == "beta_dpo" else {}
         yield Case("dpo", plain, trl, state=state)
-        yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
+        if name != "sft":
+            yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
         if name not in ("aot", "aot_unpaired"):
             options = plain | {"use_weighting": True}
             yield Case("dpo", options, trl, refused.get(name, ""), state=state)
@@ -94,6 +99,7 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "ipo", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
         {"loss_type": "sigmoid", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2},
         {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+        {"loss_type": ("sigmoid", "sft"), "f_divergence_type": "js_divergence", "ld_alpha": 0.5},
         {"loss_type": ("sigmoid", "ipo", "apo_zero"), "use_weighting": True, "ld_alpha": 0.3},
     ]
     yield from (Case("dpo", options, "dpo") for options in more)
@@ -124,12 +130,17 @@ def cpo_cases() -> Iterator[Case]:
         no_nll = "TRL sets cpo_alpha to 0 for alphapo, whatever was asked" if name == "alphapo" else ""
         overflow = "TRL raises P^-alpha of the whole sequence, which overflows" if name in ("sigmoid", "hinge") else ""
         yield Case("cpo", {"loss_type": name}, trl)
-        yield Case("cpo", {"loss_type": name, "beta": 0.5, "cpo_alpha": 0.3, "label_smoothing": 0.1}, trl, no_nll)
-        yield Case("cpo", {"loss_type": name, "alpha": 0.05, "simpo_gamma": 0.2}, trl, overflow)
+        smoothed = {"label_smoothing": 0.1} if name in ("sigmoid", "simpo", "alphapo") else {}
+        steep = {} if name == "simper" else {"beta": 0.5}
+        wide = {"simpo_gamma": 0.2} if name in ("simpo", "alphapo") else {}
+        yield Case("cpo", {"loss_type": name, "cpo_alpha": 0.3} | steep | smoothed, trl, no_nll)
+        yield Case("cpo", {"loss_type": name, "alpha": 0.05} | wide, trl, overflow)
     for name in ("sigmoid", "hinge", "ipo", "tpo-l"):
         yield Case("tpo", {"loss_type": name}, "tpo")
-        yield Case("tpo", {"loss_type": name, "beta": 0.5, "tpo_alpha": 0.3, "label_smoothing": 0.1}, "tpo")
-        yield Case("tpo", {"loss_type": name, "tpo_alpha": 0.0, "tpo_l_gamma": 0.2}, "tpo")
+        smoothed = {"label_smoothing": 0.1} if name in ("sigmoid", "tpo-l") else {}
+        wide = {"tpo_l_gamma": 0.2} if name == "tpo-l" else {}
+        yield Case("tpo", {"loss_type": name, "beta": 0.5, "tpo_alpha": 0.3} | smoothed, "tpo")
+        yield Case("tpo", {"loss_type": name, "tpo_alpha": 0.0} | wide, "tpo")
     yield Case("orpo", {}, "orpo")
     yield Case("orpo", {"beta": 1.0}, "orpo")
 
@@ -140,9 +151,10 @@ TRL_GRPO = (*CLIPPED, "cispo", "sapo", "vespo")
 
 def grpo_cases() -> Iterator[Case]:
     levels = ("token", "sequence")
-    for name, level, beta in itertools.product(TRL_GRPO, levels, (0.0, 0.04)):
+    at_levels = [x for x in itertools.product(TRL_GRPO, levels) if x != ("vespo", "sequence")]
+    for (name, level), beta in itertools.product(at_levels, (0.0, 0.04)):
         yield Case("grpo", {"loss_type": name, "importance_sampling_level": level, "beta": beta}, "grpo")
-    for name, level in itertools.product(TRL_GRPO, levels):
+    for name, level in at_levels:
         plain = {"loss_type": name, "importance_sampling_level": level}
         yield Case("grpo", plain | {"top_entropy_quantile": 0.4, "beta": 0.04}, "grpo")
         yield Case("grpo", plain | {"off_policy_mask_threshold": 0.02, "beta": 0.04}, "grpo")
@@ -152,7 +164,7 @@ def grpo_cases() -> Iterator[Case]:
         {"loss_type": "dapo", "beta": 0.04, "use_bias_correction_kl": False, "epsilon_high": 0.28},
         {"loss_type": "grpo", "entropy_coef": 0.1},
         {"loss_type": "dapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
-        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "cispo", "epsilon_high": 1.2},
         {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5},
         {
             "loss_type": "vespo",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import Case
+from .cases import CISPO_CAP, Case
 
 Asked = tuple[str, dict[str, Any]]
 """A trainer of TRL or a loss class of Liger, and its options."""
@@ -83,20 +83,29 @@ def _cpo_and_tpo() -> Iterator[Compared]:
     yield same("tpo", loss_type="sigmoid", tpo_alpha=0.0)
 
 
+CAP = {"cispo": {"epsilon_high": CISPO_CAP}}
+"""Asked of the peers, whose default is another."""
+
+
 def _grpo() -> Iterator[Compared]:
     off = {"beta": 0.0}
     for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"):
         options: dict[str, Any] = {"loss_type": name}
         if name == "dr_grpo":
             options["max_completion_length"] = 64
-        yield same("grpo", ("GRPO", options | off), **options)
+        asked = options | CAP.get(name, {})
+        yield Compared("grpo", options, ("grpo", asked), ("GRPO", asked | off))
     told = off | {"num_items_in_batch": True}
     for name in ("dapo", "cispo", "vespo"):
         options = {"loss_type": name}
-        yield Compared("grpo", options, None, ("GRPO", options | told), f"{name} (num_items_in_batch)")
-    for name in ("grpo", "dapo", "luspo", "cispo", "sapo", "vespo"):
+        yield Compared(
+            "grpo", options, None, ("GRPO", options | told | CAP.get(name, {})), f"{name} (num_items_in_batch)"
+        )
+    for name in ("grpo", "dapo", "luspo", "cispo", "sapo"):
         options = {"loss_type": name, "importance_sampling_level": "sequence"}
-        yield same("grpo", ("GRPO", options | off), **options)
+        asked = options | CAP.get(name, {})
+        yield Compared("grpo", options, ("grpo", asked), ("GRPO", asked | off))
+    yield Compared("grpo", {"loss_type": "cispo"}, ("grpo", {"loss_type": "cispo"}), None, "cispo (defaults)")
     corrected = {"use_bias_correction_kl": True}
     options = {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.04}
     yield same("grpo", ("GRPO", options | corrected), **options)

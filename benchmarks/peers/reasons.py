@@ -18,9 +18,12 @@ _WIDTH = (
 )
 
 _LUSPO_KL = "grpo luspo,importance_sampling_level=sequence,beta=0.04"
-_SEQUENCE = tuple(f"grpo {name},importance_sampling_level=sequence" for name in ("cispo", "sapo", "vespo"))
+_SEQUENCE = tuple(f"grpo {name},importance_sampling_level=sequence" for name in ("cispo", "sapo"))
 _KTO_WEIGHTED = "kto kto,desirable_weight=1.5,undesirable_weight=0.5"
-_SMOOTHED = "Label smoothing is ignored: sp(-x) instead of (1 - e) sp(-x) + e sp(x), which is `cdpo` here."
+_SMOOTHED = (
+    "label_smoothing is taken with `sigmoid` and ignored: sp(-x), plain DPO, instead of (1 - e) sp(-x) + e sp(x). That "
+    "is `cdpo` here, where `sigmoid` refuses the option."
+)
 
 _WHOLE: list[tuple[str, str, tuple[str, ...]]] = [
     (
@@ -35,6 +38,12 @@ _WHOLE: list[tuple[str, str, tuple[str, ...]]] = [
         "trl",
         "The configuration sets cpo_alpha to 0 whatever was asked for: L = mean l instead of mean l + cpo_alpha NLL.",
         ("cpo alphapo,alpha=0.25,cpo_alpha=1.0",),
+    ),
+    (
+        "trl",
+        "Another default, not another formula: epsilon_high is epsilon's 0.2 instead of 5, so that the weight is "
+        "min(rho, 0.2).",
+        ("grpo cispo (defaults)",),
     ),
     ("liger", "There are no class weights: 1 - sigmoid(+-beta (r - z)), not w times it.", (_KTO_WEIGHTED,)),
     (

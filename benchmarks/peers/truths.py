@@ -1,6 +1,6 @@
-"""What verification compares: our loss as a training step computes it, TRL's, and the oracle's, on one tiny model.
+"""What verification compares on: a tiny model and ragged rows, both random, and what they are under the truths.
 
-Models are a tiny random Llama and Qwen2 with LoRA; rows are ragged; ours is cut into several micro-batches.
+Models are a tiny random Llama and Qwen2 with LoRA. `sides.py` computes a loss on them: ours, TRL's and the oracle's.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,21 +19,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from logratio.losses import LOSSES, Kind
-from logratio.reference import oracle, trl
+from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.data.examples import Completion, Example, prepare
+from logratio.trainers.data.packing import PackedBatch
 from logratio.trainers.data.rows import Rows
-from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, StoredReference, tokens_key
+from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import Step
 
 from .cases import Case
 
-MICRO_BATCH_TOKENS = 40
 MAX_LENGTH = 1024
 LONGEST = 12
 """Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
@@ -129,41 +127,6 @@ def random_groups(seed: int, groups: int = 2, size: int = 3) -> list[Example]:
     return examples
 
 
-def examples_of(case: Case, seed: int) -> list[Example]:
-    """What `random_rows` and `random_groups` are after tokenization."""
-    loss = case.loss
-    if loss.kind is Kind.GROUPED:
-        return random_groups(seed)
-    rows = Rows("random", random_rows(case.method, seed, weighted=case.weighted, longest=LONGEST))
-    return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
-
-
-def ours(case: Case, model: Any, seed: int) -> Gradient:
-    """Our loss and gradient, on a copy of the model, as one step of the loop computes them."""
-    loss = case.loss
-    policy = Policy(copy.deepcopy(model), stats=loss.stats)
-    policy.shared = not why_not_shared(policy)
-    step = Step(
-        start_accelerator("no"),
-        policy,
-        policy,
-        loss,
-        AdapterReference(policy, policy) if loss.wants_reference else None,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
-        max_length=MAX_LENGTH,
-    )
-    step.state = case.state
-    examples = examples_of(case, seed)
-    micros = step.micro_batches(examples)
-    if loss.kind is Kind.GROUPED:
-        old = StoredReference(old_logps(model, examples, seed), AdapterReference(policy, policy))
-        for micro in micros:
-            micro.old = old(micro.batch)
-    result = step(micros, step.totals(examples, micros))
-    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
-    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
-
-
 def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
     """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
     generator = torch.Generator().manual_seed(seed)
@@ -177,121 +140,137 @@ def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[
     return table
 
 
-def against_trl(case: Case, model: Any, seed: int) -> tuple[Gradient, Gradient]:
-    """Ours and TRL's, float32."""
-    assert case.trl is not None
-    rows = rollout_rows(model, seed) if case.method == "grpo" else random_rows(case.method, seed, longest=LONGEST)
-    truth = trl.loss_and_grads(case.trl, model, tiny_tokenizer(), rows, max_length=MAX_LENGTH, **case.trl_options)
-    return ours(case, model, seed), Gradient(truth.loss, truth.scale, truth.grads)
+class Subject:
+    """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
+
+    A case changes neither the model nor what is kept.
+    """
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.seed = seed
+        self.models = {torch.float32: random_model(config, seed, adapters=0.2)}
+        self.models[torch.float64] = exact(self.models[torch.float32])
+        self.kept: dict[Any, Any] = {}
+        self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
+
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """`compute()`, of the first call with this key."""
+        if key not in self.kept:
+            self.kept[key] = compute()
+        return self.kept[key]
+
+    def policy(self, dtype: torch.dtype) -> Policy:
+        """A copy of the model as a policy, without a gradient."""
+
+        def make() -> Policy:
+            policy = Policy(copy.deepcopy(self.models[dtype]))
+            policy.shared = not why_not_shared(policy)
+            return policy
+
+        policy: Policy = self.once(("policy", dtype), make)
+        policy.zero_grad(set_to_none=True)
+        return policy
+
+    def reference(self, policy: Policy, dtype: torch.dtype) -> Reference:
+        """The policy's own without its adapters; a micro-batch that comes again gets what it got."""
+        live = AdapterReference(policy, policy)
+
+        def remembered(batch: PackedBatch) -> Tensor:
+            key = ("reference", dtype, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
+            logps: Tensor = self.once(key, lambda: live(batch))
+            return logps
+
+        return remembered
+
+    def examples(self, case: Case) -> list[Example]:
+        """What `random_rows` and `random_groups` are after tokenization."""
+        loss = case.loss
+        if loss.kind is Kind.GROUPED:
+            return random_groups(self.seed)
+        rows = Rows("random", random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST))
+        return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
+
+    def old(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        """`old_logps` of `random_groups`: numbers of float32, so that both precisions are given the same."""
+
+        def make() -> dict[str, list[Tensor]]:
+            table = old_logps(self.models[torch.float64], random_groups(self.seed), self.seed)
+            return {key: [x.float().to(dtype) for x in values] for key, values in table.items()}
+
+        table: dict[str, list[Tensor]] = self.once(("old", dtype), make)
+        return table
+
+    def rollout_rows(self) -> list[dict[str, Any]]:
+        """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it."""
+        old, rows = self.old(torch.float32), []
+        for example in random_groups(self.seed):
+            ref = [self.passed(example, k, torch.float32, reference=True) for k in range(len(example.completions))]
+            for k, (completion, advantage) in enumerate(
+                zip(example.completions, example.advantages or (), strict=True)
+            ):
+                rows.append(
+                    {
+                        "prompt_ids": example.prompt_ids,
+                        "completion_ids": completion.ids,
+                        "advantage": advantage,
+                        "old_per_token_logps": old[tokens_key(example)][k],
+                        "ref_per_token_logps": ref[k].completion,
+                    }
+                )
+        return rows
+
+    def passed(
+        self, example: Example, which: int, dtype: torch.dtype = torch.float64, *, reference: bool = False
+    ) -> SequenceLogps:
+        """A plain unpadded forward pass of a prompt with its completion number `which`, apart from its graph.
+
+        reference: of the model without its adapters, and without a gradient.
+        """
+        ids, model = example.completions[which].ids, self.models[dtype]
+
+        def compute() -> SequenceLogps:
+            if reference:
+                with model.disable_adapter(), torch.no_grad():
+                    return oracle.sequence_logps(model, example.prompt_ids, ids)
+            out = oracle.sequence_logps(model, example.prompt_ids, ids)
+            leaves = SequenceLogps(*(x.detach().requires_grad_() for x in out))
+            self.graphs += zip(leaves, out, strict=True)
+            return leaves
+
+        key = ("passed", tuple(example.prompt_ids), tuple(ids), dtype, reference)
+        passed: SequenceLogps = self.once(key, compute)
+        return passed
+
+    def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
+        """In float64, of every example's completion number `which`."""
+        return [self.passed(example, which) for example in examples]
+
+    def reference_passes(self, examples: Sequence[Example], which: int) -> list[Tensor]:
+        """The completions' log-probs under the model without its adapters, in float64."""
+        return [self.passed(example, which, reference=True).completion for example in examples]
+
+    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of a loss of `policy_passes`, for every trained parameter, in float64.
+
+        By the chain rule: what the passes give has few numbers, whose derivatives all losses share.
+        """
+        trained = {name: p for name, p in self.models[torch.float64].named_parameters() if p.requires_grad}
+        total = torch.zeros(sum(p.numel() for p in trained.values()), dtype=torch.float64)
+        slopes = torch.autograd.grad(loss, [leaf for leaf, _ in self.graphs], allow_unused=True)
+        for slope, (leaf, values) in zip(slopes, self.graphs, strict=True):
+            if slope is not None:
+                total += slope @ self.once(("jacobian", id(leaf)), partial(jacobian, values, list(trained.values())))
+        parts = total.split([p.numel() for p in trained.values()])
+        return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
 
 
-def rollout_rows(model: Any, seed: int) -> list[dict[str, Any]]:
-    """`random_groups` as the driver of TRL takes them."""
-    examples = random_groups(seed)
-    old = old_logps(model, examples, seed)
-    with model.disable_adapter(), torch.no_grad():
-        ref = [[oracle.sequence_logps(model, e.prompt_ids, c.ids).completion for c in e.completions] for e in examples]
-    return [
-        {
-            "prompt_ids": e.prompt_ids,
-            "completion_ids": c.ids,
-            "advantage": a,
-            "old_per_token_logps": old[tokens_key(e)][k],
-            "ref_per_token_logps": ref[e.row][k],
-        }
-        for e in examples
-        for k, (c, a) in enumerate(zip(e.completions, e.advantages or (), strict=True))
-    ]
+@cache
+def subject_of(config: Any, seed: int) -> Subject:
+    """The one of this configuration and seed."""
+    return Subject(config, seed)
 
 
-def against_oracle(case: Case, model: Any, seed: int) -> tuple[Gradient, Gradient]:
-    """Ours and the oracle's, float64."""
-    model = exact(model)
-    loss, scale = ORACLES[case.method](case, model, examples_of(case, seed), seed)
-    loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return ours(case, model, seed), Gradient(loss.item(), scale, grads)
-
-
-def plain_passes(model: Any, examples: list[Example], which: int) -> list[SequenceLogps]:
-    """One unpadded forward pass for each example's prompt with its completion number `which`."""
-    return [oracle.sequence_logps(model, e.prompt_ids, e.completions[which].ids) for e in examples]
-
-
-def of_reference(model: Any, compute: Callable[[], list[SequenceLogps]]) -> list[Tensor]:
-    """The completions' log-probs under the model without its adapters."""
-    with model.disable_adapter(), torch.no_grad():
-        return [out.completion for out in compute()]
-
-
-def oracle_sft(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    out = plain_passes(model, examples, 0)
-    completions = [e.completions[0] for e in examples]
-    weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
-    extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
-    return oracle.sft([x.completion for x in out], log_z=[x.log_z for x in out], **extra, **case.options), 0.0
-
-
-def oracle_dpo(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    chosen, rejected = (plain_passes(model, examples, k) for k in (0, 1))
-    refs = [of_reference(model, lambda k=k: plain_passes(model, examples, k)) for k in (0, 1)]  # type: ignore[misc]
-    loss = oracle.dpo(
-        [x.completion for x in chosen],
-        [x.completion for x in rejected],
-        *refs,
-        chosen_log_sum_p2=[x.log_sum_p2 for x in chosen],
-        rejected_log_sum_p2=[x.log_sum_p2 for x in rejected],
-        beta_dpo_mean=case.state.get("margin", 0.0),
-        **case.options,
-    )
-    return loss, 0.0
-
-
-def oracle_kto(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    labels, others = [bool(e.label) for e in examples], mismatched(examples, MAX_LENGTH)
-    policy, kl_policy = ([x.completion for x in plain_passes(model, items, 0)] for items in (examples, others))
-    ref = of_reference(model, lambda: plain_passes(model, examples, 0))
-    kl_ref = of_reference(model, lambda: plain_passes(model, others, 0))
-    count = int(case.state.get("num_examples", 0))
-    state = (case.state.get("reward_sum", 0.0) / max(count, 1), count)
-    return oracle.kto(policy, ref, labels, kl_policy, kl_ref, bco_state=state, **case.options), 0.0
-
-
-def oracle_pairs(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    """CPO, TPO and ORPO: no reference."""
-    parts = [plain_passes(model, examples, k) for k in range(len(examples[0].completions))]
-    completions = [[x.completion for x in part] for part in parts]
-    if case.method == "orpo":
-        return oracle.orpo([x.prompt for x in parts[0]], *completions, **case.options), 0.0
-    if case.method == "tpo" and len(completions) == 2:
-        completions.append([])
-    return getattr(oracle, case.method)(*completions, **case.options), 0.0
-
-
-def oracle_grpo(case: Case, model: Any, examples: list[Example], seed: int) -> tuple[Tensor, float]:
-    def passes() -> list[SequenceLogps]:
-        return [oracle.sequence_logps(model, e.prompt_ids, c.ids) for e in examples for c in e.completions]
-
-    out, ref = passes(), of_reference(model, passes)
-    policy, entropy = [x.completion for x in out], [x.entropy for x in out]
-    old = [x for parts in old_logps(model, examples, seed).values() for x in parts]
-    advantages = [a for e in examples for a in e.advantages or ()]
-    loss = oracle.grpo(policy, old, ref, advantages, entropy=entropy, **case.options)
-    with torch.no_grad():
-        alone = [
-            oracle.grpo([p], [o], [r], [a], entropy=[h], **case.options)
-            for p, o, r, a, h in zip(policy, old, ref, advantages, entropy, strict=True)
-        ]
-    return loss, sum(abs(x.item()) for x in alone) / len(alone)
-
-
-ORACLES = {
-    "sft": oracle_sft,
-    "dpo": oracle_dpo,
-    "kto": oracle_kto,
-    "cpo": oracle_pairs,
-    "tpo": oracle_pairs,
-    "orpo": oracle_pairs,
-    "grpo": oracle_grpo,
-}
-TRUTHS = {"trl": against_trl, "oracle": against_oracle}
+def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """[N, P]: the derivatives of N values by all numbers of the parameters."""
+    rows = [torch.autograd.grad(value, parameters, retain_graph=True) for value in values]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])

@@ -44,7 +44,9 @@ class Options:
 
     @property
     def high(self) -> float:
-        return self.low if self.epsilon_high is None else self.epsilon_high
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return 5.0 if self.loss_type == "cispo" else self.low  # a cap of the ratio itself: ScaleRL, arXiv 2510.13786
 
 
 def grpo(

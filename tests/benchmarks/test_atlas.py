@@ -39,7 +39,7 @@ def test_equal_different_and_refused(measured: dict) -> None:
     assert aot["verdict"] == hinge["verdict"] == "equal" and aot["reason"] == ""
     assert max(aot["loss_rel_err"], aot["grad_rel_err"]) < 1e-5
     assert smoothed["verdict"] == "different" and smoothed["grad_rel_err"] > 0.05
-    assert smoothed["reason"].startswith("Label smoothing is ignored")
+    assert smoothed["reason"].startswith("label_smoothing is taken with `sigmoid` and ignored")
     assert weighted["verdict"] == "refused" and weighted["error"].startswith("RuntimeError")
     assert atlas.problems(measured) == []
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
 from logratio.benchmarks.peers.cases import CASES, Case
-from logratio.benchmarks.verify import main, verify
+from logratio.benchmarks.peers.sides import trls
+from logratio.benchmarks.peers.truths import Gradient, Subject
+from logratio.benchmarks.verify import Errors, line, main, verify, worst
 from logratio.losses import CPO_TYPES, DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, TPO_TYPES
+from logratio.reference import oracle
+from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.errors import UserError
 
 TABLES = {
@@ -71,8 +78,10 @@ def test_a_wrong_loss_is_found_and_reported(
     assert f"not compared with TRL: dpo {refused.name}: {refused.differs}" in out
     assert "1 of 4 cases are of losses or options that TRL has not" in out
     rows = json.loads(file.read_text())
-    keys = ["method", "variant", "against", "dtype", "loss_rel_err", "grad_rel_err", "ok"]
-    assert [list(row) for row in rows] == [keys] * 6
+    keys = ["method", "variant", "against", "dtype"]
+    keys += ["loss_rel_err", "our_loss_err", "trl_loss_err", "grad_rel_err", "our_grad_err", "trl_grad_err"]
+    assert [list(row) for row in rows] == [[*keys, "ok"]] * 6
+    assert all((row["our_grad_err"] is None) == (row["against"] == "oracle") for row in rows)
     assert [(row["variant"], row["against"], row["ok"]) for row in rows] == [
         ("hinge", "trl", False),
         ("hinge", "oracle", False),
@@ -82,6 +91,84 @@ def test_a_wrong_loss_is_found_and_reported(
         (ours_alone.name, "oracle", True),
     ]
     assert f"{sum(row['ok'] for row in rows)} of 6 within bounds" in out
+    assert "out of bounds: dpo hinge against trl" in out
+    assert all(line(row) in out for row in rows)
+
+
+@pytest.mark.parametrize(
+    "errors, within",
+    [
+        (Errors(9e-6, 9e-6, 0.0), True),  # within the plain bound
+        (Errors(1.9e-5, 1.2e-5, 0.7e-5), True),  # what rounding did to both
+        (Errors(1.9e-5, 1.5e-5, 0.7e-5), True),  # 2 x 0.7e-5 + 1e-6, just
+        (Errors(1.9e-5, 1.6e-5, 0.7e-5), False),  # ours is further off than rounding explains
+        (Errors(1.1e-5, 1.1e-5, 1e-7), False),
+        (Errors(9.9e-5, 1e-6, 9.9e-5), True),
+        (Errors(1e-3, 1e-6, 1e-3), False),  # TRL's is another formula
+        (Errors(2e-3, 1e-3, 1e-3), False),
+        (Errors(float("nan"), float("nan"), 1e-6), False),
+        (Errors(1e-3, 1e-6, float("nan")), False),
+        (Errors(1.1e-5), False),  # nothing to measure by
+    ],
+)
+def test_what_is_within_bounds(errors: Errors, within: bool) -> None:
+    assert errors.within(1e-5) is within
+
+
+def test_the_row_shows_the_model_that_is_out_of_bounds() -> None:
+    rounded, wrong = Errors(3e-5, 2e-5, 1e-5), Errors(2e-5, 2e-5, 1e-6)
+    assert worst([rounded, wrong], 1e-5) == worst([wrong, rounded], 1e-5) == wrong
+    assert worst([Errors(1e-6), Errors(2e-6)], 1e-5) == Errors(2e-6)
+
+
+@pytest.mark.parametrize("factor, ok", [(1 + 3e-5, True), (1.001, False)])
+def test_a_formula_of_trls_that_differs_is_out_of_bounds(
+    factor: float, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = FIRST["dpo", "sigmoid"]
+
+    def other(*args: object) -> Gradient:
+        theirs = trls(*args)  # type: ignore[arg-type]
+        return replace(theirs, grads={name: grad * factor for name, grad in theirs.grads.items()})
+
+    monkeypatch.setattr("logratio.benchmarks.verify.trls", other)
+    (row,) = verify([case], seed=1, truths=["trl"], architectures=[LlamaConfig])
+    assert row["grad_rel_err"] > 1e-5 and row["ok"] is ok
+    assert row["trl_grad_err"] == pytest.approx(factor - 1, rel=0.2) and row["our_grad_err"] < 1e-5
+
+
+def test_what_cases_share_does_not_depend_on_their_order() -> None:
+    """A model is used for all of them: no case may leave anything behind."""
+    cases = [FIRST["kto", "kto"], FIRST["dpo", "sigmoid"], FIRST["grpo", "rloo"], FIRST["dpo", "sigmoid"]]
+    rows = list(verify(cases, seed=1, truths=["oracle"], architectures=[LlamaConfig]))
+    (alone,) = verify(cases[1:2], seed=1, truths=["oracle"], architectures=[LlamaConfig])
+    assert rows[1] == rows[3] == alone
+
+
+def test_the_gradient_by_the_chain_rule_is_autograds() -> None:
+    subject = Subject(LlamaConfig, 0)
+    (example,) = subject.examples(FIRST["sft", "nll"])[:1]
+    ids = example.completions[0].ids
+
+    def loss(out: SequenceLogps) -> Tensor:
+        return out.completion.exp().sum() + out.entropy.square().sum() - out.log_z.sum()
+
+    model = subject.models[torch.float64]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    direct = torch.autograd.grad(loss(oracle.sequence_logps(model, example.prompt_ids, ids)), list(trained.values()))
+    for _ in range(2):
+        shared = subject.gradient(loss(subject.passed(example, 0)))
+        assert list(shared) == list(trained)
+        for got, wanted in zip(shared.values(), direct, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_only_variants_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--method", "orpo", "--only", "beta"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 within bounds" in out and "orpo,beta=1.0" in out
+    with pytest.raises(UserError, match="^no variant has a name with discopopp in it$"):
+        main(["--only", "discopopp"])
 
 
 def test_an_unknown_method_is_refused() -> None:

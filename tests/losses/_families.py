@@ -1,6 +1,7 @@
 """Losses by a short name, and laws held to them on drawn batches: for the tests of families of losses."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,14 @@ SMOOTHED = {"exo_pair", "robust", "cdpo"}
 
 def dpo(name: str, beta: float = 0.5, **options: Any) -> Loss:
     smoothing = {"label_smoothing": E} if name in SMOOTHED else {}
-    return DPOLoss(**{"loss_type": name, "beta": beta} | smoothing | options)
+    scaled = {} if name == "sft" else {"beta": beta}
+    return DPOLoss(**{"loss_type": name} | scaled | smoothing | options)
 
 
 def cpo(name: str, beta: float = 0.5, **options: Any) -> Loss:
     """Without the NLL."""
-    return CPOLoss(**{"loss_type": name, "beta": beta, "cpo_alpha": 0.0} | options)
+    scaled = {} if name == "simper" else {"beta": beta}
+    return CPOLoss(**{"loss_type": name, "cpo_alpha": 0.0} | scaled | options)
 
 
 def kto(name: str, beta: float = 0.5, **options: Any) -> Loss:
@@ -57,3 +60,8 @@ PLAIN = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "cdpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "beta_dpo"),
 ]
+
+
+def refused(message: str) -> Any:
+    """Whole, letter by letter."""
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")

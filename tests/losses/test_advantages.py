@@ -166,7 +166,7 @@ def lists(rewards: Tensor) -> list[list[float | None]]:
 
 
 @every_kind
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_it_is_the_oracle(kind, options, step):
     rewards = lists(step["rewards"])
@@ -181,7 +181,7 @@ def test_it_is_the_oracle(kind, options, step):
     close(advantages_of(**step, advantage_type=kind, **options), tensor(*wanted), 1e-7, 1e-7)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_several_rewards_are_the_oracles(step):
     first, second = step["rewards"], step["rewards"].flip(0).square()
@@ -241,7 +241,7 @@ def test_trl_gives_the_same(method, kind, options):
 
 
 @every_kind
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True), shift=numbers)
 def test_only_differences_of_rewards_matter(kind, options, step, shift):
     shifted = {name: step[name] + shift for name in ("rewards", "baseline")} | {"lengths": step["lengths"]}
@@ -250,13 +250,13 @@ def test_only_differences_of_rewards_matter(kind, options, step, shift):
 
 
 @pytest.mark.parametrize(("kind", "options"), zero_sum, ids=str)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_the_advantages_of_a_group_sum_to_zero(kind, options, step):
     assert (advantages_of(**step, advantage_type=kind, **options).sum(1).abs() <= 1e-8).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_opo_sums_to_zero_by_tokens_and_is_dr_grpo_at_equal_lengths(step):
     assert ((advantages_of(**step, advantage_type="opo") * step["lengths"]).sum(1).abs() <= 1e-8).all()
@@ -265,7 +265,7 @@ def test_opo_sums_to_zero_by_tokens_and_is_dr_grpo_at_equal_lengths(step):
     close(equal, advantages_of(rewards, scale="none"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps())
 def test_leave_one_out_is_dr_grpo_times_g_over_g_minus_1(step):
     rewards = step["rewards"]
@@ -288,7 +288,7 @@ def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(kind, optio
 
 
 @every_kind
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(), seed=st.integers(0, 9))
 def test_order_does_not_matter_and_a_better_reward_has_the_larger_advantage(kind, options, step, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -301,7 +301,7 @@ def test_order_does_not_matter_and_a_better_reward_has_the_larger_advantage(kind
     assert (plain.gather(1, order).diff() >= -1e-9).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True), scales=st.tuples(st.floats(0.5, 50), st.floats(0.5, 50)))
 def test_gdpo_does_not_depend_on_the_scale_of_a_reward(step, scales):
     """Up to the 1e-4 beside the standard deviation, here of rewards that are 100 times larger."""
@@ -311,7 +311,7 @@ def test_gdpo_does_not_depend_on_the_scale_of_a_reward(step, scales):
     close(scaled.nan_to_num(), plain.nan_to_num(), 1e-3, 1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_gdpo_with_one_reward_is_group_over_its_standard_deviation(step):
     rewards = step["rewards"]
@@ -322,7 +322,7 @@ def test_gdpo_with_one_reward_is_group_over_its_standard_deviation(step):
     close(gdpo, group / (std + 1e-4), 1e-6, 1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_whitened_advantages_have_mean_0_and_variance_1(step):
     known = step["rewards"][~step["rewards"].isnan()]

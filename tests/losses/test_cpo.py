@@ -70,7 +70,6 @@ PAIRS = [
     ("simpo", E, preference(0.8 * sp(0.75) + 0.2 * sp(-0.75), H * (sg(-0.75) - 0.8), LENGTHS)),
     ("alphapo", {}, preference(sp(0.75), -H * sg(0.75), LENGTHS)),
     ("simper", {}, (exp(-1) - exp(-1.5), -exp(-1.5) / 2, exp(-1) / 4)),
-    ("simper", {"beta": 7.0, "simpo_gamma": 3.0} | E, (exp(-1) - exp(-1.5), -exp(-1.5) / 2, exp(-1) / 4)),
 ]
 
 
@@ -78,7 +77,8 @@ PAIRS = [
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_cpo_by_hand(pair, weight):
     loss_type, options, (value, up, down) = pair
-    loss = CPOLoss(**{"loss_type": loss_type, "beta": H, "cpo_alpha": weight} | options)
+    scaled = {} if loss_type == "simper" else {"beta": H}
+    loss = CPOLoss(**{"loss_type": loss_type, "cpo_alpha": weight} | scaled | options)
     expected = value + weight * 3 / 10, up - weight / 10, down
     assert run(loss, triple()) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
@@ -245,7 +245,7 @@ def test_equal_completions():
 def test_what_is_refused(loss):
     with pytest.raises(ValueError, match="loss_type='dpo' is unknown, expected one of: sigmoid, hinge, ipo, "):
         loss(loss_type="dpo")
-    with pytest.raises(ValueError, match="beta=0 must be positive and finite"):
+    with pytest.raises(ValueError, match="beta=0 must be positive$"):
         loss(beta=0)
     for e in (-0.1, 1.1):
         with pytest.raises(ValueError, match=rf"label_smoothing={e} must be in \[0, 1\]"):

@@ -116,7 +116,7 @@ def of_x(name: str, options: dict[str, Any], r_w: float, r_l: float, value: floa
 
 POINTS: list[Point] = [
     ("sigmoid", {}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
-    ("sigmoid", E, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),  # label smoothing is cdpo's
+    ("sigmoid", {}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
     ("hinge", {}, 3, -1, 0, 0, 0),
     ("hinge", {}, 2, 0, 0, 0, 0),  # at the kink
     ("hinge", {}, 1.9, 0, 0.05, -H, H),
@@ -193,7 +193,8 @@ POINTS: list[Point] = [
 @pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p[0]}-{p[1]}-{p[2]},{p[3]}")
 def test_away_from_the_reference(point):
     loss_type, options, r_w, r_l, *expected = point
-    got = value_and_slopes(DPOLoss(**{"loss_type": loss_type, "beta": H} | options), r_w, r_l, {})
+    scaled = {} if loss_type == "sft" else {"beta": H}
+    got = value_and_slopes(DPOLoss(**{"loss_type": loss_type} | scaled | options), r_w, r_l, {})
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
@@ -232,7 +233,34 @@ def test_finite_in_float32_wherever_the_ratios_are(loss_type):
             *(CompletionLogps(torch.tensor([[r]], requires_grad=True), torch.ones(1, 1).bool()) for r in (r_w, r_l))
         )
         ref = PairLogps(*(CompletionLogps(torch.zeros(1, 1), torch.ones(1, 1).bool()) for _ in range(2)))
-        loss = DPOLoss(loss_type=loss_type, label_smoothing=0.01)
+        smoothing = {"label_smoothing": 0.01} if loss_type in DPO_TYPES.readers("label_smoothing") else {}
+        loss = DPOLoss(loss_type=loss_type, **smoothing)
         value = loss(policy, ref, totals=Totals.of(policy, loss.collect(policy, ref))).loss
         value.backward()
         assert value.isfinite() and policy.chosen.per_token_logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["sigmoid_norm", "cdpo", "robust", "bco_pair", "irpo", "dpop", "r_dpo", "beta_dpo"]
+)
+def test_small_losses_keep_their_digits(loss_type):
+    """At a margin of 24 the loss is log(1 + exp(-24)), and its wrong side 24 more: no threshold cuts the logarithm."""
+    smoothing = {"label_smoothing": 0.25} if loss_type in DPO_TYPES.readers("label_smoothing") else {}
+    plain = {"irpo_alpha": 0.0} if loss_type == "irpo" else {}
+    loss = DPOLoss(loss_type=loss_type, beta=1.0, **smoothing, **plain)
+    for r_w in (24.0, -24.0):
+        policy, ref = (PairLogps(one([r]), one([0.0])) for r in (r_w, 0.0))
+        value = loss(policy, ref, totals=Totals.of(policy, loss.collect(policy, ref) * 0)).loss.item()
+        right, wrong = math.log1p(exp(-24)), 24 + math.log1p(exp(-24))
+        near, far = (right, wrong) if r_w > 0 else (wrong, right)
+        expected = {
+            "cdpo": 0.75 * near + 0.25 * far,
+            "robust": (0.75 * near - 0.25 * far) / 0.5,
+            "bco_pair": near + math.log(2),
+            "dpop": near if r_w > 0 else 51 * 24,
+        }.get(loss_type, near)
+        assert value == pytest.approx(expected, rel=1e-14)
+
+
+def one(logps: list[float]) -> CompletionLogps:
+    return CompletionLogps(torch.tensor([logps], dtype=torch.float64), torch.ones(1, len(logps)).bool())

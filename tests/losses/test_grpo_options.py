@@ -73,7 +73,7 @@ def test_defaults():
 
 def test_epsilons():
     assert {name: GRPOLoss(loss_type=name).epsilons for name in GRPO_TYPES} == {
-        name: (0.4, 0.4) if name == "gmpo" else (0.2, 0.2) for name in GRPO_TYPES
+        name: {"gmpo": (0.4, 0.4), "cispo": (0.2, 5.0)}.get(name, (0.2, 0.2)) for name in GRPO_TYPES
     }
     assert GRPOLoss(loss_type="gmpo", epsilon=0.1).epsilons == (0.1, 0.1)
     assert GRPOLoss(epsilon=0.1, epsilon_high=0.28).epsilons == (0.1, 0.28)
@@ -229,7 +229,13 @@ def test_the_quantile_of_nothing():
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_off_policy_mask(threshold, advantages, kept, level):
     """Drops a completion of negative advantage that has drifted; its KL term stays, and so does the divisor."""
-    options = {"importance_sampling_level": level, "epsilon": 1.0, "beta": 0.5, "use_bias_correction_kl": False}
+    options = {
+        "importance_sampling_level": level,
+        "epsilon": 0.75,
+        "epsilon_high": 1.0,
+        "beta": 0.5,
+        "use_bias_correction_kl": False,
+    }
     policy = logps(LOGPS)
     out = output(GRPOLoss(off_policy_mask_threshold=threshold, **options), policy, REF, advantages=advantages)
     rho = RHO if level == "token" else [0.75**0.5] * 4
@@ -264,6 +270,37 @@ def test_clip_metrics_at_the_edges():
     assert counts([-1.0, 1.0], epsilon_high=0.5) == [1, 0, 1]
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_clip_metrics_of_cispo(level):
+    """The cap is epsilon_high itself, above which A > 0 is counted; nothing bounds the ratio from below."""
+    policy, old = logps([[log(5.5)], [log(0.5)], [log(4.5)], [log(5.5)]]), logps([[0.0]] * 4)
+    given = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    for options, high in (({}, 1), ({"epsilon_high": 4.0}, 2)):
+        loss = GRPOLoss(loss_type="cispo", importance_sampling_level=level, **options)
+        metrics = loss(policy, advantages=given, old=old, totals=Totals.of(policy)).metrics
+        counted = {name: mean.total.item() for name, mean in metrics.items() if mean.count == 4}
+        assert counted == {
+            "clip_ratio/low_mean": 0,
+            "clip_ratio/high_mean": high,
+            "clip_ratio/region_mean": high,
+        }
+
+
+@pytest.mark.parametrize("loss_type", ["sapo", "vespo"])
+def test_what_clips_nothing_has_no_clip_metrics(loss_type):
+    assert output(GRPOLoss(loss_type=loss_type), logps(LOGPS)).metrics == {}
+    assert set(output(GRPOLoss(loss_type=loss_type), logps(LOGPS, ENTROPY)).metrics) == {"entropy"}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "low", "high"),
+    [("dapo", 1, 1), ("gmpo", 1, 1), ("rloo", 2, 0)],  # rloo: 3/4 of both tokens, A < 0 in the second completion
+)
+def test_what_is_clipped_is_counted_in_its_own_measure(loss_type, low, high):
+    metrics = output(GRPOLoss(loss_type=loss_type), logps(LOGPS)).metrics
+    assert [metrics[f"clip_ratio/{name}_mean"].total.item() for name in ("low", "high")] == [low, high]
+
+
 @pytest.mark.parametrize(
     ("loss_type", "option", "value"),
     [
@@ -273,7 +310,9 @@ def test_clip_metrics_at_the_edges():
     ],
 )
 def test_options_without_a_meaning_are_refused(loss_type, option, value):
-    with pytest.raises(ValueError, match=f"^{option}={value} has no meaning for {loss_type}; leave it out$"):
+    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo"}.get(option, "all but rloo")
+    message = f"{option}={value} is not read by loss_type {loss_type}; leave it out: it is an option of {said}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         GRPOLoss(**{"loss_type": loss_type, option: value})
     GRPOLoss(loss_type="dapo", **{option: value})
 
@@ -287,11 +326,19 @@ def test_options_without_a_meaning_are_refused(loss_type, option, value):
         ({"top_entropy_quantile": 1.1}, r"top_entropy_quantile=1.1 must be in \[0, 1\]"),
         ({"top_entropy_quantile": -0.1}, r"top_entropy_quantile=-0.1 must be in \[0, 1\]"),
         *(
-            ({name: 0.0}, f"{name}=0.0 must be positive and finite")
-            for name in ("epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg")
+            ({name: 0.0}, f"{name}=0.0 must be positive$")
+            for name in ("delta", "sapo_temperature_pos", "sapo_temperature_neg")
         ),
-        ({"epsilon": math.inf}, "epsilon=inf must be positive and finite"),
-        ({"max_completion_length": 0}, "max_completion_length=0 must be positive and finite"),
+        ({"epsilon": math.inf}, "epsilon=inf must be finite$"),
+        ({"epsilon": -0.1}, "epsilon=-0.1 must not be negative$"),
+        ({"epsilon": 1.0}, r"^epsilon=1.0 must be in \[0, 1\): no ratio is below 0$"),
+        ({"loss_type": "rloo", "epsilon": 1.5}, r"^epsilon=1.5 must be in \[0, 1\): no ratio is below 0$"),
+        ({"epsilon_high": -0.1}, "epsilon_high=-0.1 must not be negative$"),
+        (
+            {"loss_type": "cispo", "epsilon_high": 0.0},
+            "^epsilon_high=0.0 must be positive: cispo multiplies every gradient by it at most$",
+        ),
+        ({"max_completion_length": 0}, "max_completion_length=0 must be positive$"),
     ],
     ids=str,
 )

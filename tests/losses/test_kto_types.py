@@ -195,7 +195,7 @@ def test_only_kto_has_a_kl_among_its_metrics():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="loss_type='bce' is unknown, expected one of: kto, apo_zero_unpaired, bco"):
         KTOLoss(loss_type="bce")
-    with pytest.raises(ValueError, match="beta=-1 must be positive and finite"):
+    with pytest.raises(ValueError, match="beta=-1 must be positive$"):
         KTOLoss(beta=-1)
     policy, ref = logps(LOGPS), logps(REF)
     with pytest.raises(ValueError, match="bco shifts rewards by their running mean: it needs the step's in totals.col"):

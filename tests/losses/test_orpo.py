@@ -89,7 +89,7 @@ def test_options_of_orpo():
     loss = ORPOLoss()
     assert dataclasses.asdict(loss) == {"beta": 0.1} and loss.scores_prompt
     assert not loss.wants_reference and not loss.scores_gold and loss.window_pass is None
-    with pytest.raises(ValueError, match="beta=0 must be positive and finite"):
+    with pytest.raises(ValueError, match="beta=0 must be positive$"):
         ORPOLoss(beta=0)
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,8 @@ from logratio.losses._two_gemm import STATS, Coefficients, TorchTile, Transform
 from ._heads import OPTIONS, head, near_certain
 
 triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
 from logratio.losses import _triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,6 +34,25 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 options = pytest.mark.parametrize("kwargs", [OPTIONS[k] for k in ("plain", "softcap", "all")], ids=str)
 dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
 compiled = pytest.mark.skipif(INTERPRETED, reason="of the compiled kernel")
+
+
+@triton.jit
+def _count(out, n):
+    for i in range(n):
+        tl.store(out + i, i)
+
+
+def skip_without_an_interpreter() -> None:
+    """Skip this file where Triton's interpreter cannot even count, as 3.6's cannot with numpy 2.4 or later."""
+    try:
+        _count[(1,)](torch.zeros(2), 2)
+    except triton.runtime.errors.InterpreterError as error:
+        found = f"triton {triton.__version__} with numpy {version('numpy')}"
+        pytest.skip(f"the interpreter of {found} does not work: {error}", allow_module_level=True)
+
+
+if INTERPRETED:
+    skip_without_an_interpreter()
 
 
 def on_device(test: Callable) -> Callable:
@@ -98,7 +120,7 @@ def within_budget(
 @dtypes
 @pytest.mark.parametrize("make", [head, near_certain])
 def test_frozen_head_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
-    within_budget(make, dtype, (), "h", **kwargs)
+    within_budget(make, dtype, (), "h", n=6 if INTERPRETED else 24, **kwargs)
 
 
 @on_device
@@ -106,15 +128,15 @@ def test_frozen_head_is_within_the_error_budget(kwargs, dtype, make, several_blo
 @dtypes
 @pytest.mark.parametrize("make", [head, near_certain])
 def test_everything_trained_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
-    """Values and gradients of log-probs, entropy and log Z, to hidden, weight and bias, in chunks of 7 and 5 tokens."""
-    within_budget(make, dtype, STATS, "hwb", n=12 if INTERPRETED else 24, chunk_tokens=7, **kwargs)
+    """Values and gradients of log-probs, entropy and log Z, to hidden, weight and bias, in chunks that leave a rest."""
+    within_budget(make, dtype, STATS, "hwb", n=6 if INTERPRETED else 24, chunk_tokens=4, **kwargs)
 
 
 @on_device
 @pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",)])
 def test_a_statistic_alone(stats):
     """With the default block, and no bias to be trained."""
-    within_budget(head, torch.float32, stats, "h", temperature=0.7)
+    within_budget(head, torch.float32, stats, "h", n=6 if INTERPRETED else 24, temperature=0.7)
 
 
 @on_device
@@ -228,6 +250,8 @@ def test_under_the_interpreter():
     env = env | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", __file__]
     out = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    if out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(out.stdout[out.stdout.index("the interpreter of triton") :].splitlines()[0])
     assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
 
 

@@ -192,12 +192,12 @@ def test_a_loss_from_outside_trains(workspace, capsys):
 
 METHODS = ", ".join(LOSSES)
 BAD = {
-    "nope": "unknown command 'nope', expected one of: train, ",
+    "nope": "unknown command 'nope', expected one of: train",
     "train": f"train needs a method, one of: {METHODS}",
     "train --lora_r 4": f"train needs a method, one of: {METHODS}",
     "train ppo": f"unknown method 'ppo', expected one of: {METHODS}",
     "train dpo --loss_type nope": "loss_type='nope' is unknown, expected one of: sigmoid, hinge, ipo",
-    "train dpo --beta -1": "beta=-1.0 must be positive and finite",
+    "train dpo --beta -1": "beta=-1.0 must be positive",
     "train dpo --loss": "--loss needs a value",
     "train dpo --dataset_name nofile.jsonl": "the data file nofile.jsonl does not exist (looked in ",
     "train dpo --load_in_4bit": "--load_in_4bit freezes the model, so something else must train: add --lora_r 16",
@@ -252,16 +252,71 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(workspace, ca
     assert not list((workspace / "out").glob("*.safetensors"))
 
 
+def test_methods_are_named_without_loading_them():
+    assert cli.METHODS == tuple(LOSSES)
+
+
 def test_help_lists_commands_and_options(capsys):
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(entry.name in shown for entry in entry_points(group=cli.COMMANDS)) and METHODS in shown
+    for entry in entry_points(group=cli.COMMANDS):
+        assert f"{entry.name:<15} {entry.load().__doc__.splitlines()[0]}\n" in shown
+    assert METHODS in shown
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "dpo", "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--beta", "--lora_r", "--dataset_name", "--micro_batch_tokens"))
+
+
+def test_help_says_which_variants_read_an_option(capsys):
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.main(["train", *words, "--help"])
+        return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+    dpo, grpo = shown("dpo"), shown("grpo")
+    assert "--dpop_lambda FLOAT Penalty on a chosen" in dpo and "(default: 50.0; loss_type: dpop)" in dpo
+    assert "(default: 0.0; loss_type: cdpo, robust, exo_pair, aot, aot_unpaired)" in dpo
+    assert "(default: 0.5; f_divergence_type: alpha_divergence)" in dpo
+    assert "--loss_weights {None}|{[FLOAT [FLOAT ...]]} Weight of each loss_type (default: 1). (default: None)" in dpo
+    assert "(default: k3; loss_type: all but rloo; beta: not 0)" in grpo
+    assert "luspo too is token-level unless asked" in grpo and "cispo: the cap of the ratio itself (default: 5" in grpo
+    assert "for simpo too, whose paper has none: give 0" in shown("cpo")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "cpo --loss_type simper --beta 2",
+            "beta=2.0 is not read by loss_type simper; leave it out: it is an option of all but simper",
+        ),
+        ("dpo --beta nan", "beta=nan must be finite"),
+        ("kto --desirable_weight -1", "desirable_weight=-1.0 must not be negative"),
+        ("sft --seed 4294967296", "--seed must be in [0, 4294967295], got 4294967296"),
+        ("sft --learning_rate inf", "--learning_rate must be finite, got inf"),
+        ("sft --lora_r 4 --lora_alpha nan", "--lora_alpha must be finite, got nan"),
+        ("grpo --reward_weights nan", "--reward_weights must be finite, got (nan,)"),
+    ],
+)
+def test_options_out_of_range_or_unread_are_one_sentence(words, message, capsys):
+    assert cli.main(["train", *words.split()]) == 1
+    assert capsys.readouterr().err == f"logratio: {message}\n"
+
+
+def test_options_of_a_loss_are_of_its_own_class():
+    assert type(cli.parse_train(["dpo", "--loss_type", "cdpo", "--label_smoothing", "0.1"]).loss) is LOSSES["dpo"]
+
+
+def test_commands_that_only_an_installed_package_has_are_said_to_be_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert cli.main(["plan"]) == 1
+    assert capsys.readouterr().err == (
+        "logratio: unknown command 'plan', expected one of: train; the others are there once the package is installed "
+        "(`pip install -e .`)\n"
+    )
 
 
 def test_user_errors_from_sub_commands_and_interrupts_have_a_status(monkeypatch, capsys):

@@ -16,6 +16,8 @@ from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, Run
 from logratio.trainers.errors import UserError
 
 PARTS = (ModelConfig, DataConfig, TrainConfig, RolloutConfig)
+FLOATS = [(part, f.name) for part in PARTS for f in dataclasses.fields(part) if isinstance(f.default, float)]
+FLOATS += [(TrainConfig, "learning_rate"), (ModelConfig, "lora_alpha")]
 POSITIVE = (
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_steps"),
     *("num_train_epochs", "eval_steps", "save_steps"),
@@ -87,15 +89,24 @@ def test_no_field_stands_in_two_of_the_configurations(name):
         ),
         *((TrainConfig, {name: bad}, f"--{name} must be positive, got {bad}") for name in POSITIVE for bad in (0, -1)),
         *(
-            (TrainConfig, {name: bad}, f"--{name} must not be negative, got {bad}")
+            (TrainConfig, {name: -1}, f"--{name} must not be negative, got -1")
             for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate")
-            for bad in (-1, float("nan"))
         ),
-        (RolloutConfig, {"num_generations": 1}, "--num_generations 1: a group needs at least 2 to compare"),
         *(
-            (RolloutConfig, bad, "--temperature must be positive, --top_p in (0, 1], --num_iterations at least 1")
-            for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"num_iterations": 0})
+            (part, {name: bad}, f"--{name} must be finite, got {bad}")
+            for part, name in FLOATS
+            for bad in (float("nan"), float("inf"))
         ),
+        *((TrainConfig, {"seed": bad}, f"--seed must be in [0, 4294967295], got {bad}") for bad in (-1, 2**32)),
+        (ModelConfig, {"lora_alpha": 0.0}, "--lora_alpha must be positive, got 0.0"),
+        (ModelConfig, {"ref_model_mixup_alpha": 1.5}, "--ref_model_mixup_alpha must be in [0, 1], got 1.5"),
+        (ModelConfig, {"ref_model_sync_steps": 0}, "--ref_model_sync_steps must be positive, got 0"),
+        (RolloutConfig, {"reward_weights": (float("nan"),)}, "--reward_weights must be finite, got (nan,)"),
+        (RolloutConfig, {"temperature": 0.0}, "--temperature must be positive, got 0.0"),
+        *((RolloutConfig, {"top_p": bad}, f"--top_p must be in (0, 1], got {bad}") for bad in (0.0, 1.1)),
+        (RolloutConfig, {"num_iterations": 0}, "--num_iterations must be positive, got 0"),
+        (RolloutConfig, {"reward_kl_estimator": "k3"}, "--reward_kl_estimator k3 is read only with --reward_kl_coef"),
+        (RolloutConfig, {"num_generations": 1}, "--num_generations 1: a group needs at least 2 to compare"),
         (
             RolloutConfig,
             {"reward_funcs": ("a", "b"), "reward_weights": (1.0,)},
@@ -139,10 +150,7 @@ def test_no_field_stands_in_two_of_the_configurations(name):
             )
             for kind in ("reinforce_pp", "reinforce_pp_baseline")
         ),
-        *(
-            (RolloutConfig, {"reward_kl_coef": bad}, f"--reward_kl_coef must be finite and not negative, got {bad}")
-            for bad in (-0.1, float("inf"), float("nan"))
-        ),
+        (RolloutConfig, {"reward_kl_coef": -0.1}, "--reward_kl_coef must not be negative, got -0.1"),
     ],
 )
 def test_what_cannot_mean_anything_is_refused(part, options, message):

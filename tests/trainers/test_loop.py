@@ -118,6 +118,8 @@ def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], d
 class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
+    config = RolloutConfig(num_generations=2)
+
     def __call__(self, prompts: Any) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
 
@@ -126,6 +128,9 @@ class GivenRollouts:
 
     def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
+
+    def after(self, step: int) -> list[str]:
+        return []
 
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
@@ -189,13 +194,13 @@ def digits(completion_ids, **_):
 """
 
 
-@pytest.mark.parametrize(("method", "loss_options"), CUT)
-def test_the_memory_setting_does_not_change_the_result(
-    method: str, loss_options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def train_with(
+    settings: tuple[int, ...], method: str, loss_options: str, steps: int, tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--lora_r", "4", "--max_steps", "5", "--batch_size", "16", "--learning_rate", "1e-4"]
+    """The command with each --micro_batch_tokens, of which the last cuts nothing: the adapters are the same."""
+    options = ["--lora_r", "4", "--max_steps", str(steps), "--batch_size", "16", "--learning_rate", "1e-4"]
     options += loss_options.split()
-    monkeypatch.chdir(tmp_path)
+    patch.chdir(tmp_path)
     if LOSSES[method].kind is Kind.GROUPED:
         (tmp_path / "some_rewards.py").write_text(REWARD)
         options += ["--num_generations", "4", "--max_completion_length", "12", "--num_iterations", "2"]
@@ -204,9 +209,9 @@ def test_the_memory_setting_does_not_change_the_result(
         options += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", rows_of(method, 64))]
     adapters, cuts = {}, {}
     call = Step.__call__
-    for tokens in (256, 1024, 100000):
+    for tokens in settings:
         counts: list[int] = []
-        monkeypatch.setattr(
+        patch.setattr(
             Step,
             "__call__",
             lambda self, micros, *a, c=counts, **k: (c.append(len(micros)), call(self, micros, *a, **k))[1],
@@ -214,12 +219,28 @@ def test_the_memory_setting_does_not_change_the_result(
         folder = tmp_path / str(tokens)
         assert main(["train", method, *options, "--micro_batch_tokens", str(tokens), "--output_dir", str(folder)]) == 0
         adapters[tokens], cuts[tokens] = load_file(folder / "adapter_model.safetensors"), sum(counts)
-    assert cuts[256] > max(cuts[1024], cuts[100000]), f"the work was not cut differently: {cuts}"
-    moved = max(v.abs().max().item() for k, v in adapters[100000].items() if "lora_B" in k)
+    first, *_, whole = settings
+    assert cuts[first] > max(cuts[tokens] for tokens in settings[1:]), f"the work was not cut differently: {cuts}"
+    moved = max(v.abs().max().item() for k, v in adapters[whole].items() if "lora_B" in k)
     assert moved > 1e-5, "nothing was trained, so nothing was compared"
-    for tokens in (256, 1024):
+    for tokens in settings[:-1]:
         for name, value in adapters[tokens].items():
-            assert (value - adapters[100000][name]).abs().max() < 1e-6, (tokens, name)
+            assert (value - adapters[whole][name]).abs().max() < 1e-6, (tokens, name)
+
+
+@pytest.mark.parametrize(("method", "loss_options"), CUT)
+def test_the_memory_setting_does_not_change_the_result(
+    method: str, loss_options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_with((256, 100000), method, loss_options, 3, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "loss_options"), CUT)
+def test_the_memory_setting_does_not_change_a_longer_run(
+    method: str, loss_options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_with((256, 1024, 100000), method, loss_options, 8, tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(

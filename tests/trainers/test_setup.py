@@ -1,4 +1,4 @@
-"""From configuration to run: windows, optimizer groups, held-out rows, quantization, and what is refused before it."""
+"""From configuration to run: batches, optimizer groups, held-out rows, quantization, and what is refused before it."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from logratio.losses import LOSSES
 from logratio.trainers.cli import parse_train
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
-from logratio.trainers.setup import build, count_steps, make_optimizer, start_accelerator, windows
+from logratio.trainers.setup import batches, build, count_steps, make_optimizer, start_accelerator
 
 
 @pytest.fixture
@@ -26,6 +26,7 @@ def rows(tmp_path):
             "chosen": str(i + 1),
             "rejected": str(i + 30),
             "reference": str(i),
+            "answer": str(i + 1),
         }
         for i in range(7)
     ]
@@ -44,20 +45,20 @@ def take(iterator, count):
 
 @settings(max_examples=60, deadline=None)
 @given(items=st.integers(1, 20), batch=st.integers(1, 8), seed=st.integers(0, 99), shuffle=st.booleans())
-def test_windows_cover_every_item_once_an_epoch(items, batch, seed, shuffle):
+def test_batches_cover_every_item_once_an_epoch(items, batch, seed, shuffle):
     per_epoch = -(-items // batch)
-    stream = windows(range(items), batch, shuffle=shuffle, seed=seed)
+    stream = batches(range(items), batch, shuffle=shuffle, seed=seed)
     for _ in range(3):
         epoch = take(stream, per_epoch)
-        assert all(len(window) == batch for window in epoch[:-1])
-        assert sorted(i for window in epoch for i in window) == list(range(items))
+        assert all(len(drawn) == batch for drawn in epoch[:-1])
+        assert sorted(i for drawn in epoch for i in drawn) == list(range(items))
         if not shuffle:
-            assert [i for window in epoch for i in window] == list(range(items))
+            assert [i for drawn in epoch for i in drawn] == list(range(items))
 
 
-def test_windows_depend_on_seed_and_epoch_alone():
+def test_batches_depend_on_seed_and_epoch_alone():
     def order(seed):
-        return [i for window in take(windows(range(40), 8, shuffle=True, seed=seed), 10) for i in window]
+        return [i for drawn in take(batches(range(40), 8, shuffle=True, seed=seed), 10) for i in drawn]
 
     torch.manual_seed(1)
     first = order(5)

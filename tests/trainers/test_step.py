@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import random
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +15,13 @@ from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
 from logratio.trainers.data import packing
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import example_tokens, pack
+from logratio.trainers.data.inputs import count_totals, loss_inputs
+from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import MicroBatch, Step, StepResult, count_totals, loss_inputs
+from logratio.trainers.step import MicroBatch, Step, StepResult
 
 MAX_LENGTH = 20
 
@@ -217,20 +217,6 @@ def test_many_rows_are_not_all_listed(model):
     micros = step.micro_batches(examples)
     with pytest.raises(UserError, match=r"the rows 0, 1, .*, 15 and 4 more of the data set$"):
         step(micros, step.totals(examples, micros))
-
-
-@pytest.mark.parametrize("world", [2, 3, 8])
-def test_the_deal_gives_every_example_to_one_process_and_evens_out_tokens(model, world):
-    examples = examples_for(Kind.PAIRED, count=7)
-    step = make_step(model, LOSSES["dpo"](), micro_batch_tokens=40)
-    shares = []
-    for rank in range(world):
-        step.accelerator = SimpleNamespace(num_processes=world, process_index=rank)  # type: ignore[assignment]
-        shares.append([examples[i] for i in step._deal(examples)])
-    assert sorted(e.row for share in shares for e in share) == list(range(7))
-    assert all([e.row for e in share] == sorted(e.row for e in share) for share in shares)
-    loads = [sum(map(example_tokens, share)) for share in shares]
-    assert max(loads) - min(loads) <= max(map(example_tokens, examples))
 
 
 def test_metrics_are_means_over_what_was_counted():

@@ -110,8 +110,7 @@ def adopt(model: Any, asked: str | None = None) -> list[str]:
     not work. A model for which "sdpa" would not do (it has no soft-cap) keeps transformers' function of that name.
     """
     default = asked is None and model.device.type in DEVICES and model.config._attn_implementation == "sdpa"
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    fits = model._supports_flex_attn and model._supports_sdpa and not capped
+    fits = model._supports_flex_attn and model._supports_sdpa and softcap_of(model) is None
     if not fits or not (default or asked == THEIRS):
         return []
     reason = why_not(model)
@@ -121,6 +120,11 @@ def adopt(model: Any, asked: str | None = None) -> list[str]:
         return [f"rows are masked densely, not with FlexAttention: {reason}"]
     model.set_attn_implementation(OURS)
     return []
+
+
+def softcap_of(model: Any) -> float | None:
+    """c of the scores c tanh(s / c), where the model caps them."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
 
 
 def why_not(model: Any) -> str:

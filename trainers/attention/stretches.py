@@ -46,7 +46,7 @@ def stretch_mask(batch: PackedBatch, window: int | None = None, always: bool = F
     as it is."""
     mask = attention_mask(batch, window)
     found = stretches(batch, mask.detach())  # of views of the mask itself it would never be rid
-    if sum(s.pairs + CALL_PAIRS for s in found) < mask.numel():
+    if always or sum(s.pairs + CALL_PAIRS for s in found) < mask.numel():
         mask.stretches = found  # type: ignore[attr-defined]
     return mask
 

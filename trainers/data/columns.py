@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError
-from .rows import Rows
-from .tokenization import Text, check_messages, implicit_prompt, is_conversation, shown
+from ..errors import RowError, UserError, shown
+from .conversations import as_messages, check_value, is_written_out, template_options, with_system
+from .report import BadRows
+from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
-# For each kind the sets of columns that will do, the preferred one first.
+# For each kind the sets of columns that will do, the preferred one first. ShareGPT's `conversations` is a whole
+# conversation like `messages`, and what chosen and rejected answer where it stands beside them.
 COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
-    Kind.SEQUENCE: (("prompt", "completion"), ("messages",), ("text",)),
-    Kind.PAIRED: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
-    Kind.LABELED: (("prompt", "completion", "label"), ("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    Kind.SEQUENCE: (("prompt", "completion"), ("messages",), ("conversations",), ("text",)),
+    Kind.PAIRED: (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("chosen", "rejected")),
+    Kind.LABELED: (
+        ("prompt", "completion", "label"),
+        ("prompt", "chosen", "rejected"),
+        ("conversations", "chosen", "rejected"),
+        ("chosen", "rejected"),
+    ),
     Kind.GROUPED: (("prompt",),),
 }
 GOLD = "reference"  # the third, gold completion beside chosen and rejected (TPO)
@@ -29,77 +36,204 @@ class Source:
 
     prompt: None where `text` or `messages` are one piece, which then is the only completion.
     options: what its chat template is given beside the messages (`tools`, `chat_template_kwargs`).
+    label: None too for a pair, which a kind of labeled rows takes apart.
     weight: of every token of a sequence, from the column of that name.
+    columns: all that the row has.
     """
 
     row: int
     prompt: Text | None
     completions: list[Text]
     options: dict[str, Any]
+    columns: Mapping[str, Any]
     label: bool | None = None
     weight: float = 1.0
 
 
-def read_sources(rows: Rows, kind: Kind, *, gold: bool = False) -> Iterator[Source]:
-    """The rows of one data set, all in the columns and the format (plain or conversational) of its first row.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """In which columns and which format the rows are: those of the first row that can be used.
 
-    Raises UserError at a row that cannot be used, naming its place and column. Pairs for a kind of labeled rows
-    become a desirable row each, and after all of these an undesirable one each. gold: pairs have a third completion.
+    prompt: None where there is no such column. completions: the others that hold text. names: all of that row.
     """
-    first = rows.rows[0]
-    columns = next((columns for columns in COLUMNS[kind] if all(first.get(c) is not None for c in columns)), None)
-    if columns is not None and gold:
-        if first.get(GOLD) is None:
-            raise UserError(
-                f"{rows.where(0)} has no {GOLD!r}, the gold completion that this method learns from beside chosen and "
-                "rejected: add the column, or use a method that needs pairs alone, as cpo"
-            )
-        columns = (*columns, GOLD)
+
+    kind: Kind
+    prompt: str | None
+    completions: tuple[str, ...]
+    labeled: bool
+    conversational: bool
+    names: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All columns that hold text."""
+        return self.completions if self.prompt is None else (self.prompt, *self.completions)
+
+
+def find_layout(bad: BadRows, kind: Kind, *, gold: bool = False) -> Layout:
+    """Raises UserError where the first row has no set of columns that will do, naming those that it has.
+
+    gold: pairs have a third completion. Where bad rows are skipped, the first row that has the columns counts, and
+    where none has them, the first one is named.
+    """
+    first: UserError | None = None
+    for index, row in enumerate(bad.rows):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            return _layout(row, bad.rows.where(index), kind, gold)
+        except UserError as error:
+            if not bad.skip:
+                raise
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _layout(row: Mapping[str, Any], where: str, kind: Kind, gold: bool) -> Layout:
+    columns = _columns_of(row, kind)
     if columns is None:
         expected = ", or ".join(" and ".join(columns) for columns in COLUMNS[kind])
-        raise UserError(f"{rows.where(0)} has the columns {', '.join(first) or '(none)'}, expected {expected}")
-    conversational = is_conversation(first[columns[0]])
-    unpaired = kind == Kind.LABELED and "label" not in columns
-    for part in (0, 1) if unpaired else (None,):
-        for index, row in enumerate(rows):
-            source = _read(row, rows.where(index), index, columns, conversational)
-            if part is not None:
-                source = Source(index, source.prompt, [source.completions[part]], source.options, part == 0)
-            if kind == Kind.SEQUENCE and row.get("weight") is not None:
-                source = replace(source, weight=checked_weight(row["weight"], rows.where(index)))
+        raise UserError(f"{where} has the columns {', '.join(row) or '(none)'}, expected {expected}")
+    if gold and row.get(GOLD) is None:
+        raise UserError(
+            f"{where} has no {GOLD!r}, the gold completion that this method learns from beside chosen and "
+            "rejected: add the column, or use a method that needs pairs alone, as cpo"
+        )
+    prompt = columns[0] if columns[0] == "prompt" or len(columns) == 3 else None
+    completions = tuple(c for c in columns if c not in (prompt, "label"))
+    value = row[columns[0]]
+    if columns == ("text",) and is_written_out(value):
+        raise UserError(
+            f"{where}: 'text' is a list of messages written out: call the column 'messages', which goes through the "
+            "chat template"
+        )
+    named = columns[0] in ("messages", "conversations")
+    conversational = named or is_conversation(value) or isinstance(value, dict) or is_written_out(value)
+    if not conversational and not isinstance(value, str):
+        raise UserError(f"{where}: {columns[0]!r} must be text or a list of messages, got {shown(value)}")
+    return Layout(
+        kind,
+        prompt,
+        (*completions, GOLD) if gold else completions,
+        labeled="label" in columns,
+        conversational=conversational,
+        names=tuple(row),
+    )
+
+
+def _columns_of(row: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
+    return next((columns for columns in COLUMNS[kind] if all(row.get(c) is not None for c in columns)), None)
+
+
+def read_sources(bad: BadRows, layout: Layout) -> Iterator[Source]:
+    """The rows of one data set, all in the columns and the format (plain or conversational) of `layout`.
+
+    A row that cannot be used is a UserError that names its place and column, given to `bad`.
+    """
+    for index, row in enumerate(bad.rows):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            source = _read(row, bad.rows.where(index), index, layout)
+        except UserError as error:
+            bad.take(error, index)
+        else:
             yield source
 
 
-def _read(row: Mapping[str, Any], where: str, index: int, columns: tuple[str, ...], conversational: bool) -> Source:
-    for column in columns:
+def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Source:
+    needed = (*layout.texts, "label") if layout.labeled else layout.texts
+    for column in needed:
         if row.get(column) is None:
             raise UserError(f"{where} lacks {column!r}, which the first row has: fill it in or remove the row")
-    texts = [column for column in columns if column != "label"]
-    for column in texts:
-        _check_format(row[column], f"{where}: {column!r}", conversational)
-    options = _template_options(row, where)
-    label = row["label"] if "label" in columns else None
+    better = _columns_of(row, layout.kind) or ()
+    if more := [column for column in better if column not in needed]:
+        raise UserError(
+            f"{where} has {' and '.join(map(repr, more))}, which the first row lacks and which would not be read: "
+            "give all rows the same columns"
+        )
+    texts = {column: _text(row, column, where, layout) for column in layout.texts}
+    prompt, completions = _parts(texts, where, layout)
+    for column, completion in zip(layout.completions, completions, strict=True):
+        _check_completion(completion, f"{where}: {column!r}")
+    label = row["label"] if layout.labeled else None
     if label is not None and not isinstance(label, bool):
         raise UserError(f"{where}: 'label' must be true or false, got {shown(label)}")
-    if "prompt" not in columns:
-        prompt, completions = None, [row[column] for column in texts]
-        if len(completions) >= 2:
-            cut = implicit_prompt(*completions[:2])
-            prompt, completions = (
-                completions[0][:cut],
-                [_behind(text, completions[0][:cut], where) for text in completions],
-            )
+    weight = row.get("weight") if layout.kind == Kind.SEQUENCE else None
+    return Source(
+        index,
+        prompt,
+        completions,
+        _options(row, where, layout),
+        row,
+        label,
+        1.0 if weight is None else checked_weight(weight, where),
+    )
+
+
+def _options(row: Mapping[str, Any], where: str, layout: Layout) -> dict[str, Any]:
+    options = template_options(row, where)
+    if options and not layout.conversational:
+        given = "tools" if "tools" in options else "chat_template_kwargs"
+        raise UserError(f"{where} has {given!r}, but its text is plain, and no chat template would get them: remove it")
+    return options
+
+
+def _text(row: Mapping[str, Any], column: str, where: str, layout: Layout) -> Text:
+    """A cell as text or messages, whichever the data set has."""
+    value, place = row[column], f"{where}: {column!r}"
+    if not layout.conversational:
+        check_value(value, place)
+        _check_plain(row, column, where, layout)
+        return value
+    value = as_messages(value, place)
+    if column == "conversations":
+        value = with_system(value, row.get("system"), where)
+    check_value(value, place)
+    if not is_conversation(value):
+        raise UserError(
+            f"{place} must be a list of messages{'' if column == 'messages' else ', as in the first row'}, "
+            f"got {shown(value)}"
+        )
+    return value
+
+
+def _check_plain(row: Mapping[str, Any], column: str, where: str, layout: Layout) -> None:
+    value, prompt = row[column], row[layout.prompt] if layout.prompt else None
+    if is_conversation(value) and column != layout.prompt and isinstance(prompt, str):
+        turn = as_messages(value, where)[:1]
+        begins = bool(turn) and turn[0].get("content") == prompt
+        remedy = "which begins with it: remove" if begins else "give the prompt as messages too, or remove"
+        raise UserError(f"{where}: {layout.prompt!r} is text, {column!r} a conversation, {remedy} it")
+    if not isinstance(value, str) or (column == "prompt" and is_written_out(value)):
+        raise UserError(
+            f"{where}: {column!r} must be text or a list of messages, and the same in all rows, got {shown(value)}"
+        )
+
+
+def _parts(texts: dict[str, Text], where: str, layout: Layout) -> tuple[Text | None, list[Text]]:
+    """The prompt and what follows it; pairs without a prompt share one."""
+    completions = [texts[column] for column in layout.completions]
+    if layout.prompt is None:
+        if len(completions) == 1:
+            return None, completions
+        for column in layout.completions:
+            _check_completion(texts[column], f"{where}: {column!r}")
+        cut = implicit_prompt(*completions[:2])
+        prompt = completions[0][:cut]
+        completions = [_behind(text, prompt, where) for text in completions]
     else:
-        prompt, completions = row["prompt"], [row[column] for column in texts if column != "prompt"]
-    last = None
-    if prompt is not None and conversational:
+        prompt = texts[layout.prompt]
+    if not isinstance(prompt, str):
         check_messages(prompt, f"{where}: the prompt")
-        last = prompt[-1]["role"]
-        if last not in ("user", "tool"):
-            raise UserError(f"{where}: the prompt ends with the role {last!r}, expected 'user': the answer follows it")
-    for column, completion in zip([c for c in texts if c != "prompt"], completions, strict=True):
-        _check_completion(completion, f"{where}: {column!r}", last)
-    return Source(index, prompt, completions, options, label)
+        for column in layout.completions if layout.prompt else ():
+            if texts[column][: len(prompt)] == prompt:
+                raise UserError(
+                    f"{where}: {column!r} begins with the prompt's messages again: leave them out there, or remove the "
+                    f"column {layout.prompt!r}"
+                )
+    return prompt, completions
 
 
 def _behind(text: Text, prompt: Text, where: str) -> Text:
@@ -114,34 +248,16 @@ def _behind(text: Text, prompt: Text, where: str) -> Text:
 def checked_weight(value: Any, place: str) -> float:
     """`value` as a weight; UserError unless it is a finite number, 0 or above."""
     number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not 0 <= value < float("inf"):
+    if not number or not 0 <= value <= sys.float_info.max:
         raise UserError(f"{place}: 'weight' must be a finite number, 0 or above, got {shown(value)}")
     return float(value)
 
 
-def _check_format(value: Any, place: str, conversational: bool) -> None:
-    if conversational and not is_conversation(value):
-        raise UserError(f"{place} must be a list of messages, as in the first row, got {shown(value)}")
-    if not conversational and not isinstance(value, str):
-        raise UserError(f"{place} must be text or a list of messages, and the same in all rows, got {shown(value)}")
-
-
-def _check_completion(completion: Text, place: str, after: str | None) -> None:
+def _check_completion(completion: Text, place: str) -> None:
     if isinstance(completion, str):
         if not completion.strip():
             raise UserError(f"{place} has no text to learn from: fill it in or remove the row")
         return
-    check_messages(completion, place, after=after)
+    check_messages(completion, place)
     if not any(message["role"] == "assistant" for message in completion):
         raise UserError(f"{place} has no assistant's turn to learn from: add one or remove the row")
-
-
-def _template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    options = dict(row.get("chat_template_kwargs") or {})
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: 'tools' is not valid JSON: {error.msg}") from None
-    return {**options, "tools": tools} if tools else options

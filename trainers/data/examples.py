@@ -2,7 +2,7 @@
 
 What a row needs to have, by the kind of the loss (`losses.Kind`), as plain text or as conversations:
 
-    SEQUENCE  prompt + completion | messages | text; perhaps weight, see `token_weights.py`
+    SEQUENCE  prompt + completion | messages | conversations (ShareGPT) | text; perhaps weight, see `token_weights.py`
     PAIRED    prompt + chosen + rejected | chosen + rejected, which begin with the same prompt; reference (TPO)
     LABELED   prompt + completion + label | pairs, each of which becomes two rows
     GROUPED   prompt, and further columns for the rewards (`prepare_prompts`)
@@ -13,22 +13,34 @@ accident (no text, no label, roles out of order) is an error that names it, not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from logratio.losses import Kind
 
 from ..errors import UserError
-from .columns import Source, read_sources
+from .columns import Layout, Source, find_layout
+from .report import BadRows, Report
 from .rows import Rows, load_rows
 from .token_weights import has_weights, token_weights
-from .tokenization import Text, assistant_masks, check_tokenizer, common_prefix, encode, is_conversation, with_eos
+from .tokenization import Encoder, Text, check_tokenizer, common_prefix
+from .tokenized import tokenized, whole_texts
 
 __all__ = ["Completion", "Example", "Prompt", "Report", "Rows", "load_rows", "prepare", "prepare_prompts"]
 
-_BATCH = 1000  # rows tokenized by one call, which uses all cores
+OnBadRow = Literal["error", "skip"]
+# What rewards are given beside the data set's columns.
+REWARD_ARGUMENTS = (
+    "completion_ids",
+    "completions",
+    "log_extra",
+    "log_metric",
+    "max_completion_length",
+    "prompts",
+    "trainer_state",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,42 +93,15 @@ class Prompt:
     row: int = -1
 
 
-@dataclass
-class Report:
-    """What became of the rows; `str(report)` is one line.
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `prepare` was asked for, and what its rows become examples with."""
 
-    examples: that remain. truncated: completions cut at `max_length`, by `tokens_cut` tokens together. dropped:
-    examples without a scored token within `max_length`. identical: pairs whose two completions are the same tokens,
-    from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
-    completion behind it, so that the completion starts where the two part. weighted: examples with weights other
-    than 1. labels: (True, False) counts.
-    """
-
-    name: str
-    examples: int = 0
-    truncated: int = 0
-    tokens_cut: int = 0
-    dropped: int = 0
-    identical: int = 0
-    moved: int = 0
-    weighted: int = 0
-    labels: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        notes = [f"{self.name}: {self.examples} examples"]
-        if self.labels:
-            notes.append(f"{self.labels[0]} of them desirable")
-        if self.weighted:
-            notes.append(f"{self.weighted} of them with weights other than 1")
-        if self.dropped:
-            notes.append(f"{self.dropped} dropped, with nothing scored within max_length")
-        if self.truncated:
-            notes.append(f"{self.truncated} completions truncated by {self.tokens_cut} tokens in all")
-        if self.identical:
-            notes.append(f"{self.identical} pairs with identical chosen and rejected")
-        if self.moved:
-            notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
-        return "; ".join(notes)
+    encoder: Encoder
+    kind: Kind
+    max_length: int | None
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
 
 
 def prepare(
@@ -128,6 +113,7 @@ def prepare(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     gold: bool = False,
+    on_bad_row: OnBadRow = "error",
 ) -> tuple[list[Example], Report]:
     """Tokenize rows of sequences, pairs or labeled completions.
 
@@ -135,104 +121,121 @@ def prepare(
     completion_only_loss: of sequences; None: score the completion only where rows have one, all of the text otherwise.
     assistant_only_loss: of sequences; score only what the chat template marks as the assistant's.
     gold: of pairs; a third completion, from the column `reference`.
+    on_bad_row: skip leaves out the rows that cannot be used; the report counts and lists them.
 
-    Raises UserError for a row that cannot be used, and where no example remains.
+    Raises UserError for a row that cannot be used, and where no example remains. Pairs for a kind of labeled rows
+    become a desirable example each, and after all of these an undesirable one each.
     """
     if kind == Kind.GROUPED:
         raise ValueError("prompts to generate from have no completions yet: use prepare_prompts")
-    first = next(read_sources(rows, kind, gold=gold))
-    check_tokenizer(
-        tokenizer, conversational=is_conversation(first.completions[0]), assistant_only_loss=assistant_only_loss
-    )
-    if completion_only_loss and first.prompt is None:
+    bad = BadRows(rows, skip=on_bad_row == "skip")
+    layout = find_layout(bad, kind, gold=gold)
+    check_tokenizer(tokenizer, conversational=layout.conversational, assistant_only_loss=assistant_only_loss)
+    if completion_only_loss and layout.prompt is None:
         raise UserError(
             f"completion_only_loss needs the columns prompt and completion, but {rows.name} has whole texts: "
             "leave it out, or use assistant_only_loss with conversations"
         )
-    report = Report(rows.name)
+    options = _Options(Encoder(tokenizer), kind, max_length, completion_only_loss, assistant_only_loss)
+    report = Report(rows.name, bad=bad)
     examples: list[Example] = []
-    for batch in _batches(read_sources(rows, kind, gold=gold)):
-        prompts, wholes = _tokenize(tokenizer, batch)
-        for source, prompt, whole in zip(batch, prompts, wholes, strict=True):
-            place = rows.where(source.row)
-            if kind == Kind.SEQUENCE:
-                # TRL's default: the completion where there is one, else everything.
-                masked_prompt = None if completion_only_loss is False else prompt
-                text = _wholes(source, tokenizer)[0]
-                marked = assistant_only_loss or has_weights(text)
-                mask = assistant_masks(tokenizer, [text], [source.options])[0] if marked else None
-                weights = token_weights(source.weight, text, mask, len(whole[0]), place)
-                mask = mask if assistant_only_loss else None
-                example = _sequence(source, masked_prompt, whole[0], mask, weights, max_length, place, report)
-            else:
-                example = _shared_prompt(source, prompt or [], whole, max_length, place, report)
-            if example is not None:
-                examples.append(example)
+    undesirable: list[Example] = []
+    for source, prompt, wholes in tokenized(options.encoder, bad, layout):
+        own = Report(rows.name)
+        try:
+            made = _examples(source, prompt, wholes, options, rows.where(source.row), own)
+        except UserError as error:
+            bad.take(error, source.row)
+            continue
+        report.add(own)
+        examples += made if layout.labeled else [example for example in made if example.label is not False]
+        undesirable += [] if layout.labeled else [example for example in made if example.label is False]
+    examples += undesirable
     report.examples = len(examples)
     if kind == Kind.LABELED:
         desirable = sum(example.label is True for example in examples)
         report.labels = (desirable, len(examples) - desirable)
-    _check_left(report, max_length)
+    report.check_left(max_length)
     return examples, report
 
 
-def prepare_prompts(rows: Rows, tokenizer: Any, *, max_length: int | None = None) -> tuple[list[Prompt], Report]:
+def prepare_prompts(
+    rows: Rows, tokenizer: Any, *, max_length: int | None = None, on_bad_row: OnBadRow = "error"
+) -> tuple[list[Prompt], Report]:
     """Tokenize prompts to generate from; one that has `max_length` tokens or more is dropped and counted."""
-    first = next(read_sources(rows, Kind.GROUPED))
-    assert first.prompt is not None
-    check_tokenizer(tokenizer, conversational=is_conversation(first.prompt))
-    names = [name for name in rows.rows[0] if name != "prompt"]
-    report = Report(rows.name)
+    bad = BadRows(rows, skip=on_bad_row == "skip")
+    layout = find_layout(bad, Kind.GROUPED)
+    check_tokenizer(tokenizer, conversational=layout.conversational)
+    for name in layout.names:
+        if name in REWARD_ARGUMENTS:
+            raise UserError(
+                f"{rows.name} has the column {name!r}, a name by which rewards are given something else: "
+                "rename the column"
+            )
+    report = Report(rows.name, bad=bad)
     prompts = []
-    for batch in _batches(read_sources(rows, Kind.GROUPED)):
-        for source, ids in zip(batch, _tokenize(tokenizer, batch)[0], strict=True):
-            place = rows.where(source.row)
-            if not ids:
-                raise UserError(f"{place}: the prompt has no tokens: give it text")
-            if max_length is not None and len(ids) >= max_length:
-                report.dropped += 1
-                continue
-            columns = {name: value for name, value in rows.rows[source.row].items() if name != "prompt"}
-            if columns.keys() != set(names):
-                raise UserError(
-                    f"{place} has the columns {', '.join(['prompt', *columns])}, the first row "
-                    f"{', '.join(['prompt', *names])}: rewards need the same of all rows, null where there is nothing"
-                )
-            prompts.append(Prompt(ids, source.prompt or "", columns, source.row))
+    encoder = Encoder(tokenizer)
+    for source, ids, _ in tokenized(encoder, bad, layout):
+        try:
+            prompt = _prompt(source, ids or [], layout, rows.where(source.row))
+        except UserError as error:
+            bad.take(error, source.row)
+            continue
+        if max_length is not None and len(prompt.prompt_ids) >= max_length:
+            report.dropped += 1
+        else:
+            prompts.append(prompt)
+            _note(source, encoder, report)
     report.examples = len(prompts)
-    _check_left(report, max_length)
+    report.check_left(max_length)
     return prompts, report
 
 
-def _batches(sources: Iterator[Source]) -> Iterator[list[Source]]:
-    while batch := list(islice(sources, _BATCH)):
-        yield batch
+def _note(source: Source, encoder: Encoder, report: Report) -> None:
+    """Count what is said of a row's text, whatever is cut of it."""
+    prompt = source.prompt
+    report.begun += isinstance(prompt, list) and prompt[-1]["role"] == "assistant"
+    report.special += encoder.count_special([*([] if prompt is None else [prompt]), *source.completions]) > 0
 
 
-def _wholes(source: Source, tokenizer: Any) -> list[Any]:
-    """The prompt with each of its completions, in one piece; EOS closes plain text only."""
-    prompt: Any = source.prompt
-    return [
-        (prompt or "") + with_eos(completion, tokenizer) if isinstance(completion, str) else (prompt or []) + completion
-        for completion in source.completions
-    ]
+def _prompt(source: Source, ids: list[int], layout: Layout, place: str) -> Prompt:
+    if not ids:
+        raise UserError(f"{place}: the prompt has no tokens: give it text")
+    columns = {name: value for name, value in source.columns.items() if name != "prompt"}
+    names = [name for name in layout.names if name != "prompt"]
+    if columns.keys() != set(names):
+        raise UserError(
+            f"{place} has the columns {', '.join(['prompt', *columns])}, the first row "
+            f"{', '.join(['prompt', *names])}: rewards need the same of all rows, null where there is nothing"
+        )
+    return Prompt(ids, source.prompt or "", columns, source.row)
 
 
-def _tokenize(tokenizer: Any, batch: list[Source]) -> tuple[list[list[int] | None], list[list[list[int]]]]:
-    """Ids of each row's prompt alone (None where it has none), and of its prompt with each completion."""
-    with_prompt = [source for source in batch if source.prompt is not None]
-    prompts = encode(
-        tokenizer,
-        [source.prompt for source in with_prompt if source.prompt is not None],
-        [source.options for source in with_prompt],
-        add_generation_prompt=True,
-    )
-    pieces = [(whole, source.options) for source in batch for whole in _wholes(source, tokenizer)]
-    wholes = iter(encode(tokenizer, [whole for whole, _ in pieces], [options for _, options in pieces]))
-    return (
-        list(prompts) if with_prompt else [None] * len(batch),
-        [[next(wholes) for _ in source.completions] for source in batch],
-    )
+def _examples(
+    source: Source, prompt: list[int] | None, wholes: list[list[int]], options: _Options, place: str, report: Report
+) -> list[Example]:
+    """What one row becomes: an example, two of a pair that is taken apart, or none."""
+    max_length = options.max_length
+    _note(source, options.encoder, report)
+    if options.kind == Kind.LABELED and source.label is None:
+        labeled = [dataclasses.replace(source, label=label) for label in (True, False)]
+        parts = [
+            _shared_prompt(part, prompt or [], [whole], max_length, place, report)
+            for part, whole in zip(labeled, wholes, strict=True)
+        ]
+        return [example for example in parts if example is not None]
+    if options.kind != Kind.SEQUENCE:
+        example = _shared_prompt(source, prompt or [], wholes, max_length, place, report)
+        return [] if example is None else [example]
+    # TRL's default: the completion where there is one, else everything.
+    masked_prompt = None if options.completion_only_loss is False else prompt
+    text = whole_texts(source, options.encoder.tokenizer)[0]
+    marked = options.assistant_only_loss or has_weights(text)
+    mask = options.encoder.assistant_mask(text, source.options, place) if marked else None
+    weights = token_weights(source.weight, text, mask, len(wholes[0]), place)
+    mask = mask if options.assistant_only_loss else None
+    example = _sequence(source, masked_prompt, wholes[0], mask, weights, max_length, place, report)
+    return [] if example is None else [example]
 
 
 def _sequence(
@@ -292,11 +295,3 @@ def _shared_prompt(
         report.tokens_cut += cut
     report.identical += len(completions) > 1 and completions[0] == completions[1]
     return Example(wholes[0][:start], [Completion(ids) for ids in completions], source.label, source.row)
-
-
-def _check_left(report: Report, max_length: int | None) -> None:
-    if not report.examples:
-        raise UserError(
-            f"{report.name}: no example is left, since none has a token to learn within max_length={max_length}: "
-            "raise max_length"
-        )

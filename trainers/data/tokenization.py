@@ -2,23 +2,34 @@
 
 The rules are those of TRL 1.16, so that the same rows give the same ids: a prompt alone and the prompt
 with its completion are tokenized each in one piece, and the completion starts where the two part. A
-conversational prompt is rendered with the generation prompt of its chat template; EOS is appended, as
-text, to plain text only and only where it is missing.
+conversational prompt is rendered with the generation prompt of its chat template, also where it ends with an
+assistant's turn, which the completion follows as a turn of its own; EOS is appended, as text, to plain text only
+and only where it is missing.
+
+Differs from TRL:
+(1) Ids decide about BOS and EOS, not text: of two BOS at the start (the tokenizer's and the text's) one is left, and of
+    two EOS at the end (the tokenizer's, the text's, the appended one); what a tokenizer adds behind a plain prompt is
+    taken away, and a prompt to generate from that ends in EOS loses it (plain text) or is refused (conversations).
+(2) The arguments of tool calls that are JSON in a string are decoded, unless the template takes text only; nulls
+    within messages, tool calls and tools are dropped (`messages.py`).
+(3) What the template is given and does not show in its text is an error (`templates.py`): tools, tool calls,
+    reasoning, a role's content, a key of a message. Tried once for each role, the role before it and the keys together.
+(4) assistant_only_loss without marks in the template, and with tokenizers that trim offsets (`assistant_masks.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line, shown
+from .assistant_masks import assistant_spans, marks_turns, token_mask
+from .messages import Messages, check_content, content_text
+from .templates import ChatTemplate
 
-Messages = list[dict[str, Any]]
 Text = str | Messages
 """Plain text, or a conversation as a list of {"role": ..., "content": ...}."""
-
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def is_conversation(value: Any) -> bool:
@@ -60,66 +71,158 @@ def check_tokenizer(tokenizer: Any, *, conversational: bool, assistant_only_loss
             "the data are conversations, but the tokenizer has no chat template: "
             "use a chat model's tokenizer, or turn the data into plain text"
         )
-    if assistant_only_loss and not _GENERATION.search(tokenizer.get_chat_template()):
+    if assistant_only_loss and not (marks_turns(tokenizer, {}) or ChatTemplate(tokenizer).closing()[0]):
         raise UserError(
             "assistant_only_loss needs a chat template that marks the assistant's turns with "
-            "{% generation %} ... {% endgeneration %}, and this tokenizer's does not: "
-            "use another template, or give rows as prompt and completion"
+            "{% generation %} ... {% endgeneration %}, or at least closes them with a token of their own, and this "
+            "tokenizer's does neither: use another template, or give rows as prompt and completion"
         )
 
 
-def encode(
-    tokenizer: Any,
-    texts: Sequence[Text],
-    options: Sequence[dict[str, Any]],
-    *,
-    add_generation_prompt: bool = False,
-) -> list[list[int]]:
-    """Token ids of plain texts (with the tokenizer's special tokens) or of conversations (with the template's).
+class Encoder:
+    """The tokenizer with its chat template, for the rows of one data set.
 
-    options: for each conversation what its chat template is given beside the messages, as `tools`.
+    places: of the rows, with which the UserError of one begins that cannot be rendered or tokenized.
     """
-    if not texts:
-        return []
-    conversational = is_conversation(texts[0])
-    if conversational:
-        texts = [
-            tokenizer.apply_chat_template(
-                text, tokenize=False, add_generation_prompt=add_generation_prompt, **chat_options
-            )
-            for text, chat_options in zip(texts, options, strict=True)
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self._head, self._tail = _frame(tokenizer)
+        special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def wholes(
+        self, texts: Sequence[Text], options: Sequence[dict[str, Any]], places: Sequence[str]
+    ) -> list[list[int]]:
+        """Ids of texts to learn from. Plain ones have ended in EOS since `with_eos`, which is then the last id.
+
+        options: for each conversation what its chat template is given beside the messages, as `tools`.
+        """
+        plain = not texts or isinstance(texts[0], str)
+        eos = self.tokenizer.eos_token_id
+        result = []
+        for ids in self._ids(self._strings(texts, options, places), places, plain):
+            ids = ids[self._bounds(ids, plain)]
+            result.append([*ids, eos] if plain and ids[-1:] != [eos] else ids)
+        return result
+
+    def prompts(
+        self,
+        texts: Sequence[Text],
+        options: Sequence[dict[str, Any]],
+        places: Sequence[str],
+        *,
+        to_generate: bool = False,
+    ) -> list[list[int]]:
+        """Ids of prompts alone, conversations with the generation prompt; to_generate: never with EOS at the end."""
+        plain = not texts or isinstance(texts[0], str)
+        eos = self.tokenizer.eos_token_id
+        result = []
+        strings = self._strings(texts, options, places, add_generation_prompt=True)
+        for ids, place in zip(self._ids(strings, places, plain), places, strict=True):
+            ids = ids[self._bounds(ids, plain)]
+            if to_generate and not plain and ids[-1:] == [eos]:
+                raise UserError(
+                    f"{place}: the prompt as rendered ends with EOS, behind which nothing can be generated: use a "
+                    "chat template that writes a generation prompt"
+                )
+            # A lone EOS that is BOS, too, is a beginning.
+            while to_generate and ids[-1:] == [eos] and not (len(ids) == 1 and eos == self.tokenizer.bos_token_id):
+                ids = ids[:-1]
+            result.append(ids)
+        return result
+
+    def assistant_mask(self, messages: Messages, options: dict[str, Any], place: str) -> list[bool]:
+        """For each id of the conversation whether the assistant's turns have it."""
+        text, spans = assistant_spans(self.template, messages, options, place)
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except NotImplementedError:
+            raise UserError(
+                f"{place}: this tokenizer does not say which characters a token is of, so that the assistant's turns "
+                "cannot be told apart in its ids: use a fast tokenizer"
+            ) from None
+        mask = token_mask(encoded["offset_mapping"], spans)
+        return mask[self._bounds(encoded["input_ids"], plain=False)]
+
+    def count_special(self, texts: Iterable[Text]) -> int:
+        """How many special tokens the row's own text has. One EOS that ends a plain text is an end, and not counted."""
+        count = 0
+        for text in texts:
+            if isinstance(text, str):
+                count += len(self._special.findall(text.removesuffix(self.tokenizer.eos_token or "\0")))
+            else:
+                count += sum(len(self._special.findall(content_text(message.get("content")))) for message in text)
+        return count
+
+    def _strings(
+        self, texts: Sequence[Text], options: Sequence[dict[str, Any]], places: Sequence[str], **more: bool
+    ) -> list[str]:
+        return [
+            text if isinstance(text, str) else self.template.render(text, given, place, **more)
+            for text, given, place in zip(texts, options, places, strict=True)
         ]
-    # verbose=False: lengths beyond the model's are our caller's to cut, and need no warning.
-    return tokenizer(list(texts), add_special_tokens=not conversational, verbose=False)["input_ids"]
+
+    def _ids(self, strings: list[str], places: Sequence[str], plain: bool) -> list[list[int]]:
+        """All at once, which uses all cores; one by one where that fails, to find whose fault it is."""
+        if not strings:
+            return []
+        # verbose=False: lengths beyond the model's are our caller's to cut, and need no warning.
+        options = {"add_special_tokens": plain, "verbose": False}
+        try:
+            return list(self.tokenizer(strings, **options)["input_ids"])
+        except Exception:
+            result = []
+            for string, place in zip(strings, places, strict=True):
+                try:
+                    result.append(self.tokenizer(string, **options)["input_ids"])
+                except Exception as error:
+                    raise UserError(f"{place}: {_why_no_ids(string, error)}") from error
+            return result
+
+    def _bounds(self, ids: list[int], plain: bool) -> slice:
+        """What stays: nothing that the tokenizer adds at the end, one BOS at the start at most, one EOS at the end."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start, stop = 0, len(ids)
+        if plain and self._tail and ids[-len(self._tail) :] == self._tail:
+            stop -= len(self._tail)
+        # Where the two are one token, the BOS of an empty text and its EOS are no doubles.
+        least = 2 if bos == eos and plain and self._head else 1
+        while bos is not None and stop - start > least and ids[start] == ids[start + 1] == bos:
+            start += 1
+        while eos is not None and stop - start > least and ids[stop - 1] == ids[stop - 2] == eos:
+            stop -= 1
+        return slice(start, stop)
 
 
-def assistant_masks(
-    tokenizer: Any, conversations: Sequence[Messages], options: Sequence[dict[str, Any]]
-) -> list[list[bool]]:
-    """For every token of each conversation whether the chat template marks it as generated by the assistant."""
-    masks = []
-    for messages, chat_options in zip(conversations, options, strict=True):
-        encoded = tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, **chat_options
-        )
-        masks.append([bool(flag) for flag in encoded["assistant_masks"]])
-    return masks
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer adds by itself before and behind a plain text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for at in range(len(whole) - len(bare) + 1):
+        if bare and whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []
 
 
-_OPENING = ("system", "developer", "user")
-_NEXT = {
-    "system": ("user",),
-    "developer": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant"),
-}
+def _why_no_ids(text: str, error: Exception) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as found:
+        half = f"\\u{ord(text[found.start]):04x}"
+        return f"the text has half of a surrogate pair ({half}), which is no character: remove it or write it whole"
+    return f"the tokenizer does not take the text: {first_line(error)}"
 
 
-def check_messages(messages: Any, where: str, *, after: str | None = None) -> None:
-    """Raise UserError unless these are messages in an order that chat templates know.
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MEANT = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 
-    where: the place, which begins the error's sentence. after: the role of the message before, if there is one.
+
+def check_messages(messages: Any, where: str) -> None:
+    """Raise UserError unless these are messages. In which order roles may come is for the chat template to say.
+
+    where: the place, which begins the error's sentence.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where} must be a list of at least one message, got {shown(messages)}")
@@ -128,20 +231,12 @@ def check_messages(messages: Any, where: str, *, after: str | None = None) -> No
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"{place} must be an object with 'role' and 'content', got {shown(message)}")
         role, content = message["role"], message.get("content")
-        expected = _OPENING if after is None else _NEXT[after]
-        if role not in expected:
-            raise UserError(
-                f"{place} has the role {role!r} where {' or '.join(map(repr, expected))} is expected: system comes "
-                "first, then user and assistant in turn (tool after an assistant's call)"
-            )
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise UserError(f"{place} must have text as its 'content', got {shown(content)}")
-        if role == "assistant" and not message.get("tool_calls") and not (content or "").strip():
+        name = role.strip().lower()
+        meant = _MEANT.get(name, name if name in _ROLES else role)
+        if role != meant:  # a template would write it as it stands, and nothing would be the assistant's
+            raise UserError(f"{place} has the role {role!r}: write {meant!r}, as chat templates know it")
+        calls = message.get("tool_calls") or message.get("function_call")
+        if content is not None or not (role == "assistant" and calls):
+            check_content(content, place)
+        if role == "assistant" and not calls and not content_text(content).strip():
             raise UserError(f"{place} is an assistant's turn without text: give it an answer or remove the row")
-        after = role
-
-
-def shown(value: Any) -> str:
-    """The value's type and its beginning, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

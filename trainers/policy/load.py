@@ -14,6 +14,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from .checks import check_finite, check_folder, check_loaded, foreign
 from .liger import check_liger, use_liger
+from .nf4 import keep_layout
 from .tiny import TINY, tiny_model, tiny_tokenizer
 
 
@@ -66,6 +67,7 @@ def load_model(
         check_liger(device)
     name = name or config.model_name_or_path
     model, said = _load(config, device, seed, name)
+    keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
     check_finite(model, repr(name))
     if notes is not None:
         notes += said
@@ -78,7 +80,8 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     if name == TINY and not config.load_in_4bit:
         tiny: Any = tiny_model(seed)
         if config.attn_implementation:
-            tiny.set_attn_implementation(config.attn_implementation)
+            with foreign(f"--attn_implementation {config.attn_implementation}"):
+                tiny.set_attn_implementation(config.attn_implementation)
         return tiny.to(device=device, dtype=getattr(torch, config.dtype)), []
     if name == TINY:  # quantization happens while loading from a folder
         with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .nf4 import is_repacked, refuse_repacked
+
 
 class Part(NamedTuple):
     """A linear layer with the one adapter that acts in this call. `base` is the layer that PEFT wraps."""
@@ -157,6 +159,7 @@ def _dequantized(part: Part) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     weight: Any = part.base.weight
+    refuse_repacked(weight)  # since the forward pass
     return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
 
 
@@ -168,7 +171,9 @@ def dtypes_of(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dty
     if type(base) is nn.Linear:
         return (auto, auto, auto) if casts or x.dtype == base.weight.dtype else None
     state = getattr(base.weight, "quant_state", None)
-    if state is None or not base.compute_type_is_set or getattr(state, "packing_format_for_cpu", False):
+    if torch.is_grad_enabled():
+        refuse_repacked(base.weight)
+    if state is None or not base.compute_type_is_set or is_repacked(base.weight):
         return None  # its own forward settles the first two, and computes what a CPU has repacked for inference
     if tuple(state.shape) != (base.out_features, base.in_features) or x.dtype == torch.float64:
         return None

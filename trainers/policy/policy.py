@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from logratio.losses import TokenLogps, linear_logps
@@ -18,6 +19,7 @@ from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
 from ..data.packing import PackedBatch
+from .nf4 import refuse_repacked
 
 REFERENCE_ADAPTER = "reference"
 MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
@@ -72,6 +74,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: PackedBatch) -> TokenLogps:
         """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
+        if torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
+            refuse_repacked(*self.parameters())
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
         out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)

@@ -50,10 +50,13 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 
 class AdapterReference:
-    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from."""
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from.
 
-    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any]) -> None:
-        self.policy, self.wrapped = policy, wrapped
+    wrapped: the policy as accelerate wraps it, where it does.
+    """
+
+    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any] | None = None) -> None:
+        self.policy, self.wrapped = policy, policy if wrapped is None else wrapped
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy), self.policy.as_reference():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attention.flex import OURS, THEIRS, adopt
+from ..attention.flex import OURS, THEIRS, adopt, softcap_of
 from ..attention.stretches import STRETCHES, adopt_stretches
 from ..data.examples import Completion, Example
 from ..data.packing import PackedBatch, pack
@@ -27,6 +27,13 @@ MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS)
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
+def share_prompts(policy: Policy, asked: str | None = None, autocast: torch.dtype | None = None) -> list[str]:
+    """Pack as suits the policy (`Policy.shared`), with what `choose_attention` finds; returns what to tell the user."""
+    obstacle, notes = choose_attention(policy, asked, autocast)
+    policy.shared = not obstacle
+    return [*notes, f"prompts are not shared between completions: {obstacle}"] if obstacle else notes
+
+
 def choose_attention(
     policy: Policy, asked: str | None = None, autocast: torch.dtype | None = None
 ) -> tuple[str, list[str]]:
@@ -36,6 +43,7 @@ def choose_attention(
     kernels differ by dtype, is tried. Returns why prompts may not be shared (or ""), and what to tell the user.
     """
     model = policy.causal_lm
+    keep_softcap(model, asked)
     with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
         notes = adopt(model, asked)
     obstacle = why_not_shared(policy, autocast if policy.uses_flex else None)
@@ -47,6 +55,22 @@ def choose_attention(
     if asked is None and not obstacle and adopt_stretches(model) and probe(policy, always=True):
         model.set_attn_implementation("sdpa")
     return obstacle, notes
+
+
+def keep_softcap(model: Any, asked: str | None) -> None:
+    """Let a model whose attention scores are capped (Gemma 2) take "eager" in place of "sdpa", which has no soft-cap.
+
+    Some releases of transformers take "sdpa" for it all the same, by default too, and leave the cap out without a word.
+    """
+    cap = softcap_of(model)
+    if cap is None or model.config._attn_implementation != "sdpa":
+        return
+    if asked:
+        raise UserError(
+            f"--attn_implementation {asked}: it has no soft-cap, and the model's attn_logit_softcapping is {cap}; "
+            "leave it out"
+        )
+    model.set_attn_implementation("eager")
 
 
 def why_not_shared(policy: Policy, autocast: torch.dtype | None = None) -> str:

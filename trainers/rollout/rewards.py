@@ -3,52 +3,31 @@
 A reward is called once for all completions of a step (and once more for ReMax's greedy answers), and returns one
 number for each of them, or None where it has no opinion:
 
-    reward(prompts=..., completions=..., completion_ids=..., max_completion_length=..., **columns)
+    reward(prompts=..., completions=..., completion_ids=..., max_completion_length=..., trainer_state=...,
+           log_metric=..., log_extra=..., **columns)
 
 prompts and completions are as in the data set: text, or messages. completion_ids are the generated tokens, without
-padding. Every further column of the data set comes as a list by its own name. A reward takes what it needs by name
-and the rest with `**_`.
+padding. Every further column of the data set comes as a list by its own name. trainer_state has global_step,
+max_steps and epoch. log_metric(name, value) adds a metric to the step's; log_extra(column, values) is taken, but there
+is no table of completions to put a column into. A reward takes what it needs by name. It may be an async function, an
+object that can be called, or a class of such objects that is made without arguments.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import re
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Collection, Sequence
 from typing import Any
+
+import torch
 
 from ..data.tokenization import Text
 from ..errors import UserError
 from ..plugins import import_object
-
-Reward = Callable[..., Sequence[float | None]]
-
-_MARKER = re.compile(r"####|\b[Aa]nswer(?: is|:)|(?m:^)A:|\\boxed\{")
-# A minus is a sign only where nothing stands before it that it could be subtracted from.
-_NUMBER = re.compile(r"(?<![\w.])(?:(?<!\))-)?\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])-?\.\d+")
-
-
-def text_of(completion: Text) -> str:
-    """A completion's text: its own, or that of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
-
-
-def final_answer(text: str) -> str | Decimal:
-    """What a text says its answer is.
-
-    That is the first number after the last marker (`####`, `answer is`, `answer:`, `\\boxed{`, or `A:` at the start
-    of a line); in a text without a marker its last number; and where there is no number, the words after the marker
-    up to the line's end, or the last line, in lower case. Numbers are compared as such: "1,000.0" equals "1000".
-    """
-    markers = list(_MARKER.finditer(text))
-    said = text[markers[-1].end() :] if markers else text
-    numbers = _NUMBER.findall(said)
-    if numbers:
-        return Decimal(numbers[0 if markers else -1].replace(",", ""))
-    lines = said.strip().splitlines() or [""]
-    return lines[0 if markers else -1].strip().strip(".}$ ").lower()
+from .accuracy import accuracy_reward, check_installed
+from .answers import final_answer, text_of
+from .calling import Reward, check_signature, names_of
 
 
 def exact_answer(completions: list[Text], answer: list[Any], **_: Any) -> list[float | None]:
@@ -77,8 +56,26 @@ def overlong(completion_ids: list[list[int]], max_completion_length: int, **_: A
     return [-min(1.0, max(0.0, (len(ids) - free) / cache)) for ids in completion_ids]
 
 
-REWARDS: dict[str, Reward] = {reward.__name__: reward for reward in (exact_answer, answer_format, overlong)}
+REWARDS: dict[str, Reward] = {
+    reward.__name__: reward for reward in (exact_answer, accuracy_reward, answer_format, overlong)
+}
 """The rewards that have a name of their own."""
+
+
+def load_rewards(specs: Sequence[str], columns: Collection[str]) -> dict[str, Reward]:
+    """The rewards that the command line names, by the names of their metrics.
+
+    columns: of the data set, beside the prompt. Raises UserError where there is no reward, or one wants something else.
+    """
+    if not specs:
+        raise UserError("--reward_funcs names no reward function, so nothing could be learned: name at least one")
+    rewards = [load_reward(spec) for spec in specs]
+    named = dict(zip(names_of(list(zip(specs, rewards, strict=True))), rewards, strict=True))
+    for name, reward in named.items():
+        check_signature(name, reward, columns)
+        if reward is accuracy_reward and not {"solution", "answer"} & set(columns):
+            raise UserError(f"the reward {name!r} needs the column 'solution' or 'answer', the right answer in LaTeX")
+    return named
 
 
 def load_reward(name: str) -> Reward:
@@ -86,56 +83,23 @@ def load_reward(name: str) -> Reward:
     if ":" not in name:
         if name not in REWARDS:
             raise UserError(f"the reward {name!r} is unknown, expected one of {', '.join(REWARDS)}, or module:function")
+        if REWARDS[name] is accuracy_reward:
+            check_installed()
         return REWARDS[name]
-    reward = import_object(name, "reward")
-    if not callable(reward) or inspect.isclass(reward):
+    try:
+        reward = import_object(name, "reward")
+    except SystemExit as error:
+        raise UserError(f"reward={name!r}: its module wanted to end the program (SystemExit: {error})") from error
+    if isinstance(reward, torch.nn.Module) or (inspect.isclass(reward) and issubclass(reward, torch.nn.Module)):
+        raise UserError(f"reward={name!r} is a model: write a function of completions that calls it")
+    if inspect.isclass(reward):
+        try:
+            reward = reward()
+        except (Exception, SystemExit) as error:
+            raise UserError(
+                f"reward={name!r} is a class of which no object could be made without arguments "
+                f"({type(error).__name__}: {error}): make one in the module, and name that"
+            ) from error
+    if not callable(reward):
         raise UserError(f"reward={name!r} must be a function, but is {type(reward).__name__}")
     return reward
-
-
-def call_reward(
-    name: str,
-    reward: Reward,
-    *,
-    prompts: list[Text],
-    completions: list[Text],
-    completion_ids: list[list[int]],
-    max_completion_length: int,
-    columns: dict[str, list[Any]],
-) -> list[float | None]:
-    """What `reward` says of each completion, as float or None.
-
-    Raises UserError where it needs a column that the data set lacks, or answers with anything but one number or
-    None for each completion.
-    """
-    given: dict[str, Any] = {
-        **columns,
-        "prompts": prompts,
-        "completions": completions,
-        "completion_ids": completion_ids,
-        "max_completion_length": max_completion_length,
-    }
-    for parameter in inspect.signature(reward).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in given:
-            continue
-        if parameter.default is parameter.empty:
-            raise UserError(
-                f"the reward {name!r} needs the column {parameter.name!r}, "
-                f"but the data set has only {', '.join(columns) or 'the prompt'}"
-            )
-    values = list(reward(**given))
-    if len(values) != len(completions):
-        raise UserError(f"the reward {name!r} returned {len(values)} numbers for {len(completions)} completions")
-    return [_number(name, value) for value in values]
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"the reward {name!r} must return numbers or None, got {value!r}") from None
-    if not math.isfinite(number):
-        raise UserError(f"the reward {name!r} must return finite numbers or None, got {value!r}")
-    return number

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig
 
-from logratio.losses import ADVANTAGES, KL_ESTIMATORS, Mean
+from logratio.losses import ADVANTAGES, Mean
 from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_normalize
 
 from ..config import RolloutConfig
@@ -22,8 +21,11 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError
 from ..policy.policy import Policy
 from ..policy.reference import inference
-from ..step import MicroBatch, gather_rows
-from .rewards import Reward, call_reward
+from ..processes import gather_rows
+from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
+from .ends import ends_of, named_ends
+from .metrics import completion_metrics, reward_metrics
+from .watch import Watch
 
 # Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
 GENERATION_ROWS = 256
@@ -52,15 +54,21 @@ def plain_sampling(model: Any) -> Iterator[None]:
 def generate(
     policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, **sampling: Any
 ) -> list[Sampled]:
-    """One completion of each prompt, in order. sampling: `temperature`, `top_p`, or `do_sample=False`."""
+    """One completion of each prompt, in order. sampling: `temperature`, `top_p`, or `do_sample=False`.
+
+    It ends with the first EOS of the tokenizer or the checkpoint, or the token that closes a turn of a conversation.
+    """
     device = next(policy.parameters()).device
-    stop = policy.causal_lm.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    conversational = any(not isinstance(p.prompt, str) for p in prompts)
+    stops = {*named_ends(policy.causal_lm), *ends_of(tokenizer, conversational=conversational)}
+    # nobody attends to padding, but it is looked up: some tokenizers' has no row in the embeddings
+    pad = tokenizer.pad_token_id
+    pad = pad if pad is not None and pad < policy.causal_lm.config.get_text_config().vocab_size else 0
     done: list[Sampled] = []
     for start in range(0, len(prompts), GENERATION_ROWS):
         part = prompts[start : start + GENERATION_ROWS]
         width = max(len(p.prompt_ids) for p in part)
-        ids = torch.full((len(part), width), tokenizer.pad_token_id)
+        ids = torch.full((len(part), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(part):
             ids[row, width - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
@@ -70,8 +78,8 @@ def generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(stops),
+                pad_token_id=pad,
+                eos_token_id=sorted(stops) or None,
                 **(sampling if "do_sample" in sampling else {"do_sample": True, "top_k": 0, **sampling}),
             )
         for tokens in out[:, width:].tolist():
@@ -87,17 +95,29 @@ class Rolled:
     examples: one a prompt, with `num_generations` completions and no advantages yet.
     by_function: [prompts, G, K] float64 rewards, NaN where a reward function returned None.
     baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
-    metrics: of the completions themselves.
+    ended: [prompts, G], False where the length limit cut a completion; None: all ended.
+    logged: the metrics that the rewards logged themselves.
     """
 
     examples: list[Example]
     by_function: Tensor
     baseline: Tensor | None = None
-    metrics: dict[str, Mean] = field(default_factory=dict)
+    ended: Tensor | None = None
+    logged: dict[str, Mean] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[prompts, G] float64, tokens of each completion."""
+        lengths = [len(c.ids) for e in self.examples for c in e.completions]
+        return torch.tensor(lengths, dtype=torch.float64).reshape(self.by_function.shape[:2])
 
 
 class Rollouts:
-    """Prompts -> completions and their rewards -> advantages, and TRL's reward metrics."""
+    """Prompts -> completions and their rewards -> advantages, and TRL's reward metrics.
+
+    state: what rewards are told of the training. accelerator: of the processes that an error in a reward ends together;
+    None: there is one process.
+    """
 
     def __init__(
         self,
@@ -106,10 +126,15 @@ class Rollouts:
         config: RolloutConfig,
         rewards: dict[str, Reward],
         max_completion_length: int,
+        *,
+        state: TrainerState | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length = max_completion_length
+        self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
+        self.watch = Watch(self.weights, -(-self.state.max_steps // config.num_iterations))
 
     def __call__(self, prompts: Sequence[Prompt], *, greedy: bool = True) -> Rolled:
         """Sample `num_generations` completions of each prompt, and score them.
@@ -119,10 +144,11 @@ class Rollouts:
         group = self.config.num_generations
         repeated = [prompt for prompt in prompts for _ in range(group)]
         sampled = self.generate(repeated, temperature=self.config.temperature, top_p=self.config.top_p)
-        by_function = self.score(repeated, sampled).reshape(len(prompts), group, len(self.rewards))
+        scores, logged = self.score(repeated, sampled)
+        by_function = scores.reshape(len(prompts), group, len(self.rewards))
         baseline = None
         if greedy and ADVANTAGES[self.config.advantage_type].wants_greedy:
-            scores = self.score(prompts, self.generate(prompts, do_sample=False))
+            scores, _ = self.score(prompts, self.generate(prompts, do_sample=False))
             baseline = sum_then_normalize(scores[:, None], self.weights)
         examples = [
             Example(
@@ -132,11 +158,8 @@ class Rollouts:
             )
             for i, prompt in enumerate(prompts)
         ]
-        metrics = {
-            "completions/mean_length": Mean.of(torch.tensor([float(len(s.ids)) for s in sampled])),
-            "completions/clipped_ratio": Mean.of(torch.tensor([float(not s.ended) for s in sampled])),
-        }
-        return Rolled(examples, by_function, baseline, metrics)
+        ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
+        return Rolled(examples, by_function, baseline, ended, logged)
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
         return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
@@ -145,26 +168,48 @@ class Rollouts:
         cut = self.config.mask_truncated_completions and not sampled.ended
         return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None)
 
-    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> Tensor:
-        """[completions, functions] float64, NaN where a reward function returned None."""
+    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> tuple[Tensor, dict[str, Mean]]:
+        """[completions, functions] float64, NaN where a reward function returned None; and what rewards logged.
+
+        Raises UserError on all processes where a reward fails on one of them.
+        """
+        log, error = RewardLog(), None
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
-        if not sampled:
-            return scores
-        texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
-        chat = [not isinstance(p.prompt, str) for p in prompts]
-        completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)]
-        for column, (name, reward) in enumerate(self.rewards.items()):
-            values = call_reward(
-                name,
-                reward,
+        if sampled:
+            texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
+            chat = [not isinstance(p.prompt, str) for p in prompts]
+            asked = Asked(
                 prompts=[p.prompt for p in prompts],
-                completions=completions,
+                completions=[
+                    [{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)
+                ],
                 completion_ids=[s.ids for s in sampled],
-                max_completion_length=self.max_completion_length,
                 columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
+                rows=[p.row for p in prompts],
             )
-            scores[:, column] = torch.tensor([torch.nan if v is None else v for v in values], dtype=torch.float64)
-        return scores
+            limit = self.max_completion_length
+            try:
+                by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
+                for column, values in enumerate(by_reward):
+                    known = [torch.nan if value is None else value for value in values]
+                    scores[:, column] = torch.tensor(known, dtype=torch.float64)
+            except UserError as failed:
+                error = failed
+        names = self._agree(error, sorted(log.metrics))
+        self.watch.columns(log.columns)
+        return scores, {name: Mean.of(torch.tensor(log.metrics[name], dtype=torch.float64)) for name in names}
+
+    def _agree(self, error: UserError | None, names: list[str]) -> list[str]:
+        """The names that any process has; where one has an error, all raise it: none waits for one that has gone."""
+        alone = self.accelerator is None or self.accelerator.num_processes == 1
+        said = [(str(error) if error else None, names)]
+        said = said if alone else gather_object(said)
+        if error is not None:
+            raise error
+        for message, _ in said:
+            if message is not None:
+                raise UserError(message)
+        return sorted({name for _, some in said for name in some})
 
     def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
         """[prompts, G] float64 advantages of a process's rollouts, among those of the step on all processes.
@@ -172,9 +217,8 @@ class Rollouts:
         kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
         """
         config, (prompts, group, functions) = self.config, rolled.by_function.shape
-        lengths = torch.tensor([len(c.ids) for e in rolled.examples for c in e.completions], dtype=torch.float64)
         others = [
-            lengths.reshape(prompts, group),
+            rolled.lengths,
             torch.zeros(prompts, group) if rolled.baseline is None else rolled.baseline.expand(-1, group),
             torch.zeros(prompts, group) if kl is None else kl,
         ]
@@ -183,76 +227,31 @@ class Rollouts:
         by_function, (lengths, baseline, kl) = everyone[..., :functions], everyone[..., functions:].unbind(-1)
         rewards = AGGREGATIONS[config.multi_objective_aggregation](by_function, self.weights)
         gdpo = config.multi_objective_aggregation == "normalize_then_sum"
-        return advantages_of(
+        advantages = advantages_of(
             rewards - config.reward_kl_coef * kl,
             "reinforce_pp" if gdpo else config.advantage_type,
             scale=config.scale_rewards,
             lengths=lengths,
             baseline=baseline[:, :1],
             normalize_advantages=config.normalize_advantages,
-        )[own]
+        )
+        self.watch.rollouts(self.state.global_step + 1, by_function, advantages)
+        return advantages[own]
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
-        """TRL's, of what the reward functions said (a KL penalty is not in them); this process's share."""
-        rewards = sum_then_normalize(rolled.by_function, self.weights)
-        everyone, _ = gather_rows(accelerator, rewards)
-        known = everyone[~everyone.isnan()]
-        counts = (~rewards.isnan()).sum(1)
-        equal = rewards.nan_to_num(-torch.inf).amax(1) == rewards.nan_to_num(torch.inf).amin(1)
-        metrics = {
-            **rolled.metrics,
-            "reward": Mean.of(rewards, ~rewards.isnan()),
-            "reward_std": Mean.of(known.std().view(1) if len(known) > 1 else known[:0]),
-            "frac_reward_zero_std": Mean.of((equal & (counts > 1)).double()),
+        """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of
+        this process in what the rewards logged."""
+        lengths = rolled.lengths
+        ended = torch.ones_like(lengths) if rolled.ended is None else rolled.ended
+        everyone, _ = gather_rows(accelerator, torch.cat([rolled.by_function, torch.stack([lengths, ended], -1)], -1))
+        by_function, (lengths, ended) = everyone[..., :-2], everyone[..., -2:].unbind(-1)
+        return {
+            **rolled.logged,
+            **completion_metrics(lengths, ended),
+            **reward_metrics(by_function, self.weights, list(self.rewards)),
         }
-        for column, name in enumerate(self.rewards):
-            values = rolled.by_function[..., column]
-            metrics[f"rewards/{name}/mean"] = Mean.of(values, ~values.isnan())
-        return metrics
 
-
-def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:
-    """The divergence of each completion from the reference, sum_t k(log old - log ref) over its scored tokens, [n]
-    float64 in the order of the examples; and its mean over tokens.
-
-    micros: these examples packed, with `old` and `ref` filled. Raises UserError where a divergence is not finite.
-    """
-    first, count = {}, 0
-    for example in examples:
-        first[id(example)] = count
-        count += len(example.completions)
-    sums = torch.zeros(count, dtype=torch.float64)
-    tokens = torch.zeros(())
-    for micro in micros:
-        if micro.batch.is_filler:
-            continue
-        assert micro.old is not None and micro.ref is not None
-        kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
-        tokens += micro.batch.scored.sum().cpu()
-        at = 0
-        for example in micro.batch.examples:
-            start, n = first[id(example)], len(example.completions)
-            sums[start : start + n] = kl[at : at + n].sum(-1).cpu()
-            at += n
-    for example in examples:
-        if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
-            raise UserError(
-                f"the divergence from the reference is not finite (row {example.row} of the data set); "
-                "use float32, or another --reward_kl_estimator"
-            )
-    return sums, Mean(sums.sum(), tokens)
-
-
-def give_advantages(
-    examples: Sequence[Example], micros: Sequence[MicroBatch], advantages: Sequence[float]
-) -> list[Example]:
-    """The examples with the advantages of their completions, given in the same order, in the micro-batches too."""
-    values = iter(advantages)
-    new = {
-        id(example): dataclasses.replace(example, advantages=tuple(islice(values, len(example.completions))))
-        for example in examples
-    }
-    for micro in micros:
-        inside = tuple(new[id(example)] for example in micro.batch.examples)
-        micro.batch = dataclasses.replace(micro.batch, examples=inside)
-    return list(new.values())
+    def after(self, step: int) -> list[str]:
+        """So many optimizer steps are done; returns what there is to tell of them."""
+        self.state.global_step = step
+        return self.watch.take()

@@ -84,7 +84,7 @@ def test_a_saved_data_set_gives_its_splits(tmp_path):
         ("broken.jsonl", "train", "broken.jsonl, line 3, column 12 is not valid JSON"),
         ("broken.json", "train", "broken.json, line 2, column 11 is not valid JSON"),
         ("numbers.jsonl", "train", "numbers.jsonl, line 1 must be one object, .*, got int"),
-        ("numbers.json", "train", "numbers.json must hold a list of objects"),
+        ("numbers.json", "train", r"numbers.json, row 0 .* must be one object, got int 3"),
         ("empty.jsonl", "train", "empty.jsonl has no rows"),
         ("latin.jsonl", "train", "latin.jsonl is not UTF-8 text .byte 0.: save it as UTF-8"),
         ("broken.parquet", "train", "broken.parquet cannot be read as parquet"),
@@ -295,9 +295,8 @@ def test_a_bad_row_is_named_with_its_column(kind, row, message):
 BAD_CHATS = [
     ({"prompt": "a"}, f"{SECOND}: 'prompt' must be a list of messages, as in the first row, got str 'a'"),
     ({"prompt": []}, f"{SECOND}: the prompt must be a list of at least one message"),
-    ({"prompt": [user("a"), assistant("b")]}, f"{SECOND}: the prompt ends with the role 'assistant'"),
-    ({"prompt": [{"role": "system", "content": "s"}]}, f"{SECOND}: the prompt ends with the role 'system'"),
-    ({"chosen": [user("b")]}, f"{SECOND}: 'chosen', message 0 has the role 'user' where 'assistant'"),
+    ({"prompt": [{"role": "gpt", "content": "s"}]}, f"{SECOND}: the prompt, message 0 has the role 'gpt': write"),
+    ({"chosen": [user("b")]}, f"{SECOND}: 'chosen' has no assistant's turn to learn from"),
     ({"chosen": [assistant(" ")]}, f"{SECOND}: 'chosen', message 0 is an assistant's turn without text"),
     (
         {"chosen": [{"role": "assistant"}]},
@@ -320,7 +319,7 @@ def test_a_bad_row_of_a_file_is_named_by_its_line(tmp_path):
 
 
 def test_missing_columns_are_said_with_those_there_are():
-    message = "has the columns question, answer, expected prompt and completion, or messages, or text"
+    message = "has the columns question, answer, expected prompt and completion, or messages, or conversations, or text"
     with pytest.raises(UserError, match=message):
         prepared([{"question": "a", "answer": "b"}], Kind.SEQUENCE)
 

@@ -134,6 +134,22 @@ SFT_CASES = {
         conversational("prompt", "completion"),
         {"assistant_only_loss": True},
     ),
+    "any order of roles": (
+        [
+            {"messages": [assistant("hi"), user("a"), assistant("b")]},
+            {"messages": [user("a"), user("b"), assistant("c"), assistant("d"), user("e")]},
+            {"messages": [user("a"), {"role": "system", "content": "short"}, assistant("c")]},
+            {"messages": [{"role": "critic", "content": "a"}, assistant("c")]},
+        ],
+        {"assistant_only_loss": True},
+    ),
+    "an answer begun in the prompt": (
+        [
+            {"prompt": [user("a poem"), assistant("Roses are")], "completion": [assistant(" red.")]},
+            {"prompt": [{"role": "system", "content": "rule"}], "completion": [user("a"), assistant("b")]},
+        ],
+        {},
+    ),
     "text": ([{"text": q + a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)], {}),
     "text with EOS": ([{"text": a + "<|im_end|>"} for a in ANSWERS], {}),
     "messages": ([{"messages": [user(q), assistant(a)]} for q, a in zip(QUESTIONS, ANSWERS, strict=True)], {}),
@@ -292,26 +308,7 @@ def test_common_prefix_is_the_longest(left, right):
     assert n == min(len(left), len(right)) or left[n] != right[n]
 
 
-GOOD = [
-    ["user", "assistant"],
-    ["system", "user", "assistant", "user"],
-    ["user", "assistant", "tool", "tool", "assistant"],
-]
-BAD = [
-    (["assistant", "user"], "message 0 has the role 'assistant'"),
-    (["user", "user"], "message 1 has the role 'user' where 'assistant' is expected"),
-    (["user", "system"], "message 1 has the role 'system'"),
-    (["system", "assistant"], "message 1 has the role 'assistant' where 'user' is expected"),
-    (["user", "bot"], "message 1 has the role 'bot'"),
-]
-
-
-@pytest.mark.parametrize("roles", GOOD)
-def test_roles_in_order_pass(roles):
-    check_messages([{"role": role, "content": "text"} for role in roles], "here")
-
-
-@pytest.mark.parametrize("roles, message", BAD)
-def test_roles_out_of_order_are_named(roles, message):
-    with pytest.raises(UserError, match=f"^here, {message}"):
-        check_messages([{"role": role, "content": "text"} for role in roles], "here")
+@pytest.mark.parametrize("role, meant", [("gpt", "assistant"), ("Assistant", "assistant"), ("human", "user")])
+def test_a_role_that_means_another_is_named(role, meant):
+    with pytest.raises(UserError, match=f"^here, message 1 has the role '{role}': write '{meant}'"):
+        check_messages([user("a"), {"role": role, "content": "text"}], "here")

@@ -13,7 +13,7 @@ from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.mismatch import mismatched, refer_together, together
 from logratio.trainers.policy.reference import StoredReference, precompute
 
-from .test_step import examples_for, make_step
+from ..test_step import examples_for, make_step
 
 
 def test_mismatched_gives_every_prompt_its_predecessors_completion():

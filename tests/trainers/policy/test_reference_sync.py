@@ -141,7 +141,8 @@ def test_alpha_0_keeps_the_reference_and_alpha_1_makes_it_the_policy(whole, rand
         assert torch.equal(reference(BATCH), start), "only every third step"
     sync.after(6)
     with torch.no_grad():
-        assert torch.equal(reference(BATCH), policy(BATCH)[0]) and not torch.equal(reference(BATCH), start)
+        torch.testing.assert_close(reference(BATCH), policy(BATCH)[0], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(reference(BATCH), start, atol=1e-2)
 
 
 def test_past_adapters_are_dropped_when_their_coefficient_is_small(random_model, tmp_path):
@@ -248,9 +249,10 @@ def test_alpha_0_trains_as_without_and_saves_the_same(rows):
     options = ("--lora_r", "2", "--lora_dropout", "0.2")
     with_sync = log_of(run_of(rows, *options, *SYNC, "0", out="with"))
     without = log_of(run_of(rows, *options, out="without"))
-    assert [row["loss"] for row in with_sync] == [row["loss"] for row in without]
+    losses = [[row["loss"] for row in log] for log in (with_sync, without)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     saved = [load_file(rows.parent / name / "adapter_model.safetensors") for name in ("with", "without")]
-    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+    torch.testing.assert_close(saved[0], saved[1], rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_trained_adapter_is_saved(rows):
@@ -262,7 +264,7 @@ def test_only_the_trained_adapter_is_saved(rows):
     assert list(loaded.peft_config) == ["default"] and loaded.peft_config["default"].r == 2
     with torch.no_grad():
         wanted = run.policy.eval()(BATCH)[0]
-    torch.testing.assert_close(logps(loaded), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(logps(loaded), wanted, rtol=1e-5, atol=1e-5)  # by PEFT's kernels, not by ours
     assert not torch.allclose(run.step.reference(BATCH), wanted, atol=1e-4)
 
 

@@ -39,7 +39,40 @@ def test_may_share(random_model, name):
 
 @pytest.mark.parametrize("name", REASONS)
 def test_may_not_share_and_says_why(random_model, name):
-    assert why_not_shared(Policy(random_model(name))).startswith(REASONS[name])
+    assert choose_attention(Policy(random_model(name)))[0].startswith(REASONS[name])
+
+
+@pytest.fixture
+def capped(monkeypatch, random_model):
+    """Gemma 2 with "sdpa", which some releases of transformers take for it."""
+    monkeypatch.setattr(hf.Gemma2ForCausalLM, "_supports_sdpa", True)
+    monkeypatch.setattr(hf.Gemma2Model, "_supports_sdpa", True)
+    model = random_model("gemma2", attn_logit_softcapping=0.5)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def test_a_soft_cap_of_attention_is_not_lost(capped, random_model):
+    policy = Policy(capped)
+    obstacle, notes = choose_attention(policy)
+    assert policy.attention == "eager" and notes == [] and "'eager' does not take the mask" in obstacle
+    with torch.no_grad():
+        with_cap, without, ours = (
+            model(input_ids=torch.arange(12)[None]).logits
+            for model in (
+                random_model("gemma2", attn_logit_softcapping=0.5, _attn_implementation="eager"),
+                random_model("gemma2", attn_logit_softcapping=None, _attn_implementation="eager"),
+                capped,
+            )
+        )
+    assert torch.equal(ours, with_cap) and (ours - without).norm() > 1e-2 * ours.norm()
+
+
+def test_attention_without_the_models_soft_cap_is_refused(capped):
+    asked = "--attn_implementation sdpa: "
+    message = f"{asked}it has no soft-cap, and the model's attn_logit_softcapping is 0.5; leave it out"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        choose_attention(Policy(capped), "sdpa")
 
 
 @pytest.mark.parametrize("name", ["llama-eager", "bloom"])

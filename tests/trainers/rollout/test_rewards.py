@@ -1,52 +1,13 @@
-"""What counts as an answer, how rewards are found by name, and what they are held to."""
+"""How rewards are found by name, and those that have one of their own."""
 
+import functools
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.rewards import REWARDS, answer_format, call_reward, exact_answer, load_reward, overlong
-
-
-@pytest.mark.parametrize(
-    "completion, answer, right",
-    [
-        ("46", "46", True),
-        ("47", "46", False),
-        ("046", 46, True),
-        ("46.0", "46", True),
-        ("first 3, then 46.", "46", True),
-        ("46, that is 40 and 6", "46", False),
-        ("12+34=46\nA: 46 apples for 2 days", "46", True),
-        ("A: 3\nno, A: 4\nA: 46", "46", True),
-        ("#### 36,000", "36000", True),
-        ("The answer is $1,000.50.", "1000.5", True),
-        ("To answer this: 40+6=46", "46", True),
-        (r"so \boxed{46}, not 47", "46", True),
-        ("x = -46", "46", False),
-        ("x = -46", "-46", True),
-        ("92-46", "46", True),
-        ("(92)-46", "46", True),
-        ("Answer: Paris.", "paris", True),
-        ("It was\nParis", "paris", True),
-        ("", "46", False),
-        ("no idea", "46", False),
-        ([{"role": "user", "content": "46"}, {"role": "assistant", "content": "A: 45"}], "46", False),
-        ([{"role": "assistant", "content": "A: 46"}], "long story\n#### 46", True),
-    ],
-)
-def test_exact_answer(completion, answer, right):
-    assert exact_answer(completions=[completion], answer=[answer], prompts=[""]) == [float(right)]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(-(10**9), 10**9))
-def test_a_number_is_its_own_answer_however_it_is_written(number):
-    completions = [f"{number}", f"{number:,}", f"A: {number}", f"so it is {number:,}.00 in all", f"#### {number} of 7"]
-    assert exact_answer(completions=completions, answer=[number] * 5) == [1.0] * 5
-    assert exact_answer(completions=completions, answer=[number + 1] * 5) == [0.0] * 5
+from logratio.trainers.rollout.calling import names_of
+from logratio.trainers.rollout.rewards import REWARDS, answer_format, load_reward, load_rewards, overlong
 
 
 @pytest.mark.parametrize(
@@ -63,58 +24,113 @@ def test_overlong_falls_from_four_fifths_to_the_full_length():
     assert values == [0, 0, -0.25, -0.5, -1]
 
 
-def test_rewards_are_found_by_name_and_by_module(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def flat(completions, **_):\n    return [0.5 for _ in completions]\n\nnumber = 3\n"
-    )
+MODULE = """
+import torch
+
+def flat(completions, **_):
+    return [0.5 for _ in completions]
+
+class Judge:
+    def __init__(self, base=1.0):
+        self.base = base
+    def __call__(self, completions, **_):
+        return [self.base for _ in completions]
+
+class Picky(Judge):
+    def __init__(self, base):
+        super().__init__(base)
+
+class Silent:
+    pass
+
+judge = Picky(2.0)
+model = torch.nn.Linear(2, 2)
+number = 3
+"""
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "leaving_rewards.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("my_rewards", "broken_rewards", "leaving_rewards"):
+        sys.modules.pop(name, None)
+
+
+def test_rewards_are_found_by_name_and_by_module(modules):
     assert all(load_reward(name) is reward for name, reward in REWARDS.items())
-    assert load_reward("my_rewards:flat")(completions=["a", "b"]) == [0.5, 0.5]
-    for name, message in [
-        ("exact", "the reward 'exact' is unknown, expected one of exact_answer, answer_format, overlong, or module:f"),
+    for name, value in [("flat", 0.5), ("judge", 2.0), ("Judge", 1.0)]:
+        assert load_reward(f"my_rewards:{name}")(completions=["a", "b"]) == [value, value]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "exact",
+            "the reward 'exact' is unknown, expected one of exact_answer, accuracy_reward, answer_format, overlong,",
+        ),
         ("my_rewards:", "must be written as module:name"),
         ("nowhere:flat", "there is no module 'nowhere'"),
         ("nowhere.deep:flat", "there is no module 'nowhere'"),
         ("my_rewards:sharp", "the module 'my_rewards' .*my_rewards.py. has no 'sharp'"),
         ("my_rewards:number", "must be a function, but is int"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            load_reward(name)
-    # What is wrong inside the user's module is not the option's fault, and keeps its traceback.
+        ("my_rewards:Silent", "must be a function, but is Silent"),
+        ("my_rewards:model", "is a model: write a function of completions that calls it"),
+        ("my_rewards:Picky", "is a class of which no object could be made without arguments .TypeError: .*'base'"),
+        ("leaving_rewards:flat", "its module wanted to end the program .SystemExit: 0."),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_one_sentence(modules, name, message):
+    with pytest.raises(UserError, match=message):
+        load_reward(name)
+
+
+def test_what_is_wrong_inside_the_users_module_keeps_its_traceback(modules):
     with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
         load_reward("broken_rewards:flat")
 
 
-def called(reward, **columns):
-    return call_reward(
-        "mine",
-        reward,
-        prompts=["p", "p"],
-        completions=["1", "22"],
-        completion_ids=[[1], [2, 2]],
-        max_completion_length=10,
-        columns=columns,
-    )
+def test_metrics_are_named_as_trl_names_them(modules):
+    trl = pytest.importorskip("trl.trainer.utils")
+    specs = ["my_rewards:flat", "my_rewards:judge", "exact_answer"]
+    loaded = load_rewards(specs, ["answer"])
+    assert list(loaded) == ["flat", "Picky", "exact_answer"]
+    assert list(loaded) == [trl.get_callable_name(reward) for reward in loaded.values()]
+    partial = functools.partial(load_reward("my_rewards:flat"), extra=1)
+    assert names_of([("m:p", partial)]) == ["flat"] == [trl.get_callable_name(partial)]
 
 
-def test_a_reward_gets_columns_by_name_and_may_abstain():
-    def reward(prompts, completions, completion_ids, level, weight=2, **_):
-        return [None, len(completion_ids[1]) * level[1] * weight]
-
-    assert called(reward, level=[3, 4]) == [None, 16.0]
+def test_rewards_of_one_name_count_separately(modules):
+    loaded = load_rewards(["my_rewards:flat", "exact_answer", "my_rewards:flat", "my_rewards:flat"], ["answer"])
+    assert list(loaded) == ["flat", "exact_answer", "flat_2", "flat_3"]
+    assert names_of([("m:short", lambda **_: [])]) == ["short"]
 
 
 @pytest.mark.parametrize(
-    "reward, message",
+    "specs, columns, message",
     [
-        (exact_answer, "the reward 'mine' needs the column 'answer', but the data set has only level"),
-        (lambda completions, **_: [1.0], "returned 1 numbers for 2 completions"),
-        (lambda completions, **_: [1.0, "good"], "must return numbers or None, got 'good'"),
-        (lambda completions, **_: [1.0, float("nan")], "must return finite numbers or None, got nan"),
+        ([], ["answer"], "--reward_funcs names no reward function"),
+        (
+            ["exact_answer"],
+            ["level"],
+            "the reward 'exact_answer' needs 'answer', which is neither a column .*.level. nor",
+        ),
+        (["exact_answer"], [], "neither a column of the data set .which has only the prompt. nor one of prompts, comp"),
+        (
+            ["overlong"],
+            ["completions"],
+            "the data set has a column 'completions', but rewards are given something else",
+        ),
+        (["overlong"], ["prompts"], "column 'prompts'.*rename it"),
+        (["overlong"], ["completion_ids"], "column 'completion_ids'.*rename it"),
+        (["overlong"], ["trainer_state"], "column 'trainer_state'.*rename it"),
     ],
 )
-def test_a_reward_is_held_to_its_signature(reward, message):
+def test_rewards_and_columns_are_held_together_before_anything_runs(specs, columns, message):
     with pytest.raises(UserError, match=message):
-        called(reward, level=[1, 2])
+        load_rewards(specs, columns)

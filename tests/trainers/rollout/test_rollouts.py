@@ -1,6 +1,8 @@
 """GRPO's data: generation against a plain loop, rewards in TRL's form, what is compared with what."""
 
+import copy
 import math
+import types
 
 import pytest
 import torch
@@ -10,10 +12,13 @@ from logratio.losses import GRPOLoss
 from logratio.reference import oracle
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
+from logratio.trainers.data.inputs import count_totals
+from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
-from logratio.trainers.rollout.rollouts import Rollouts, Sampled, generate, give_advantages
-from logratio.trainers.step import count_totals
+from logratio.trainers.rollout import rollouts as rollouts_module
+from logratio.trainers.rollout.rollouts import Rollouts, Sampled, generate
+from logratio.trainers.rollout.windows import give_advantages
 
 # Generation --------------------------------------------------------------------------------------------------------
 
@@ -71,6 +76,43 @@ def test_generation_stops_at_eos_and_keeps_it(policy, where, monkeypatch):
     assert got == [argmax_loop(policy.model, p.prompt_ids, stops, 12) for p in prompts]
     assert got[0].ended and len(got[0].ids) <= 4 and got[0].ids[-1] in stops
     assert all(s.ended == (s.ids[-1] in stops) and (s.ended or len(s.ids) == 12) for s in got)
+
+
+def closing_with(token):
+    """A tokenizer whose template closes turns with `token`, while its EOS is another one."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + token + "{% endfor %}"
+    return tokenizer
+
+
+def test_a_conversation_stops_where_its_template_closes_the_turn(policy):
+    messages = [{"role": "user", "content": "hi"}]
+    free = generate(policy, tiny_tokenizer(), [Prompt([65], "A", {}, 0)], max_new_tokens=12, do_sample=False)[0].ids
+    tokenizer = closing_with("<|im_start|>")
+    stop = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    with torch.no_grad():  # the token that it says fourth is another name of the closing one
+        head = copy.deepcopy(policy)
+        head.model.lm_head.weight = torch.nn.Parameter(policy.model.lm_head.weight.clone())
+        head.model.lm_head.weight[[stop, free[3]]] = policy.model.lm_head.weight[[free[3], stop]]
+    said = {
+        kind: generate(head, tokenizer, [Prompt([65], prompt, {}, 0)], max_new_tokens=12, do_sample=False)[0]
+        for kind, prompt in {"plain": "A", "chat": messages}.items()
+    }
+    assert said["chat"].ended and said["chat"].ids[-1] == stop and said["chat"].ids.count(stop) == 1
+    assert said["plain"].ids[: len(said["chat"].ids)] == said["chat"].ids and len(said["plain"].ids) == 12
+
+
+@pytest.mark.parametrize("where", ["beyond the embeddings", "nowhere"])
+def test_padding_needs_no_row_in_the_embeddings(policy, tokenizer, where):
+    prompts = prompts_of(tokenizer, *TEXTS)
+    wanted = generate(policy, tokenizer, prompts, max_new_tokens=12, do_sample=False)
+    other = tiny_tokenizer()
+    other.pad_token = None
+    if where != "nowhere":
+        other.add_special_tokens({"pad_token": "[PAD]"})
+        assert other.pad_token_id == policy.model.config.vocab_size
+    assert generate(policy, other, prompts, max_new_tokens=12, do_sample=False) == wanted
 
 
 def test_the_checkpoints_own_sampling_defaults_do_not_apply(policy, tokenizer, monkeypatch):
@@ -139,7 +181,8 @@ def test_rewards_are_called_in_trls_form(policy, tokenizer):
     ]
     examples, _ = rolled_out(policy, tokenizer, {"watch": watch})(prompts)
     assert seen["prompts"] == ["AB", "AB", "C", "C"]
-    assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"] == {"level": [3, 3, 4, 4]}
+    assert seen["answer"] == ["1", "1", "2", "2"] and seen["others"]["level"] == [3, 3, 4, 4]
+    assert seen["others"].keys() == {"level", "trainer_state", "log_metric", "log_extra"}
     assert seen["limit"] == 6
     ids = [c.ids for e in examples for c in e.completions]
     assert seen["ids"] == ids and all(1 <= len(i) <= 6 for i in ids)
@@ -164,7 +207,7 @@ def test_rollouts_are_sampled_as_configured(policy, tokenizer):
 def test_rewards_see_no_special_tokens(policy, tokenizer):
     seen = []
     judge = rollouts(policy, tokenizer, {"watch": lambda completions, **_: seen.extend(completions) or [0.5]})
-    scores = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
+    scores, _ = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
     assert seen == ["BC"] and scores.tolist() == [[0.5]]
 
 
@@ -183,36 +226,78 @@ def test_conversations_get_messages_back(policy, tokenizer):
     )
 
 
-def test_metrics_are_trls(policy, tokenizer):
-    """Two groups of two: weights 1 and 10, a function without an opinion on some, a group of equal rewards."""
+def given_rollouts(tokenizer, scores, lengths, group, **options):
+    """(examples with their advantages, metrics) of completions of these lengths, 4 the limit; None: no opinion."""
+    ended = [n < 4 for n in lengths]
+    ids = [[65] * (n - 1) + [tokenizer.eos_token_id if e else 66] for n, e in zip(lengths, ended, strict=True)]
+    rewards = {f"reward_{k}": lambda k=k, **_: [row[k] for row in scores] for k in range(len(scores[0]))}
+    config = RolloutConfig(num_generations=group, reward_funcs=tuple(rewards), **options)
+    each, alone = Rollouts(None, tokenizer, config, rewards, max_completion_length=4), Accelerator()
+    each.generate = lambda prompts, **_: [Sampled(i, e) for i, e in zip(ids, ended, strict=True)]
+    rolled = each(prompts_of(tokenizer, *map(str, range(len(ids) // group))))
+    advantages = each.advantages(rolled, alone).flatten().tolist()
+    means = {name: m.total.item() / m.count.item() for name, m in each.metrics(rolled, alone).items() if m.count}
+    return give_advantages(rolled.examples, [], advantages), means, ids
 
-    def first(prompts, **_):
-        return [1.0, 0.0, 2.0, 2.0]
 
-    def second(prompts, **_):
-        return [None, 0.5, None, None]
+SCORES = [(1.0, None), (0.0, 0.5), (2.0, None), (2.0, None), (None, None), (1.0, 0.25)]
+LENGTHS = [1, 4, 3, 4, 2, 4]
 
-    prompts = prompts_of(tokenizer, "a", "b")
-    examples, metrics = rolled_out(policy, tokenizer, {"first": first, "second": second}, reward_weights=(1.0, 10.0))(
-        prompts
-    )
-    means = {name: (m.total / m.count).item() for name, m in metrics.items()}
-    lengths = [len(c.ids) for e in examples for c in e.completions]
-    eos = tokenizer.eos_token_id
-    clipped = [c.ids[-1] != eos for e in examples for c in e.completions]
+
+def test_metrics_count_what_is_known(tokenizer):
+    """Three groups of two: weights 1 and 10, no opinion on some, a group of equal rewards, one with a single reward."""
+    examples, means, _ = given_rollouts(tokenizer, SCORES, LENGTHS, 2, reward_weights=(1.0, 10.0))
     assert means == pytest.approx(
         {
-            "reward": (1.0 + 5.0 + 2.0 + 2.0) / 4,
-            "reward_std": math.sqrt((1.5**2 + 2.5**2 + 0.5**2 * 2) / 3),
-            "frac_reward_zero_std": 0.5,
-            "completions/mean_length": sum(lengths) / 4,
-            "completions/clipped_ratio": sum(clipped) / 4,
-            "rewards/first/mean": 1.25,
-            "rewards/second/mean": 0.5,
-        }
+            "reward": (1 + 5 + 2 + 2 + 3.5) / 5,
+            "reward_std": math.sqrt((1.7**2 + 2.3**2 + 2 * 0.7**2 + 0.8**2) / 4),
+            "frac_reward_zero_std": 1 / 3,
+            "completions/mean_length": 3,
+            "completions/min_length": 1,
+            "completions/max_length": 4,
+            "completions/mean_terminated_length": 2,
+            "completions/min_terminated_length": 1,
+            "completions/max_terminated_length": 3,
+            "completions/clipped_ratio": 0.5,
+            "completions/unscored_ratio": 1 / 6,
+            "rewards/reward_0/mean": 1.2,
+            "rewards/reward_0/std": math.sqrt((2 * 0.2**2 + 1.2**2 + 2 * 0.8**2) / 4),
+            "rewards/reward_1/mean": 0.375,
+            "rewards/reward_1/std": math.sqrt(2 * 0.125**2),
+        },
+        rel=1e-12,
     )
-    assert examples[1].advantages == (0.0, 0.0)
+    assert examples[1].advantages == examples[2].advantages == (0.0, 0.0)
     assert examples[0].advantages[0] < 0 < examples[0].advantages[1]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [4] * 6])
+def test_metrics_are_trls(tokenizer, lengths):
+    """Names and values of TRL's own trainer on the same completions and rewards, but for what the module says."""
+    pytest.importorskip("trl")
+    from logratio.reference._trl_drive import constructed
+
+    weights = (1.0, 10.0)
+    examples, ours, ids = given_rollouts(tokenizer, SCORES, lengths, 2, reward_weights=weights)
+    scorers = [lambda k=k, **_: [row[k] for row in SCORES] for k in range(2)]
+    for k, scorer in enumerate(scorers):
+        scorer.__name__ = f"reward_{k}"
+    options = {"num_generations": 2, "per_device_train_batch_size": 6, "beta": 0.0, "reward_weights": list(weights)}
+    prompts = [{"prompt": str(i // 2)} for i in range(6)]
+    model = tiny_model(num_hidden_layers=1)
+    with constructed("grpo", model, tokenizer, prompts, options, reward_funcs=scorers, copied=False) as trainer:
+        trainer.model.train()
+        trainer._generate_single_turn = lambda *_, **__: (ids, None)
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (torch.zeros(6, 1), None, None)
+        advantages = trainer._generate_and_score_completions(prompts)["advantages"].tolist()
+        theirs = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    del theirs["num_tokens"]  # counted elsewhere
+    assert theirs.keys() - ours.keys() <= {name for name, value in theirs.items() if "terminated" in name and not value}
+    assert ours.keys() - theirs.keys() == {"completions/unscored_ratio"}
+    assert {name: ours[name] for name in ours.keys() & theirs.keys()} == pytest.approx(
+        {name: theirs[name] for name in ours.keys() & theirs.keys()}, rel=1e-5
+    )
+    assert [a for e in examples for a in e.advantages] == pytest.approx(advantages, rel=1e-3, abs=1e-3)
 
 
 def test_a_completion_nobody_has_an_opinion_on_has_no_reward(policy, tokenizer):
@@ -221,6 +306,56 @@ def test_a_completion_nobody_has_an_opinion_on_has_no_reward(policy, tokenizer):
     )
     assert examples[0].advantages == (0.0, 0.0)
     assert metrics["reward"].count == 0 and metrics["rewards/silent/mean"].count == 0
+    assert metrics["completions/unscored_ratio"] == (2, 2)
+
+
+def test_what_rewards_log_is_a_metric_of_the_step(policy, tokenizer):
+    def reward(prompts, log_metric, **_):
+        log_metric("judge/cost", len(prompts))
+        log_metric("judge/cost", 1)
+        return [0.0] * len(prompts)
+
+    _, metrics = rolled_out(policy, tokenizer, {"r": reward}, advantage_type="remax")(prompts_of(tokenizer, "a", "b"))
+    assert metrics["judge/cost"] == (5, 2), "of the greedy answers' call nothing"
+
+
+def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch):
+    """And a metric that only one process logs is one of all: they are added up in order."""
+    prompts = [Prompt([65], "A", {}, 0)]
+    sampled = [Sampled([66], True)]
+    said = []
+
+    def gathered(mine):
+        said.extend(mine)
+        return [*mine, elsewhere]
+
+    monkeypatch.setattr(rollouts_module, "gather_object", gathered)
+
+    def score(reward):
+        each = rollouts(policy, tokenizer, {"r": reward})
+        each.accelerator = types.SimpleNamespace(num_processes=2)
+        return each.score(prompts, sampled)
+
+    def logs(log_metric, **_):
+        log_metric("b", 3)
+        return [1.0]
+
+    def breaks(**_):
+        raise ValueError("no")
+
+    elsewhere = (None, ["a", "b"])
+    scores, logged = score(logs)
+    assert scores.tolist() == [[1.0]] and {k: tuple(map(float, v)) for k, v in logged.items()} == {
+        "a": (0, 0),
+        "b": (3, 1),
+    }
+    elsewhere = ("the judge is out", [])
+    with pytest.raises(UserError, match="^the judge is out$"):
+        score(logs)
+    elsewhere = (None, [])
+    with pytest.raises(UserError, match="'r' raised ValueError"):
+        score(breaks)
+    assert said[-1][0].startswith("the reward 'r' raised ValueError: no"), "it was told before it was raised"
 
 
 def by_length(completion_ids, **_):

@@ -12,7 +12,7 @@ from logratio.trainers.config import DataConfig, RolloutConfig, RunConfig, Train
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.rollouts import reward_kl
+from logratio.trainers.rollout.windows import reward_kl
 from logratio.trainers.step import MicroBatch
 
 
@@ -47,9 +47,9 @@ def test_the_divergence_comes_off_the_reward(tmp_path, estimator, iterations, mi
         for parameter in run.policy.parameters():
             parameter += 0.3 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0
     run.rollouts.rewards = {"r": lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids]}
-    stepped = loop.steps(run)
-    examples, metrics, micros, dealt = next(stepped)
-    assert dealt and (len(examples) > 3) == (micro_batch_tokens == 12)
+    window = next(loop.steps(run))
+    examples, metrics, micros = window.examples, window.metrics, window.micros
+    assert window.dealt and (len(examples) > 3) == (micro_batch_tokens == 12)
 
     ref = run.step.reference.policy.model
     kl, tokens, penalized = [], 0, []

@@ -1,0 +1,142 @@
+"""The sides of a comparison: our loss as a training step computes it, TRL's, and the oracle's.
+
+Ours is cut into several micro-batches; the oracle has plain unpadded passes and the formulas from the papers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logratio.losses import Kind
+from logratio.reference import oracle, trl
+from logratio.trainers.data.examples import Example
+from logratio.trainers.policy.mismatch import mismatched
+from logratio.trainers.policy.reference import StoredReference
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.step import Step
+
+from .cases import Case
+from .truths import LONGEST, MAX_LENGTH, Gradient, Subject, random_rows
+
+MICRO_BATCH_TOKENS = 40
+
+
+def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
+    """Our loss and gradient as one step of the loop computes them."""
+    loss, policy = case.loss, subject.policy(dtype)
+    policy.stats = loss.stats
+    reference = subject.reference(policy, dtype)
+    step = Step(
+        start_accelerator("no"),
+        policy,
+        policy,
+        loss,
+        reference if loss.wants_reference else None,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        max_length=MAX_LENGTH,
+    )
+    step.state = case.state
+    examples = subject.examples(case)
+    micros = step.micro_batches(examples)
+    if loss.kind is Kind.GROUPED:
+        old = StoredReference(subject.old(dtype), reference)
+        for micro in micros:
+            micro.old = old(micro.batch)
+    result = step(micros, step.totals(examples, micros))
+    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
+    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
+
+
+def trls(case: Case, subject: Subject) -> Gradient:
+    """TRL's, in float32, without a scale."""
+    assert case.trl is not None
+    rows = subject.rollout_rows() if case.method == "grpo" else random_rows(case.method, subject.seed, longest=LONGEST)
+    truth = trl.loss_and_grads(
+        case.trl,
+        subject.models[torch.float32],
+        tiny_tokenizer(),
+        rows,
+        max_length=MAX_LENGTH,
+        scaled=False,
+        **case.trl_options,
+    )
+    return Gradient(truth.loss, 0.0, truth.grads)
+
+
+def oracles(case: Case, subject: Subject) -> Gradient:
+    """The oracle's, in float64."""
+    loss, scale = ORACLES[case.method](case, subject, subject.examples(case))
+    return Gradient(loss.item(), scale, subject.gradient(loss))
+
+
+def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    out = subject.policy_passes(examples, 0)
+    completions = [e.completions[0] for e in examples]
+    weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
+    extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
+    return oracle.sft([x.completion for x in out], log_z=[x.log_z for x in out], **extra, **case.options), 0.0
+
+
+def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    chosen, rejected = (subject.policy_passes(examples, k) for k in (0, 1))
+    loss = oracle.dpo(
+        [x.completion for x in chosen],
+        [x.completion for x in rejected],
+        *(subject.reference_passes(examples, k) for k in (0, 1)),
+        chosen_log_sum_p2=[x.log_sum_p2 for x in chosen],
+        rejected_log_sum_p2=[x.log_sum_p2 for x in rejected],
+        beta_dpo_mean=case.state.get("margin", 0.0),
+        **case.options,
+    )
+    return loss, 0.0
+
+
+def oracle_kto(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    labels, others = [bool(e.label) for e in examples], mismatched(examples, MAX_LENGTH)
+    policy, kl_policy = ([x.completion for x in subject.policy_passes(items, 0)] for items in (examples, others))
+    ref, kl_ref = (subject.reference_passes(items, 0) for items in (examples, others))
+    count = int(case.state.get("num_examples", 0))
+    state = (case.state.get("reward_sum", 0.0) / max(count, 1), count)
+    return oracle.kto(policy, ref, labels, kl_policy, kl_ref, bco_state=state, **case.options), 0.0
+
+
+def oracle_pairs(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    """CPO, TPO and ORPO: no reference."""
+    parts = [subject.policy_passes(examples, k) for k in range(len(examples[0].completions))]
+    completions = [[x.completion for x in part] for part in parts]
+    if case.method == "orpo":
+        return oracle.orpo([x.prompt for x in parts[0]], *completions, **case.options), 0.0
+    if case.method == "tpo" and len(completions) == 2:
+        completions.append([])
+    return getattr(oracle, case.method)(*completions, **case.options), 0.0
+
+
+def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    size = len(examples[0].completions)
+    out = [x for e in examples for k in range(size) for x in subject.policy_passes([e], k)]
+    ref = [x for e in examples for k in range(size) for x in subject.reference_passes([e], k)]
+    policy, entropy = [x.completion for x in out], [x.entropy for x in out]
+    old = [x for parts in subject.old(torch.float64).values() for x in parts]
+    advantages = [a for e in examples for a in e.advantages or ()]
+    loss = oracle.grpo(policy, old, ref, advantages, entropy=entropy, **case.options)
+    with torch.no_grad():
+        alone = [
+            oracle.grpo([p], [o], [r], [a], entropy=[h], **case.options)
+            for p, o, r, a, h in zip(policy, old, ref, advantages, entropy, strict=True)
+        ]
+    return loss, sum(abs(x.item()) for x in alone) / len(alone)
+
+
+ORACLES = {
+    "sft": oracle_sft,
+    "dpo": oracle_dpo,
+    "kto": oracle_kto,
+    "cpo": oracle_pairs,
+    "tpo": oracle_pairs,
+    "orpo": oracle_pairs,
+    "grpo": oracle_grpo,
+}

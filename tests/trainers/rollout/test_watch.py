@@ -1,0 +1,100 @@
+"""What a user is told of the rewards."""
+
+import json
+
+import pytest
+import torch
+
+from logratio.trainers import cli, setup
+from logratio.trainers.rollout.watch import FIRST, Watch
+
+NAN = float("nan")
+ALIKE = "told no completion of a prompt from another"
+
+
+def watched(steps, sets=0):
+    """steps: (rewards [prompts, G], advantages alike); one reward function. What is told after each step."""
+    watch, told = Watch(torch.ones(1), sets), []
+    for number, (rewards, advantages) in enumerate(steps, start=1):
+        watch.rollouts(number, torch.tensor(rewards)[..., None], torch.tensor(advantages))
+        told.append(watch.take())
+    return told
+
+
+EQUAL = ([[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
+WITHIN = ([[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]])  # nothing to compare in a group
+PENALIZED = ([[0.0, 0.0], [0.0, 0.0]], [[0.1, -0.1], [0.0, 0.0]])  # by a KL
+TOLD_APART = ([[0.0, 1.0], [0.0, 0.0]], [[-1.0, 1.0], [0.0, 0.0]])
+UNSCORED = ([[NAN, NAN], [NAN, NAN]], [[0.0, 0.0], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize("step", [EQUAL, WITHIN, PENALIZED])
+def test_first_steps_without_a_difference_are_said_once(step):
+    told = watched([step] * (2 * FIRST))
+    assert [len(notes) for notes in told] == [0] * (FIRST - 1) + [1] + [0] * FIRST
+    assert (
+        told[FIRST - 1][0].startswith(f"up to step {FIRST} the rewards {ALIKE}") and "SFT first" in told[FIRST - 1][0]
+    )
+
+
+def test_a_difference_is_enough_and_a_short_run_is_told_at_its_end():
+    assert not any(watched([TOLD_APART] + [EQUAL] * 9)) and not any(watched([EQUAL] * 4 + [TOLD_APART] + [EQUAL] * 9))
+    assert [len(notes) for notes in watched([EQUAL] * 2, sets=2)] == [0, 1]
+
+
+def test_unscored_completions_are_counted_once():
+    told = watched([TOLD_APART, UNSCORED, UNSCORED])
+    assert [len(notes) for notes in told] == [0, 1, 0]
+    assert told[1][0].startswith(
+        "step 2: no reward function had an opinion on 4 of 4 completions, which count for nothing"
+    )
+
+
+def test_columns_that_go_nowhere_are_named():
+    watch = Watch(torch.ones(1))
+    watch.columns([])
+    watch.columns(["verdict", "cost"])
+    assert watch.take() == [
+        "there is no table of completions, so what rewards give to log_extra is not kept: cost, verdict"
+    ]
+
+
+REWARDS = """
+states = []
+
+def flat(completions, trainer_state, **_):
+    states.append((trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch))
+    return [0.25] * len(completions)
+
+def picky(completions, log_metric, **_):
+    log_metric("picky/calls", len(completions))
+    return [None] * len(completions)
+"""
+
+
+def test_a_run_tells_and_logs_it(tmp_path, monkeypatch, capsys):
+    """Two rollouts of two steps each, of a data set of one step an epoch; an evaluation after every step."""
+    (tmp_path / "watched_rewards.py").write_text(REWARDS)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "1+2="}\n{"prompt": "1+3="}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = "train grpo --dataset_name rows.jsonl --num_generations 2 --max_completion_length 2 --max_steps 4"
+    words += " --num_iterations 2 --batch_size 2 --eval_size 1 --eval_steps 1 --output_dir out"
+    words += " --reward_funcs watched_rewards:flat watched_rewards:picky"
+    assert cli.main(words.split()) == 0
+    said = capsys.readouterr().out
+    assert setup.UNTRAINED in said and said.count(ALIKE) == 1 and "up to step 3 the rewards" in said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["picky/calls"] for row in rows] == [4.0] * 4 and rows[0]["eval_picky/calls"] == 2.0
+    assert rows[0]["rewards/flat/std"] == 0.0 and rows[0]["rewards/flat/mean"] == 0.25
+    assert not any(name.startswith("rewards/picky") for row in rows for name in row)
+    import watched_rewards
+
+    assert watched_rewards.states == [
+        (0, 4, 0.0),
+        (1, 4, 0.5),
+        (2, 4, 1.0),
+        (2, 4, 1.0),
+        (3, 4, 1.5),
+        (4, 4, 2.0),
+    ], "before the first step, after it, ..."

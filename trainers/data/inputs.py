@@ -1,0 +1,73 @@
+"""From examples and packed batches to what a loss is called with: its totals, and its arguments by its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logratio.losses import CompletionLogps, Kind, Loss, PairLogps, TokenLogps, Totals
+
+from .examples import Completion, Example
+from .packing import PackedBatch
+
+
+def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
+    """What a loss divides by, counted from the examples of a step."""
+    per_completion = loss.kind is Kind.GROUPED
+    return Totals(
+        num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
+        num_tokens=sum(sum(_scored(c)) for e in examples for c in e.completions),
+        num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
+        num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
+        num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
+        sum_weights=sum(
+            weight
+            for e in examples
+            for c in e.completions
+            for weight, scored in zip(c.weights or [1.0] * len(c.ids), _scored(c), strict=True)
+            if scored
+        ),
+    )
+
+
+def _scored(completion: Completion) -> Sequence[bool]:
+    return [True] * len(completion.ids) if completion.scored is None else completion.scored
+
+
+def _prompt_tokens(example: Example) -> int:
+    chosen = example.completions[0]
+    return len(example.prompt_ids) - 1 + (0 if chosen.scored is None else len(chosen.ids) - sum(chosen.scored))
+
+
+def loss_inputs(
+    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None = None, old: Tensor | None = None
+) -> dict[str, Any]:
+    """The arguments, beside `totals`, that a loss of this kind is called with. out, ref, old: [paths, T] each."""
+    mask = batch.scored
+    policy = CompletionLogps(out.logps, mask, out.entropy, out.log_z, out.log_sum_p2, batch.weights)
+    others = {"ref": ref} if loss.wants_reference and ref is not None else {}
+    logps = {"policy": policy} | {name: CompletionLogps(values, mask) for name, values in others.items()}
+    if loss.kind is Kind.PAIRED:
+        return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
+    inputs: dict[str, Any] = dict(logps)
+    if loss.kind is Kind.LABELED:
+        inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
+    if loss.kind is Kind.GROUPED:
+        advantages = [a for e in batch.examples for a in e.advantages or ()]
+        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype, device=mask.device)
+        inputs["old"] = None if old is None else CompletionLogps(old, mask)
+    return inputs
+
+
+def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -> PairLogps:
+    """Paths by their place in an example; more: with the prompt or the gold completion where the loss scores it."""
+    n, k = batch.num_completions, 3 if loss.scores_gold else 2
+    return PairLogps(
+        paths.rows(slice(0, n, k)),
+        paths.rows(slice(1, n, k)),
+        paths.rows(slice(n, None)) if more and loss.scores_prompt else None,
+        paths.rows(slice(2, n, k)) if more and loss.scores_gold else None,
+    )

@@ -1,0 +1,130 @@
+"""What became of the rows: those that cannot be used, and the line that counts the rest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RowError, UserError
+from .rows import Rows
+
+SHOWN_REASONS = 3
+
+
+class BadRows:
+    """Rows that cannot be used: the first ends the run, or (skip) each is left out and kept here, by its index."""
+
+    def __init__(self, rows: Rows, *, skip: bool) -> None:
+        self.rows, self.skip = rows, skip
+        self.found: dict[int, RowError] = {}
+
+    def take(self, error: UserError, row: int) -> None:
+        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
+        own = RowError.of(error, self.rows.where(row), row)
+        if own is None:
+            raise error
+        if not self.skip:
+            raise own from None
+        self.found.setdefault(row, own)
+
+    def check_left(self) -> None:
+        """Raise UserError where no row can be used."""
+        if len(self.found) == len(self.rows):
+            raise UserError(
+                f"{self.rows.name}: none of its {len(self.rows)} rows can be used: {count_reasons(self.errors())}"
+            )
+
+    def errors(self) -> list[RowError]:
+        return [self.found[row] for row in sorted(self.found)]
+
+    def listed(self) -> list[dict[str, Any]]:
+        """One entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
+        lines = self.rows.lines
+        place = {row: {"row": row} if lines is None else {"row": row, "line": lines[row]} for row in self.found}
+        return [{"data": self.rows.name, **place[error.row], "reason": error.reason} for error in self.errors()]
+
+
+def count_reasons(errors: list[RowError]) -> str:
+    """How many rows are bad for which reason, whatever the value or the position; the rare reasons are only counted."""
+    reasons = Counter(_kind(error.reason) for error in errors).most_common()
+    shown = [f"{count} x {reason}" for reason, count in reasons[:SHOWN_REASONS]]
+    rest = sum(count for _, count in reasons[SHOWN_REASONS:])
+    return ", ".join(shown + ([f"{rest} for other reasons"] if rest else []))
+
+
+def _kind(reason: str) -> str:
+    """The reason without its remedy, the value that was met, and where in the row."""
+    return re.sub(r"\b\d+\b", "N", reason.partition(", got ")[0].partition(": ")[0])
+
+
+@dataclass
+class Report:
+    """What became of the rows; `str(report)` is one line.
+
+    examples: that remain. truncated: completions cut at `max_length`, by `tokens_cut` tokens together. dropped:
+    examples without a scored token within `max_length`. identical: pairs whose two completions are the same tokens,
+    from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
+    completion behind it, so that the completion starts where the two part. weighted: examples with weights other
+    than 1. begun: examples whose prompt ends with an assistant's turn. special: examples whose own text has special
+    tokens, which are read as such. labels: (True, False) counts. bad: the rows that were skipped.
+    """
+
+    name: str
+    examples: int = 0
+    truncated: int = 0
+    tokens_cut: int = 0
+    dropped: int = 0
+    identical: int = 0
+    moved: int = 0
+    weighted: int = 0
+    begun: int = 0
+    special: int = 0
+    labels: tuple[int, int] | None = None
+    bad: BadRows | None = field(default=None, repr=False)
+
+    def add(self, other: Report) -> None:
+        """The counts of a part of the same rows."""
+        counts = "examples truncated tokens_cut dropped identical moved weighted begun special"
+        for name in counts.split():
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The rows that were skipped, as `BadRows.listed` has them."""
+        return self.bad.listed() if self.bad else []
+
+    def check_left(self, max_length: int | None) -> None:
+        """Raise UserError where no example remains."""
+        if self.examples:
+            return
+        if self.bad:
+            self.bad.check_left()
+        raise UserError(
+            f"{self.name}: no example is left, since none has a token to learn within max_length={max_length}: "
+            "raise max_length"
+        )
+
+    def __str__(self) -> str:
+        notes = [f"{self.name}: {self.examples} examples"]
+        if self.labels:
+            notes.append(f"{self.labels[0]} of them desirable")
+        if self.weighted:
+            notes.append(f"{self.weighted} of them with weights other than 1")
+        if self.bad and self.bad.found:
+            errors = self.bad.errors()
+            notes.append(f"{len(errors)} rows skipped ({count_reasons(errors)})")
+        if self.dropped:
+            notes.append(f"{self.dropped} dropped, with nothing scored within max_length")
+        if self.truncated:
+            notes.append(f"{self.truncated} completions truncated by {self.tokens_cut} tokens in all")
+        if self.identical:
+            notes.append(f"{self.identical} pairs with identical chosen and rejected")
+        if self.moved:
+            notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
+        if self.begun:
+            notes.append(f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows")
+        if self.special:
+            notes.append(f"{self.special} whose own text has special tokens, which are read as such")
+        return "; ".join(notes)

@@ -1,0 +1,194 @@
+"""A tokenizer's chat template at work: what it raises becomes a sentence, what it does is found by probing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import UserError, first_line
+from .messages import Messages, content_text, normal_messages, with_arguments_as_text
+
+_ANSWER = "answer"
+_PROBES: tuple[Messages, ...] = (  # some templates insist on a system turn, others refuse one
+    [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}],
+    [
+        {"role": "system", "content": "rule"},
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": _ANSWER},
+    ],
+)
+_REASONING = frozenset({"reasoning", "reasoning_content", "thinking"})  # names of one thing; transformers copies them
+_LINKS = frozenset({"role", "content", "tool_call_id", "id", "weight"})  # these say which, not what
+
+
+class ChatTemplate:
+    """The chat template of `tokenizer`. What it was seen to render of one message is not tried again with its like."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._seen: set[Any] = set()
+        self._closing: tuple[list[int], str] | None = None
+        self._takes: dict[str, bool] = {}
+
+    def render(self, messages: Any, options: dict[str, Any], place: str, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text. Raises UserError, which begins with `place`, where the template raises, and where
+        something that it was given does not show in the text."""
+        messages = self.normal(messages, place)
+        text = self.text(messages, options, place, add_generation_prompt=add_generation_prompt)
+        self._check_options(messages, options, place)
+        self._check_messages(messages, options, place)
+        return text
+
+    def normal(self, messages: Any, place: str) -> Messages:
+        """The messages as the template is given them."""
+        messages = normal_messages(messages, place)
+        if any("tool_calls" in message for message in messages) and self._takes_arguments("text"):
+            messages = with_arguments_as_text(messages)
+        if any(isinstance(message.get("content"), list) for message in messages) and not self._takes_parts():
+            messages = [
+                {**m, "content": content_text(m["content"])} if isinstance(m.get("content"), list) else m
+                for m in messages
+            ]
+        return messages
+
+    def text(
+        self, messages: Messages, options: dict[str, Any], place: str, *, add_generation_prompt: bool = False
+    ) -> str:
+        """Normal messages as text, whatever of them shows in it."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+                )
+            )
+        except Exception as error:  # a template raises what it likes: jinja's errors, TypeError, RecursionError, ...
+            raise UserError(
+                f"{place}: the chat template does not render this conversation: {first_line(error)}"
+            ) from error
+
+    def closing(self) -> tuple[list[int], str]:
+        """The token that closes an assistant's turn, as `closing_ids` has it, and the white space written behind it."""
+        if self._closing is None:
+            self._closing = next((self._closing_of(probe) for probe in _PROBES if self._try(probe)), ([], ""))
+        return self._closing
+
+    def generation_prompt(self) -> str:
+        """What the template writes in front of an assistant's answer; empty where it writes nothing."""
+        for probe in _PROBES:
+            with_prompt, without = self._try(probe[:-1], add_generation_prompt=True), self._try(probe[:-1])
+            if without and with_prompt and with_prompt.startswith(without):
+                return with_prompt[len(without) :]
+        return ""
+
+    def _closing_of(self, probe: Messages) -> tuple[list[int], str]:
+        _, found, tail = (self._try(probe) or "").rpartition(_ANSWER)
+        added = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []:
+            if token in added:
+                behind = tail.partition(self.tokenizer.convert_ids_to_tokens(token))[2]
+                return [token], behind[: len(behind) - len(behind.lstrip())]
+            if self.tokenizer.decode([token]).strip():
+                break
+        return [], ""
+
+    def _try(self, messages: Messages, **options: Any) -> str | None:
+        """A probe's text, or None where this template does not render it."""
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception:
+            return None
+
+    def _takes_parts(self) -> bool:
+        """Whether a content of text parts is written as these texts, and not as the list that holds them."""
+        if "parts" not in self._takes:
+            parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
+            text = self._try([{"role": "user", "content": parts}]) or ""
+            self._takes["parts"] = "left" in text and "right" in text and not re.search(r"['\"]text['\"]", text)
+        return self._takes["parts"]
+
+    def _takes_arguments(self, form: str) -> bool:
+        """Whether a tool call's arguments have to be of this form, since the template raises at an object ("text")."""
+        if form not in self._takes:
+            user: dict[str, Any] = {"role": "user", "content": "question"}
+            call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+            probe = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            as_text = self._try(with_arguments_as_text(probe))
+            self._takes[form] = self._try(probe) is None and as_text is not None and '{"a": 1}' in as_text
+        return self._takes[form]
+
+    def _check_options(self, messages: Messages, options: dict[str, Any], place: str) -> None:
+        tools = options.get("tools")
+        kind = (frozenset(options), len(tools or ()) > 1, messages[0]["role"])
+        if kind in self._seen:
+            return
+        if tools and not self._differs(messages, messages, options, {**options, "tools": tools[:-1] or None}, place):
+            raise UserError(
+                f"{place} has 'tools' that are not in the text that the chat template renders: use a template that "
+                "knows tools, or remove them"
+            )
+        source = self.tokenizer.get_chat_template(tools=tools)
+        for key in options.keys() - {"tools"}:
+            # A switch may well leave the text of this row as it is, so that it is named there has to do.
+            if not re.search(rf"(?<!\w){re.escape(key)}(?!\w)", source):
+                raise UserError(
+                    f"{place}: 'chat_template_kwargs' has {key!r}, of which the chat template knows nothing: remove it"
+                )
+        self._seen.add(kind)
+
+    def _check_messages(self, messages: Messages, options: dict[str, Any], place: str) -> None:
+        before = None
+        for index, message in enumerate(messages):
+            blank = not content_text(message.get("content")).strip()
+            kind = (before, message["role"], frozenset(message), blank, len(message.get("tool_calls", ())) > 1)
+            before = message["role"]
+            if kind in self._seen:
+                continue
+            for key, changed in _changes(message):
+                # Templates drop the reasoning of earlier turns, so what counts is what they write of the last one.
+                cuts = (messages[: index + 1], messages)
+                others = ([*cut[:index], changed, *cut[index + 1 :]] for cut in cuts)
+                pairs = zip(cuts, others, strict=True)
+                if not any(self._differs(cut, other, options, options, place) for cut, other in pairs):
+                    raise UserError(
+                        f"{place}, message {index}: its {key!r} is not in the text that the chat template renders of "
+                        f"this role ({message['role']!r}): use a template that knows it, or remove it"
+                    )
+            self._seen.add(kind)
+
+    def _differs(self, left: Messages, right: Messages, given: Any, other: Any, place: str) -> bool:
+        """Whether the second is rendered otherwise than the first, or not at all; False where the first is not."""
+        try:
+            text = self.text(left, given, place)
+        except UserError:
+            return False
+        try:
+            return self.text(right, other, place) != text
+        except UserError:
+            return True
+
+
+def _changes(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """For each key of the message that has something to say, the message with less or other of it."""
+    changes = []
+    content: Any = message.get("content")
+    if content_text(content).strip():
+        more = [*content, {"type": "text", "text": "x"}] if isinstance(content, list) else content.rstrip() + "x"
+        changes.append(("content", {**message, "content": more}))
+    for key in message.keys() - _LINKS:
+        if message[key] == "" or (key == "name" and message["role"] in ("tool", "function")):
+            continue
+        gone = _REASONING if key in _REASONING else {key}
+        changed: dict[str, Any] = {"content": "", **{k: v for k, v in message.items() if k not in gone}}
+        if key == "tool_calls" and len(message[key]) > 1:
+            changed[key] = message[key][:-1]
+        changes.append((key, changed))
+    return changes
+
+
+def closing_ids(tokenizer: Any) -> list[int]:
+    """The token with which the chat template closes an assistant's last turn, as a list of one id.
+
+    Empty where there is no template, or where what follows the answer is ordinary text, at which nobody could stop.
+    White space in front of the token is passed over ("answer </s>"), and what comes after it ("\\n") is no part of it.
+    """
+    return ChatTemplate(tokenizer).closing()[0] if getattr(tokenizer, "chat_template", None) else []

@@ -1,0 +1,47 @@
+"""How work is dealt to processes, and how what they made of it comes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def deal(loads: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Which of the items are this process's: the heaviest left goes to the process with the least so far."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if world == 1:
+        return list(range(len(loads)))
+    shares: list[list[int]] = [[] for _ in range(world)]
+    carried = [0] * world
+    for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
+        lightest = carried.index(min(carried))
+        shares[lightest].append(i)
+        carried[lightest] += loads[i]
+    return sorted(shares[rank])
+
+
+def share(prompts: Sequence[T], accelerator: Accelerator) -> Sequence[T]:
+    """Every so many-th prompt, beginning with this process's own. UserError where some process would get none."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(prompts) < world:
+        raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
+    return prompts[rank::world]
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
+    """The rows of all processes, which may hold different numbers of them, and which of them are this process's."""
+    if accelerator.num_processes == 1:
+        return rows, slice(None)
+    counts = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()
+    padded = accelerator.pad_across_processes(rows.to(accelerator.device), dim=0)
+    parts = accelerator.gather(padded).to(rows.device).split(max(counts))
+    start = sum(counts[: accelerator.process_index])
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))

@@ -1,0 +1,66 @@
+"""What a user should be told of the rewards, each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from logratio.losses.advantages import sum_then_normalize
+
+FIRST = 5  # sets of rollouts without a difference, after which a line says so
+
+
+class Watch:
+    """Looks at the rewards of every optimizer step's rollouts, of all processes.
+
+    weights: of the reward functions. sets: of rollouts that the run will have, one or more steps each; 0: unknown.
+    """
+
+    def __init__(self, weights: Tensor, sets: int = 0) -> None:
+        self.weights, self.first = weights, min(FIRST, sets or FIRST)
+        self.alike = 0  # sets, from the first on, in which nothing could be told apart; -1: there was another
+        self._notes: dict[str, str] = {}
+        self._told: set[str] = set()
+
+    def take(self) -> list[str]:
+        """What there is to tell since the last time."""
+        notes, self._notes = self._notes, {}
+        self._told |= notes.keys()
+        return list(notes.values())
+
+    def note(self, key: str, text: str) -> None:
+        if key not in self._told:
+            self._notes.setdefault(key, text)
+
+    def columns(self, names: Collection[str]) -> None:
+        """names: of columns that rewards gave to log_extra."""
+        if names:
+            self.note(
+                "columns",
+                "there is no table of completions, so what rewards give to log_extra is not kept: "
+                + ", ".join(sorted(names)),
+            )
+
+    def rollouts(self, step: int, by_function: Tensor, advantages: Tensor) -> None:
+        """by_function: [prompts, G, K], NaN where a reward function returned None. advantages: [prompts, G]."""
+        rewards = sum_then_normalize(by_function, self.weights)
+        known = rewards[~rewards.isnan()]
+        unscored = rewards.numel() - known.numel()
+        if unscored:
+            self.note(
+                "unscored",
+                f"step {step}: no reward function had an opinion on {unscored} of {rewards.numel()} completions, which "
+                "count for nothing (completions/unscored_ratio in the log is their share of each step)",
+            )
+        if advantages.any() and known.min() < known.max():
+            self.alike = -1
+        elif self.alike >= 0:
+            self.alike += 1
+        if self.alike == self.first:
+            self.note(
+                "alike",
+                f"up to step {step} the rewards told no completion of a prompt from another, so that nothing could be "
+                "learned from them: start from a model that is right now and then (SFT first), or take a reward that "
+                "has degrees",
+            )
