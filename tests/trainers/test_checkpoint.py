@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from logratio.trainers.checkpoint import save
 from logratio.trainers.errors import UserError
@@ -120,8 +120,15 @@ def test_the_adapters_configuration_names_no_temporary_folder(model, tmp_path):
     assert ".partial" not in json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()))
 
 
-def test_a_generation_configuration_that_contradicts_itself_does_not_cost_the_weights(model, tmp_path):
-    """transformers loads it and refuses to save it; it is saved as it was."""
+def test_a_generation_configuration_that_contradicts_itself_does_not_cost_the_weights(tmp_path, monkeypatch):
+    """Versions of transformers load it and refuse to save it; it is saved as it was."""
+    kept = GenerationConfig.save_pretrained
+
+    def strict(self, *args, **kwargs):
+        self.validate(strict=True)
+        return kept(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
     tiny = tiny_model(1, **SMALL)
     tiny.save_pretrained(tmp_path / "start")
     own = {"do_sample": False, "temperature": 0.9, "eos_token_id": 258}
