@@ -267,6 +267,12 @@ def test_a_group_that_does_not_fit_leaves_as_much_as_fits_in_one_micro_batch(wor
 # ---- FLOPs
 
 
+def products(counter):
+    """FLOPs without attention's, which torch counts on a CPU from 2.15 on."""
+    counts = counter.get_flop_counts()["Global"]
+    return sum(flops for op, flops in counts.items() if "attention" not in str(op))
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("trained", ["full", "lora"])
 def test_matrix_products_are_those_that_torch_counts(trained, recompute):
@@ -276,13 +282,13 @@ def test_matrix_products_are_those_that_torch_counts(trained, recompute):
     scored = torch.arange(rows * length)
     with FlopCounterMode(display=False) as counter:
         hidden = forward().flatten(0, 1)
-    alone = counter.get_total_flops()
+    alone = products(counter)
     with FlopCounterMode(display=False) as counter:
         hidden = forward().flatten(0, 1)
         head = model.get_output_embeddings().weight
         logps.linear_logps(hidden, head, scored, impl="two_gemm").sum().backward()
     tokens = rows * length
-    step = Plan(Batch(rows, length, tokens), 1, tokens, tokens, 0)  # torch does not count a CPU's attention
+    step = Plan(Batch(rows, length, tokens), 1, tokens, tokens, 0)  # no attention
     size, gpu = Geometry.of(model.config), GPUS["H100"]
     times = step_seconds(size, setup, step, gpu)
     per_second = gpu.float32_tflops * 1e12 * EFFICIENCY
@@ -292,7 +298,7 @@ def test_matrix_products_are_those_that_torch_counts(trained, recompute):
     parts = times["forward"] + times["backward"] + times.get("recomputation", 0) + times.get("adapters", 0)
     # a checkpoint stops before the whole model's last product of a layer, which nothing behind it needs
     close = 0.06 if recompute and trained == "full" else 0.02
-    assert (parts + times["head"] - on_logits) * per_second == pytest.approx(counter.get_total_flops(), rel=close)
+    assert (parts + times["head"] - on_logits) * per_second == pytest.approx(products(counter), rel=close)
 
 
 def test_bandwidth_by_hand():
