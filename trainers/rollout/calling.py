@@ -222,7 +222,7 @@ def _failed(name: str, error: BaseException, asked: Asked) -> UserError:
     said = " ".join(str(error).split())
     return UserError(
         f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; it was called "
-        f"with {len(asked.completions)} completions of the rows {', '.join(map(str, rows[:16]))}{more} of the data set"
+        f"with {len(asked.completions)} completions (rows {', '.join(map(str, rows[:16]))}{more} of the data set)"
     )
 
 

@@ -196,7 +196,7 @@ def later(error):
         (
             ValueError("the judge\nis out"),
             rf"^the reward 'mine' raised ValueError: the judge is out \({__file__}, line \d+\); "
-            "it was called with 3 completions of the rows 7, 9 of the data set$",
+            r"it was called with 3 completions \(rows 7, 9 of the data set\)$",
         ),
         (ZeroDivisionError(), rf"the reward 'mine' raised ZeroDivisionError \({__file__}, line"),
         (SystemExit(3), r"the reward 'mine' wanted to end the program \(SystemExit: 3\)"),

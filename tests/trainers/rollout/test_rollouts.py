@@ -353,8 +353,9 @@ def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch
     with pytest.raises(UserError, match="^the judge is out$"):
         score(logs)
     elsewhere = (None, [])
-    with pytest.raises(UserError, match="'r' raised ValueError"):
+    with pytest.raises(UserError, match="'r' raised ValueError") as caught:
         score(breaks)
+    assert isinstance(caught.value.__cause__, ValueError), "its own, with the traceback"
     assert said[-1][0].startswith("the reward 'r' raised ValueError: no"), "it was told before it was raised"
 
 
