@@ -48,12 +48,13 @@ def assistant_spans(
     if not marks_turns(template.tokenizer, options):
         return text, _by_turns(template, normal, options, place, text)
     source = template.tokenizer.get_chat_template(tools=options.get("tools"))
-    (rendered,), (spans,) = render_jinja_template(
+    found: Any = render_jinja_template(  # whose annotation forgets the spans
         conversations=[normal],
         chat_template=source,
         return_assistant_tokens_mask=True,
         **{**template.tokenizer.special_tokens_map, **options},
     )
+    (rendered,), (spans,) = found
     if rendered != text:  # the template depends on the time of day, or on nothing that we know
         raise UserError(f"{place} is rendered otherwise a second time, so that its assistant's turns cannot be found")
     return text, spans
