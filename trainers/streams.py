@@ -1,4 +1,4 @@
-"""Standard output and error that a run outlives: a reader that went away (`| head -1`), a closed terminal, a full disk."""
+"""Standard output and error that a run outlives: a reader that goes away (`| head -1`), a closed terminal."""
 
 from __future__ import annotations
 

@@ -165,19 +165,11 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
         index,
         prompt,
         completions,
-        _options(row, where, layout),
+        template_options(row, where) if layout.conversational else {},
         row,
         label,
         1.0 if weight is None else checked_weight(weight, where),
     )
-
-
-def _options(row: Mapping[str, Any], where: str, layout: Layout) -> dict[str, Any]:
-    options = template_options(row, where)
-    if options and not layout.conversational:
-        given = "tools" if "tools" in options else "chat_template_kwargs"
-        raise UserError(f"{where} has {given!r}, but its text is plain, and no chat template would get them: remove it")
-    return options
 
 
 def _text(row: Mapping[str, Any], column: str, where: str, layout: Layout) -> Text:
@@ -205,7 +197,7 @@ def _check_plain(row: Mapping[str, Any], column: str, where: str, layout: Layout
         turn = as_messages(value, where)[:1]
         begins = bool(turn) and turn[0].get("content") == prompt
         remedy = "which begins with it: remove" if begins else "give the prompt as messages too, or remove"
-        raise UserError(f"{where}: {layout.prompt!r} is text, {column!r} a conversation, {remedy} the column 'prompt'")
+        raise UserError(f"{where}: {layout.prompt!r} is text, {column!r} a conversation, {remedy} it")
     if not isinstance(value, str) or (column == "prompt" and is_written_out(value)):
         raise UserError(
             f"{where}: {column!r} must be text or a list of messages, and the same in all rows, got {shown(value)}"

@@ -7,8 +7,10 @@ said, and a function_call an assistant's turn that calls one. Other names are re
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ..errors import UserError, shown
@@ -19,25 +21,6 @@ from .messages import without_nulls
 DEEPEST = 64
 LARGEST = 10**4000  # Python writes no longer integers as text
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-# Parameters of apply_chat_template that say how it is called here, not what the template is given.
-CALLERS = (
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "conversations",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "sanitize_control_tokens",
-    "tokenize",
-    "tokenizer_kwargs",
-    "tools",
-    "truncation",
-)
 ROLES = {
     "human": "user",
     "user": "user",
@@ -106,12 +89,18 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(tool, dict):
             raise UserError(f"{where}: 'tools' must be a list of tools, each an object, got {shown(tool)} in it")
     options = _option(row, "chat_template_kwargs", dict, "an object of options for the chat template", where)
-    for name in CALLERS:
-        if name in options:
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name in callers_options():
             raise UserError(
                 f"{where}: 'chat_template_kwargs' has {name!r}, which is not the row's to set"
                 + (": give them in a column of their own" if name == "tools" else ": leave it out")
             )
+    documents = options.get("documents", [])
+    if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
+        raise UserError(
+            f"{where}: 'documents' in 'chat_template_kwargs' must be a list of objects, got {shown(documents)}"
+        )
     return without_nulls({**options, "tools": tools} if tools else options)
 
 
@@ -181,6 +170,15 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
             f"{place} is a function_call that is no JSON object with 'name' and 'arguments', got {shown(value)}"
         )
     return [{"type": "function", "function": call} for call in calls]
+
+
+@cache
+def callers_options() -> frozenset[str]:
+    """Parameters of apply_chat_template that say how it is called here, not what the template is given."""
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({*parameters, "messages"} - {"documents", "kwargs"})
 
 
 def _option(row: Mapping[str, Any], column: str, wanted: type, what: str, where: str) -> Any:

@@ -21,10 +21,12 @@ class BadRows:
         self.found: dict[int, RowError] = {}
 
     def take(self, error: UserError, row: int) -> None:
-        """An error that came up at this row: raised again where rows are not skipped, or it is not about the row."""
+        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
         own = RowError.of(error, self.rows.where(row), row)
-        if own is None or not self.skip:
+        if own is None:
             raise error
+        if not self.skip:
+            raise own from None
         self.found.setdefault(row, own)
 
     def check_left(self) -> None:

@@ -172,6 +172,8 @@ class Encoder:
         options = {"add_special_tokens": plain, "verbose": False}
         try:
             return list(self.tokenizer(strings, **options)["input_ids"])
+        except UserError:  # knows its place
+            raise
         except Exception:
             result = []
             for string, place in zip(strings, places, strict=True):
