@@ -48,7 +48,7 @@ def assistant_spans(
     if not marks_turns(template.tokenizer, options):
         return text, _by_turns(template, normal, options, place, text)
     source = template.tokenizer.get_chat_template(tools=options.get("tools"))
-    found: Any = render_jinja_template(
+    found: Any = render_jinja_template(  # whose annotation forgets the spans
         conversations=[normal],
         chat_template=source,
         return_assistant_tokens_mask=True,

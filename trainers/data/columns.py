@@ -165,19 +165,11 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
         index,
         prompt,
         completions,
-        _options(row, where, layout),
+        template_options(row, where) if layout.conversational else {},
         row,
         label,
         1.0 if weight is None else checked_weight(weight, where),
     )
-
-
-def _options(row: Mapping[str, Any], where: str, layout: Layout) -> dict[str, Any]:
-    options = template_options(row, where)
-    if options and not layout.conversational:
-        given = "tools" if "tools" in options else "chat_template_kwargs"
-        raise UserError(f"{where} has {given!r}, but its text is plain, and no chat template would get them: remove it")
-    return options
 
 
 def _text(row: Mapping[str, Any], column: str, where: str, layout: Layout) -> Text:

@@ -89,7 +89,6 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(tool, dict):
             raise UserError(f"{where}: 'tools' must be a list of tools, each an object, got {shown(tool)} in it")
     options = _option(row, "chat_template_kwargs", dict, "an object of options for the chat template", where)
-    # a column of objects has null in it for every key that another row has
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name in callers_options():

@@ -111,7 +111,7 @@ class ChatTemplate:
         if form not in self._takes:
             user: dict[str, Any] = {"role": "user", "content": "question"}
             call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-            probe = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            probe: Messages = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
             as_text = self._try(with_arguments_as_text(probe))
             self._takes[form] = self._try(probe) is None and as_text is not None and '{"a": 1}' in as_text
         return self._takes[form]
@@ -172,7 +172,7 @@ def _changes(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     changes = []
     content: Any = message.get("content")
     if content_text(content).strip():
-        more = [*content, {"type": "text", "text": "x"}] if isinstance(content, list) else content.rstrip() + "x"
+        more = [*content, {"type": "text", "text": "x"}] if isinstance(content, list) else str(content).rstrip() + "x"
         changes.append(("content", {**message, "content": more}))
     for key in message.keys() - _LINKS:
         if message[key] == "" or (key == "name" and message["role"] in ("tool", "function")):

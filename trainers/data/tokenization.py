@@ -88,7 +88,7 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer)
-        self._head, self._tail = _frame(tokenizer)
+        self._tail = _added_behind(tokenizer)
         special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
@@ -172,6 +172,8 @@ class Encoder:
         options = {"add_special_tokens": plain, "verbose": False}
         try:
             return list(self.tokenizer(strings, **options)["input_ids"])
+        except UserError:  # knows its place
+            raise
         except Exception:
             result = []
             for string, place in zip(strings, places, strict=True):
@@ -187,23 +189,21 @@ class Encoder:
         start, stop = 0, len(ids)
         if plain and self._tail and ids[-len(self._tail) :] == self._tail:
             stop -= len(self._tail)
-        # Where the two are one token, the BOS of an empty text and its EOS are no doubles.
-        least = 2 if bos == eos and plain and self._head else 1
-        while bos is not None and stop - start > least and ids[start] == ids[start + 1] == bos:
+        while bos is not None and stop - start > 1 and ids[start] == ids[start + 1] == bos:
             start += 1
-        while eos is not None and stop - start > least and ids[stop - 1] == ids[stop - 2] == eos:
+        while eos is not None and stop - start > 1 and ids[stop - 1] == ids[stop - 2] == eos:
             stop -= 1
         return slice(start, stop)
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer adds by itself before and behind a plain text."""
+def _added_behind(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer adds by itself behind a plain text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for at in range(len(whole) - len(bare) + 1):
         if bare and whole[at : at + len(bare)] == bare:
-            return whole[:at], whole[at + len(bare) :]
-    return [], []
+            return list(whole[at + len(bare) :])
+    return []
 
 
 def _why_no_ids(text: str, error: Exception) -> str:

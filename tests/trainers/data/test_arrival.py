@@ -5,7 +5,7 @@ import json
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.data.examples import Rows, prepare, prepare_prompts
+from logratio.trainers.data.examples import Rows, prepare
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -151,10 +151,3 @@ def test_alike_messages_are_tried_once(monkeypatch):
     rows = [{"messages": [message("user", str(i)), ANSWER]} for i in range(200)]
     prepare(Rows("data", rows), Kind.SEQUENCE, tokenizer)
     assert 200 < len(count) <= 210
-
-
-@pytest.mark.parametrize("more", [{"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}])
-def test_plain_text_has_no_template_to_give_anything(more):
-    (column,) = more
-    with pytest.raises(UserError, match=rf"^data, row 0 .counted from 0. has '{column}', but its text is plain"):
-        prepare_prompts(Rows("data", [{"prompt": "a", **more}]), tiny_tokenizer())

@@ -161,6 +161,9 @@ def test_what_the_answer_contains_does_not_end_it():
         NEXT_TURN_CLOSES,  # nothing tells where an answer ends
         CHATML.replace("m.content", "m.content | upper"),  # the mark does not come back
         CHATML.replace("m.content +", "m.content + m.content +"),  # written twice
+        CHATML.replace(
+            "m.content +", "(m.content | length | string) + m.content +"
+        ),  # a mark changes more than its place
         CHATML.replace("if add_generation_prompt", "if false"),  # whose is the header?
     ],
 )
