@@ -146,5 +146,5 @@ def test_a_run_lists_what_it_skipped_beside_its_log(tmp_path, monkeypatch, capsy
     assert "rows.jsonl: 2 examples; 2 rows skipped (1 x column N is not valid JSON, 1 x 'chosen' has no text" in shown
     assert "skipped rows are listed in out/skipped_rows.jsonl" in shown and "1 left to train on" in shown
     (tmp_path / "rows.jsonl").write_text(lines[0])
-    assert main([*words, "--on_bad_row", "skip"]) == 0
+    assert main([*words, "--on_bad_row", "skip", "--overwrite_output_dir"]) == 0
     assert {p.name for p in (tmp_path / "out").glob("skipped*")} == {"skipped_rows.1.jsonl"}
