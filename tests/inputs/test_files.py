@@ -65,7 +65,7 @@ BAD = {
     "empty.jsonl": (written(""), "no rows"),
     "blank.jsonl": (written("\n\n  \n"), "no rows"),
     "empty.json": (written("[]"), "no rows"),
-    "numbers.json": (written("[1, 2]"), "list of objects"),
+    "numbers.json": (written("[1, 2]"), "must be one object"),
     "cut.json": (written('[{"prompt": "a"'), "not valid JSON"),
     "latin.jsonl": (written('{"prompt": "é", "completion": "b"}'.encode("latin-1")), "UTF-8"),
     "utf16.jsonl": (written(LINES.encode("utf-16")), "UTF-8"),
