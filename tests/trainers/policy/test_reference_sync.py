@@ -273,7 +273,7 @@ def test_only_the_trained_adapter_is_saved(rows):
     [
         ("dpo", ("--precompute_ref_log_probs",), "changes the reference, whose log-probs --precompute_ref_log_probs"),
         ("dpo", ("--ref_model_name_or_path", "tiny"), "which --ref_model_name_or_path tiny are not; leave one of them"),
-        ("dpo", ("--ref_model_mixup_alpha", "1.1"), "--ref_model_mixup_alpha must be finite"),
+        ("dpo", ("--ref_model_mixup_alpha", "1.1"), "--ref_model_mixup_alpha must be in .0, 1."),
         ("dpo", ("--ref_model_mixup_alpha", "nan"), "--ref_model_mixup_alpha must be finite"),
         ("dpo", ("--ref_model_sync_steps", "0"), "--ref_model_sync_steps must be positive"),
         ("orpo", (), "--sync_ref_model is about the reference, but this orpo has none; leave it out"),
