@@ -5,7 +5,8 @@ installed trainer's own loss and gradient on the same rows of text, in float32; 
 prompts, reference and head are compared too. How near two float32 sides can be depends on the machine's kernels and
 on the loss, whose exponentials enlarge what the log-probs were rounded by. So where they differ by more than the bound,
 both are held against the oracle, and must be near it: ours at most twice as far from it as TRL's, which may be near by
-luck, or as far as its own formula is where every sequence's log-probs are off to one side by what float32 rounds.
+luck, or as far as its own formula is where every sequence's log-probs and their sum are off to one side by what
+float32 rounds.
 
 `cases.py` lists what is compared, `truths.py` makes models and rows, `sides.py` computes the losses.
 """

@@ -9,7 +9,7 @@ import copy
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -231,13 +231,11 @@ class Subject:
         ids, model = example.completions[which].ids, self.models[dtype]
 
         def compute() -> SequenceLogps:
-            if dtype != torch.float64 and not reference:
-                with torch.no_grad():
-                    return oracle.sequence_logps(model, example.prompt_ids, ids)
-            if reference:
-                with model.disable_adapter(), torch.no_grad():
-                    return oracle.sequence_logps(model, example.prompt_ids, ids)
-            out = oracle.sequence_logps(model, example.prompt_ids, ids)
+            trained = dtype == torch.float64 and not reference
+            with model.disable_adapter() if reference else nullcontext(), torch.set_grad_enabled(trained):
+                out = oracle.sequence_logps(model, example.prompt_ids, ids)
+            if not trained:
+                return out
             leaves = SequenceLogps(*(x.detach().requires_grad_() for x in out))
             self.graphs += zip(leaves, out, strict=True)
             return leaves
@@ -255,13 +253,15 @@ class Subject:
         return [self._in_float64(example, which, True).completion for example in examples]
 
     def _in_float64(self, example: Example, which: int, reference: bool) -> SequenceLogps:
-        """A pass; inside `rounded` as far off as the same in float32 is, all tokens to one side."""
+        """A pass; inside `rounded` as far off as the same in float32 is, and as sums of it are, all to one side."""
         exact = self.passed(example, which, reference=reference)
         if self.noise is None:
             return exact
         single = self.passed(example, which, torch.float32, reference=reference)
         side = 2 * torch.randint(2, (), generator=self.noise) - 1
-        return SequenceLogps(*(x + side * (y - x.detach()).abs() for x, y in zip(exact, single, strict=True)))
+        eps = torch.finfo(torch.float32).eps  # of a sum of log-probs, which are of one sign, when it is added up
+        off = [(y - x.detach()).abs() + eps * x.detach().abs() for x, y in zip(exact, single, strict=True)]
+        return SequenceLogps(*(x + side * o for x, o in zip(exact, off, strict=True)))
 
     @contextmanager
     def rounded(self, draw: int) -> Iterator[None]:

@@ -147,10 +147,10 @@ def test_rounding_that_a_loss_enlarges_does_not_hide_a_wrong_formula(monkeypatch
     (row,) = verify([case], seed=0, truths=["trl"], architectures=[LlamaConfig])
     assert row["ok"]
     right = DPO_TYPES["discopop"]
-    wrong = right._replace(formula=lambda r, loss: right.formula(r, loss) * (1 + 5e-5))
+    wrong = right._replace(formula=lambda r, loss: right.formula(r, loss) * 1.0003)
     monkeypatch.setitem(DPO_TYPES, "discopop", wrong)
     (row,) = verify([case], seed=0, truths=["trl"], architectures=[LlamaConfig])
-    assert not row["ok"] and 1e-6 < row["rounding_grad_err"] < row["our_grad_err"] < 1e-4
+    assert not row["ok"] and 1e-6 < row["rounding_grad_err"] < 1e-4 < row["our_grad_err"] < 4e-4
 
 
 def test_what_is_rounded_is_exact_again_afterwards() -> None:
