@@ -197,7 +197,9 @@ def _check_plain(row: Mapping[str, Any], column: str, where: str, layout: Layout
         turn = as_messages(value, where)[:1]
         begins = bool(turn) and turn[0].get("content") == prompt
         remedy = "which begins with it: remove" if begins else "give the prompt as messages too, or remove"
-        raise UserError(f"{where}: {layout.prompt!r} is text, {column!r} a conversation, {remedy} it")
+        raise UserError(
+            f"{where}: {layout.prompt!r} is text, {column!r} a conversation, {remedy} the column {layout.prompt!r}"
+        )
     if not isinstance(value, str) or (column == "prompt" and is_written_out(value)):
         raise UserError(
             f"{where}: {column!r} must be text or a list of messages, and the same in all rows, got {shown(value)}"

@@ -184,7 +184,8 @@ def test_unclear_turns_are_refused(turn, message):
 def test_a_prompt_that_the_answers_repeat_says_what_to_remove():
     pair = {"chosen": CHAT, "rejected": [user("q"), assistant("b")]}
     with pytest.raises(
-        UserError, match=f"{PLACE}: 'prompt' is text, 'chosen' a conversation, which begins with it: remove it"
+        UserError,
+        match=f"{PLACE}: 'prompt' is text, 'chosen' a conversation, which begins with it: remove the column 'prompt'",
     ):
         source({"prompt": "q", **pair}, Kind.PAIRED)
     with pytest.raises(
