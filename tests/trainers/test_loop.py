@@ -198,7 +198,7 @@ def train_with(
     settings: tuple[int, ...], method: str, loss_options: str, steps: int, tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     """The command with each --micro_batch_tokens, of which the last cuts nothing: the adapters are the same."""
-    options = ["--lora_r", "4", "--max_steps", str(steps), "--batch_size", "16", "--learning_rate", "1e-4"]
+    options = ["--lora_r", "4", "--max_steps", str(steps), "--batch_size", "8", "--learning_rate", "1e-4"]
     options += loss_options.split()
     patch.chdir(tmp_path)
     if LOSSES[method].kind is Kind.GROUPED:
@@ -206,7 +206,7 @@ def train_with(
         options += ["--num_generations", "4", "--max_completion_length", "12", "--num_iterations", "2"]
         options += ["--beta", "0.04", "--reward_funcs", "some_rewards:digits"]
     else:
-        options += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", rows_of(method, 64))]
+        options += ["--dataset_name", write_rows(tmp_path / "rows.jsonl", rows_of(method, 24))]
     adapters, cuts = {}, {}
     call = Step.__call__
     for tokens in settings:

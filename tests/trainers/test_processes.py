@@ -90,14 +90,21 @@ def log_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    runs = [words_for(method, tmp_path, "two") for method in METHODS]
-    rollouts = words_for("grpo", tmp_path, "two") + ["--num_generations", "2", "--max_completion_length", "4"]
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What two processes leave that compare rollouts, and then train: a launch takes longer than its work."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "both.py").write_text(COMPARING + WORKER)
+    runs = [words_for(method, folder, "two") for method in METHODS]
+    rollouts = words_for("grpo", folder, "two") + ["--num_generations", "2", "--max_completion_length", "4"]
     rollouts += ["--scale_rewards", "batch", "--eval_size", "1"]  # of which the second process has nothing
-    done = launch(["worker.py", json.dumps([*runs, rollouts])], tmp_path, ACCELERATE_USE_CPU="true")
+    done = launch(["both.py", json.dumps([*runs, rollouts])], folder, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
+    return folder
 
+
+def test_two_processes_train_as_one_does(launched):
+    tmp_path = launched
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for method in METHODS:
         zero, one = (rank[method] for rank in ranks)
@@ -140,7 +147,7 @@ by_function = torch.tensor([groups[i] for i in mine]).double()
 examples = [Example([1], [Completion([0] * (i + k + 1)) for k in range(3)], row=i) for i in mine]
 rolled = Rolled(examples, by_function, torch.tensor([[0.5 * i] for i in mine]).double())
 kl = torch.tensor([[0.1 * i - 0.2 * k for k in range(3)] for i in mine]).double()
-record = {"world": world}
+compared = {"world": world}
 kinds = [{"advantage_type": kind} for kind in ADVANTAGES]
 kinds += [{"scale_rewards": "batch"}, {"multi_objective_aggregation": "normalize_then_sum"}]
 kinds += [{"advantage_type": "rloo", "normalize_advantages": True, "reward_kl_coef": 0.5}]
@@ -148,20 +155,17 @@ for options in kinds:
     config = RolloutConfig(num_generations=3, reward_funcs=("a", "b"), reward_weights=(1.0, 0.5), **options)
     rollouts = Rollouts(None, None, config, {"a": None, "b": None}, 8)
     advantages = rollouts.advantages(rolled, alone, kl if config.reward_kl_coef else None)
-    record[json.dumps(options)] = {i: row for i, row in zip(mine, advantages.tolist(), strict=True)}
+    compared[json.dumps(options)] = {i: row for i, row in zip(mine, advantages.tolist(), strict=True)}
 mean = rollouts.metrics(rolled, alone)["reward_std"]
-record["reward_std"] = float(mean.total / mean.count)
-Path(f"{sys.argv[1]}{rank}.json").write_text(json.dumps(record))
+compared["reward_std"] = float(mean.total / mean.count)
+Path(f"{'one' if world == 1 else 'two'}{rank}.json").write_text(json.dumps(compared))
 """
 
 
-def test_rollouts_are_compared_with_those_of_all_processes(tmp_path):
-    (tmp_path / "comparing.py").write_text(COMPARING)
-    done = launch(["comparing.py", "two"], tmp_path, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, "comparing.py", "one"]
-    subprocess.run(command, cwd=tmp_path, env=own_environment(ACCELERATE_USE_CPU="true"), check=True)
-    one, *two = (json.loads((tmp_path / name).read_text()) for name in ("one0.json", "two0.json", "two1.json"))
+def test_rollouts_are_compared_with_those_of_all_processes(launched, monkeypatch):
+    monkeypatch.chdir(launched)
+    exec(COMPARING, {})  # as one process
+    one, *two = (json.loads((launched / name).read_text()) for name in ("one0.json", "two0.json", "two1.json"))
     assert one.pop("world") == 1 and [t.pop("world") for t in two] == [2, 2]
     std = one.pop("reward_std")
     assert std > 1 and [t.pop("reward_std") for t in two] == pytest.approx([std, std])
@@ -173,15 +177,23 @@ def test_rollouts_are_compared_with_those_of_all_processes(tmp_path):
         assert any(abs(x) > 0.1 for row in rows.values() for x in row)
 
 
+REFUSED = (
+    "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
+    "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
+)
+
+
+def test_a_process_that_would_train_alone_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(words_for("dpo", tmp_path, "alone")) == 1
+    assert REFUSED in capsys.readouterr().err and not (tmp_path / "alone").exists()
+
+
+@pytest.mark.slow
 def test_processes_that_would_train_alone_are_refused(tmp_path):
     """torchrun without ACCELERATE_USE_CPU: accelerate takes each process for the only one."""
     words = ["-m", "logratio.trainers.cli", *words_for("dpo", tmp_path, "alone")]
-    environment = {"ACCELERATE_USE_CPU": "false"}
-    done = launch(words, tmp_path, **environment)
+    done = launch(words, tmp_path, ACCELERATE_USE_CPU="false")
     assert done.returncode != 0
-    message = (
-        "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
-        "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
-    )
-    assert message in done.stderr and "saved in" not in done.stdout
+    assert REFUSED in done.stderr and "saved in" not in done.stdout
     assert not (tmp_path / "alone").exists()
