@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if peers.liger_installed() != peers.LIGER_VERSION:
         raise UserError(
             f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
-            "pip install 'logratio[peers]'"
+            "pip install -e '.[peers]' in the checkout"
         )
     compared = [case for case in ATLAS if method in (None, case.method)]
     atlas = measure(compared, FAULTS if method is None else [])

@@ -174,5 +174,8 @@ def verdict(answer: dict[str, Any]) -> str:
     if answer["largest_micro_batch_tokens"] is None:
         return said + f"no --micro_batch_tokens does: {ADVICE}."
     if answer["whole_step_fits"]:
-        return said + "so does a whole step in one micro-batch."
+        return (
+            said
+            + f"so does a whole step in one micro-batch, --micro_batch_tokens {answer['largest_micro_batch_tokens']}."
+        )
     return said + f"the largest --micro_batch_tokens that does is {answer['largest_micro_batch_tokens']}."

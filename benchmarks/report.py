@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from .reporting.plots import draw
     except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}): pip install 'logratio[bench]'") from error
+        raise UserError(f"plots need matplotlib ({error}): pip install -e '.[bench]' in the checkout") from error
     rows = newest(lines)
     plots = draw(rows, out / "plots")
     target.write_text(page(rows, plots, beginning(lines, os.path.relpath(results, out))))

@@ -136,7 +136,8 @@ def _classes(method: str) -> tuple[Any, Any]:
         version = "none"
     if version != TRL_VERSION:
         raise ImportError(
-            f"the comparison with TRL needs trl=={TRL_VERSION}, found {version}: pip install 'logratio[reference]'"
+            f"the comparison with TRL needs trl=={TRL_VERSION}, found {version}: "
+            "pip install -e '.[reference]' in the checkout"
         )
     module, name = METHODS[method]
     with _quietly():

@@ -1,4 +1,4 @@
-"""The options of a run. Names are TRL's wherever TRL has one; docstrings are the command line's help."""
+"""The options of a run, by TRL's names where they mean what TRL's do; docstrings are the command line's help."""
 
 from __future__ import annotations
 

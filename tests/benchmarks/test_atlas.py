@@ -19,7 +19,7 @@ from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
 needs_liger = pytest.mark.skipif(
-    importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install 'logratio[peers]'"
+    importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install -e '.[peers]'"
 )
 
 

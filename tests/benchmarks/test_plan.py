@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from logratio.benchmarks.plan import ADVICE, main
+from logratio.benchmarks.plan import ADVICE, main, verdict
 from logratio.trainers.cli import COMMANDS
 from logratio.trainers.cli import main as logratio
 from logratio.trainers.errors import UserError
@@ -51,6 +51,7 @@ def test_a_model_that_does_not_fit_at_all_gets_advice(capsys):
 def test_a_step_that_fits_as_a_whole(capsys):
     told = answer(capsys, "--batch_size 2")
     assert told["whole_step_fits"] and told["largest_micro_batch_tokens"] == told["step_tokens"] == 2 * 896
+    assert "so does a whole step in one micro-batch, --micro_batch_tokens 1792." in verdict(told)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_the_command_exits_with_a_sentence(capsys):
 
 def test_it_needs_no_transformers():
     code = (
-        "import sys; from logratio.benchmarks.plan import main; main(sys.argv[1:]); "
+        "import sys; from logratio.benchmarks.plan import main, verdict; main(sys.argv[1:]); "
         "heavy = {'transformers', 'peft', 'accelerate'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, *words("--method kto --lora_r 8 --json")], capture_output=True)

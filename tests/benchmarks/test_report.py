@@ -18,7 +18,7 @@ from logratio.benchmarks.reporting.tables import number
 from logratio.trainers.errors import UserError
 
 needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: pip install 'logratio[bench]'"
+    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: pip install -e '.[bench]'"
 )
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 VERSIONS = {"torch": "2.11.0", "trl": "1.16.0"}

@@ -22,7 +22,7 @@ KERNELS = {
 def check_liger(device: torch.device) -> None:
     """Raise UserError where the kernels cannot run."""
     if not is_liger_kernel_available():
-        raise UserError('--use_liger_kernel needs the package liger-kernel: pip install "logratio[liger]"')
+        raise UserError('--use_liger_kernel needs the package liger-kernel: pip install -e ".[liger]" in the checkout')
     if device.type == "cpu":
         raise UserError("--use_liger_kernel needs a GPU, whose kernels it consists of; leave it out")
 
