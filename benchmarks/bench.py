@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,12 +29,18 @@ from .measure import head, step
 from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
 from .measure.head import HeadCase
-from .measure.step_cases import GOALS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
 from .progress import Progress
 from .reporting.records import Records, certificate, device_name
 
-HEAD_SHAPES = {"Qwen2.5-0.5B": (896, 151936), "Qwen2.5-3B": (2048, 151936), "Llama-3.1-8B": (4096, 128256)}
-SMALL_HEAD_SHAPES = {"SmolLM2-135M": (576, 49152)}
+HEADS = {
+    "Qwen2.5-0.5B": (896, 151936, 8192),
+    "Llama-3.1-8B": (4096, 128256, 8192),
+    "Qwen2.5-3B": (2048, 151936, 8192),
+    "RL-Kernel's": (2048, 131072, 4096),
+}
+"""model -> hidden size, vocabulary, tokens; the last in the size that github.com/RL-Align/RL-Kernel publishes."""
+SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Options:
     only: list[str] = field(default_factory=list)
     """Only cases whose names contain one of these, such as dpo-lora or Llama-3.1-8B-ultrafeedback."""
     contestants: list[str] = field(default_factory=list)
-    """Only these of the steps' contestants: logratio, trl, trl+liger."""
+    """Only these: logratio, trl, trl+liger, of the head also eager, liger, torch, or one by its whole name."""
     repeats: int = 5
     """Rounds that are timed."""
     seed: int = 0
@@ -66,10 +72,11 @@ class Options:
 
 
 class Job(NamedTuple):
-    """A case, and what measures it: {contestant: status and figures}."""
+    """A case, its contestants, and what measures them: {contestant: status and figures}."""
 
     suite: str
     case: HeadCase | StepCase
+    names: list[str]
     run: Callable[[], dict[str, dict[str, Any]]]
 
 
@@ -79,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = chosen_device(options.device)
+    known = {word for name in (*head.CONTESTANTS, *step.CONTESTANTS) for word in (name, name.split(" ")[0])}
+    if unknown := sorted(set(options.contestants) - known):
+        raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
     jobs = [job for job in jobs_of(options, device) if wanted(job, options.only)]
-    jobs.sort(key=lambda job: job.suite != "step" or not job.case.case.startswith(GOALS))
+    jobs.sort(key=lambda job: rank(job.case.case))
     if not jobs:
         raise UserError(f"no case of suite {options.suite} has a name with {' or '.join(options.only)} in it")
     if options.dry_run:
@@ -95,6 +105,16 @@ def chosen_device(name: str) -> torch.device:
     return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
+def rank(case: str) -> int:
+    """Its place in the order of `FIRST`; behind it, all alike."""
+    return next((i for i, start in enumerate(FIRST) if case.startswith(start)), len(FIRST))
+
+
+def asked(names: Iterable[str], options: Options) -> list[str]:
+    """Those of a case's contestants that are to be measured, by their names or the first words of these."""
+    return [n for n in names if not options.contestants or {n, n.split(" ")[0]} & set(options.contestants)]
+
+
 def wanted(job: Job, only: Sequence[str]) -> bool:
     return not only or any(part in job.case.case for part in only)
 
@@ -102,11 +122,10 @@ def wanted(job: Job, only: Sequence[str]) -> bool:
 def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
     """The suite's cases; on a CPU those that one can wait for."""
     gpu = device.type == "cuda"
-    shapes, tokens = (HEAD_SHAPES, 8192) if gpu else (SMALL_HEAD_SHAPES, 1024)
     dtype = "bfloat16" if gpu else "float32"
     suites = ("head", "step", "scale") if options.suite == "all" else (options.suite,)
     if "head" in suites:
-        for name, (hidden, vocab) in shapes.items():
+        for name, (hidden, vocab, tokens) in (HEADS if gpu else SMALL_HEADS).items():
             for trainable in (False, True):
                 yield head_job(HeadCase(name, hidden, vocab, tokens, dtype, trainable), options, device)
     if "quick" in suites:
@@ -122,12 +141,15 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
 
 
 def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
-    return Job("head", case, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed))
+    only = asked(head.CONTESTANTS, options)
+    return Job(
+        "head", case, only, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed, only=only)
+    )
 
 
 def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
-    only = options.contestants or step.CONTESTANTS
-    return Job(suite, case, lambda: step.run(case, device, repeats=options.repeats, seed=options.seed, only=only))
+    only = asked(step.CONTESTANTS, options)
+    return Job(suite, case, only, lambda: step.run(case, device, repeats=options.repeats, seed=options.seed, only=only))
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
@@ -140,11 +162,10 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     with Progress(Console(), "bench", len(jobs)) as progress:
         for number, job in enumerate(jobs, 1):
             stub = record_of(job, options, device)
-            of_head = isinstance(job.case, HeadCase)
-            names = tuple(head.CONTESTANTS) if of_head else options.contestants or step.CONTESTANTS
-            able = [name for name in names if not (head if of_head else step).why_not(name, device)]
+            why_not = (head if isinstance(job.case, HeadCase) else step).why_not
+            able = [name for name in job.names if not why_not(name, device)]
             heading = f"{number}/{len(jobs)} {job.case.case}"
-            if all(records.has(stub | {"contestant": name}) for name in able):
+            if able and all(records.has(stub | {"contestant": name}) for name in able):
                 progress.step(f"{heading}: measured already")
                 continue
             if options.budget_s is not None and time.perf_counter() - started > options.budget_s:
@@ -155,7 +176,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
             progress.say(heading)
             begun = time.perf_counter()
             with records.beginning(job.suite, job.case.case):
-                found = attempted(job, names)
+                found = attempted(job)
             for name, figures in found.items():
                 records.add(stub | {"contestant": name} | {k: finite(v) for k, v in figures.items()})
                 failed += figures["status"] == "failed"
@@ -167,7 +188,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     return 1 if failed else 0
 
 
-def attempted(job: Job, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def attempted(job: Job) -> dict[str, dict[str, Any]]:
     """The figures; where the case itself cannot be built, the same status for every contestant."""
     try:
         return job.run()
@@ -177,7 +198,7 @@ def attempted(job: Job, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         row = {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
     finally:
         free_memory()
-    return {name: dict(row) for name in names}
+    return {name: dict(row) for name in job.names}
 
 
 def record_of(job: Job, options: Options, device: torch.device) -> dict[str, Any]:

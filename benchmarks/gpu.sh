@@ -1,32 +1,58 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most nine minutes: the tests marked gpu, then the cases with goals, head, step and
-# scale, and the report. Run again, the same command goes on where it stopped: test files that have ended, at this
-# commit, and cases that were measured, are left alone. Delete gpu-tests.log to have the tests run again.
+# Everything that needs a GPU, in the order of what it is worth, so that it may be cut at any time. The plan of nine
+# minutes on an H100:
+#
+#     1 min    the tests of the head's Triton kernel (pytest -m gpu)
+#     5 min    bench: the head; steps of a 0.5B model, and the 8B with QLoRA, beside TRL; what time is left for the rest
+#     2 min    the tests of FlexAttention and of the LoRA layers
+#     1 min    bench goes on; the report
 #
 #     benchmarks/gpu.sh [RESULTS] [SECONDS]      with a Python that has logratio[test,bench] in front of the PATH
+#
+# Run again, the same command goes on where it stopped: tests that have passed at this commit (gpu-tests.log has a line
+# for each) and cases that were measured at it are left alone. LOGRATIO_COMMIT names the commit where there is no git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=${1:-benchmarks/results} seconds=${2:-520} started=$SECONDS status=0
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+results=${1:-benchmarks/results} seconds=${2:-520} status=0
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+# one kernel at a time is compiled: a pool of compilers takes longer to start than it saves
+export TORCHINDUCTOR_COMPILE_THREADS=1
 mkdir -p "$results"
 log=$results/gpu-tests.log
-commit=$(git rev-parse HEAD 2>/dev/null || echo "no commit")
-for file in $(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort); do
-  ended="$file at $commit: status"
-  if ! grep -qsF "$ended" "$log"; then
-    left=$((seconds * 2 / 5 - SECONDS + started))
-    if [ "$left" -le 0 ]; then echo "$file is left for the next run"; status=1; continue; fi
-    timeout -k 10 "$left" python3 -m pytest -m gpu -q -p no:cacheprovider "$file" 2>&1 | tee -a "$log"
-    code=${PIPESTATUS[0]}
-    if [ "$code" != 124 ]; then echo "$ended $code" | tee -a "$log"; fi
-  fi
-  grep -qsF "$ended 0" "$log" || status=1
-done
-left=$((seconds - 40 - SECONDS + started))
-left=$((left > 0 ? left : 1))
-# a case that has begun could go on for minutes; what has ended is on the disk
-timeout -k 10 "$left" python3 -m logratio.benchmarks.bench all --device cuda --results "$results" --budget_s "$left"
-code=$?
-[ "$code" = 0 ] || [ "$code" = 124 ] || status=1
+commit=${LOGRATIO_COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo "no commit")}
+grep -qsF "commit $commit" "$log" || echo "commit $commit" >"$log"
+
+# seconds that are left until a share (in percent) of all of them is spent, at least 1
+until_share() { local left=$((seconds * $1 / 100 - SECONDS)); echo $((left > 0 ? left : 1)); }
+
+tests() { # SHARE FILES...: those that have not passed yet
+  local left skip=() passed
+  left=$(until_share "$1")
+  while IFS= read -r passed; do skip+=(--deselect "$passed"); done < <(sed -nE 's/.*PASSED (tests\/.*[^ ]) *$/\1/p' "$log")
+  timeout -k 10 "$left" python3 -m pytest -m gpu -v -n 6 -p no:cacheprovider "${skip[@]}" "${@:2}" 2>&1 | tee -a "$log"
+  case ${PIPESTATUS[0]} in
+    0 | 5) ;; # 5: none is left to run
+    124 | 137) echo "the tests of $* are gone on with in the next run" ;;
+    *) status=1 ;;
+  esac
+}
+
+bench() { # SHARE OPTIONS...: cases that have no line yet
+  local left
+  left=$(until_share "$1")
+  # a case that has begun could go on for minutes; what has ended is on the disk
+  timeout -k 10 "$left" python3 -m logratio.benchmarks.bench all --device cuda --results "$results" --repeats 3 \
+    --budget_s "$((left * 9 / 10))" "${@:2}"
+  case $? in 0 | 124 | 137) ;; *) status=1 ;; esac
+}
+
+mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+mapfile -t of_head < <(printf '%s\n' "${files[@]}" | grep tests/losses/)
+mapfile -t others < <(printf '%s\n' "${files[@]}" | grep -v tests/losses/)
+quick=(logratio eager trl trl+liger "liger (cross entropy)") # others compile for half a minute
+tests 15 "${of_head[@]}"
+bench 68 --contestants "${quick[@]}"
+tests 88 "${others[@]}"
+bench 97 --contestants "${quick[@]}"
 python3 -m logratio.benchmarks.report --results "$results" --out "$results" || status=1
 exit $status

@@ -68,10 +68,18 @@ def apply_update(model: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 class Ours:
-    """logratio, as `logratio train` runs a step. old: of GRPO's rollouts."""
+    """logratio, as `logratio train` runs a step. old: of GRPO's rollouts. shared: False for the plain path, every
+    completion behind a prompt of its own."""
 
     def __init__(
-        self, case: StepCase, model: Any, ref_model: Any, device: torch.device, old: OldLogps | None = None
+        self,
+        case: StepCase,
+        model: Any,
+        ref_model: Any,
+        device: torch.device,
+        old: OldLogps | None = None,
+        *,
+        shared: bool = True,
     ) -> None:
         self.case, self.model, self.ref_model, self.device = case, model, ref_model, device
         loss = case.loss
@@ -79,14 +87,16 @@ class Ours:
         if case.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = self.policy = Policy(model, stats=loss.stats)
-        share_prompts(policy)
+        if shared:
+            share_prompts(policy)
         self.attention = policy.causal_lm.config._attn_implementation
         reference: Reference | None = None
         if loss.wants_reference:
             reference = AdapterReference(policy, policy)
             if not policy.has_adapters:
                 other = Policy(ref_model, shared=policy.shared)
-                choose_attention(other)
+                if shared:
+                    choose_attention(other)
                 reference = ModelReference(other)
         self.step = Step(
             start_accelerator("no"),

@@ -24,8 +24,8 @@ from ..peers.truths import exact
 from .contestants import Contestant, OldLogps, Ours, policy_logps
 from .step_cases import StepCase
 
-LARGEST_FLOAT64 = 4e9
-"""Parameters beyond which a float64 copy would not fit beside the contestants, and float32 has to do."""
+LARGEST_TRUTH = 2e9
+"""Parameters beyond which there is none: a float64 copy takes the memory and the minute that the contestants need."""
 
 Gradient = dict[str, Tensor]
 
@@ -39,16 +39,14 @@ class Truth(NamedTuple):
 
 def truth(case: StepCase, model: Any, trial: Sequence[Example], old: OldLogps | None) -> Truth:
     """What the step computes on these examples, if precision cost nothing."""
-    size = sum(p.numel() for p in model.parameters())
-    dtype = torch.float64 if size < LARGEST_FLOAT64 else torch.float32
-    logps = policy_logps(Policy(plain(model, dtype)), trial)
+    logps = policy_logps(Policy(plain(model, torch.float64)), trial)
     whole = case.adapter == "full"
     twin = plain(model, torch.float32)
     reference = copy.deepcopy(twin).requires_grad_(False) if whole else None
     if whole:
         twin.requires_grad_(True)
     device = next(model.parameters()).device
-    ours = Ours(dataclasses.replace(case, dtype="float32"), twin, reference, device, old)
+    ours = Ours(dataclasses.replace(case, dtype="float32"), twin, reference, device, old, shared=False)
     grads = gradient(ours, trial)
     return Truth(logps, {name: g.cpu() for name, g in grads.items()})  # the contestants need the memory
 

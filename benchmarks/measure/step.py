@@ -24,7 +24,7 @@ from ..memory.peak import Setup, predicted_peak_mem_mib
 from ..reporting.records import device_name, installed
 from .clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
-from .ledger import Gradient, Truth, difference, gradient, ledger, truth
+from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
 from .models import build
 from .step_cases import StepCase
 from .trl_contestant import Trl
@@ -61,13 +61,15 @@ def run(
     rows: dict[str, Figures] = {}
     trial = on_trial(case, windows[0])
     # before there are contestants: accelerate's state, which this resets, and most of the memory are theirs afterwards
-    exact = best_truth(case, model, trial, old)
+    exact, no_truth = best_truth(case, model, trial, old)
     with ExitStack() as stack:
         running: dict[str, Contestant] = {}
         for name in sorted(only, key=CONTESTANTS.index):  # ours resets accelerate's state, too
             attempt(name, rows, running, partial(make, name, case, model, device, stack, old))
         compare(case, exact, trial, rows, running)
         del exact
+        for row in rows.values() if no_truth else ():
+            row["no_truth"] = no_truth
         for name in list(running):
             attempt(name, rows, running, partial(memory, running[name], windows[0], device))
         works: dict[str, Callable[[int], None]] = {}
@@ -80,10 +82,19 @@ def run(
                 rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
         told(case, rows, running, windows)
         if isinstance(ours := running.get("logratio"), Ours):
-            rows["logratio"]["parts"] = ours.timed_parts(windows[0])
+            rows["logratio"] |= beside(partial(ours.timed_parts, windows[0]), "parts")
             if device.type == "cuda":
-                rows["logratio"]["predicted_peak_mem_mib"] = predicted(case, ours, windows[0])
+                rows["logratio"] |= beside(partial(predicted, case, ours, windows[0]), "predicted_peak_mem_mib")
     return rows
+
+
+def beside(work: Callable[[], Any], name: str) -> Figures:
+    """A figure beside those that the case is for: an error costs this figure, and is told under `no_<name>`."""
+    try:
+        return {name: work()}
+    except Exception as error:
+        free_memory()
+        return {f"no_{name}": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def make(
@@ -200,12 +211,17 @@ def warmed(
     return {}
 
 
-def best_truth(case: StepCase, model: Any, trial: list[Example], old: OldLogps | None) -> Truth | None:
-    """None where there is no room for it; the contestants, which need less, are measured all the same."""
+def best_truth(
+    case: StepCase, model: Any, trial: list[Example], old: OldLogps | None
+) -> tuple[Truth | None, str | None]:
+    """It, or why there is none: the contestants are measured all the same."""
+    size = sum(p.numel() for p in model.parameters())
+    if size > LARGEST_TRUTH:
+        return None, f"a model of {size / 1e9:.1f} billion parameters is too large for float64 beside it"
     try:
-        return truth(case, model, trial, old)
-    except torch.OutOfMemoryError:
-        return None
+        return truth(case, model, trial, old), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {first_line(error)}"
     finally:
         free_memory()
 

@@ -97,8 +97,21 @@ class StepCase:
 FULL_FITS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B")
 GPU_MODELS = {"Qwen2.5-0.5B": (32, 16384), "Qwen2.5-1.5B": (16, 16384), "Llama-3.1-8B": (8, 8192)}
 """model -> examples of a step, and tokens of a forward pass."""
-GOALS = ("dpo-lora-Qwen2.5-0.5B", "dpo-qlora-Llama-3.1-8B", "grpo-lora-Qwen2.5-0.5B")
-"""How the names begin of the steps that are measured before everything else."""
+FIRST = (
+    "head-896x151936-8192-bfloat16-frozen",
+    "dpo-lora-Qwen2.5-0.5B-ultrafeedback",
+    "dpo-qlora-Llama-3.1-8B-ultrafeedback",
+    "grpo-lora-Qwen2.5-0.5B",
+    "head-2048x131072-4096-bfloat16-frozen",
+    "head-4096x128256-8192-bfloat16-frozen",
+    *(f"{method}-lora-Qwen2.5-0.5B-ultrafeedback" for method in ("kto", "orpo", "sft")),
+    "dpo-lora-Qwen2.5-1.5B-ultrafeedback",
+    "dpo-lora-Qwen2.5-0.5B-fixed",
+    "dpo-qlora-Qwen2.5-0.5B-ultrafeedback",
+    *(f"{method}-lora-Qwen2.5-1.5B" for method in ("grpo", "kto", "orpo", "sft")),
+    *(f"{method}-qlora-Qwen2.5-0.5B" for method in ("grpo", "kto", "orpo", "sft")),
+)
+"""How the names of cases begin that are measured before the others, in this order."""
 
 
 def gpu_cases() -> list[StepCase]:

@@ -203,7 +203,33 @@ def test_a_failure_makes_the_status(tmp_path, monkeypatch):
     assert bench.main(["step", "--device", "cpu", "--results", str(tmp_path), "--only", "sft"]) == 1
 
 
+def test_of_the_head_too_only_those_are_measured_that_are_asked_for(tmp_path, monkeypatch):
+    ran = []
+
+    def fake(case, device, *, only, **more):
+        ran.append(only)
+        return {name: {"status": "ok", "time_ms_p50": 1.0} for name in only}
+
+    monkeypatch.setattr(head, "run", fake)
+    words = ["head", "--device", "cpu", "--results", str(tmp_path), "--only", "frozen", "--fresh", "--contestants"]
+    assert bench.main([*words, "trl", "trl+liger", "logratio"]) == 0
+    assert bench.main([*words, "liger (grpo)", "eager"]) == 0
+    assert bench.main([*words, "liger"]) == 0
+    ours = ["logratio (two_gemm)", "logratio (triton)"]
+    assert ran == [[*ours, "trl"], ["eager", "liger (grpo)"], ["liger (cross entropy)", "liger (grpo)"]]
+
+
+def test_what_is_worth_most_comes_first():
+    names = [*(case.case for case in gpu_cases()), "head-896x151936-8192-bfloat16-frozen"]
+    ordered = sorted(names, key=bench.rank)
+    assert ordered[:3] == [names[-1], "dpo-lora-Qwen2.5-0.5B-ultrafeedback", "dpo-qlora-Llama-3.1-8B-ultrafeedback"]
+    starts = [start for start in bench.FIRST if not start.startswith("head-")]
+    assert all(any(name.startswith(start) for name in names) for start in starts), "one that no case has is misspelt"
+
+
 def test_bad_input():
+    with pytest.raises(UserError, match="--contestants: no trll; there are eager, liger, liger "):
+        bench.main(["step", "--contestants", "trl", "trll", "--device", "cpu"])
     with pytest.raises(UserError, match="no case of suite step has a name with nonsense in it"):
         bench.main(["step", "--only", "nonsense", "--device", "cpu"])
     if not torch.cuda.is_available():

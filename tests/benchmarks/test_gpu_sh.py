@@ -1,19 +1,33 @@
 """What `benchmarks/gpu.sh` runs, and runs again: with a Python that only writes down its arguments."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+# "passes" the first test of every file that is not deselected, as xdist prints it
 FAKE = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case "$2" in
-  pytest) echo "1 passed"; sleep "${TESTS_S:-0}"; exit "${TESTS:-0}";;
+  pytest)
+    for word in "$@"; do
+      case "$word" in
+        tests/*.py)
+          name="$word::test_a[1 x]"
+          if [[ "$*" != *"--deselect $name"* ]]; then echo "[gw1] [ 50%] ${VERDICT:-PASSED} $name "; fi
+          sleep "${TESTS_S:-0}";;
+      esac
+    done
+    exit "${TESTS:-0}";;
   *bench) exit "${BENCH:-0}";;
 esac
 """
+BENCH, REPORT = "logratio.benchmarks.bench", "logratio.benchmarks.report"
+EVERYTHING = ["pytest", BENCH, "pytest", BENCH, REPORT]
 
 
 @pytest.fixture
@@ -29,33 +43,58 @@ def run(tmp_path):
         path = f"{fake.parent}:{os.environ['PATH']}"
         done = subprocess.run(
             [SCRIPT, tmp_path / "results", str(seconds)],
-            env={**os.environ, "PATH": path, "CALLS": str(calls), **environment},
+            env={**os.environ, "PATH": path, "CALLS": str(calls), "LOGRATIO_COMMIT": "c1", **environment},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        return done.returncode, [line.split()[1] for line in calls.read_text().splitlines()]
+        return done.returncode, calls.read_text().splitlines()
 
     return run
 
 
-# which this file, that the script would take for one of them, must not say in one word
-MARK = "mark" + ".gpu"
-FILES = ["pytest"] * sum(MARK in file.read_text() for file in Path(__file__).parents[1].rglob("test_*.py"))
-EVERYTHING = [*FILES, "logratio.benchmarks.bench", "logratio.benchmarks.report"]
+def names(calls):
+    return [call.split()[1] for call in calls]
 
 
-@pytest.mark.parametrize("tests", ["0", "1"])
-def test_tests_that_have_ended_are_not_run_again_and_are_not_forgotten(run, tests):
-    assert run(TESTS=tests) == (int(tests), EVERYTHING)
-    assert run(TESTS="0") == (int(tests), EVERYTHING[len(FILES) :])
+def files(calls):
+    """The test files that were asked for, without those that are left out one by one."""
+    asked = [re.sub(r"--deselect \S+ x\]", "", call) for call in calls if call.split()[1] == "pytest"]
+    return [re.findall(r"tests/\S+\.py", call) for call in asked]
 
 
-def test_tests_that_there_was_no_time_for_are_run_the_next_time(run):
-    assert run(10, TESTS_S="3") == (1, [*FILES[:2], *EVERYTHING[len(FILES) :]]), "the first ends, the second is stopped"
-    assert run(10) == (0, [*FILES[1:], *EVERYTHING[len(FILES) :]])
+def test_everything_in_order_the_head_first(run):
+    status, calls = run()
+    assert status == 0 and names(calls) == EVERYTHING
+    of_head, others = files(calls)
+    # which this file, that the script would take for one of them, must not say in one word
+    marked = {str(f.relative_to(ROOT)) for f in ROOT.glob("tests/**/test_*.py") if "mark" + ".gpu" in f.read_text()}
+    assert of_head and others and {*of_head, *others} == marked
+    assert all(name.startswith("tests/losses/") for name in of_head)
+    assert not any(name.startswith("tests/losses/") for name in others)
+
+
+def test_tests_that_have_passed_are_left_out_the_next_time_until_the_commit_changes(run):
+    _, first = run()
+    status, again = run(TESTS="5")  # pytest's word for "none is left"
+    assert status == 0 and files(again) == files(first)
+    assert all(f"--deselect {file}::test_a[1 x]" in again[2] for asked in files(first) for file in asked)
+    _, new = run(LOGRATIO_COMMIT="c2")
+    assert "--deselect" in again[0] and "--deselect" not in first[0] and "--deselect" not in new[0]
+
+
+def test_tests_that_failed_are_run_again_and_make_the_status(run):
+    assert run(TESTS="1", VERDICT="FAILED")[0] == 1
+    status, calls = run()
+    assert status == 0 and "--deselect" not in calls[0]
+
+
+def test_tests_that_there_was_no_time_for_are_no_failure(run):
+    status, calls = run(10, TESTS_S="2")  # of the head's 1.5 s
+    assert status == 0 and names(calls) == EVERYTHING
 
 
 @pytest.mark.parametrize(("code", "status"), [("1", 1), ("124", 0)])
 def test_a_failure_is_told_the_end_of_the_time_is_none_and_the_report_is_made(run, code, status):
-    assert run(BENCH=code) == (status, EVERYTHING)
+    found, calls = run(BENCH=code)
+    assert found == status and names(calls) == EVERYTHING

@@ -54,10 +54,13 @@ def loss_inputs(
         return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
     inputs: dict[str, Any] = dict(logps)
     if loss.kind is Kind.LABELED:
-        inputs["label"] = torch.tensor([bool(e.label) for e in batch.examples], device=mask.device)
+        label = torch.tensor([bool(e.label) for e in batch.examples])
+        inputs["label"] = label.to(
+            mask.device, non_blocking=True
+        )  # else the host would wait for all that a GPU has to do
     if loss.kind is Kind.GROUPED:
         advantages = [a for e in batch.examples for a in e.advantages or ()]
-        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype, device=mask.device)
+        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype).to(mask.device, non_blocking=True)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
     return inputs
 

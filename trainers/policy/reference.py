@@ -81,7 +81,8 @@ class ModelReference:
 class StoredReference:
     """Log-probabilities computed beforehand, by the tokens of an example; batches with others go to `live`.
 
-    table: `tokens_key` -> the scored log-probs of each completion, on the CPU: a GPU would wait for each of them.
+    table: `tokens_key` -> the scored log-probs of each completion, on the CPU: a GPU would wait for each of them. What
+    is scored is asked of the examples for the same reason: of the batch, on the GPU, the host would wait.
     """
 
     def __init__(self, table: dict[str, list[Tensor]], live: Reference) -> None:
@@ -91,12 +92,14 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        scored = batch.scored.cpu()
-        out = torch.zeros(scored.shape, dtype=self.table[keys[0]][0].dtype)
+        out = torch.zeros(batch.scored.shape, dtype=self.table[keys[0]][0].dtype)
         if not batch.is_filler:
-            for path, values in enumerate(values for key in keys for values in self.table[key]):
-                out[path, scored[path]] = values
-        return out.to(batch.scored.device)
+            completions = [c for e in batch.examples for c in e.completions]
+            stored = [values for key in keys for values in self.table[key]]
+            for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
+                scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
+                out[path, : len(scored)][scored] = values
+        return out.to(batch.scored.device, non_blocking=True)
 
 
 def tokens_key(example: Example) -> str:

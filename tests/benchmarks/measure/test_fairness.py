@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import step, trl_contestant
+from logratio.benchmarks.measure import contestants, ledger, step, trl_contestant
 from logratio.benchmarks.measure.contestants import share_frozen, trainable_copy
 from logratio.benchmarks.measure.models import build
 from logratio.benchmarks.measure.step_cases import METHODS, StepCase
@@ -73,14 +73,42 @@ def test_one_that_runs_out_of_memory_late_costs_the_others_nothing(monkeypatch, 
     assert rows["logratio"]["status"] == "ok" and len(rows["logratio"]["times_ms"]) == 3
 
 
-def test_a_truth_that_does_not_fit_costs_its_figures_alone(monkeypatch):
-    def no_room(*args):
-        raise torch.OutOfMemoryError("no room")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("no such kernel")])
+def test_a_truth_that_there_is_not_costs_its_figures_alone(monkeypatch, error):
+    def none(*args):
+        raise error
 
-    monkeypatch.setattr(step, "truth", no_room)
+    monkeypatch.setattr(step, "truth", none)
     rows = step.run(tiny_case("sft"), CPU, repeats=1, seed=0, only=("logratio", "trl"))
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert [set(row["ledger"]) for row in rows.values()] == [{"share_changed"}] * 2
+    assert {row["no_truth"] for row in rows.values()} == {f"{type(error).__name__}: {error}"}
+
+
+def test_of_a_large_model_there_is_none(monkeypatch):
+    monkeypatch.setattr(step, "LARGEST_TRUTH", 1000)
+    monkeypatch.setattr(step, "truth", lambda *args: pytest.fail("it was computed"))
+    rows = step.run(tiny_case("sft"), CPU, repeats=1, seed=0, only=("logratio",))
+    assert rows["logratio"]["status"] == "ok" and "billion parameters is too large" in rows["logratio"]["no_truth"]
+
+
+def test_the_parts_of_a_step_cost_no_more_than_their_figure(monkeypatch):
+    monkeypatch.setattr(contestants.Ours, "timed_parts", lambda *args: 1 / 0)
+    rows = step.run(tiny_case("sft"), CPU, repeats=1, seed=0, only=("logratio",))
+    row = rows["logratio"]
+    assert row["status"] == "ok" and row["step_ms_p50"] > 0
+    assert "parts" not in row and row["no_parts"] == "ZeroDivisionError: division by zero"
+
+
+def test_the_truth_takes_no_shared_prompts_and_no_kernels(monkeypatch):
+    asked = []
+    monkeypatch.setattr(contestants, "share_prompts", lambda policy: asked.append(policy))
+    case = tiny_case("dpo")
+    model = step.build("tiny", "lora", dtype=torch.float32, device=CPU)
+    ledger.truth(case, model, case.window(64, 0)[:2], None)
+    assert not asked
+    contestants.Ours(case, contestants.trainable_copy(model, "lora"), None, CPU)
+    assert len(asked) == 1
 
 
 def test_the_exact_model_leaves_the_contestants_accelerators_as_they_are(monkeypatch):
