@@ -46,15 +46,7 @@ def run(
     case: StepCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
 ) -> dict[str, Figures]:
     """{contestant: status and figures}; a contestant that fails or runs out of memory does not end the others."""
-    model = build(
-        case.model,
-        case.adapter,
-        dtype=getattr(torch, case.dtype),
-        device=device,
-        seed=seed,
-        lora_r=case.lora_r,
-        vocab_size=case.vocab_size,
-    )
+    model = build_of(case, device, seed)
     vocab = model.get_output_embeddings().weight.shape[0]
     windows = [case.window(vocab, seed + i) for i in range(min(WINDOWS, repeats))]
     old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
@@ -86,6 +78,14 @@ def run(
             if device.type == "cuda":
                 rows["logratio"] |= beside(partial(predicted, case, ours, windows[0]), "predicted_peak_mem_mib")
     return rows
+
+
+def build_of(case: StepCase, device: torch.device, seed: int) -> Any:
+    """The case's model, which contestants copy."""
+    dtype = getattr(torch, case.dtype)
+    return build(
+        case.model, case.adapter, dtype=dtype, device=device, seed=seed, lora_r=case.lora_r, vocab_size=case.vocab_size
+    )
 
 
 def beside(work: Callable[[], Any], name: str) -> Figures:

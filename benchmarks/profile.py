@@ -1,0 +1,141 @@
+"""`logratio profile CASE`: where the time of one optimizer step goes on a GPU, of ours or of a peer.
+
+    kernels        the kernels that take longest in sum, with their calls
+    gpu_idle       share of the step in which no kernel runs
+    host_ms        the step's time less what the host waits for the device: what Python and launches take
+    step_ms        without the profiler, which slows the host down
+
+CASE is a name as `logratio bench step --dry_run` prints them. Writes JSON, and prints it as a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile
+
+from logratio.losses import Kind
+from logratio.trainers.errors import UserError
+
+from .bench import chosen_device
+from .measure import step
+from .measure.clock import time_ms, wait
+from .measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
+from .reporting.records import certificate
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+"""What the host calls to wait for the device, as a profile names it."""
+
+
+@dataclass
+class Options:
+    """Which step, and where to write."""
+
+    case: tyro.conf.Positional[str]
+    """Of the suite `step`, or on a CPU of `quick` as well."""
+    contestant: Literal["logratio", "trl", "trl+liger"] = "logratio"
+    """Whose step."""
+    out: Path | None = None
+    """A JSON file."""
+    top: int = 10
+    """Kernels that are listed."""
+    repeats: int = 3
+    """Steps that are timed without the profiler."""
+    seed: int = 0
+    """Of weights and tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Where the time of one optimizer step goes: kernels, idle GPU, host."""
+    options = tyro.cli(Options, args=argv, prog="logratio profile", description=__doc__)
+    device = chosen_device(options.device)
+    cases = {case.case: case for case in (gpu_cases() if device.type == "cuda" else [*cpu_cases(), *quick_cases()])}
+    if options.case not in cases:
+        raise UserError(f"no case {options.case}; there are {', '.join(cases)}")
+    found = profiled(cases[options.case], options.contestant, device, options)
+    print(table(found))
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def profiled(case: StepCase, contestant: str, device: torch.device, options: Options) -> dict[str, Any]:
+    """The figures of one step, after one that compiles and those that are timed."""
+    model = step.build_of(case, device, options.seed)
+    window = case.window(model.get_output_embeddings().weight.shape[0], options.seed)
+    old = step.old_logps(case, model, [window], options.seed) if case.loss.kind is Kind.GROUPED else None
+    with ExitStack() as stack:
+        one = step.make(contestant, case, model, device, stack, old)
+        work = step.step_of(one, [one.prepare(window)])
+        for _ in range(2):
+            work(0)
+        times = [time_ms(lambda: work(0), device) for _ in range(options.repeats)]
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=activities) as prof:
+            elapsed = time_ms(lambda: work(0), device)
+        wait(device)
+    settings = case.settings() | {"seed": options.seed, "repeats": options.repeats}
+    told = {"case": case.case, "contestant": contestant, "step_ms": statistics.median(times), "profiled_ms": elapsed}
+    return told | figures(prof.events(), elapsed, options.top) | {"certificate": certificate(device, settings)}
+
+
+def figures(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[str, Any]:
+    """What a profile says of a step of so many milliseconds. events: `torch.profiler.profile.events()`, in us."""
+    spans, total, calls, waited = [], Counter[str](), Counter[str](), 0.0
+    for event in events:
+        if event.is_user_annotation:  # spans that say which kernels lie in them
+            continue
+        took = event.time_range.elapsed_us()
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
+            total[event.name] += took
+            calls[event.name] += 1
+        elif event.name in WAITS:
+            waited += took
+    busy_ms = union(spans) / 1e3
+    kernels = [
+        {"name": name, "ms": us / 1e3, "share": us / 1e3 / elapsed_ms, "calls": calls[name]}
+        for name, us in total.most_common(top)
+    ]
+    return {
+        "gpu_busy_ms": busy_ms,
+        "gpu_idle": 1 - busy_ms / elapsed_ms,
+        "host_ms": elapsed_ms - waited / 1e3,
+        "launches": sum(calls.values()),
+        "kernels": kernels,
+    }
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """The length that intervals cover together."""
+    covered, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures in Markdown."""
+    head = (
+        f"{found['case']}, {found['contestant']}: {found['step_ms']:.1f} ms a step; under the profiler "
+        f"{found['profiled_ms']:.1f} ms, GPU idle {found['gpu_idle']:.1%}, host {found['host_ms']:.1f} ms, {found['launches']} kernels"
+    )
+    rows = [f"| {k['ms']:.2f} | {k['share']:.1%} | {k['calls']} | `{k['name'][:100]}` |" for k in found["kernels"]]
+    return "\n".join([head, "", "| ms | share | calls | kernel |", "|---|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
