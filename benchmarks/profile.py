@@ -131,7 +131,8 @@ def table(found: dict[str, Any]) -> str:
     """The figures in Markdown."""
     head = (
         f"{found['case']}, {found['contestant']}: {found['step_ms']:.1f} ms a step; under the profiler "
-        f"{found['profiled_ms']:.1f} ms, GPU idle {found['gpu_idle']:.1%}, host {found['host_ms']:.1f} ms, {found['launches']} kernels"
+        f"{found['profiled_ms']:.1f} ms, GPU idle {found['gpu_idle']:.1%}, host {found['host_ms']:.1f} ms, "
+        f"{found['launches']} kernels"
     )
     rows = [f"| {k['ms']:.2f} | {k['share']:.1%} | {k['calls']} | `{k['name'][:100]}` |" for k in found["kernels"]]
     return "\n".join([head, "", "| ms | share | calls | kernel |", "|---|---|---|---|", *rows])

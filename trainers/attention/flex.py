@@ -138,7 +138,7 @@ def why_not(model: Any) -> str:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    rows, length = 2, 3 * BLOCK
+    rows, length = 5, 3 * BLOCK  # equal to no number of heads, which would be compiled into the kernel
     try:
         with torch.enable_grad():
             query, key, value = (
@@ -150,6 +150,6 @@ def why_not(model: Any) -> str:
             flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:  # no compiler, too old a GPU, ...
+    except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's
         return f"it raises {type(error).__name__}: {first_line(error)}"
     return ""
