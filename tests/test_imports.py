@@ -28,6 +28,7 @@ FLOORS = (
     ("trainers/runlog.py", "trainers/outputs.py"),
     ("trainers/data",),
     ("trainers/attention",),
+    ("trainers/layers",),
     ("trainers/policy",),
     ("trainers/step.py", "trainers/checkpoint.py"),
     ("trainers/rollout",),
@@ -39,6 +40,7 @@ FLOORS = (
     ("benchmarks/measure",),
     ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
     ("benchmarks/atlas.py", "benchmarks/bench.py"),
+    ("benchmarks/profile.py",),
 )
 
 VOCABULARY = "logratio.losses.types"

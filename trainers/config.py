@@ -54,8 +54,10 @@ class ModelConfig:
     """Names of the modules that get adapters, or all-linear (the default)."""
     fused_lora: bool = True
     """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
+    fused_layers: bool = True
+    """On a GPU: RMSNorm and SwiGLU by a kernel each, which keep less for the backward pass."""
     use_liger_kernel: bool = False
-    """Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
+    """In their place Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False
     """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
     disable_dropout: bool | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from logratio.trainers.data.examples import Example
 from logratio.trainers.data.packing import pack
+from logratio.trainers.layers.fused import fuse_layers
 from logratio.trainers.policy.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import (
@@ -84,6 +85,7 @@ class Ours:
         self.case, self.model, self.ref_model, self.device = case, model, ref_model, device
         loss = case.loss
         fuse_lora(model)
+        fuse_layers(model)
         if case.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = self.policy = Policy(model, stats=loss.stats)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..layers.fused import fuse_layers
 from .checks import check_finite, check_folder, check_loaded, foreign
 from .liger import check_liger, use_liger
 from .nf4 import keep_layout
@@ -73,6 +74,8 @@ def load_model(
         notes += said
     if config.use_liger_kernel:
         use_liger(model)
+    elif config.fused_layers:
+        fuse_layers(model)
     return model
 
 

@@ -1,0 +1,1 @@
+"""What a transformer layer computes, with fewer kernels and with less kept for the backward pass."""

@@ -1,0 +1,107 @@
+"""RMSNorm and SwiGLU of a loaded model on a GPU, by fewer kernels and with less kept for the backward pass.
+
+Which of a model's classes are these is not looked up but tried: a class whose modules have the right parts takes the
+fused forward where it computes the same. What differs from transformers' own:
+1. RMSNorm is torch's fused kernel, which rounds to half precision once, at its end, and keeps its input as it is;
+   transformers rounds before the weight, and keeps a float32 copy.
+2. SwiGLU is `swiglu.py`'s; a down projection with fused LoRA keeps no product of it either, but makes it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from .swiglu import swiglu
+
+# Elsewhere there is no one kernel to gain.
+DEVICES = ("cuda",)
+# |fused - own| / |own| on trial, by dtype: some roundings.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
+LOW_PRECISION_TOLERANCE = 2e-2
+TRIAL_ROWS = 8
+CLASSES: dict[tuple[type, type], type] = {}
+
+
+class FusedNorm:
+    """In front of a class of RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        if x.dtype != own.weight.dtype:  # whose results' dtype differs from model to model
+            return super().forward(x)  # type: ignore[misc]
+        return rms_norm(x, own.weight.shape, own.weight, own.variance_epsilon)
+
+
+class FusedMLP:
+    """In front of a class of MLP: down_proj(silu(gate_proj(x)) * up_proj(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = self
+        gate, up = own.gate_proj(x), own.up_proj(x)
+        down = own.down_proj
+        return down.of_swiglu(gate, up) if hasattr(down, "of_swiglu") else down(swiglu(gate, up))
+
+
+def fused_class(of: type, by: type) -> type:
+    """The subclass of a model's class that computes by ours."""
+    if (of, by) not in CLASSES:
+        CLASSES[of, by] = type(f"Fused{of.__name__}", (by, of), {})
+    return CLASSES[of, by]
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Let RMSNorms and SwiGLU MLPs compute fused where that gives the same; how many do."""
+    verdicts: dict[tuple[Any, ...], bool] = {}
+    count = 0
+    for module in list(model.modules()):
+        by = kind_of(module)
+        if by is None:
+            continue
+        key = (type(module), type(getattr(module, "act_fn", None)))
+        if key not in verdicts:
+            verdicts[key] = computes_the_same(module, fused_class(type(module), by))
+        if verdicts[key]:
+            module.__class__ = fused_class(type(module), by)
+            count += 1
+    return count
+
+
+def kind_of(module: Any) -> type | None:
+    """What a module may be, by its parts, on a device where that pays."""
+    parts = dict(module.named_children())
+    if isinstance(module, (FusedNorm, FusedMLP)) or "forward" in module.__dict__:
+        return None
+    weight = getattr(module, "weight", None)
+    if not parts and hasattr(module, "variance_epsilon") and isinstance(weight, nn.Parameter) and weight.dim() == 1:
+        return FusedNorm if weight.device.type in DEVICES else None
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} == set(parts):
+        return FusedMLP if parts["gate_proj"].weight.device.type in DEVICES else None
+    return None
+
+
+@torch.no_grad()
+def computes_the_same(module: Any, fused: type) -> bool:
+    """Whether it does, on random rows; False where either raises."""
+    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    width = len(weight) if weight.dim() == 1 else module.gate_proj.in_features
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantized one
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(TRIAL_ROWS, width, generator=draw).to(weight.device, dtype)
+    own_class, was_training = type(module), module.training
+    module.eval()
+    try:
+        own = module(x)
+        module.__class__ = fused
+        error = ((module(x) - own).norm() / own.norm()).item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    finally:
+        module.__class__ = own_class
+        module.train(was_training)
+    return error < TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
