@@ -65,21 +65,27 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         fitting = min(per_example, max(1, (micro_batch_tokens - prompt) // completion))
         per_example, examples = fitting, math.ceil(examples * per_example / fitting)
     used = prompt + per_example * completion
-    row = math.ceil(used / BLOCK) * BLOCK if setup.flex else used
-    per_micro = max(1, micro_batch_tokens // row) * (row // used)
-    rows = math.ceil(min(per_micro, examples) / (row // used))
-    in_one = min(per_micro, examples)
+    if setup.flex:  # one long row
+        in_one = min(max(1, micro_batch_tokens // BLOCK * BLOCK // used), examples)
+        rows, row = 1, _in_blocks(in_one * used)
+        computed = examples // in_one * row + _in_blocks(examples % in_one * used)
+    else:
+        in_one = rows = min(max(1, micro_batch_tokens // used), examples)
+        row, computed = used, examples * used
     scored = per_example * completion + (prompt - 1 if loss.scores_prompt else 0)
     paths = in_one * (per_example + loss.scores_prompt)
-    all_rows = math.ceil(examples / (row // used))
     seen = prompt**2 // 2 + per_example * (completion * prompt + completion**2 // 2)  # blocks that nobody sees: skipped
     return Plan(
         largest=Batch(rows, row, in_one * scored, paths),
-        micro_batches=math.ceil(examples / per_micro),
-        tokens=all_rows * row,
+        micro_batches=math.ceil(examples / in_one),
+        tokens=computed,
         scored=examples * scored,
-        pairs=examples * seen if setup.flex else all_rows * row**2,
+        pairs=examples * seen if setup.flex else examples * used**2,
     )
+
+
+def _in_blocks(tokens: int) -> int:
+    return math.ceil(tokens / BLOCK) * BLOCK
 
 
 def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str, float]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ..data.blocks import BlockLists, block_lists
 from ..data.packing import PackedBatch
 from ..errors import UserError, first_line
 from .masks import Token, may_see, tokens
@@ -35,12 +36,14 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def block_mask(batch: PackedBatch, window: int | None = None) -> BlockMask:
-    """`masks.attention_mask` for FlexAttention; costs a few passes over R * L * L booleans, once a forward."""
-    rows, length = batch.group.shape
-    return _block_mask(Token(*(x.int() for x in tokens(batch, window))), rows, length)
+    """`masks.attention_mask` for FlexAttention, of the blocks that packing has listed."""
+    lists = batch.blocks.get(window)
+    if lists is None:  # packed for another model, whose reference has a window or an attention of its own
+        lists = block_lists(batch.group.cpu(), batch.segment.cpu(), BLOCK, window).to(batch.group.device)
+    return _block_mask(Token(*(x.int() for x in tokens(batch, window))), lists)
 
 
-def _block_mask(of: Token, rows: int, length: int) -> BlockMask:
+def _block_mask(of: Token, lists: BlockLists) -> BlockMask:
     # The tensors are captured one by one, and a window comes as one of them: as a Python number it would be compiled
     # into the kernel, and layers with and without it would need kernels of their own.
     _, group, segment, position, first = of
@@ -50,7 +53,8 @@ def _block_mask(of: Token, rows: int, length: int) -> BlockMask:
         key = Token(k, group[row, k], segment[row, k], position[row, k], first[row, k])
         return may_see(query, key)
 
-    return create_block_mask(mask_mod, rows, None, length, length, device=group.device, BLOCK_SIZE=BLOCK)
+    lengths = (group.shape[1], group.shape[1])
+    return BlockMask(lengths, **lists._asdict(), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
@@ -145,8 +149,9 @@ def why_not(model: Any) -> str:
                 torch.zeros(rows, n, length, size, device=model.device, dtype=model.dtype, requires_grad=True)
                 for n in (heads, key_heads, key_heads)
             )
-            nothing = torch.zeros(rows, length, dtype=torch.int32, device=model.device)
-            mask = _block_mask(Token(*[nothing] * 5), rows, length)
+            nothing = torch.zeros(rows, length, dtype=torch.int32)
+            lists = block_lists(nothing, nothing, BLOCK).to(model.device)
+            mask = _block_mask(Token(*[nothing.to(model.device)] * 5), lists)
             flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise

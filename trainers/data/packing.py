@@ -9,13 +9,14 @@ prompt token's hidden state predicts the first token of *every* completion. What
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import BlockLists, Blocks, block_lists
 from .examples import Example
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
@@ -35,6 +36,8 @@ class PackedBatch:
     scored: [C (+ prompts), T] bool. num_completions: C. num_tokens: without padding.
     weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
+    blocks: sliding window (None: full attention) -> what FlexAttention computes of the rows; of rows that need no mask,
+        or that are packed for another attention, none.
     """
 
     input_ids: Tensor
@@ -51,6 +54,7 @@ class PackedBatch:
     examples: tuple[Example, ...]
     is_filler: bool = False
     weights: Tensor | None = None
+    blocks: Mapping[int | None, BlockLists] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
@@ -59,7 +63,8 @@ class PackedBatch:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        blocks = {window: lists.to(device) for window, lists in self.blocks.items()}
+        return dataclasses.replace(self, **moved, blocks=blocks)
 
     def unscored(self) -> PackedBatch:
         """The same computation with nothing scored, for a process that has run out of examples."""
@@ -97,8 +102,8 @@ def pack(
     shared: bool = True,
     scores_prompt: bool = False,
     pad_id: int = 0,
-    pad_to_multiple_of: int = 1,
     micro_batch_cost: int = 0,
+    blocks: Blocks | None = None,
 ) -> list[PackedBatch]:
     """Cut a step's examples into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
@@ -108,17 +113,20 @@ def pack(
     shared: prompts share a row with all their completions, and rows hold as many groups as fit, kept apart by the
     mask. Else every completion has a row of its own behind a copy of its prompt, without a mask.
     scores_prompt: list the prompt's own tokens too, as paths after the completions.
-    pad_to_multiple_of: the length of rows that need a mask; the padding has room for further examples first.
     micro_batch_cost: what a micro-batch costs beside its tokens, in tokens: of `ROW_FILLS` the one that costs least
     is taken.
+    blocks: for an attention that skips the blocks nobody sees, so that rows need not be short: a micro-batch is one
+    row, padded to whole blocks if it needs a mask, and knows its `blocks`. Of no use where rows are not shared.
     """
-    multiple = pad_to_multiple_of
     pieces = [_pieces(example, i, shared) for i, example in enumerate(examples)]
     pieces.sort(key=lambda own: -max(p.length for p in own))
-    cuts = [_cut(pieces, micro_batch_tokens, multiple if shared else 1, fill, shared) for fill in ROW_FILLS]
-    costs = [sum(len(rows) * _length(rows, multiple) + micro_batch_cost for rows in cut) for cut in cuts]
-    best = cuts[costs.index(min(costs))]
-    return [_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, multiple=multiple) for rows in best]
+    if blocks is not None and shared:
+        best = _cut_long(pieces, micro_batch_tokens // blocks.size * blocks.size)
+    else:
+        cuts = [_cut(pieces, micro_batch_tokens, fill, shared) for fill in ROW_FILLS]
+        costs = [sum(len(rows) * _length(rows) + micro_batch_cost for rows in cut) for cut in cuts]
+        best = cuts[costs.index(min(costs))]
+    return [_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, blocks=blocks) for rows in best]
 
 
 def split_groups(examples: Iterable[Example], micro_batch_tokens: int, shared: bool = True) -> list[Example]:
@@ -149,20 +157,23 @@ def _pieces(example: Example, index: int, shared: bool) -> list[_Piece]:
     return [_Piece(index, (k,), prompt + n) for k, n in enumerate(lengths)]
 
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
 def _cut(
-    waiting: list[list[_Piece]], micro_batch_tokens: int, multiple: int, row_fill: float, shared: bool
+    waiting: list[list[_Piece]], micro_batch_tokens: int, row_fill: float, shared: bool
 ) -> list[list[list[_Piece]]]:
     """The rows of every micro-batch. waiting: every example's pieces, longest first."""
     batches = []
     while waiting:
         longest = max(p.length for p in waiting[0])
-        row_length = _round_up(longest, multiple)
-        max_rows = max(1, micro_batch_tokens // row_length)
-        rows, waiting = _fill(waiting, row_length, max_rows, row_fill * longest, shared)
+        rows, waiting = _fill(waiting, longest, max(1, micro_batch_tokens // longest), row_fill * longest, shared)
+        batches.append(rows)
+    return batches
+
+
+def _cut_long(waiting: list[list[_Piece]], room: int) -> list[list[list[_Piece]]]:
+    """The same, one row each."""
+    batches = []
+    while waiting:
+        rows, waiting = _fill(waiting, max(room, waiting[0][0].length), 1, 0, True)
         batches.append(rows)
     return batches
 
@@ -171,8 +182,8 @@ def _is_plain(rows: list[list[_Piece]]) -> bool:
     return all(len(row) == 1 and len(row[0].completions) == 1 for row in rows)
 
 
-def _length(rows: list[list[_Piece]], multiple: int) -> int:
-    return _round_up(max(sum(p.length for p in row) for row in rows), 1 if _is_plain(rows) else multiple)
+def _length(rows: list[list[_Piece]]) -> int:
+    return max(sum(p.length for p in row) for row in rows)
 
 
 def _fill(
@@ -212,7 +223,7 @@ def _build(
     *,
     scores_prompt: bool,
     pad_id: int,
-    multiple: int,
+    blocks: Blocks | None,
 ) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
     counts = [len(examples[i].completions) for i in members]
@@ -221,7 +232,9 @@ def _build(
         completion={m: sum(counts[:k]) for k, m in enumerate(members)},
         prompt={m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {},
     )
-    plain, length = _is_plain(rows), _length(rows, multiple)
+    plain, length = _is_plain(rows), _length(rows)
+    masked = blocks if blocks is not None and not plain else Blocks(1, ())
+    length += -length % masked.size
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     # Without a mask a position that starts again would begin a new document. With one, a row may be longer than any
     # of its sequences, and positions beyond these may have no embedding.
@@ -265,6 +278,7 @@ def _build(
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
         weights=weights,
+        blocks={window: block_lists(group, segment, masked.size, window) for window in masked.windows},
     )
 
 

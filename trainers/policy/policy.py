@@ -18,6 +18,7 @@ from logratio.losses import TokenLogps, linear_logps
 from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
+from ..data.blocks import Blocks
 from ..data.packing import PackedBatch
 from .nf4 import refuse_repacked
 
@@ -41,7 +42,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.stats = stats
         self.shared = shared
-        self.window = sliding_window(self.causal_lm.config)
+        self.windows = attention_windows(self.causal_lm.config)
 
     @property
     def causal_lm(self) -> Any:
@@ -58,15 +59,15 @@ class Policy(nn.Module):
         return self.attention in (OURS, THEIRS)
 
     @property
-    def row_multiple(self) -> int:
-        """`pad_to_multiple_of` of the rows that it likes best."""
-        return BLOCK if self.uses_flex else 1
+    def blocks(self) -> Blocks | None:
+        """What FlexAttention asks of rows that need a mask."""
+        return Blocks(BLOCK, self.windows) if self.uses_flex else None
 
     @property
     def packing(self) -> dict[str, Any]:
         """The arguments of `pack` that suit it. A GPU that waits for launches could compute a thousand tokens."""
         cost = 64 if self.causal_lm.device.type == "cpu" else 1024
-        return {"shared": self.shared, "pad_to_multiple_of": self.row_multiple, "micro_batch_cost": cost}
+        return {"shared": self.shared, "micro_batch_cost": cost, "blocks": self.blocks}
 
     @property
     def has_adapters(self) -> bool:
@@ -93,11 +94,8 @@ class Policy(nn.Module):
     def mask(self, batch: PackedBatch, **options: Any) -> Any:
         """Who sees whom, in the form that the model's attention takes."""
         make: Callable[..., Any] = MASKS.get(self.attention, attention_mask)
-        if self.window is None:
-            return make(batch, **options)
-        windowed = make(batch, self.window, **options)
-        by_type = "sliding_attention" in (getattr(self.causal_lm.config, "layer_types", None) or ())
-        return {"full_attention": make(batch, **options), "sliding_attention": windowed} if by_type else windowed
+        masks = [make(batch, window, **options) for window in self.windows]
+        return dict(zip(("full_attention", "sliding_attention"), masks, strict=True)) if len(masks) > 1 else masks[0]
 
     def head_options(self) -> dict[str, Any]:
         """How this architecture turns the head's output into logits, by its configuration's own names."""
@@ -124,10 +122,12 @@ class Policy(nn.Module):
             self.model.set_adapter("default")  # makes it trainable again, and the reference frozen
 
 
-def sliding_window(config: Any) -> int | None:
-    """The sliding window that some layer of the model has, in tokens, or None."""
+def attention_windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding windows of the model's layers in tokens, None for full attention; of both, the window comes last."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)
     in_use = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
-    return window if window and in_use else None
+    if not window or not in_use:
+        return (None,)
+    return (None, window) if layers else (window,)

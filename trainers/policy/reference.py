@@ -196,11 +196,11 @@ def make_reference(
         other = Policy(model, temperature=policy.temperature, shared=policy.shared)
         obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
         notes = said if named else []  # else the policy's own, said already
-        if other.uses_flex and not policy.uses_flex:  # whose rows are not padded for it
-            other.causal_lm.set_attn_implementation("sdpa")
         if obstacle and policy.shared:  # both compute the same micro-batches
             policy.shared = other.shared = False
             notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
+        elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
+            (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
         reference = ModelReference(other, autocast_of(config))
     if not config.model.precompute_ref_log_probs:
         return reference, notes

@@ -123,7 +123,7 @@ def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> s
             )
         _check_causal(policy, apart)
         _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
-        (together,) = pack([example], 1000, shared=True, pad_to_multiple_of=policy.row_multiple)
+        (together,) = pack([example], 1000, blocks=policy.blocks)
         together = together.to(head.device)
         try:
             with torch.autocast(head.device.type, autocast, enabled=autocast is not None):

@@ -18,9 +18,10 @@ from logratio.benchmarks.memory.peak import (
     predict,
     weight_bytes,
 )
-from logratio.benchmarks.memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
+from logratio.benchmarks.memory.roofline import BLOCK, EFFICIENCY, Plan, Workload, plan, step_seconds
 from logratio.losses import logps
 from logratio.trainers.config import ModelConfig
+from logratio.trainers.data.blocks import Blocks
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack, split_groups
 from logratio.trainers.policy.adapters import add_adapters
@@ -224,24 +225,22 @@ def test_a_gpu_is_known_by_its_drivers_name(name):
 # ---- the plan
 
 
-# Rows of one completion each need no mask when lengths are all the same, and are not padded to FlexAttention's blocks.
-CUT = [(method, 1) for method in ("sft", "dpo", "kto", "orpo", "tpo", "grpo")]
-CUT += [(method, 128) for method in ("dpo", "orpo", "tpo")]
+# A row of one completion alone needs no mask, and is not padded to FlexAttention's blocks; of real lengths few are.
+CUT = [(method, None) for method in ("sft", "dpo", "kto", "orpo", "tpo", "grpo")]
+CUT += [(method, Blocks(BLOCK)) for method in ("dpo", "orpo", "tpo")]
 
 
-@pytest.mark.parametrize("method, multiple", CUT)
+@pytest.mark.parametrize("method, blocks", CUT)
 @pytest.mark.parametrize(
     "work", [Workload(100, 50, 10), Workload(200, 300, 8, 4), Workload(9, 700, 3, 2), Workload(10, 20, 40)]
 )
-def test_examples_of_one_length_are_cut_as_they_are_packed(work, method, multiple):
-    setup = Setup(method=method, attn_implementation="sdpa" if multiple == 1 else None)
+def test_examples_of_one_length_are_cut_as_they_are_packed(work, method, blocks):
+    setup = Setup(method=method, attn_implementation="sdpa" if blocks is None else None)
     completions = [Completion([2] * work.completion_tokens)] * work.completions(setup)
     examples = [Example([1] * work.prompt_tokens, completions, advantages=(1.0,) * len(completions))] * work.batch_size
     for budget in (1000, 2500, 8192):
         cut = split_groups(examples, budget, True) if method == "grpo" else examples
-        batches = pack(
-            cut, budget, scores_prompt=setup.the_loss.scores_prompt, shared=True, pad_to_multiple_of=multiple
-        )
+        batches = pack(cut, budget, scores_prompt=setup.the_loss.scores_prompt, blocks=blocks)
         told = plan(setup, work, budget)
         assert told.micro_batches == len(batches)
         assert told.scored == sum(len(b.targets) for b in batches)

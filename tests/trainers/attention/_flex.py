@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 from logratio.trainers.attention.flex import OURS, THEIRS, adopt
+from logratio.trainers.data.blocks import Blocks
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.policy import Policy
@@ -33,15 +34,14 @@ def batches(draw: st.DrawFn):
         Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
         for row in range(draw(st.integers(1, 5)))
     ]
-    multiple = draw(st.sampled_from([1, 4, 16]))
-    return pack(examples, draw(st.integers(1, 120)), pad_to_multiple_of=multiple, shared=draw(st.booleans()))
+    blocks = draw(st.sampled_from([None, Blocks(4, (None, 3)), Blocks(16, (5,))]))
+    return pack(examples, draw(st.integers(1, 120)), blocks=blocks, shared=draw(st.booleans()))
 
 
 def results(policy: Policy, examples: list[Example], device="cpu", budget: int = 1000) -> tuple[torch.Tensor, ...]:
     """Scored log-probs in the order of the examples, and the gradient of a sum with a weight for each."""
-    packing = {"shared": policy.shared, "pad_to_multiple_of": policy.row_multiple}
     by_row = {}
-    for batch in pack(examples, budget, **packing):
+    for batch in pack(examples, budget, **policy.packing):
         batch = batch.to(torch.device(device))
         logps, path = policy(batch).logps, 0
         for e in batch.examples:

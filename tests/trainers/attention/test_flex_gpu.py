@@ -104,7 +104,7 @@ def test_rollouts_and_updates_take_turns_on_one_model(exact_float32, random_mode
             for i, (p, s) in enumerate(zip(prompts, sampled, strict=True))
         ]
         assert_close(results(policy, examples, "cuda"), results(again, examples, "cuda"), 1e-4)
-        for batch in pack(examples, 1000, pad_to_multiple_of=policy.row_multiple):
+        for batch in pack(examples, 1000, **policy.packing):
             policy(batch.to(torch.device("cuda"))).logps.sum().neg().backward()
         optimizer.step()
         optimizer.zero_grad()

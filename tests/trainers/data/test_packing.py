@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logratio.benchmarks.measure import workloads
+from logratio.losses import DPOLoss
 from logratio.trainers.attention.masks import attention_mask
+from logratio.trainers.data.blocks import Blocks
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import PackedBatch, example_tokens, pack, split_groups
 
@@ -201,10 +204,41 @@ def test_fewer_micro_batches_are_worth_some_padding():
     examples = [sized(12, 0), sized(4, 1), sized(4, 2)]
     for cost, shapes in ((3, [(1, 12), (2, 4)]), (5, [(2, 12)])):
         assert [b.input_ids.shape for b in pack(examples, 36, micro_batch_cost=cost)] == shapes
-    # of rows padded to blocks: 16 + 8, or 32
-    for cost, shapes in ((7, [(1, 16), (1, 8)]), (9, [(2, 16)])):
-        batches = pack([sized(12, 0, 2), sized(8, 1, 2)], 36, pad_to_multiple_of=8, micro_batch_cost=cost)
-        assert [b.input_ids.shape for b in batches] == shapes
+
+
+def test_blocks_let_a_micro_batch_be_one_long_row():
+    """First fit, longest first; padded to whole blocks, and no longer than its groups need."""
+    examples = [sized(length, row, 2) for row, length in enumerate((30, 9, 25, 14, 7, 20))]
+    batches = pack(examples, 64, blocks=Blocks(8))
+    assert [sorted(e.row for e in b.examples) for b in batches] == [[0, 1, 2], [3, 4, 5]]
+    assert [b.input_ids.shape for b in batches] == [(1, 64), (1, 48)]
+    assert [b.num_tokens for b in batches] == [64, 41]
+    assert all((b.group[:, b.num_tokens :] == -1).all() for b in batches)
+
+
+def test_a_long_row_leaves_room_for_its_padding():
+    """62 tokens have room for 56 in blocks of 8; what is longer is alone, and what needs no mask is not padded."""
+
+    def shapes(budget: int, *examples: Example) -> list[tuple[int, ...]]:
+        return [tuple(batch.input_ids.shape) for batch in pack(examples, budget, blocks=Blocks(8))]
+
+    assert shapes(64, sized(30, 0, 2), sized(27, 1, 2)) == [(1, 64)]
+    assert shapes(62, sized(30, 0, 2), sized(27, 1, 2)) == [(1, 32), (1, 32)]
+    assert shapes(62, sized(70, 0, 2), sized(3, 1, 2)) == [(1, 72), (1, 8)]
+    assert shapes(62, sized(30, 0)) == [(1, 30)]
+
+
+@pytest.mark.parametrize("budget", [8192, 16384, 32768])
+def test_long_rows_are_hardly_padded(budget):
+    """Of 64 pairs like UltraFeedback's, within 1 %; the last micro-batch is as long as what is left for it."""
+    computed = real = 0
+    for seed in range(5):
+        pairs = workloads.examples(DPOLoss(), workloads.WORKLOADS["ultrafeedback"], 64, vocab_size=9, seed=seed)
+        batches = pack(pairs, budget, blocks=Blocks(128, ()))
+        assert len(batches) == -(-sum(map(example_tokens, pairs)) // budget)
+        computed += sum(b.input_ids.numel() for b in batches)
+        real += sum(b.num_tokens for b in batches)
+    assert real < computed <= 1.01 * real
 
 
 def test_an_example_longer_than_the_budget_is_alone():

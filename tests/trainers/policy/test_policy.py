@@ -11,7 +11,7 @@ from torch import Tensor
 from logratio.benchmarks.peers.truths import exact
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
-from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy, sliding_window
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy, attention_windows
 
 SHAREABLE = [
     "llama",
@@ -212,15 +212,22 @@ def test_reference_is_the_frozen_copy_of_the_starting_adapter(random_model, pack
 
 
 @pytest.mark.parametrize(
-    ("name", "window"),
-    [("llama", None), ("mistral", None), ("mistral-window", 7), ("qwen2", None), ("qwen2-window", 7), ("gemma3", 7)],
+    ("name", "windows"),
+    [
+        ("llama", (None,)),
+        ("mistral", (None,)),
+        ("mistral-window", (7,)),
+        ("qwen2", (None,)),
+        ("qwen2-window", (None, 7)),
+        ("gemma3", (None, 7)),
+    ],
 )
-def test_sliding_window_is_what_some_layer_has(random_model, name, window):
-    assert sliding_window(random_model(name).config) == window
+def test_windows_are_those_of_some_layer(random_model, name, windows):
+    assert attention_windows(random_model(name).config) == windows
 
 
 def test_a_gpu_gets_fewer_and_larger_micro_batches(monkeypatch, random_model):
     policy = Policy(random_model("llama"), shared=True)
-    assert policy.packing == {"shared": True, "pad_to_multiple_of": 1, "micro_batch_cost": 64}
+    assert policy.packing == {"shared": True, "micro_batch_cost": 64, "blocks": None}
     monkeypatch.setattr(type(policy.causal_lm), "device", torch.device("cuda"))
     assert policy.packing["micro_batch_cost"] == 1024
