@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..data.blocks import BlockLists, block_lists
 from ..data.packing import PackedBatch
 from ..errors import UserError, first_line
-from .masks import Token, may_see, tokens
+from .masks import Sight, may_see, sights
 
 # transformers' name for its own FlexAttention, and ours for `flex_or_sdpa`.
 THEIRS, OURS = "flex_attention", "logratio_flex"
@@ -40,20 +40,18 @@ def block_mask(batch: PackedBatch, window: int | None = None) -> BlockMask:
     lists = batch.blocks.get(window)
     if lists is None:  # packed for another model, whose reference has a window or an attention of its own
         lists = block_lists(batch.group.cpu(), batch.segment.cpu(), BLOCK, window).to(batch.group.device)
-    return _block_mask(Token(*(x.int() for x in tokens(batch, window))), lists)
+    return _block_mask(sights(batch, window), lists)
 
 
-def _block_mask(of: Token, lists: BlockLists) -> BlockMask:
-    # The tensors are captured one by one, and a window comes as one of them: as a Python number it would be compiled
-    # into the kernel, and layers with and without it would need kernels of their own.
-    _, group, segment, position, first = of
+def _block_mask(of: Sight, lists: BlockLists) -> BlockMask:
+    # The tensors are captured one by one, and a window is in them: as a Python number it would be compiled into the
+    # kernel, and layers with and without it would need kernels of their own.
+    own, prompt, end = of
 
     def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        query = Token(q, group[row, q], segment[row, q], position[row, q], first[row, q])
-        key = Token(k, group[row, k], segment[row, k], position[row, k], first[row, k])
-        return may_see(query, key)
+        return may_see(q, k, Sight(own[row, q], prompt[row, q], end[row, q]))
 
-    lengths = (group.shape[1], group.shape[1])
+    lengths = (own.shape[1], own.shape[1])
     return BlockMask(lengths, **lists._asdict(), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
@@ -97,6 +95,8 @@ def flex_or_sdpa(
     if torch.is_autocast_enabled(query.device.type):  # which casts for sdpa, but not for FlexAttention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # what they are views of differs from model to model, and each kind would be compiled anew
+    query, key, value = (torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x for x in (query, key, value))
     # around every call, because gradient checkpointing calls from a thread of its own
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         out = compiled()(query, key, value, attention_mask, scaling)
@@ -142,17 +142,20 @@ def why_not(model: Any) -> str:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    rows, length = 5, 3 * BLOCK  # equal to no number of heads, which would be compiled into the kernel
+    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out.
+    # A number of blocks that were equal to one of heads would be compiled into the kernel.
+    rows, length = 1, 13 * BLOCK
     try:
         with torch.enable_grad():
             query, key, value = (
-                torch.zeros(rows, n, length, size, device=model.device, dtype=model.dtype, requires_grad=True)
+                torch.zeros(rows, length, n, size, device=model.device, dtype=model.dtype, requires_grad=True)
                 for n in (heads, key_heads, key_heads)
             )
             nothing = torch.zeros(rows, length, dtype=torch.int32)
             lists = block_lists(nothing, nothing, BLOCK).to(model.device)
-            mask = _block_mask(Token(*[nothing.to(model.device)] * 5), lists)
-            flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
+            mask = _block_mask(Sight(*(torch.zeros_like(nothing, device=model.device) for _ in Sight._fields)), lists)
+            heads_first = (x.transpose(1, 2) for x in (query, key, value))
+            flex_or_sdpa(model, *heads_first, mask, scaling=size**-0.5)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's

@@ -107,6 +107,18 @@ def test_flex_under_autocast(flex_on_cpu, random_model):
         assert_close(results(policy, groups()), truth, 0.05)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2-window"])
+def test_training_takes_the_graph_that_was_compiled_on_trial(flex_on_cpu, random_model, name):
+    model = random_model(name)
+    torch._dynamo.reset()
+    counters.clear()
+    assert flex.why_not(model) == "" and counters["stats"]["unique_graphs"] == 1
+    policy = with_flex(model)
+    for budget in (256, 500, 1000):  # of one block there is a graph of its own
+        results(policy, groups(), budget=budget)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_layers_with_and_without_a_window_get_masks_of_their_own(flex_on_cpu, random_model, pack_one):
     batch = pack_one(groups())
     by_type = with_flex(random_model("qwen2-window")).mask(batch)
@@ -170,7 +182,7 @@ def test_the_trial_of_sharing_goes_the_same_way(flex_on_cpu, monkeypatch, random
     monkeypatch.setattr(flex, "compiled", lambda: watched)
     assert probe(policy) == ""
     assert lengths == [128] * 2
-    monkeypatch.setattr(flex, "may_see", lambda query, key: query.place >= key.place)
+    monkeypatch.setattr(flex, "may_see", lambda query, key, sight: query >= key)
     assert probe(policy).startswith("a shared prompt changes its hidden states")
 
 
