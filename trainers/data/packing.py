@@ -61,11 +61,11 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: to_device(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        blocks = {window: lists.to(device) for window, lists in self.blocks.items()}
+        blocks = {w: BlockLists(*(to_device(x, device) for x in lists)) for w, lists in self.blocks.items()}
         return dataclasses.replace(self, **moved, blocks=blocks)
 
     def unscored(self) -> PackedBatch:
@@ -80,6 +80,13 @@ class PackedBatch:
         """[N] scored values into the [paths, T] layout of `scored`, 0 elsewhere, with a graph."""
         out = values.new_zeros(self.scored.numel())
         return out.index_put((self.slot,), values).view(self.scored.shape)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy there, which waits for nothing that the device is still doing."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
