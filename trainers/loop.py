@@ -47,10 +47,12 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
             log.say(note)
         log.list_skipped(run.data.skipped)
         started = time.perf_counter()
-        for step, window in enumerate(steps(run), start=1):
+        windows = Ahead(steps(run))
+        for step, window in enumerate(windows, start=1):
             try:
                 totals = run.step.totals(window.examples, window.micros, window.dealt)
-                result = run.step(window.micros, totals)
+                known = run.rollouts is None and step < last  # what is sampled needs the updated policy
+                result = run.step(window.micros, totals, meanwhile=windows.prepare if known else None)
                 updated = update(run, window.examples, step)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
@@ -88,6 +90,29 @@ def steps(run: Run) -> Iterator[Window]:
             window = roll_out(run.rollouts, run.step, items)
             for _ in range(run.rollouts.config.num_iterations):
                 yield window
+
+
+class Ahead(Iterator[Window]):
+    """Windows in turn, of which the next one can be packed before it is asked for. What that raises is raised then."""
+
+    def __init__(self, source: Iterator[Window]) -> None:
+        self.source = source
+        self.prepared: list[Window | Exception] = []
+
+    def prepare(self) -> None:
+        """Pack the next one."""
+        try:
+            self.prepared.append(next(self.source))
+        except Exception as error:
+            self.prepared.append(error)
+
+    def __next__(self) -> Window:
+        if not self.prepared:
+            self.prepare()
+        window = self.prepared.pop()
+        if isinstance(window, Exception):
+            raise window
+        return window
 
 
 def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]:

@@ -190,10 +190,18 @@ class Step:
             start += len(part)
         return everyone
 
-    def __call__(self, micros: Sequence[MicroBatch], totals: Totals, *, backward: bool = True) -> StepResult:
+    def __call__(
+        self,
+        micros: Sequence[MicroBatch],
+        totals: Totals,
+        *,
+        backward: bool = True,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> StepResult:
         """Run the micro-batches, add their gradients, and return this process's part of loss and metrics.
 
-        Raises UserError where a loss is not finite, naming the rows of its micro-batch.
+        meanwhile: called when all is launched, and a device still at work. Raises UserError where a loss is not
+        finite, naming the rows of its micro-batch.
         """
         self.fill_reference(micros)
         result = StepResult(torch.zeros((), device=self.accelerator.device))
@@ -208,6 +216,8 @@ class Step:
                     self.accelerator.backward(output.loss * self.accelerator.num_processes)
             losses.append(output.loss.detach())
             result.add(output.loss, output.metrics)
+        if meanwhile is not None:
+            meanwhile()
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
             if not finite:
                 rows = rows_of(micro.batch.examples)

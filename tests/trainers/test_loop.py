@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,6 +22,7 @@ from logratio.reference import trl
 from logratio.trainers import setup
 from logratio.trainers.cli import main
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import StoredReference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
@@ -267,3 +269,33 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
         "logratio: step 1: the gradient is not finite, though the loss is (rows 0, 1 of the data set); "
         "lower the learning rate or use float32"
     )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_next_step_is_packed_before_a_device_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Each step once, in order, and none beyond the last; what packing raises ends the step that it is of."""
+    happened: list[str] = []
+    data = write_rows(tmp_path / "rows.jsonl", rows_of("sft", BATCH * 3))
+    run = our_run("sft", truths.random_model(LlamaConfig, 3), data, tmp_path, 3)
+    cut, read = Step.micro_batches, Tensor.tolist
+    windows = [list(range(start, start + BATCH)) for start in range(0, 3 * BATCH, BATCH)]
+
+    def packed(self: Step, examples: Any, dealt: bool = False) -> Any:
+        happened.append(f"pack {windows.index([e.row for e in examples])}")
+        if fails and happened[-1] == "pack 2":
+            raise UserError("cannot be packed")
+        return cut(self, examples, dealt)
+
+    def waited(values: Tensor) -> Any:
+        if values.dtype == torch.bool:  # whether losses are finite
+            happened.append("wait")
+        return read(values)
+
+    monkeypatch.setattr(Step, "micro_batches", packed)
+    monkeypatch.setattr(Tensor, "tolist", waited)
+    with pytest.raises(UserError, match="^cannot be packed$") if fails else contextlib.nullcontext():
+        train_run(run, quiet=True)
+    assert happened == ["pack 0", "pack 1", "wait", "pack 2", "wait", *(["wait"] if not fails else [])]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == (2 if fails else 3)

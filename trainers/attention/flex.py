@@ -39,7 +39,8 @@ def block_mask(batch: PackedBatch, window: int | None = None) -> BlockMask:
     """`masks.attention_mask` for FlexAttention, of the blocks that packing has listed."""
     lists = batch.blocks.get(window)
     if lists is None:  # packed for another model, whose reference has a window or an attention of its own
-        lists = block_lists(batch.group.cpu(), batch.segment.cpu(), BLOCK, window).to(batch.group.device)
+        made = block_lists(batch.group.cpu(), batch.segment.cpu(), BLOCK, window)
+        lists = BlockLists(*(x.to(batch.group.device) for x in made))
     return _block_mask(sights(batch, window), lists)
 
 
@@ -152,10 +153,10 @@ def why_not(model: Any) -> str:
                 for n in (heads, key_heads, key_heads)
             )
             nothing = torch.zeros(rows, length, dtype=torch.int32)
-            lists = block_lists(nothing, nothing, BLOCK).to(model.device)
+            lists = BlockLists(*(x.to(model.device) for x in block_lists(nothing, nothing, BLOCK)))
             mask = _block_mask(Sight(*(torch.zeros_like(nothing, device=model.device) for _ in Sight._fields)), lists)
-            heads_first = (x.transpose(1, 2) for x in (query, key, value))
-            flex_or_sdpa(model, *heads_first, mask, scaling=size**-0.5)[0].sum().backward()
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's

@@ -40,10 +40,6 @@ class BlockLists(NamedTuple):
     full_q_num_blocks: Tensor
     full_q_indices: Tensor
 
-    def to(self, device: torch.device) -> BlockLists:
-        """The same on another device."""
-        return BlockLists(*(x.to(device, non_blocking=True) for x in self))
-
 
 def block_lists(group: Tensor, segment: Tensor, size: int, window: int | None = None) -> BlockLists:
     """Those of `masks.attention_mask`. group, segment: [R, L] as in `PackedBatch`, on the CPU."""

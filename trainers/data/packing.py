@@ -9,6 +9,7 @@ prompt token's hidden state predicts the first token of *every* completion. What
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .blocks import BlockLists, Blocks, block_lists
 from .examples import Example
+from .layout import Layout
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
 # of shorter rows. More makes less padding, less makes fewer micro-batches.
@@ -59,11 +61,11 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: to_device(value, device)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        blocks = {window: lists.to(device) for window, lists in self.blocks.items()}
+        blocks = {w: BlockLists(*(to_device(x, device) for x in lists)) for w, lists in self.blocks.items()}
         return dataclasses.replace(self, **moved, blocks=blocks)
 
     def unscored(self) -> PackedBatch:
@@ -78,6 +80,13 @@ class PackedBatch:
         """[N] scored values into the [paths, T] layout of `scored`, 0 elsewhere, with a graph."""
         out = values.new_zeros(self.scored.numel())
         return out.index_put((self.slot,), values).view(self.scored.shape)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy there, which waits for nothing that the device is still doing."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -226,102 +235,28 @@ def _build(
     blocks: Blocks | None,
 ) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
-    counts = [len(examples[i].completions) for i in members]
-    num_completions = sum(counts)
-    paths = _Paths(
-        completion={m: sum(counts[:k]) for k, m in enumerate(members)},
-        prompt={m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {},
-    )
+    starts = itertools.accumulate((len(examples[i].completions) for i in members), initial=0)
+    *paths, num_completions = starts
+    path = dict(zip(members, paths, strict=True))
+    prompt_path = {m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {}
     plain, length = _is_plain(rows), _length(rows)
     masked = blocks if blocks is not None and not plain else Blocks(1, ())
     length += -length % masked.size
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
-    # Without a mask a position that starts again would begin a new document. With one, a row may be longer than any
-    # of its sequences, and positions beyond these may have no embedding.
-    positions = torch.arange(length).repeat(len(rows), 1) * int(plain)
-    group = torch.full((len(rows), length), -1, dtype=torch.int64)
-    segment = torch.zeros((len(rows), length), dtype=torch.int64)
+    layout = Layout(len(rows), length)
     for r, row in enumerate(rows):
-        at = 0
+        place = r * length
         for number, piece in enumerate(row):
-            example = examples[piece.example]
-            group[r, at : at + piece.length] = number
-            prompt = range(at, at + len(example.prompt_ids))
-            _write(ids[r], positions[r], prompt, example.prompt_ids, 0)
-            at = prompt.stop
-            for k in piece.completions:
-                place = range(at, at + len(example.completions[k].ids))
-                _write(ids[r], positions[r], place, example.completions[k].ids, len(prompt))
-                segment[r, at : place.stop] = k + 1
-                paths.add(piece.example, example, k, r * length, prompt, place)
-                at = place.stop
-
-    hidden_index, targets, path, step, weight = (torch.cat(parts) for parts in zip(*paths.scored, strict=True))
-    width = int(step.max()) + 1 if len(step) else 1
-    slot = path * width + step
-    scored = torch.zeros((num_completions + len(paths.prompt)) * width, dtype=torch.bool)
-    scored[slot] = True
-    weights = None
-    if any(c.weights is not None for i in members for c in examples[i].completions):
-        weights = torch.zeros(scored.shape, dtype=torch.float32).index_put((slot,), weight).view(-1, width)
+            i = piece.example
+            place = layout.lay(examples[i], piece.completions, place, number, path[i], prompt_path.get(i))
+    tensors: dict[str, Any] = {
+        **layout.rows(pad_id, plain),
+        **layout.scored(num_completions + len(prompt_path)),
+    }
     return PackedBatch(
-        input_ids=ids,
-        position_ids=positions,
-        group=group,
-        segment=segment,
+        **tensors,
         plain=plain,
-        hidden_index=hidden_index,
-        targets=targets,
-        slot=slot,
-        scored=scored.view(-1, width),
         num_completions=num_completions,
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
-        weights=weights,
-        blocks={window: block_lists(group, segment, masked.size, window) for window in masked.windows},
+        blocks={w: block_lists(tensors["group"], tensors["segment"], masked.size, w) for w in masked.windows},
     )
-
-
-def _write(ids: Tensor, positions: Tensor, place: range, tokens: Sequence[int], first_position: int) -> None:
-    ids[place.start : place.stop] = torch.tensor(tokens, dtype=torch.int64)
-    positions[place.start : place.stop] = torch.arange(first_position, first_position + len(place))
-
-
-@dataclass
-class _Paths:
-    """Collects what is scored, a stretch of tokens at a time.
-
-    completion, prompt: the path of an example's first completion, and of its prompt where prompts are scored.
-    scored: (hidden index, target, path, place on the path, weight) of each stretch, tensors of one length.
-    """
-
-    completion: dict[int, int]
-    prompt: dict[int, int]
-    scored: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)
-
-    def add(self, index: int, example: Example, k: int, row_start: int, prompt: range, place: range) -> None:
-        """Completion k of an example, and with the first one the prompt; the ranges are places in the row."""
-        completion = example.completions[k]
-        tokens = torch.tensor(completion.ids, dtype=torch.int64)
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if completion.scored is not None:
-            keep = torch.tensor(completion.scored, dtype=torch.bool)
-        # the first token is predicted by the prompt's last, each later one by the one before it
-        before = torch.arange(place.start - 1, place.stop - 1) + row_start
-        before[:1] = row_start + prompt.stop - 1
-        step = torch.arange(len(tokens))
-        weights = None if completion.weights is None else torch.tensor(completion.weights, dtype=torch.float32)[keep]
-        self._append(before[keep], tokens[keep], self.completion[index] + k, step[keep], weights)
-        if k == 0 and index in self.prompt:
-            inside = torch.arange(prompt.start, prompt.stop - 1) + row_start
-            self._append(inside, torch.tensor(example.prompt_ids[1:]), self.prompt[index], torch.arange(len(inside)))
-            # the end of a prompt that its completions tokenize differently counts as prompt
-            self._append(
-                before[~keep], tokens[~keep], self.prompt[index], len(inside) + torch.arange(int((~keep).sum()))
-            )
-
-    def _append(
-        self, hidden_index: Tensor, target: Tensor, path: int, step: Tensor, weights: Tensor | None = None
-    ) -> None:
-        weights = torch.ones(len(step)) if weights is None else weights
-        self.scored.append((hidden_index, target.long(), torch.full_like(step, path), step, weights))
