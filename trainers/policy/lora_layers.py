@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from .lora_linear import Part, dtypes_of, lora_linear
+from .switch import NO_ADAPTER, Switch, switch_of
 
 # Children of one module that it calls with the same tensor. Where it does not, they compute alone.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -98,7 +99,16 @@ class FusedLora:
     """What `fuse_lora` puts in front of a PEFT layer's class."""
 
     peft_class: type
+    switch: Switch = Switch()  # the model's own, once it is fused
     siblings: Siblings | None = None  # while the parent's forward runs
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.switch.adapter == NO_ADAPTER or self._disable_adapters  # type: ignore[attr-defined]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.switch.adapter or self._active_adapter  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         part = None if args or kwargs else part_of(self, x)
@@ -126,11 +136,12 @@ def fuse_lora(model: nn.Module) -> int:
 
     Their class becomes a subclass of it, so that everything else of PEFT stays as it is.
     """
-    count = 0
+    count, switch = 0, switch_of(model)
     for layer in model.modules():
         fused = FUSED.get((type(layer), type(getattr(layer, "base_layer", None))))
         if fused is not None and all(is_plain_adapter(layer, name) for name in layer.lora_A):  # type: ignore[union-attr]
             layer.__class__ = fused
+            layer.__dict__["switch"] = switch
         count += isinstance(layer, FusedLora)
     for parent in model.modules():
         if open_siblings not in parent._forward_pre_hooks.values() and any(siblings_of(parent)):
