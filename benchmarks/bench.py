@@ -205,7 +205,7 @@ def record_of(job: Job, options: Options, device: torch.device) -> dict[str, Any
     """What all contestants' lines of a case share."""
     settings = {"seed": options.seed, "repeats": options.repeats}
     if isinstance(job.case, StepCase):
-        settings |= job.case.settings() | {"optimizer": "adamw_torch", "learning_rate": LEARNING_RATE}
+        settings |= job.case.settings() | {"optimizer": "adamw_torch_fused", "learning_rate": LEARNING_RATE}
     return {
         "suite": job.suite,
         "case": job.case.case,

@@ -53,7 +53,7 @@ def train(steps: int = STEPS) -> tuple[Policy, list[float]]:
     reference = AdapterReference(policy)
 
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     losses = []
     for step in range(1, steps + 1):
         start = (step - 1) * BATCH_SIZE % len(examples)

@@ -55,7 +55,7 @@ def train(steps: int = STEPS) -> tuple[Policy, list[float]]:
     policy = Policy(tiny_model(SEED), temperature=1.0, stats=loss.stats)
     share_prompts(policy)  # a prompt is computed once for its whole group, where the model can
     trained = list(policy.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     losses = []
     for step in range(1, steps + 1):
         start = (step - 1) * PROMPTS % len(prompts)

@@ -118,9 +118,8 @@ class Ahead(Iterator[Window]):
 def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]:
     """Clip, update, reset; returns the gradient's norm before clipping and the learning rate. UserError where the
     norm is not finite."""
-    trained = [p for p in run.policy.parameters() if p.requires_grad]
     limit = run.config.train.max_grad_norm or math.inf
-    norm = run.accelerator.clip_grad_norm_(trained, limit)
+    norm = run.accelerator.clip_grad_norm_(run.trained, limit)
     grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
     if not math.isfinite(grad_norm) and run.accelerator.scaler is None:

@@ -17,10 +17,11 @@ from transformers import get_scheduler
 
 from logratio.losses import Kind
 
-from .config import RunConfig, TrainConfig
+from .config import RunConfig
 from .data.examples import Report, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
+from .optimizer import make_optimizer, trained_parameters
 from .outputs import check_output, clear
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
@@ -58,7 +59,7 @@ class Data:
 
 @dataclass
 class Run:
-    """Everything the loop works with."""
+    """Everything the loop works with. trained: the parameters that an update changes, in the policy's order."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -67,6 +68,7 @@ class Run:
     step: Step
     data: Data
     rollouts: Rollouts | None
+    trained: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: Any
     total_steps: int
@@ -109,7 +111,8 @@ def build(config: RunConfig) -> Run:
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, state=state, accelerator=accelerator)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
-    optimizer = make_optimizer(policy, config.train, accelerator.device)
+    trained = trained_parameters(policy)
+    optimizer = make_optimizer(trained, config.train, accelerator.device)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
     scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, config.train.warmup_steps, total_steps)
@@ -121,6 +124,7 @@ def build(config: RunConfig) -> Run:
         step=step,
         data=data,
         rollouts=rollouts,
+        trained=trained,
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=scheduler,
         total_steps=total_steps,
@@ -244,22 +248,3 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     notes += share_prompts(policy, config.model.attn_implementation, autocast_of(config))
     policy.train()
     return policy, notes
-
-
-def make_optimizer(policy: Policy, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over what is trainable; weight decay on matrices only, as transformers does."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    assert config.learning_rate is not None
-    if config.optim == "adamw_torch":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    if device.type != "cuda":
-        raise UserError(f"--optim {config.optim} needs a GPU; use adamw_torch on {device.type}")
-    import bitsandbytes as bnb
-
-    name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
-    return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate)

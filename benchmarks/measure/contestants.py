@@ -17,6 +17,7 @@ from torch import Tensor
 from logratio.trainers.data.examples import Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.layers.fused import fuse_layers
+from logratio.trainers.optimizer import adamw, trained_parameters
 from logratio.trainers.policy.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import (
@@ -61,9 +62,9 @@ class Contestant(Protocol):
         """Of every completion's tokens, flat, without gradient, as the step's forward pass computes them."""
 
 
-def apply_update(model: Any, optimizer: torch.optim.Optimizer) -> None:
+def apply_update(optimizer: torch.optim.Optimizer) -> None:
     """What both sides do with a gradient."""
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], MAX_GRAD_NORM)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -110,8 +111,7 @@ class Ours:
             max_length=case.max_length,
         )
         self.old = None if old is None else StoredReference(old, AdapterReference(policy, policy))
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+        self.optimizer = adamw(trained_parameters(policy), LEARNING_RATE)
         policy.train()
 
     def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> list[Example]:
@@ -130,7 +130,7 @@ class Ours:
         result.reduced(self.step.accelerator)  # the metrics, which TRL counts in its step as well
 
     def update(self) -> None:
-        apply_update(self.policy, self.optimizer)
+        apply_update(self.optimizer)
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         return policy_logps(self.policy, examples)

@@ -44,6 +44,7 @@ class Trl:
         options: dict[str, Any] = {
             "per_device_train_batch_size": 2,
             "learning_rate": LEARNING_RATE,
+            "optim": "adamw_torch_fused",  # its default
             "use_cpu": device.type == "cpu",
             # on a GPU as its users have it, with autocast on weights in bfloat16
             "bf16": case.dtype == "bfloat16" and device.type == "cuda",
@@ -91,7 +92,7 @@ class Trl:
                 trainer.training_step(trainer.model_wrapped, dict(micro), tokens)
 
     def update(self) -> None:
-        apply_update(self.model, self.optimizer)
+        apply_update(self.optimizer)
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         parts = []

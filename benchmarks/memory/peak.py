@@ -167,7 +167,7 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
             0,
             added + dequantized,
         ),
-        moment("optimizer", gradients, 0, 0, optimizer_temporary(trained, setup)),
+        moment("optimizer", gradients, 0, 0, 0),
     ]
     if trains_head:
         summed = size.vocab * size.hidden * (4 + (e if e == 2 else 0))  # in float32, and the product or the result
@@ -245,13 +245,6 @@ def optimizer_bytes(trained: list[int], setup: Setup) -> int:
         if eight:
             total += 2 * 4 * math.ceil(numel / ABSMAX_BLOCK)
     return total
-
-
-def optimizer_temporary(trained: list[int], setup: Setup) -> int:
-    """torch's AdamW takes the roots of all second moments at once on a GPU; on a CPU one tensor's at a time."""
-    if setup.optim != "adamw_torch":
-        return 0
-    return trained_bytes(trained if setup.on_gpu else [max(trained)], setup)
 
 
 def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:

@@ -13,7 +13,8 @@ from logratio.losses import LOSSES
 from logratio.trainers.cli import parse_train
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
-from logratio.trainers.setup import batches, build, count_steps, make_optimizer, start_accelerator
+from logratio.trainers.optimizer import make_optimizer
+from logratio.trainers.setup import batches, build, count_steps, start_accelerator
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_optimizers_of_bitsandbytes_need_a_gpu(rows, optim):
     config = config_of("sft", rows, "--optim", optim, "--learning_rate", "1e-3")
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=f"^--optim {optim} needs a GPU; use adamw_torch on cpu$"):
-        make_optimizer(layer, config.train, torch.device("cpu"))  # type: ignore[arg-type]
+        make_optimizer(list(layer.parameters()), config.train, torch.device("cpu"))
 
 
 def test_learning_rates_warm_up_and_fall(rows):

@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from .lora_linear import Part, dtypes_of, lora_linear
+from .switch import NO_ADAPTER, Switch, switch_of
 
 # Children of one module that it calls with the same tensor. Where it does not, they compute alone.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,36 +26,54 @@ def part_of(layer: Any, x: Tensor) -> Part | None:
 
     None with adapters that are switched off or merged, with none or several active, with dropout, DoRA or another
     variant, with biases in adapters, base weights that train, hooks on the modules inside, and mixed dtypes.
+
+    All of it is asked in every call of every layer, so it is read where nn.Module keeps it, past its `__getattr__`.
     """
-    if layer.disable_adapters or layer.merged_adapters:
+    state = layer.__dict__
+    modules = state["_modules"]
+    if layer.disable_adapters or state["merged_adapters"]:
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    adapters = modules["lora_A"]._modules
+    active = layer.active_adapter
+    names = [name for name in ((active,) if isinstance(active, str) else active) if name in adapters]
     if len(names) != 1 or not is_plain_adapter(layer, names[0]):
         return None
-    base, a, b = layer.base_layer, layer.lora_A[names[0]], layer.lora_B[names[0]]
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+    (name,) = names
+    base, a, b = modules["base_layer"], adapters[name], modules["lora_B"]._modules[name]
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    if not all(map(_is_bare, (base, a, b))):
+    if not (_is_bare(base) and _is_bare(a) and _is_bare(b)):
         return None
     dtypes = dtypes_of(base, x)
-    return None if dtypes is None else Part(base, a.weight, b.weight, layer.scaling[names[0]], *dtypes)
+    if dtypes is None:
+        return None
+    return Part(base, a._parameters["weight"], b._parameters["weight"], state["scaling"][name], *dtypes)
 
 
 def is_plain_adapter(layer: Any, name: str) -> bool:
     """Whether an adapter adds s B A x to what a linear layer gives, and no more."""
+    modules = layer.__dict__["_modules"]
+    b = modules["lora_B"]._modules[name]
     return (
         name not in layer.lora_variant
-        and type(layer.lora_A[name]) is nn.Linear  # neither wrapped nor parametrized
-        and type(layer.lora_B[name]) is nn.Linear
-        and layer.lora_B[name].bias is None
-        and type(layer.lora_dropout[name]) is nn.Identity
+        and type(modules["lora_A"]._modules[name]) is nn.Linear  # neither wrapped nor parametrized
+        and type(b) is nn.Linear
+        and b._parameters["bias"] is None
+        and type(modules["lora_dropout"]._modules[name]) is nn.Identity
     )
 
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether its forward is its class's and nothing is to be called before or after (offloading, ZeRO-3, hooks)."""
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
+    state = module.__dict__
+    return not (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 class Siblings:
@@ -98,12 +117,25 @@ class FusedLora:
     """What `fuse_lora` puts in front of a PEFT layer's class."""
 
     peft_class: type
+    switch: Switch = Switch()  # the model's own, once it is fused
     siblings: Siblings | None = None  # while the parent's forward runs
 
+    @property
+    def disable_adapters(self) -> bool:
+        return self.switch.adapter == NO_ADAPTER or self._disable_adapters  # type: ignore[attr-defined]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.switch.adapter or self._active_adapter  # type: ignore[attr-defined]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        part = None if args or kwargs else part_of(self, x)
-        if part is None:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.disable_adapters and not self.__dict__["merged_adapters"]:
+            return self.__dict__["_modules"]["base_layer"](x)  # as PEFT would in the end
+        part = part_of(self, x)
+        if part is None:
+            return super().forward(x)  # type: ignore[misc]
         return self.siblings.output(self, part, x) if self.siblings else lora_linear(x, (part,))[0]
 
 
@@ -126,11 +158,12 @@ def fuse_lora(model: nn.Module) -> int:
 
     Their class becomes a subclass of it, so that everything else of PEFT stays as it is.
     """
-    count = 0
+    count, switch = 0, switch_of(model)
     for layer in model.modules():
         fused = FUSED.get((type(layer), type(getattr(layer, "base_layer", None))))
         if fused is not None and all(is_plain_adapter(layer, name) for name in layer.lora_A):  # type: ignore[union-attr]
             layer.__class__ = fused
+            layer.__dict__["switch"] = switch
         count += isinstance(layer, FusedLora)
     for parent in model.modules():
         if open_siblings not in parent._forward_pre_hooks.values() and any(siblings_of(parent)):

@@ -47,7 +47,8 @@ class Part(NamedTuple):
 
     def same(self, other: Part) -> bool:
         """Whether it is the same adapter of the same layer, computed alike."""
-        return all(mine is theirs for mine, theirs in zip(self[:3], other[:3], strict=True)) and self[3:] == other[3:]
+        mine = self.base is other.base and self.a is other.a and self.b is other.b
+        return mine and self[3:] == other[3:]
 
 
 def lora_linear(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
@@ -64,19 +65,22 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        dtype = parts[0].dtype
-        cast = x.contiguous().to(dtype)
+        count, dtype = len(parts), parts[0].dtype
+        cast = _to(x.contiguous(), dtype)
         rows = cast.view(-1, x.shape[-1])
-        a = _stacked(factors[: len(parts)], dtype)
-        u = torch.mm(rows, a.t(), out=rows.new_empty(len(rows), len(a)))
-        outputs = []
-        for part, own in zip(parts, u.split([len(part.a) for part in parts], dim=1), strict=True):
-            y = _dense(part, cast) if type(part.base) is nn.Linear else _quantized(part, x)
-            y.view(-1, y.shape[-1]).addmm_(own, part.b.to(dtype).t(), alpha=part.scaling)
-            outputs.append(y.to(part.out))
+        a = _stacked(factors[:count], dtype)
+        u = torch.mm(rows, a.t(), out=rows.new_empty(rows.shape[0], a.shape[0]))
+        needs_weights, weights, outputs = ctx.needs_input_grad[0], [], []
+        for part, b, own in zip(parts, factors[count:], _columns(u, factors[:count]), strict=True):
+            if type(part.base) is nn.Linear:
+                y = _dense(part.base, cast, rows)
+                if needs_weights:  # for dx alone, no copy of it; a quantized one is found through its layer
+                    weights.append(part.base.weight)
+            else:
+                y = _quantized(part, x)
+            y.view(-1, y.shape[-1]).addmm_(own, _to(b, dtype).t(), alpha=part.scaling)
+            outputs.append(_to(y, part.out))
         ctx.parts = parts
-        # a weight is kept (no copy of it) for dx alone; a quantized one is found through its layer
-        weights = [part.base.weight for part in parts if ctx.needs_input_grad[0] and type(part.base) is nn.Linear]
         ctx.save_for_backward(cast, u, *factors, *weights)
         return tuple(outputs)
 
@@ -86,43 +90,50 @@ class _LoraLinear(torch.autograd.Function):
         parts, count = ctx.parts, len(ctx.parts)
         x, u, *rest = ctx.saved_tensors
         factors, weights = rest[: 2 * count], rest[2 * count :]
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[0], *_halves(ctx.needs_input_grad[2:])
-        rows = x.view(-1, x.shape[-1])
-        us = u.split([len(part.a) for part in parts], dim=1)
+        needs = ctx.needs_input_grad
+        needs_x, needs_a = needs[0], any(needs[2 : 2 + count])
+        dtype, rows = x.dtype, x.view(-1, x.shape[-1])
+        us = _columns(u, factors[:count])
         used = [i for i, dy in enumerate(grads) if dy is not None]  # an output may be no part of the loss
         out: list[Tensor | None] = [None] * (2 + 2 * count)
         if not used:
             return tuple(out)
-        dys = {i: dy.reshape(-1, dy.shape[-1]).to(x.dtype) for i, dy in enumerate(grads) if dy is not None}
+        dys = {i: _to(dy.reshape(-1, dy.shape[-1]), dtype) for i, dy in enumerate(grads) if dy is not None}
         for i in used:
-            if needs_b[i]:
+            if needs[2 + count + i]:
                 out[2 + count + i] = _product(dys[i].t(), us[i], parts[i].scaling)
-        if not needs_x and not any(needs_a):
+        if not needs_x and not needs_a:
             return tuple(out)
-        ranks = [us[i].shape[1] for i in used]
-        du = rows.new_empty(len(rows), sum(ranks))
-        for i, own in zip(used, du.split(ranks, dim=1), strict=True):
-            own.addmm_(dys[i], factors[count + i].to(x.dtype), beta=0, alpha=parts[i].scaling)
-        if any(needs_a):
-            for i, own in zip(used, _product(du.t(), rows).split(ranks), strict=True):
+        mine = [factors[i] for i in used]
+        du = rows.new_empty(rows.shape[0], sum(a.shape[0] for a in mine))
+        for i, own in zip(used, _columns(du, mine), strict=True):
+            own.addmm_(dys[i], _to(factors[count + i], dtype), beta=0, alpha=parts[i].scaling)
+        if needs_a:
+            da = _product(du.t(), rows)
+            for i, own in zip(used, _columns(da, mine, 0), strict=True):
                 out[2 + i] = own
         if needs_x:
             dx = rows.new_empty(rows.shape, dtype=parts[0].compute)
             for k, i in enumerate(used):
                 weight = weights[i] if weights else _dequantized(parts[i])
-                dx.addmm_(dys[i].to(dx.dtype), weight.to(dx.dtype), beta=1 if k else 0)
-            dx = dx.to(x.dtype).addmm_(du, _stacked([factors[i] for i in used], x.dtype))
-            out[0] = dx.view(x.shape)
+                dx.addmm_(_to(dys[i], dx.dtype), _to(weight, dx.dtype), beta=1 if k else 0)
+            out[0] = _to(dx, dtype).addmm_(du, _stacked(mine, dtype)).view(x.shape)
         return tuple(out)  # autograd casts each to the dtype of what it is the gradient of
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, without the call where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def _columns(u: Tensor, a: Sequence[Tensor], dim: int = 1) -> Sequence[Tensor]:
+    """The part of u, or with dim 0 of what stands in rows, that belongs to each A."""
+    return (u,) if len(a) == 1 else u.split_with_sizes([one.shape[0] for one in a], dim)
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[sum of r_i, in]."""
-    return torch.cat([w.to(dtype) for w in weights]) if len(weights) > 1 else weights[0].to(dtype)
-
-
-def _halves(values: Sequence[bool]) -> tuple[Sequence[bool], Sequence[bool]]:
-    return values[: len(values) // 2], values[len(values) // 2 :]
+    return torch.cat([_to(w, dtype) for w in weights]) if len(weights) > 1 else _to(weights[0], dtype)
 
 
 def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
@@ -130,16 +141,17 @@ def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
 
 
-def _dense(part: Part, x: Tensor) -> Tensor:
-    """x W^T + b in x's dtype, which autocast may have chosen. [..., out]"""
-    weight, bias = part.base.weight.to(x.dtype), part.base.bias
-    y = x.new_empty(*x.shape[:-1], len(weight))
+def _dense(base: nn.Linear, x: Tensor, rows: Tensor) -> Tensor:
+    """x W^T + b in x's dtype, which autocast may have chosen. rows: x as a matrix. [..., out]"""
+    weight, bias = _to(base.weight, x.dtype), base.bias
+    width = weight.shape[0]
+    y = x.new_empty(*x.shape[:-1], width)
     # written into, because a product's view as one of several outputs could not be changed in place behind this
-    rows, into = x.view(-1, x.shape[-1]), y.view(-1, len(weight))
+    into = y.view(-1, width)
     if bias is None:
         torch.mm(rows, weight.t(), out=into)
     else:
-        torch.addmm(bias.to(x.dtype), rows, weight.t(), out=into)
+        torch.addmm(_to(bias, x.dtype), rows, weight.t(), out=into)
     return y
 
 
@@ -165,11 +177,11 @@ def _dequantized(part: Part) -> Tensor:
 
 def dtypes_of(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype, torch.dtype] | None:
     """(compute, dtype, out) of a `Part`, or None where x and the weights do not go together."""
-    exact = torch.float64 in (x.dtype, base.weight.dtype)  # which autocast leaves as it is
-    casts = torch.is_autocast_enabled(x.device.type) and not exact
-    auto = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    dtype, device, weight = x.dtype, x.device.type, base.weight
+    casts = torch.is_autocast_enabled(device) and torch.float64 not in (dtype, weight.dtype)  # which it leaves alone
+    auto = torch.get_autocast_dtype(device) if casts else dtype
     if type(base) is nn.Linear:
-        return (auto, auto, auto) if casts or x.dtype == base.weight.dtype else None
+        return (auto, auto, auto) if casts or dtype is weight.dtype else None
     state = getattr(base.weight, "quant_state", None)
     if torch.is_grad_enabled():
         refuse_repacked(base.weight)

@@ -16,10 +16,13 @@ from ..errors import UserError
 
 def keep_layout(model: nn.Module) -> None:
     """Let bitsandbytes repack no weight of the model from now on."""
-    layer: Any
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+    for layer in repackable(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def repackable(model: nn.Module) -> list[Any]:
+    """The layers whose weights bitsandbytes may repack."""
+    return [layer for layer in model.modules() if hasattr(layer, "support_avx512bf16_for_cpu")]
 
 
 def is_repacked(weight: Tensor) -> bool:

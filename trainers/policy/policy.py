@@ -7,7 +7,7 @@ gradient hooks of DDP and the gathering hooks of FSDP and ZeRO hang on the forwa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
 from ..data.blocks import Blocks
 from ..data.packing import PackedBatch
-from .nf4 import refuse_repacked
+from .nf4 import refuse_repacked, repackable
+from .switch import NO_ADAPTER, computing_with
 
 REFERENCE_ADAPTER = "reference"
 MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
@@ -43,6 +44,7 @@ class Policy(nn.Module):
         self.stats = stats
         self.shared = shared
         self.windows = attention_windows(self.causal_lm.config)
+        self.repackable = repackable(model)
 
     @property
     def causal_lm(self) -> Any:
@@ -75,8 +77,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: PackedBatch) -> TokenLogps:
         """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
-        if torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
-            refuse_repacked(*self.parameters())
+        if self.repackable and torch.is_grad_enabled():
+            refuse_repacked(*(layer.weight for layer in self.repackable))
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
         out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)
@@ -108,18 +110,10 @@ class Policy(nn.Module):
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
 
-    @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
+    def as_reference(self) -> contextlib.AbstractContextManager[None]:
         """Inside, forward computes the reference: the frozen starting adapter if there is one, else no adapter."""
-        if REFERENCE_ADAPTER not in self.model.peft_config:
-            with self.model.disable_adapter():
-                yield
-            return
-        self.model.set_adapter(REFERENCE_ADAPTER)
-        try:
-            yield
-        finally:
-            self.model.set_adapter("default")  # makes it trainable again, and the reference frozen
+        frozen = REFERENCE_ADAPTER in self.model.peft_config
+        return computing_with(self.model, REFERENCE_ADAPTER if frozen else NO_ADAPTER)
 
 
 def attention_windows(config: Any) -> tuple[int | None, ...]:

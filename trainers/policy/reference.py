@@ -24,8 +24,9 @@ from ..data.packing import PackedBatch, example_tokens, pack
 from ..errors import UserError
 from .checks import foreign
 from .load import load_model
-from .policy import Policy
+from .policy import REFERENCE_ADAPTER, Policy
 from .sharing import choose_attention
+from .switch import set_training
 
 PACKED_TOGETHER = 512
 """Examples of a data set, of about one length, that are packed at a time: packing takes the square of their number."""
@@ -41,12 +42,12 @@ class Reference(Protocol):
 def inference(module: nn.Module) -> Iterator[None]:
     """No gradient, no dropout."""
     was_training = module.training
-    module.eval()
+    set_training(module, False)
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was_training)
+        set_training(module, was_training)
 
 
 class AdapterReference:
@@ -140,15 +141,12 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
     Token ids cover the data, its order, the tokenizer, the chat template and the truncation.
     """
     weights = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        if policy.has_adapters:
-            stack.enter_context(policy.as_reference())
-        active = set(policy.model.active_adapters) if policy.has_adapters else set()
-        for name, value in sorted(policy.causal_lm.state_dict().items()):
-            if "lora_" in name and not any(f".{a}." in name for a in active if a != "default"):
-                continue  # adapters that the reference does not use
-            weights.update(name.encode())
-            weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+    frozen = policy.has_adapters and REFERENCE_ADAPTER in policy.model.peft_config
+    for name, value in sorted(policy.causal_lm.state_dict().items()):
+        if "lora_" in name and not (frozen and f".{REFERENCE_ADAPTER}." in name):
+            continue  # adapters that the reference does not use
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     data = hashlib.sha256()
     for example in examples:
         data.update(tokens_key(example).encode())

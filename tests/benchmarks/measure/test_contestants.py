@@ -156,7 +156,7 @@ def test_an_update_is_clipped():
     layer = torch.nn.Linear(2, 1, bias=False)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([[30.0, 40.0]])
-    apply_update(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+    apply_update(torch.optim.SGD(layer.parameters(), lr=1.0))
     assert (before - layer.weight).norm().item() == pytest.approx(MAX_GRAD_NORM, rel=1e-4) and layer.weight.grad is None
 
 
