@@ -143,8 +143,9 @@ def why_not(model: Any) -> str:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out.
-    # A number of blocks that were equal to one of heads would be compiled into the kernel.
+    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out,
+    # queries and keys new out of the rope. A number of blocks that were equal to one of heads would be compiled into
+    # the kernel.
     rows, length = 1, 13 * BLOCK
     try:
         with torch.enable_grad():
@@ -156,7 +157,7 @@ def why_not(model: Any) -> str:
             lists = BlockLists(*(x.to(model.device) for x in block_lists(nothing, nothing, BLOCK)))
             mask = _block_mask(Sight(*(torch.zeros_like(nothing, device=model.device) for _ in Sight._fields)), lists)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            flex_or_sdpa(model, query, key, value, mask, scaling=size**-0.5)[0].sum().backward()
+            flex_or_sdpa(model, query * 1, key * 1, value, mask, scaling=size**-0.5)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's
