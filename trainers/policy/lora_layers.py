@@ -14,6 +14,7 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from ..layers.swiglu import swiglu
 from .lora_linear import Part, dtypes_of, lora_linear
 from .switch import NO_ADAPTER, Switch, switch_of
 
@@ -137,6 +138,12 @@ class FusedLora:
         if part is None:
             return super().forward(x)  # type: ignore[misc]
         return self.siblings.output(self, part, x) if self.siblings else lora_linear(x, (part,))[0]
+
+    def of_swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`self(swiglu(gate, up))`, without keeping the product where only `lora_linear` needs it."""
+        x = swiglu(gate, up)
+        part = part_of(self, x) if torch.is_grad_enabled() and _is_bare(self) else None  # type: ignore[arg-type]
+        return self(x) if part is None else lora_linear(x, (part,), (gate, up))[0]  # type: ignore[operator]
 
 
 class FusedLinear(FusedLora, lora.Linear):

@@ -14,7 +14,8 @@ What differs from PEFT's forward:
 1. Adapters are computed in x's dtype (under autocast in its dtype); PEFT computes float32 adapters of half-precision
    models in float32 where there is no autocast. Their gradients are float32 in any case, from products that accumulate
    in float32 and are rounded once to x's dtype.
-2. Kept for backward are x, once for all who share it, and u: no copy of x or of a weight in another dtype than x's own.
+2. Kept for backward are x, once for all who share it, and u: no copy of x or of a weight in another dtype than x's own;
+   and no x where it is made again (`made_of`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..layers.swiglu import product
 from .nf4 import is_repacked, refuse_repacked
 
 
@@ -51,19 +53,24 @@ class Part(NamedTuple):
         return mine and self[3:] == other[3:]
 
 
-def lora_linear(x: Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
-    """[..., out_i] of every part, from x [..., in], in one node of the graph."""
-    return _LoraLinear.apply(x, tuple(parts), *(part.a for part in parts), *(part.b for part in parts))
+def lora_linear(x: Tensor, parts: Sequence[Part], made_of: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+    """[..., out_i] of every part, from x [..., in], in one node of the graph.
+
+    made_of: the gate and up whose SwiGLU x is; they are kept anyway, and x is made again from them.
+    """
+    return _LoraLinear.apply(x, tuple(parts), made_of, *(part.a for part in parts), *(part.b for part in parts))
 
 
 class _LoraLinear(torch.autograd.Function):
-    """forward(x, parts, A_1 .. A_n, B_1 .. B_n) -> (y_1, .., y_n).
+    """forward(x, parts, made_of, A_1 .. A_n, B_1 .. B_n) -> (y_1, .., y_n).
 
     Products are written with `out=` or in place, which autocast leaves alone: it would cast what `Part` has decided.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: tuple[Part, ...], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, parts: tuple[Part, ...], made_of: tuple[Tensor, Tensor] | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         count, dtype = len(parts), parts[0].dtype
         cast = _to(x.contiguous(), dtype)
@@ -80,28 +87,32 @@ class _LoraLinear(torch.autograd.Function):
                 y = _quantized(part, x)
             y.view(-1, y.shape[-1]).addmm_(own, _to(b, dtype).t(), alpha=part.scaling)
             outputs.append(_to(y, part.out))
-        ctx.parts = parts
-        ctx.save_for_backward(cast, u, *factors, *weights)
+        ctx.parts, ctx.remakes = parts, made_of is not None and cast is x
+        ctx.save_for_backward(
+            *(made_of if made_of is not None and ctx.remakes else (cast, None)), u, *factors, *weights
+        )
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parts, count = ctx.parts, len(ctx.parts)
-        x, u, *rest = ctx.saved_tensors
+        x, up, u, *rest = ctx.saved_tensors
         factors, weights = rest[: 2 * count], rest[2 * count :]
-        needs = ctx.needs_input_grad
-        needs_x, needs_a = needs[0], any(needs[2 : 2 + count])
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_a = any(needs[:count])
+        if ctx.remakes and needs_a:
+            x = product(x, up)
         dtype, rows = x.dtype, x.view(-1, x.shape[-1])
         us = _columns(u, factors[:count])
         used = [i for i, dy in enumerate(grads) if dy is not None]  # an output may be no part of the loss
-        out: list[Tensor | None] = [None] * (2 + 2 * count)
+        out: list[Tensor | None] = [None] * (3 + 2 * count)
         if not used:
             return tuple(out)
         dys = {i: _to(dy.reshape(-1, dy.shape[-1]), dtype) for i, dy in enumerate(grads) if dy is not None}
         for i in used:
-            if needs[2 + count + i]:
-                out[2 + count + i] = _product(dys[i].t(), us[i], parts[i].scaling)
+            if needs[count + i]:
+                out[3 + count + i] = _product(dys[i].t(), us[i], parts[i].scaling)
         if not needs_x and not needs_a:
             return tuple(out)
         mine = [factors[i] for i in used]
@@ -111,7 +122,7 @@ class _LoraLinear(torch.autograd.Function):
         if needs_a:
             da = _product(du.t(), rows)
             for i, own in zip(used, _columns(da, mine, 0), strict=True):
-                out[2 + i] = own
+                out[3 + i] = own
         if needs_x:
             dx = rows.new_empty(rows.shape, dtype=parts[0].compute)
             for k, i in enumerate(used):
