@@ -4,6 +4,7 @@
     head    the LM head alone, forward and backward
     step    one optimizer step of every method, whole, with LoRA and with QLoRA
     scale   how a step grows with sequence length, batch, vocabulary and group size
+    host    what Python costs: steps of a deep, narrow model on one thread of a CPU
     all     head, step and scale
 
 Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import head, step
+from .measure import head, host, step
 from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
 from .measure.head import HeadCase
@@ -47,7 +48,7 @@ SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
 class Options:
     """What to measure, and where to write it."""
 
-    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "all"]]
+    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "host", "all"]]
     """Which cases."""
     results: Path = Path("benchmarks/results")
     """Folder of the JSON lines."""
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = chosen_device(options.device)
+    device = chosen_device("cpu" if options.suite == "host" else options.device)
     known = {word for name in (*head.CONTESTANTS, *step.CONTESTANTS) for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -135,6 +136,9 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
     if "step" in suites:
         for case in gpu_cases() if gpu else cpu_cases():
             yield step_job("step", case, options, device)
+    if "host" in suites:
+        for case in host.cases():
+            yield step_job("host", case, options, device, host.run)
     if "scale" in suites:
         for case in scale_cases(gpu):
             yield step_job("scale", case, options, device)
@@ -147,9 +151,9 @@ def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
     )
 
 
-def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
+def step_job(suite: str, case: StepCase, options: Options, device: torch.device, run: Any = step.run) -> Job:
     only = asked(step.CONTESTANTS, options)
-    return Job(suite, case, only, lambda: step.run(case, device, repeats=options.repeats, seed=options.seed, only=only))
+    return Job(suite, case, only, lambda: run(case, device, repeats=options.repeats, seed=options.seed, only=only))
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:

@@ -32,8 +32,20 @@ def time_ms(work: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def cpu_ms(work: Callable[[], Any], device: torch.device) -> float:
+    """What the process's threads worked, without the time that others had the processor."""
+    start = time.process_time()
+    work()
+    return (time.process_time() - start) * 1e3
+
+
 def interleaved(
-    works: Mapping[str, Callable[[int], Any]], device: torch.device, *, repeats: int, warmup: int = 1
+    works: Mapping[str, Callable[[int], Any]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], Any], torch.device], float] = time_ms,
 ) -> dict[str, list[float]]:
     """`repeats` times of each, in ms, after `warmup` rounds that do not count.
 
@@ -44,7 +56,7 @@ def interleaved(
     for round_ in range(-warmup, repeats):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            elapsed = time_ms(partial(works[name], round_), device)
+            elapsed = clock(partial(works[name], round_), device)
             if round_ >= 0:
                 times[name].append(elapsed)
     return times

@@ -52,6 +52,11 @@ def build(
         model = model.to(device)
     if adapter == "full":
         return model
+    return with_adapters(model, adapter, lora_r)
+
+
+def with_adapters(model: Any, adapter: str = "lora", lora_r: int = LORA_R) -> Any:
+    """`model` under fresh adapters, in place; see `build`."""
     if adapter == "qlora":
         quantize(model)
     lora = LoraConfig(r=lora_r, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")

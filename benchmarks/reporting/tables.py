@@ -215,3 +215,13 @@ def scale_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
             "Predicted peak memory in MiB (off what was measured)": matrix(rows, keys, prediction),
         },
     )
+
+
+def host_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
+    """What Python costs: a line for each method."""
+
+    def of(key: str) -> str:
+        return matrix(rows, {"method": "method"}, lambda row, base: number(row.get(key)))
+
+    tables = {"A step": of("units"), "Forward and backward of the model that it trains": of("passes_units")}
+    return _titled(rows, {f"{name}, in passes of the plain model": text for name, text in tables.items()})

@@ -292,3 +292,12 @@ def test_ratios_of_steps_that_took_turns_are_paired():
     other_run = step("trl", 250.0, time_to_ours=2.25, date="11:00:00")
     assert quotient(other_run, ours, "step_ms_p50") == 2.5
     assert quotient(step("trl", 250.0, 30.0, time_to_ours=2.25), step("logratio", 100.0, 20.0), "peak_mem_mib") == 1.5
+
+
+def test_what_the_host_costs_is_told_in_passes_of_the_plain_model(tmp_path):
+    fields = {"suite": "host", "case": "dpo-lora-32x64-short", "model": "32x64", "gpu": "cpu"}
+    rows = [step(name, 9.0, units=u, passes_units=u / 2, **fields) for name, u in (("logratio", 2.5), ("trl", 5.1))]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert "next to nothing to compute" in page and "| dpo | 2.50 | 5.10 |" in page and "| dpo | 1.25 | 2.55 |" in page

@@ -87,10 +87,9 @@ class _LoraLinear(torch.autograd.Function):
                 y = _quantized(part, x)
             y.view(-1, y.shape[-1]).addmm_(own, _to(b, dtype).t(), alpha=part.scaling)
             outputs.append(_to(y, part.out))
-        ctx.parts, ctx.remakes = parts, made_of is not None and cast is x
-        ctx.save_for_backward(
-            *(made_of if made_of is not None and ctx.remakes else (cast, None)), u, *factors, *weights
-        )
+        kept = made_of if made_of is not None and cast is x else (cast, None)
+        ctx.parts, ctx.remakes = parts, kept is made_of
+        ctx.save_for_backward(*kept, u, *factors, *weights)
         return tuple(outputs)
 
     @staticmethod

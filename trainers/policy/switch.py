@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 NO_ADAPTER = ""
 
@@ -79,8 +80,9 @@ def set_training(module: nn.Module, mode: bool) -> None:
         one = waiting.pop()
         if one is None:
             continue
-        if type(one).train is not nn.Module.train:  # does more, or goes elsewhere
-            one.train(mode)
+        own = type(one).train
+        if own is not nn.Module.train and (own is not PreTrainedModel.train or one.use_kernels):
+            one.train(mode)  # does more, or goes elsewhere
             continue
         state = one.__dict__
         state["training"] = mode

@@ -255,6 +255,19 @@ def test_a_base_model_that_was_fused_alone_is_left_to_peft():
 # --- training mode
 
 
+def test_a_model_of_transformers_is_set_without_recursion_unless_it_has_kernels_to_put_in(monkeypatch):
+    model, recursions, kernels = adapted(), [], []
+    causal_lm = model.get_base_model()
+    train = nn.Module.train
+    monkeypatch.setattr(nn.Module, "train", lambda self, mode=True: recursions.append(self) or train(self, mode))
+    monkeypatch.setattr(type(causal_lm), "set_use_kernels", lambda self, on: kernels.append(self))
+    set_training(model, False)
+    assert not any(m.training for m in model.modules()) and not recursions and not kernels
+    causal_lm._use_kernels = True
+    set_training(model, True)
+    assert all(m.training for m in model.modules()) and recursions and kernels == [causal_lm]
+
+
 class Own(nn.Module):
     """A module that does something of its own when the mode changes."""
 
