@@ -119,7 +119,7 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
             yield step_job("step", case, options, device)
     if "host" in suites:
         for case in host.cases():
-            yield step_job("host", case, options, device, host.run)
+            yield step_job("host", case, options, device)
     if "scale" in suites:
         for case in scale_cases(gpu):
             yield step_job("scale", case, options, device)
@@ -129,9 +129,9 @@ def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
     return Job("head", case, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed))
 
 
-def step_job(suite: str, case: StepCase, options: Options, device: torch.device, run: Any = step.run) -> Job:
-    only = options.contestants or step.CONTESTANTS
-    return Job(suite, case, lambda: run(case, device, repeats=options.repeats, seed=options.seed, only=only))
+def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
+    only, measuring = options.contestants or step.CONTESTANTS, host if suite == "host" else step
+    return Job(suite, case, lambda: measuring.run(case, device, repeats=options.repeats, seed=options.seed, only=only))
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
