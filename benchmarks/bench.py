@@ -138,7 +138,7 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
             yield step_job("step", case, options, device)
     if "host" in suites:
         for case in host.cases():
-            yield step_job("host", case, options, device, host.run)
+            yield step_job("host", case, options, device)
     if "scale" in suites:
         for case in scale_cases(gpu):
             yield step_job("scale", case, options, device)
@@ -151,9 +151,11 @@ def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
     )
 
 
-def step_job(suite: str, case: StepCase, options: Options, device: torch.device, run: Any = step.run) -> Job:
-    only = asked(step.CONTESTANTS, options)
-    return Job(suite, case, only, lambda: run(case, device, repeats=options.repeats, seed=options.seed, only=only))
+def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
+    only, measuring = asked(step.CONTESTANTS, options), host if suite == "host" else step
+    return Job(
+        suite, case, only, lambda: measuring.run(case, device, repeats=options.repeats, seed=options.seed, only=only)
+    )
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:

@@ -29,7 +29,7 @@ tests() { # SHARE FILES...: those that have not passed yet
   local left skip=() passed
   left=$(until_share "$1")
   while IFS= read -r passed; do skip+=(--deselect "$passed"); done < <(sed -nE 's/.*PASSED (tests\/.*[^ ]) *$/\1/p' "$log")
-  timeout -k 10 "$left" python3 -m pytest -m gpu -v -n 6 -p no:cacheprovider "${skip[@]}" "${@:2}" 2>&1 | tee -a "$log"
+  timeout -k 10 "$left" python3 -m pytest -m gpu -v -n 12 -p no:cacheprovider "${skip[@]}" "${@:2}" 2>&1 | tee -a "$log"
   case ${PIPESTATUS[0]} in
     0 | 5) ;; # 5: none is left to run
     124 | 137) echo "the tests of $* are gone on with in the next run" ;;

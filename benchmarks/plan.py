@@ -41,6 +41,8 @@ class Options:
     """Rank of adapters on all linear layers; 0 trains the whole model."""
     fused_lora: bool = True
     """As in training."""
+    fused_layers: bool = True
+    """As in training."""
     use_liger_kernel: bool = False
     """As in training."""
     load_in_4bit: bool = False

@@ -13,8 +13,9 @@ float32):
 - SwiGLU keeps gate, silu(gate) and up; the product is the down projection's input.
 - Residual additions and the embedding keep nothing.
 
-Liger-Kernel's RMSNorm keeps x as it is, its SwiGLU no silu(gate). Those, FlexAttention, and what CUDA's kernels for a
-dense mask add (rows of the mask padded to 16) follow their sources and have been compared with no GPU.
+RMSNorm of `fused_layers` and of Liger-Kernel keeps x as it is, their SwiGLU no silu(gate); ours under LoRA no product
+either, which is made again for the backward pass. Liger's, FlexAttention, and what CUDA's kernels for a dense mask add
+(rows of the mask padded to 16) follow their sources.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Saving(Protocol):
     def fused_lora(self) -> bool: ...
     @property
     def use_liger_kernel(self) -> bool: ...
+    @property
+    def fuses(self) -> bool: ...
     @property
     def gradient_checkpointing(self) -> bool: ...
     @property
@@ -91,7 +94,7 @@ def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
     common += 8 * tokens * (not how.lora_r)  # the embedding's indices
     # the residual stream in front of a layer is what its norm keeps, where there is no float32 copy of it
     stream = size.hidden * e * tokens
-    kept_by_norm = e == 4 or how.use_liger_kernel
+    kept_by_norm = e == 4 or how.use_liger_kernel or how.fuses
     if how.gradient_checkpointing:
         # a layer is made again in front of its backward, from its input, and its mask from the one of all layers
         mask = 0 if batch.plain or how.flex else batch.rows * batch.row_length**2
@@ -110,7 +113,7 @@ def _norm(size: Geometry, how: Saving) -> int:
 
 def _norm_of(count: int, width: int, size: Geometry, how: Saving) -> int:
     """Bytes a token of `count` norms over `width`."""
-    if how.use_liger_kernel:
+    if how.use_liger_kernel or how.fuses:
         return count * (width * how.element + 4)
     factor = 0 if how.lora_r else (4 if size.wide_norm else how.element)
     return count * (width * (4 + factor) + 4)
@@ -131,23 +134,25 @@ def _attention(size: Geometry, how: Saving, batch: Batch) -> int:
 def _projections(size: Geometry, how: Saving) -> int:
     """Bytes a token: inputs of the linear layers of one layer, and SwiGLU's; o_proj's is the attention's output."""
     e, h, i = how.element, size.hidden, size.intermediate
-    gates = (2 if how.use_liger_kernel else 3) * i * e
+    gates = (2 if how.use_liger_kernel or how.fuses else 3) * i * e
     if how.lora_r and not how.fused_lora and e == 2:  # float32 copies, one for each layer
         inputs, u = 4 * (5 * h + size.queries + i), 4
     else:
-        inputs, u = e * (2 * h + i), e
+        remade = how.fuses and how.lora_r and how.fused_lora
+        inputs, u = e * (2 * h + (0 if remade else i)), e
     return gates + inputs + 7 * how.lora_r * u
 
 
 def _in_backward(size: Geometry, how: Saving, tokens: int, last_norm: int, again: int) -> int:
     """The larger of two moments, beyond all that the forward kept: the last norm's backward, and the last SwiGLU's.
 
-    There the gradients of gate, up or their product are alive in two copies, and the residual stream's in one, while
+    There the gradients of gate, up or their product are alive in two copies (three, where one kernel makes two of them
+    from the third), and the residual stream's in one, while
     what the last norm kept is gone. again: what is made anew of a layer. The constants are measured (CPU).
     """
     e, h = how.element, size.hidden
-    at_norm = h * (2 * e if how.use_liger_kernel else 20 if how.lora_r else {4: 16, 2: 18}[e])
-    at_mlp = (1 if how.use_liger_kernel else 2) * size.intermediate * e + h * e
+    at_norm = h * (2 * e if how.use_liger_kernel or how.fuses else 20 if how.lora_r else {4: 16, 2: 18}[e])
+    at_mlp = (1 if how.use_liger_kernel else 3 if how.fuses else 2) * size.intermediate * e + h * e
     if how.lora_r and not how.fused_lora and e == 2:  # the adapters' float32 beside it
         at_mlp += h * (10 if again else 2)
     return max(tokens * at_norm, again + tokens * at_mlp - last_norm)

@@ -48,6 +48,7 @@ class Setup:
     dtype: str = "bfloat16"
     lora_r: int = 0
     fused_lora: bool = True
+    fused_layers: bool = True
     use_liger_kernel: bool = False
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
@@ -87,6 +88,11 @@ class Setup:
     @property
     def flex(self) -> bool:
         return self.on_gpu and self.attn_implementation in (None, "flex_attention")
+
+    @property
+    def fuses(self) -> bool:
+        """Whether RMSNorm and SwiGLU are ours."""
+        return self.on_gpu and self.fused_layers and not self.use_liger_kernel
 
     @property
     def device(self) -> Gpu | None:

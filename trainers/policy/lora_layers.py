@@ -41,7 +41,7 @@ def part_of(layer: Any, x: Tensor) -> Part | None:
         return None
     (name,) = names
     base, a, b = modules["base_layer"], adapters[name], modules["lora_B"]._modules[name]
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if not (_is_bare(base) and _is_bare(a) and _is_bare(b)):
@@ -49,7 +49,7 @@ def part_of(layer: Any, x: Tensor) -> Part | None:
     dtypes = dtypes_of(base, x)
     if dtypes is None:
         return None
-    return Part(base, a._parameters["weight"], b._parameters["weight"], state["scaling"][name], *dtypes)
+    return Part(base, _parameter(a, "weight"), _parameter(b, "weight"), state["scaling"][name], *dtypes)
 
 
 def is_plain_adapter(layer: Any, name: str) -> bool:
@@ -60,9 +60,15 @@ def is_plain_adapter(layer: Any, name: str) -> bool:
         name not in layer.lora_variant
         and type(modules["lora_A"]._modules[name]) is nn.Linear  # neither wrapped nor parametrized
         and type(b) is nn.Linear
-        and b._parameters["bias"] is None
+        and _parameter(b, "bias") is None
         and type(modules["lora_dropout"]._modules[name]) is nn.Identity
     )
+
+
+def _parameter(module: Any, name: str) -> Any:
+    """As `getattr`, and sooner. FSDP keeps a plain attribute in its place while a layer computes."""
+    own = module.__dict__["_parameters"]
+    return own[name] if name in own else getattr(module, name)
 
 
 def _is_bare(module: nn.Module) -> bool:

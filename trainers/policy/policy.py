@@ -77,7 +77,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: PackedBatch) -> TokenLogps:
         """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
-        if self.repackable and torch.is_grad_enabled():
+        if self.repackable and torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
             refuse_repacked(*(layer.weight for layer in self.repackable))
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()

@@ -155,6 +155,23 @@ def test_what_is_not_plain_at_the_time_of_a_call_is_left_to_peft(change, calls):
     assert calls == [2]  # k and v still go together
 
 
+def test_weights_that_are_plain_attributes_for_a_while_are_found(calls):
+    """As FSDP puts them in a layer's place of its parameters while it computes."""
+    model = attention()
+    fused = copy.deepcopy(model)
+    fuse_lora(fused)
+    theirs = run(model)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = fused.base_model.model[0].get_submodule(name)
+        for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+            weight = module._parameters.pop("weight")
+            module.weight = weight.detach().requires_grad_(weight.requires_grad)  # a tensor, in __dict__
+    ours = run(fused)
+    for mine, wanted in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+    assert calls == [3]
+
+
 def test_arguments_and_dtypes_that_do_not_fit_are_left_to_peft(calls):
     model = attention()
     fuse_lora(model)
