@@ -71,9 +71,8 @@ class Layout:
                 self._runs.append(_Run(prompt + 1, inside - 1, place, prompt_path, 0, False))
                 # the end of a prompt that its completions tokenize differently counts as prompt
                 unscored = [i for i, scored in enumerate(completion.scored or ()) if not scored]
-                for step, i in enumerate(unscored, start=inside - 1):
-                    before = end + i - 1 if i else place + inside - 1
-                    self._runs.append(_Run(first + i, 1, before, prompt_path, step, False))
+                for step, i in enumerate(unscored, start=inside - 1):  # completion 0 lies right behind its prompt
+                    self._runs.append(_Run(first + i, 1, end + i - 1, prompt_path, step, False))
             end += length
         return end
 

@@ -86,7 +86,7 @@ def test_with_gradient_checkpointing_and_adapters(monkeypatch, random_model):
     monkeypatch.setattr(module, "CALL_PAIRS", 0)
     monkeypatch.setattr(module, "scaled_dot_product_attention", counted := Counted())
     assert_close(results(policy.train(), groups()), truth, 1e-5)
-    masked = [batch for batch in pack(groups(), 1000) if not batch.plain]
+    masked = [batch for batch in pack(groups(), 1000, **policy.packing) if not batch.plain]
     stretches_a_layer = sum(len(stretches(batch, attention_mask(batch))) for batch in masked)
     assert counted.calls == 2 * 2 * stretches_a_layer  # two layers, each computed twice
 
