@@ -62,6 +62,8 @@ class Options:
     """Of weights and tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda where there is one."""
+    truth: bool = True
+    """Hold the steps' log-probs and gradients against float64, of models of up to two billion parameters."""
     threads: int | None = None
     """Of torch on a CPU (default: its own choice)."""
     budget_s: float | None = None
@@ -152,10 +154,11 @@ def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
 
 
 def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
-    only, measuring = asked(step.CONTESTANTS, options), host if suite == "host" else step
-    return Job(
-        suite, case, only, lambda: measuring.run(case, device, repeats=options.repeats, seed=options.seed, only=only)
-    )
+    only = asked(step.CONTESTANTS, options)
+    shared: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed, "only": only}
+    if suite == "host":
+        return Job(suite, case, only, lambda: host.run(case, device, **shared))
+    return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared))
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:

@@ -43,7 +43,13 @@ Figures = dict[str, Any]
 
 
 def run(
-    case: StepCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
+    case: StepCase,
+    device: torch.device,
+    *,
+    repeats: int,
+    seed: int,
+    only: Sequence[str] = CONTESTANTS,
+    with_truth: bool = True,
 ) -> dict[str, Figures]:
     """{contestant: status and figures}; a contestant that fails or runs out of memory does not end the others."""
     model = build_of(case, device, seed)
@@ -53,7 +59,7 @@ def run(
     rows: dict[str, Figures] = {}
     trial = on_trial(case, windows[0])
     # before there are contestants: accelerate's state, which this resets, and most of the memory are theirs afterwards
-    exact, no_truth = best_truth(case, model, trial, old)
+    exact, no_truth = best_truth(case, model, trial, old) if with_truth else (None, None)
     with ExitStack() as stack:
         running: dict[str, Contestant] = {}
         for name in sorted(only, key=CONTESTANTS.index):  # ours resets accelerate's state, too

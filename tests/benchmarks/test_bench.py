@@ -145,7 +145,7 @@ def test_a_wrong_head_has_an_error(monkeypatch):
 def test_a_run_is_recorded_and_gone_on_with(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def fake(case, device, *, repeats, seed, only):
+    def fake(case, device, *, repeats, seed, only, with_truth):
         ran.append(case.case)
         if case.method == "kto":
             raise torch.OutOfMemoryError("no room")
