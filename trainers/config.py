@@ -55,7 +55,7 @@ class ModelConfig:
     fused_lora: bool = True
     """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
     fused_layers: bool = True
-    """On a GPU: RMSNorm and SwiGLU by a kernel each, which keep less for the backward pass."""
+    """On a GPU: RMSNorm, SwiGLU and RoPE by a kernel each, which keep less for the backward pass."""
     use_liger_kernel: bool = False
     """In their place Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False

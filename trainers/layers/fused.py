@@ -1,10 +1,11 @@
-"""RMSNorm and SwiGLU of a loaded model on a GPU, by fewer kernels and with less kept for the backward pass.
+"""RMSNorm, SwiGLU and RoPE of a loaded model on a GPU, by fewer kernels and with less kept for the backward pass.
 
 Which of a model's classes are these is not looked up but tried: a class whose modules have the right parts takes the
 fused forward where it computes the same. What differs from transformers' own:
 1. RMSNorm is torch's fused kernel, which rounds to half precision once, at its end, and keeps its input as it is;
    transformers rounds before the weight, and keeps a float32 copy.
 2. SwiGLU is `swiglu.py`'s; a down projection with fused LoRA keeps no product of it either, but makes it again.
+3. RoPE is `rope.py`'s, put under the name by which the model's attention calls its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from .rope import own_function, rotate, rotating, with_rotation
 from .swiglu import swiglu
 
 # Elsewhere there is no one kernel to gain.
@@ -46,6 +48,10 @@ class FusedMLP:
         return down.of_swiglu(gate, up) if hasattr(down, "of_swiglu") else down(swiglu(gate, up))
 
 
+class FusedRotation:
+    """Marks a class of attention whose RoPE is ours."""
+
+
 def fused_class(of: type, by: type) -> type:
     """The subclass of a model's class that computes by ours."""
     if (of, by) not in CLASSES:
@@ -54,10 +60,12 @@ def fused_class(of: type, by: type) -> type:
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Let RMSNorms and SwiGLU MLPs compute fused where that gives the same; how many do."""
+    """Let RMSNorms, SwiGLU MLPs and the RoPE of attention modules compute fused where that gives the same; how many
+    do."""
     verdicts: dict[tuple[Any, ...], bool] = {}
     count = 0
     for module in list(model.modules()):
+        count += fuse_rotation(module, verdicts)
         by = kind_of(module)
         if by is None:
             continue
@@ -68,6 +76,42 @@ def fuse_layers(model: nn.Module) -> int:
             module.__class__ = fused_class(type(module), by)
             count += 1
     return count
+
+
+def fuse_rotation(module: Any, verdicts: dict[tuple[Any, ...], bool]) -> bool:
+    """Whether the module is attention whose RoPE is computed fused from now on."""
+    weight: Any = getattr(module._modules.get("q_proj"), "weight", None)
+    of = type(module)
+    own = None if weight is None or "forward" in module.__dict__ else own_function(of.forward)
+    if own is None or weight.device.type not in DEVICES or issubclass(of, FusedRotation):
+        return False
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantized one
+    key = (own, dtype)
+    if key not in verdicts:
+        verdicts[key] = rotates_the_same(own, dtype, weight.device)
+    if verdicts[key]:
+        if (of, FusedRotation) not in CLASSES:
+            forward = with_rotation(of.forward, rotating(own))
+            CLASSES[of, FusedRotation] = type(f"Fused{of.__name__}", (FusedRotation, of), {"forward": forward})
+        module.__class__ = CLASSES[of, FusedRotation]
+    return verdicts[key]
+
+
+@torch.no_grad()
+def rotates_the_same(own: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model's own function does what `rotate` does, on random heads; False where either raises."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, angles = (torch.randn(*s, generator=draw) for s in ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 8)))
+    angles = torch.cat((angles, angles), dim=-1)
+    tensors = [x.to(device, dtype) for x in (query, key, angles.cos(), angles.sin())]
+    try:
+        pairs = zip(rotate(*tensors), own(*tensors), strict=True)
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    return worst < TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
 
 
 def kind_of(module: Any) -> type | None:

@@ -37,21 +37,21 @@ class _SwiGLU(torch.autograd.Function):
 
 def product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up without a graph."""
-    kernels = _kernels() if gate.is_cuda else None
+    kernels = triton_kernels() if gate.is_cuda else None
     return silu(gate) * up if kernels is None else kernels.swiglu(gate, up)
 
 
 def gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(d gate, d up) of the product's gradient."""
-    kernels = _kernels() if gate.is_cuda else None
+    kernels = triton_kernels() if gate.is_cuda else None
     if kernels is not None:
         return kernels.swiglu_gradients(dy, gate, up)
     return torch.ops.aten.silu_backward(dy * up, gate), dy * silu(gate)
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """Triton's, where it is installed."""
+def triton_kernels() -> ModuleType | None:
+    """The kernels of these layers, where Triton is installed."""
     try:
         from . import _triton
     except ImportError:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.layers import fused
-from logratio.trainers.layers.fused import FusedMLP, FusedNorm, fuse_layers
+from logratio.trainers.layers.fused import FusedMLP, FusedNorm, FusedRotation, fuse_layers
 from logratio.trainers.policy.load import load_model
 from logratio.trainers.policy.lora_layers import fuse_lora
 
@@ -40,23 +40,24 @@ def error(found, truth):
 
 
 @pytest.mark.parametrize(
-    ("name", "norms", "mlps"),
+    ("name", "norms", "mlps", "rotations"),
     [
-        ("llama", 5, 2),
-        ("qwen2", 5, 2),
-        ("qwen3", 9, 2),
-        ("mistral", 5, 2),
-        ("granite", 5, 2),
-        ("olmo2", 9, 2),
-        ("gemma3", 0, 0),  # 1 + weight, GELU
-        ("gpt2", 0, 0),
-        ("phi", 0, 0),
+        ("llama", 5, 2, 2),
+        ("qwen2", 5, 2, 2),
+        ("qwen3", 9, 2, 2),
+        ("mistral", 5, 2, 2),
+        ("granite", 5, 2, 2),
+        ("olmo2", 9, 2, 2),
+        ("gemma3", 0, 0, 2),  # 1 + weight, GELU
+        ("cohere", 0, 2, 0),  # pairs of neighbours are turned
+        ("gpt2", 0, 0, 0),
+        ("phi", 0, 0, 2),  # of half a head: its own function, as long as it is not whole
     ],
 )
-def test_what_computes_the_same_is_fused_and_nothing_else(random_model, name, norms, mlps):
+def test_what_computes_the_same_is_fused_and_nothing_else(random_model, name, norms, mlps, rotations):
     ours, own = both(random_model(name))
-    found = [sum(isinstance(m, kind) for m in ours.modules()) for kind in (FusedNorm, FusedMLP)]
-    assert found == [norms, mlps]
+    found = [sum(isinstance(m, kind) for m in ours.modules()) for kind in (FusedNorm, FusedMLP, FusedRotation)]
+    assert found == [norms, mlps, rotations]
     mine, theirs = results(ours.double()), results(copy.deepcopy(own).double())
     assert mine.keys() == theirs.keys() and error(mine, theirs) < 2e-6  # theirs computes norms in float32 at most
     assert fuse_layers(ours) == 0, "once is enough"
@@ -79,7 +80,7 @@ def test_with_adapters_gradients_are_the_same_and_no_product_is_kept(random_mode
         torch.manual_seed(0)
         model = copy.deepcopy(random_model("llama")).to(device)
         if fuse:
-            assert fuse_layers(model) == 7
+            assert fuse_layers(model) == 9
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
         fuse_lora(model)
         if checkpointing:
