@@ -22,6 +22,14 @@ from logratio.losses.options import Positive, Range, out_of_range, ranges_of
 
 from ._families import refused
 
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_options_are_given_by_name_alone(name):
+    """What stands first may change, and 0.1 says nothing."""
+    with pytest.raises(TypeError, match="positional argument"):
+        LOSSES[name](0.1)
+
+
 # Ranges ---------------------------------------------------------------------------------------------------------------
 
 
