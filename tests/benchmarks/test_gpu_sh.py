@@ -90,7 +90,7 @@ def test_tests_that_failed_are_run_again_and_make_the_status(run):
 
 
 def test_tests_that_there_was_no_time_for_are_no_failure(run):
-    status, calls = run(10, TESTS_S="2")  # of the head's 1.5 s
+    status, calls = run(4, TESTS_S="1")  # of the head's 1 s
     assert status == 0 and names(calls) == EVERYTHING
 
 

@@ -184,9 +184,9 @@ CUT = [
     ("orpo", ""),
     ("cpo", "--loss_type simpo"),
     ("tpo", "--loss_type tpo-l"),
-    ("grpo", "--loss_type dapo"),
     ("grpo", "--loss_type grpo --top_entropy_quantile 0.5 --entropy_coef 0.01"),
-    ("grpo", "--loss_type vespo"),
+    pytest.param("grpo", "--loss_type dapo", marks=pytest.mark.slow),
+    pytest.param("grpo", "--loss_type vespo", marks=pytest.mark.slow),
 ]
 
 

@@ -9,11 +9,20 @@ import pytest
 CODE = """
 import torch
 from torch.nn.functional import silu
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from logratio.trainers.layers import _triton
 
 torch.manual_seed(0)
 close = torch.testing.assert_close
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    def one(x):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-b, a), dim=-1) * sin[:, None]
+
+    return one(q), one(k)
+
+
 for rows, heads, keys, length, size, angle_rows in ((2, 6, 2, 5, 8, 2), (1, 14, 2, 7, 64, 1), (3, 4, 4, 3, 16, 1)):
     q, k = (torch.randn(rows, length, n, size).transpose(1, 2).requires_grad_() for n in (heads, keys))
     angles = torch.randn(angle_rows, length, size)

@@ -101,10 +101,20 @@ def by_peft(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("four", [False, True], ids=["lora", "qlora"])
+# (method, start, four, checkpointing): DPO in all combinations, every method and KTO's starts in the plainest; the rest
+# takes a minute.
+ALL = [
+    (method, start, four, checkpointing)
+    for method, start in [(m, "base") for m in LOSSES] + [(m, s) for m in ("dpo", "kto") for s in STARTS[1:]]
+    for four in (False, True)
+    for checkpointing in (False, True)
+]
+OFTEN = [case for case in ALL if case[0] == "dpo" or not any(case[2:])]
+
+
 @pytest.mark.parametrize(
-    ("method", "start"), [(m, "base") for m in LOSSES] + [(m, s) for m in ("dpo", "kto") for s in STARTS[1:]]
+    ("method", "start", "four", "checkpointing"),
+    [case if case in OFTEN else pytest.param(*case, marks=pytest.mark.slow) for case in ALL],
 )
 def test_gradients_are_those_of_pefts_own_switches(method, start, four, checkpointing, by_peft, tmp_path):
     model = adapted(start, four, tmp_path, gradient_checkpointing=checkpointing)
