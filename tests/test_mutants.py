@@ -188,6 +188,7 @@ def test_value():
 """
 
 
+@pytest.mark.slow
 def test_killed_and_survived_from_end_to_end(tmp_path):
     """The sign is seen by the test, the limit is not; a new test is run on what survived, and on nothing else."""
     files = {"losses/__init__.py": "", "losses/small.py": FORMULA, "tests/losses/test_small.py": TESTS}

@@ -129,7 +129,8 @@ def test_layers_with_and_without_a_window_get_masks_of_their_own(flex_on_cpu, ra
     assert isinstance(Policy(random_model("mistral-window")).mask(batch), torch.Tensor)
 
 
-@pytest.mark.parametrize("grad", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
 def test_kernels_are_compiled_a_few_times_whatever_the_lengths(grad):
     """One row or more x one block or more: four, whichever windows; and one where blocks and heads were as many."""
     # Which graphs there are, and their guards, does not depend on what makes kernels of them.

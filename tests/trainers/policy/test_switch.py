@@ -101,7 +101,7 @@ def by_peft(monkeypatch):
     monkeypatch.undo()
 
 
-# (method, start, four, checkpointing): DPO in all combinations, every method and KTO's starts in the plainest; the rest
+# (method, start, four, checkpointing): DPO from the base in all combinations, the others in the plainest; the rest
 # takes a minute.
 ALL = [
     (method, start, four, checkpointing)
@@ -109,7 +109,7 @@ ALL = [
     for four in (False, True)
     for checkpointing in (False, True)
 ]
-OFTEN = [case for case in ALL if case[0] == "dpo" or not any(case[2:])]
+OFTEN = [case for case in ALL if case[:2] == ("dpo", "base") or not any(case[2:])]
 
 
 @pytest.mark.parametrize(
