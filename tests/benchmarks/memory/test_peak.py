@@ -1,5 +1,6 @@
 """What `logratio plan` predicts, against bytes and FLOPs that are counted in small models, and against real packing."""
 
+import itertools
 import math
 
 import pytest
@@ -38,12 +39,17 @@ def size_of(tensors) -> int:
 # ---- the peak
 
 
-@pytest.mark.parametrize("scored", [2, 40], ids=["few", "many"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("accumulates", [False, True], ids=["alone", "accumulates"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("trained", ["full", "fused"])
+# Of two values each; half of the combinations have every value beside every other, the rest takes half a minute.
+WAYS = list(
+    itertools.product(("full", "fused"), ("float32", "bfloat16"), (False, True), (False, True), (False, True), (2, 40))
+)
+HALF = [way for way in WAYS if (way.count(True) + way.count("fused") + way.count("bfloat16") + way.count(40)) % 2]
+
+
+@pytest.mark.parametrize(
+    ("trained", "dtype", "tied", "accumulates", "recompute", "scored"),
+    [way if way in HALF else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS],
+)
 def test_a_micro_batch_peaks_with_weights_and_gradients_where_it_is_predicted(
     trained, dtype, tied, accumulates, recompute, scored
 ):
