@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def certificate(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(sys.argv),
         "device": device_name(device),
         "driver": driver(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -140,6 +140,15 @@ def certificate(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
         "settings": dict(settings),
     }
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command without the folder of its results, which decides no number and names somebody's machine."""
+    words = [Path(argv[0]).name, *argv[1:]]
+    if "--results" in words:
+        at = words.index("--results")
+        del words[at : at + 2]
+    return shlex.join(word for word in words if not word.startswith("--results="))
 
 
 def installed(package: str) -> str | None:

@@ -85,6 +85,13 @@ def test_a_truth_that_there_is_not_costs_its_figures_alone(monkeypatch, error):
     assert {row["no_truth"] for row in rows.values()} == {f"{type(error).__name__}: {error}"}
 
 
+def test_a_truth_that_nobody_asked_for_is_not_computed(monkeypatch):
+    monkeypatch.setattr(step, "truth", lambda *args: pytest.fail("it was computed"))
+    rows = step.run(tiny_case("sft"), CPU, repeats=1, seed=0, only=("logratio",), with_truth=False)
+    assert rows["logratio"]["status"] == "ok" and "no_truth" not in rows["logratio"]
+    assert set(rows["logratio"]["ledger"]) == {"share_changed"}
+
+
 def test_of_a_large_model_there_is_none(monkeypatch):
     monkeypatch.setattr(step, "LARGEST_TRUTH", 1000)
     monkeypatch.setattr(step, "truth", lambda *args: pytest.fail("it was computed"))

@@ -159,3 +159,10 @@ def test_two_wheels_of_one_version_are_told_apart_by_their_sources(tmp_path: Pat
     (tmp_path / "losses" / "dpo.py").write_text("beta = 0.1")
     (tmp_path / "losses" / "dpo.py").rename(tmp_path / "losses" / "kto.py")
     assert sources_hash(tmp_path) != first
+
+
+def test_a_command_is_told_without_the_folder_of_its_results():
+    words = ["/home/me/bin/logratio", "bench", "step", "--results", "/home/me/out", "--only", "dpo x"]
+    assert records.command(words) == "logratio bench step --only 'dpo x'"
+    assert records.command(["bench.py", "--results=/home/me/out", "step"]) == "bench.py step"
+    assert records.command(["bench.py"]) == "bench.py"

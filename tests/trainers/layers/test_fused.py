@@ -129,3 +129,13 @@ def test_what_raises_on_trial_is_left_as_it_is(random_model, monkeypatch):
     ours, own = both(random_model("llama"))
     assert not any(isinstance(m, FusedNorm) for m in ours.modules())
     assert any(isinstance(m, FusedMLP) for m in ours.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_rollouts_with_a_cache_are_the_models_own(random_model, name):
+    """Queries and keys are one token then, at the positions behind the cache."""
+    ours, own = both(random_model(name))
+    assert any(isinstance(m, FusedRotation) for m in ours.modules())
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    mine, theirs = (model.generate(IDS, **options) for model in (ours, own))
+    assert torch.equal(mine, theirs) and mine.shape[1] > IDS.shape[1] + 1
