@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import sys
 import warnings
@@ -98,9 +99,9 @@ def parse_train(argv: list[str]) -> RunConfig:
     """METHOD and options -> configuration. Exits with a message for options that do not parse, as argparse does."""
     import tyro
 
-    from logratio.losses import LOSSES, Kind
+    from logratio.losses import LOSSES
 
-    from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+    from .config import RunConfig
 
     argv = list(argv)
     custom = _take(argv, "--loss")
@@ -116,28 +117,44 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
 
+    every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
+    config_file = _take(argv, "--config")
+    if config_file:
+        argv = [*yaml_options(Path(config_file), [f.default_factory for f in dataclasses.fields(every)]), *argv]
+    try:
+        options: Any = tyro.cli(
+            every,
+            args=argv,
+            prog=f"logratio train {method}",
+            config=(tyro.conf.AvoidSubcommands,),
+            use_underscores=True,
+        )
+    except ValueError as error:  # a loss refuses its fields
+        raise UserError(str(error)) from error
+    chosen = dict(vars(options))
+    chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
+    return RunConfig(method=method, **chosen)
+
+
+@functools.cache
+def options_of(loss: type[Loss]) -> type[Any]:
+    """The dataclass that the command line fills: one field for each configuration, whose own fields are the options."""
+    import tyro
+
+    from logratio.losses import Kind
+
+    from .config import DataConfig, ModelConfig, RolloutConfig, TrainConfig
+
     parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     if loss.kind is Kind.GROUPED:
         parts["rollout"] = RolloutConfig
-    config_file = _take(argv, "--config")
-    if config_file:
-        argv = [*yaml_options(Path(config_file), parts.values()), *argv]
-    flat = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "Options",
         [
             (name, Annotated[part, tyro.conf.arg(name="")], dataclasses.field(default_factory=part))
             for name, part in parts.items()
         ],
     )
-    try:
-        options: Any = tyro.cli(
-            flat, args=argv, prog=f"logratio train {method}", config=(tyro.conf.AvoidSubcommands,), use_underscores=True
-        )
-    except ValueError as error:  # a loss refuses its fields
-        raise UserError(str(error)) from error
-    chosen = {name: getattr(options, name) for name in parts}
-    chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
-    return RunConfig(method=method, **chosen)
 
 
 def with_readers(loss: type[Loss]) -> type[Loss]:

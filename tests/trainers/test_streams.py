@@ -31,6 +31,7 @@ def nobody():
     os.close(writer)
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_its_reader(tmp_path, nobody):
     """Neither the log, nor what a user's code prints, nor a warning ends it."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)

@@ -129,9 +129,8 @@ def test_the_exact_model_leaves_the_contestants_accelerators_as_they_are(monkeyp
     assert seen == ["bf16"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapter"), [("bfloat16", "lora"), pytest.param("float32", "qlora", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "adapter"), [("bfloat16", "lora"), ("float32", "qlora")])
 def test_where_rounding_is_larger_another_loss_is_still_not_timed(monkeypatch, dtype, adapter):
     rows = step.run(tiny_case("dpo", adapter, dtype=dtype), CPU, repeats=1, seed=0, only=("logratio", "trl"))
     assert rows["trl"]["status"] == "ok" and 1e-4 < rows["trl"]["grad_rel_err"] < 0.1
