@@ -308,4 +308,5 @@ def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor, policy:
         "logps/chosen": policy.chosen.sums,
         "logps/rejected": policy.rejected.sums,
     }
-    return {name: Mean.of(value, policy.scored) for name, value in values.items()}
+    scored = policy.scored
+    return {name: Mean.of(value, scored) for name, value in values.items()}

@@ -80,7 +80,7 @@ class CompletionLogps:
     @property
     def lengths(self) -> Tensor:
         """[C], number of scored tokens, in the dtype of `logps`."""
-        return self.completion_mask.sum(-1).to(self.logps.dtype)
+        return self.completion_mask.sum(-1).to(torch.promote_types(self.per_token_logps.dtype, torch.float32))
 
     @property
     def averages(self) -> Tensor:
@@ -90,7 +90,7 @@ class CompletionLogps:
     def masked(self, values: Tensor) -> Tensor:
         """`values` [C, T] with 0 where masked, promoted to at least float32."""
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return torch.where(self.completion_mask, values, values.new_zeros(()))
+        return torch.where(self.completion_mask, values, 0.0)
 
     def detach(self) -> CompletionLogps:
         """The same without a graph."""
@@ -201,7 +201,7 @@ class Mean(NamedTuple):
         """The mean of `values`, or of those `where` is True."""
         values = values.detach()
         where = torch.ones_like(values, dtype=torch.bool) if where is None else where
-        return Mean(torch.where(where, values, values.new_zeros(())).sum(), where.sum())
+        return Mean(torch.where(where, values, 0.0).sum(), where.sum())
 
 
 class LossOutput(NamedTuple):

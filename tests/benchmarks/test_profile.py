@@ -37,7 +37,8 @@ def test_spans_that_lie_in_one_another_count_once():
     assert profile.union([]) == 0
 
 
-@pytest.mark.parametrize("contestant", ["logratio", pytest.param("trl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("contestant", ["logratio", "trl"])
 def test_a_step_is_profiled_and_written_down(contestant, tmp_path, capsys):
     out = tmp_path / "new" / "profile.json"
     words = ["dpo-lora-tiny-gsm8k", "--device", "cpu", "--repeats", "1", "--contestant", contestant, "--out", str(out)]

@@ -112,6 +112,7 @@ EFFECTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow  # one that went astray would also set TRL apart from the oracle and from ours
 @pytest.mark.parametrize("method, base, change", EFFECTS, ids=str)
 def test_an_option_changes_the_loss(method: str, base: dict, change: dict) -> None:
     before, after = run(method, **base), run(method, **base | change)

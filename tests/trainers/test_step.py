@@ -1,5 +1,6 @@
 """A step's loss, metrics and gradient do not depend on how it was cut, for every loss and loss_type."""
 
+import copy
 import dataclasses
 import random
 import re
@@ -77,23 +78,20 @@ def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = Fals
 
 
 @pytest.fixture(scope="module")
-def model():
-    """A tiny Llama with LoRA that computes in float64."""
-    model = truths.exact(truths.random_model(LlamaConfig, 0))
-    model.built = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return model
+def built():
+    return truths.exact(truths.random_model(LlamaConfig, 0))
 
 
-def as_built(model):
-    """The model without what an earlier step did to it: a copy of it takes longer than a step."""
-    for name, p in model.named_parameters():
-        p.data.copy_(model.built[name])
-        p.grad = None
-    return model
+@pytest.fixture
+def model(built):
+    """A tiny Llama with LoRA that computes in float64, without gradients. The same in all tests, whose copies would
+    take longer than their steps."""
+    built.zero_grad()
+    return built
 
 
 def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
-    policy = Policy(as_built(model), shared=shared, stats=loss.stats)
+    policy = Policy(model, shared=shared, stats=loss.stats)
     return Step(
         start_accelerator("no"),
         policy,
@@ -107,19 +105,25 @@ def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True
 
 def run(model, loss: Loss, examples: list[Example], micro_batch_tokens: int, shared: bool = True, state: Any = None):
     """(number of micro-batches, loss and metrics, gradient, totals, state after it) of a step; rollouts off policy."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    model.zero_grad()
     step = make_step(model, loss, micro_batch_tokens=micro_batch_tokens, shared=shared)
     step.state = state or {}
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
         step.fill_old(micros)
         with torch.no_grad():  # the update that makes them off policy
-            for p in step.policy.parameters():
-                if p.requires_grad:
-                    p += 0.05 * torch.cos(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
+            for p in trained:
+                p += 0.05 * torch.cos(torch.arange(p.numel(), dtype=p.dtype)).view_as(p)
     totals = step.totals(examples, micros)
     result = step(micros, totals).reduced(step.accelerator)
-    grads = [p.grad.flatten() for p in step.policy.parameters() if p.requires_grad]
-    return len(micros), result, torch.cat(grads), totals, step.state
+    grads = torch.cat([p.grad.flatten() for p in trained])
+    with torch.no_grad():
+        for p, value in zip(trained, before, strict=True):
+            p.copy_(value)
+    model.zero_grad()
+    return len(micros), result, grads, totals, step.state
 
 
 @every
@@ -211,7 +215,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_row(model):
     """One bad embedding, in one row; the micro-batch that has it is named, and no other."""
     examples = examples_for(Kind.SEQUENCE, vocab=200)
     examples[4] = Example([250, 3], examples[4].completions, row=4)
-    step = make_step(model, LOSSES["sft"](), micro_batch_tokens=1)
+    step = make_step(copy.deepcopy(model), LOSSES["sft"](), micro_batch_tokens=1)
     step.policy.causal_lm.get_input_embeddings().weight.data[250] = torch.nan
     micros = step.micro_batches(examples)
     message = "the loss is not finite; its micro-batch holds the rows 4 of the data set"
@@ -221,7 +225,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_row(model):
 
 def test_many_rows_are_not_all_listed(model):
     examples = [Example([250], [Completion([3])], row=row) for row in range(20)]
-    step = make_step(model, LOSSES["sft"](), micro_batch_tokens=1000)
+    step = make_step(copy.deepcopy(model), LOSSES["sft"](), micro_batch_tokens=1000)
     step.policy.causal_lm.get_input_embeddings().weight.data[250] = torch.nan
     micros = step.micro_batches(examples)
     with pytest.raises(UserError, match=r"the rows 0, 1, .*, 15 and 4 more of the data set$"):
@@ -244,6 +248,7 @@ def test_fillers_count_for_nothing(model):
     losses |= {name: DPOLoss(loss_type=name) for name in ("aot", "aot_unpaired", "beta_dpo")}
     losses |= {"bco": KTOLoss(loss_type="bco"), "quantile": GRPOLoss(top_entropy_quantile=0.3, entropy_coef=0.1)}
     for name, loss in losses.items():
+        model.zero_grad()
         examples = examples_for(loss.kind, gold=loss.scores_gold)
         step = make_step(model, loss, micro_batch_tokens=40)
         micros = step.micro_batches(examples)

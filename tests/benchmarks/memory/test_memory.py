@@ -168,7 +168,14 @@ def test_saved_bytes_in_other_shapes(sizes, rows, length):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [{"intermediate_size": 256}, {"hidden_size": 48, "intermediate_size": 480}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 48, "intermediate_size": 480},
+        pytest.param({"intermediate_size": 256}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_backbone_peaks_where_it_is_predicted(sizes, dtype, trained, masked, recompute):
     setup, batch = on_cpu(trained, dtype=dtype, gradient_checkpointing=recompute), Batch(2, 80, 160, plain=not masked)
     model = tiny("llama", setup, **sizes)

@@ -101,15 +101,15 @@ def by_peft(monkeypatch):
     monkeypatch.undo()
 
 
-# (method, start, four, checkpointing): DPO from the base in all combinations, the others in the plainest; the rest
-# takes a minute.
+# (method, start, four, checkpointing): DPO from the base in all combinations, and from the other starts, and GRPO in
+# the plainest; the rest takes a minute.
 ALL = [
     (method, start, four, checkpointing)
     for method, start in [(m, "base") for m in LOSSES] + [(m, s) for m in ("dpo", "kto") for s in STARTS[1:]]
     for four in (False, True)
     for checkpointing in (False, True)
 ]
-OFTEN = [case for case in ALL if case[:2] == ("dpo", "base") or not any(case[2:])]
+OFTEN = [case for case in ALL if case[:2] == ("dpo", "base") or case[0] in ("dpo", "grpo") and not any(case[2:])]
 
 
 @pytest.mark.parametrize(
