@@ -41,11 +41,13 @@ adapters of QLoRA in bfloat16 (ours are float32). Both sides have the same AdamW
 
 - *tokens/s* counts the tokens that the examples have, a prompt with each of its completions, and no padding. *Computed*
   are those that the policy's forward pass worked on: more with padding, fewer where a prompt is shared (a reference's
-  or KTO's further passes are not counted, on no side). *examples/s* counts rows
-  of the data set (of GRPO, prompts with all their completions), and is what a run's duration depends on.
+  or KTO's further passes are not counted, on no side), and *padding* is the share of them that belongs to no
+  sequence. *examples/s* counts rows of the data set (of GRPO, prompts with all their completions), and is what a run's
+  duration depends on.
 - *Peak memory* is the most that torch's allocator had given out at any moment of the step, with weights, gradients and
   optimizer state in it, over the first of the batches; of the head alone, it is what comes on top of the inputs.
-  *Predicted* is what was computed beforehand, and by how much it is off what was then measured.
+  *Predicted* is what was computed beforehand, and by how much it is off what was then measured. On a CPU, whose
+  allocator gives nothing back, it is what *autograd keeps* for the backward pass at the worst moment, without weights.
 - *TFLOP/s* of the head count the products that its gradient needs at least, whatever a contestant computes; the share
   is of the rate that the plain product of the same shape reaches on the same device.
 - *Ledger*: how exact log-probabilities are, the cosine of the gradient with float32's, and of the entries that train

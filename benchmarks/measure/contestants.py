@@ -1,7 +1,8 @@
 """One optimizer step of each contestant, on the same weights and the same token ids: what one is, and ours.
 
 A step is everything from token ids to updated weights: packing or padding (TRL's is done beforehand, as its data
-loader's workers would), reference, forward, backward, clipping, AdamW. TRL's are in `trl_contestant.py`.
+loader's workers would; ours of the next step while a device works, as the loop does), reference, forward, backward,
+clipping, AdamW. TRL's are in `trl_contestant.py`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Contestant(Protocol):
     def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> Any:
         """What `backward` takes, of the examples of a step."""
 
-    def backward(self, batch: Any) -> None:
-        """Reference, forward and backward: the step's gradient is added up."""
+    def backward(self, batch: Any, following: Any = None) -> None:
+        """Reference, forward and backward: the step's gradient is added up. following: the next step's batch."""
 
     def update(self) -> None:
         """Clip, step, reset."""
@@ -112,6 +113,7 @@ class Ours:
         )
         self.old = None if old is None else StoredReference(old, AdapterReference(policy, policy))
         self.optimizer = adamw(trained_parameters(policy), LEARNING_RATE)
+        self.ahead: tuple[list[Example], list[MicroBatch]] | None = None
         policy.train()
 
     def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> list[Example]:
@@ -124,9 +126,16 @@ class Ours:
                 micro.old = self.old(micro.batch)
         return micros
 
-    def backward(self, batch: list[Example]) -> None:
-        micros = self.micro_batches(batch)
-        result = self.step(micros, self.step.totals(batch, micros))
+    def backward(self, batch: list[Example], following: list[Example] | None = None) -> None:
+        packed, self.ahead = self.ahead, None
+        micros = packed[1] if packed is not None and packed[0] is batch else self.micro_batches(batch)
+
+        def prepare() -> None:
+            assert following is not None
+            self.ahead = following, self.micro_batches(following)
+
+        known = following is not None and self.old is None  # what is sampled needs the updated policy
+        result = self.step(micros, self.step.totals(batch, micros), meanwhile=prepare if known else None)
         result.reduced(self.step.accelerator)  # the metrics, which TRL counts in its step as well
 
     def update(self) -> None:

@@ -26,6 +26,7 @@ from .clock import allocated_mib, free_memory, interleaved, median_ratio, peak_m
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
 from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
 from .models import build
+from .saved import saved_mib
 from .step_cases import StepCase
 from .trl_contestant import Trl
 
@@ -69,9 +70,9 @@ def run(
         for row in rows.values() if no_truth else ():
             row["no_truth"] = no_truth
         for name in list(running):
-            attempt(name, rows, running, partial(memory, running[name], windows[0], device))
+            attempt(name, rows, running, partial(memory, case, running[name], windows[0], device))
         works: dict[str, Callable[[int], None]] = {}
-        for name in list(running):  # every window once: longer ones need more memory, new shapes are compiled
+        for name in list(running):  # the other windows once: longer ones need more memory, new shapes are compiled
             attempt(name, rows, running, partial(warmed, name, running[name], windows, works))
         times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
         for name, values in times.items():
@@ -192,14 +193,16 @@ def compare(
         attempt(name, rows, running, partial(of, name))
 
 
-def memory(contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
+def memory(case: StepCase, contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
     """The peak of a whole step, without what the other contestants keep; compiles and makes the optimizer's state.
 
-    None on a CPU, see `peak_mem`.
+    On a CPU there is none, see `peak_mem`, but what autograd keeps.
     """
-    if device.type != "cuda":
-        return {"peak_mem_mib": None}
     work = step_of(contestant, [contestant.prepare(window)])
+    if device.type != "cuda":
+        models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
+        kept = saved_mib(lambda: work(0), *models)
+        return {"peak_mem_mib": None, "saved_mib": None if case.gradient_checkpointing else kept}
     work(0)
     free_memory()
     others = allocated_mib(device) - kept_mib(contestant)
@@ -209,9 +212,9 @@ def memory(contestant: Contestant, window: list[Example], device: torch.device) 
 def warmed(
     name: str, contestant: Contestant, windows: Sequence[list[Example]], works: dict[str, Callable[[int], None]]
 ) -> Figures:
-    """Take every step once, and only then be one of those that are timed."""
+    """Take every step once, the first of which `memory` took, and only then be one of those that are timed."""
     step = step_of(contestant, [contestant.prepare(window) for window in windows])
-    for round_ in range(len(windows)):
+    for round_ in range(1, len(windows)):
         step(round_)
     works[name] = step
     return {}
@@ -255,7 +258,8 @@ def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None
 
 def step_of(contestant: Contestant, batches: list[Any]) -> Callable[[int], None]:
     def step(round_: int) -> None:
-        contestant.backward(batches[round_ % len(batches)])
+        batch, following = (batches[i % len(batches)] for i in (round_, round_ + 1))
+        contestant.backward(batch, following)
         contestant.update()
 
     return step
@@ -277,11 +281,12 @@ def rates(times_ms: list[float], windows: Sequence[list[Example]]) -> Figures:
 def told(
     case: StepCase, rows: dict[str, Figures], running: dict[str, Contestant], windows: list[list[Example]]
 ) -> None:
-    """Tokens that each side's forward pass really computes, padding and repeated prompts included, per step."""
+    """Tokens that each side's forward pass really computes, padding and repeated prompts included, per step; and
+    the share of it that is padding."""
     for name, contestant in running.items():
         if isinstance(contestant, Ours):
-            micros = [m for w in windows for m in contestant.step.micro_batches(w)]
-            padded = sum(m.batch.input_ids.numel() for m in micros)
+            batches = [m.batch for w in windows for m in contestant.step.micro_batches(w)]
+            padded, real = sum(b.input_ids.numel() for b in batches), sum(b.num_tokens for b in batches)
         else:
-            padded = sum(map(case.padded_by_peer, windows))
-        rows[name]["num_padded_tokens"] = padded // len(windows)
+            padded, real = sum(map(case.padded_by_peer, windows)), sum(map(count_tokens, windows))
+        rows[name] |= {"num_padded_tokens": padded // len(windows), "padding": 1 - real / padded}

@@ -83,7 +83,7 @@ class Trl:
         tokens = sum(len(row["completion_ids"]) for row in rows)
         return [rollouts("grpo", part, 0, num_items_in_batch=tokens) for part in parts]
 
-    def backward(self, batch: list[Any]) -> None:
+    def backward(self, batch: list[Any], following: Any = None) -> None:
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps = len(batch)
         samples, tokens = trainer.get_batch_samples(iter(batch), len(batch), self.device)

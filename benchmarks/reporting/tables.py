@@ -136,7 +136,8 @@ def _titled(rows: Sequence[Row], tables: dict[str, str]) -> list[str]:
 
 STEP_COLUMNS = (
     "method,contestant,case,step ms p50 (p20-p80),tokens/s,examples/s,our speed / its,peak MiB,its memory / ours,"
-    "predicted peak,tokens (computed),attention,gradient differs by,ledger,not measured"
+    "predicted peak,autograd keeps MiB,its / ours,tokens (computed; padding),attention,gradient differs by,ledger,"
+    "not measured"
 ).split(",")
 
 
@@ -162,6 +163,8 @@ def step_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
                 number(row.get("peak_mem_mib"), 1),
                 times(quotient(row, base, "peak_mem_mib")),
                 predicted(row),
+                number(row.get("saved_mib"), 1),
+                times(quotient(row, base, "saved_mib")),
                 _tokens(row),
                 str(row.get("attention") or ""),
                 small(row.get("grad_rel_err")),
@@ -179,8 +182,9 @@ def predicted(row: Row) -> str:
 
 
 def _tokens(row: Row) -> str:
-    real, computed = (row.get(key) for key in ("num_tokens", "num_padded_tokens"))
-    return number(real, 1) + (f" ({number(computed, 1)})" if computed is not None else "")
+    real, computed, padding = (row.get(key) for key in ("num_tokens", "num_padded_tokens", "padding"))
+    told = number(computed, 1) + ("" if padding is None else f"; {100 * padding:.2g} %")
+    return number(real, 1) + (f" ({told})" if computed is not None else "")
 
 
 def ledger(entries: dict[str, float | None]) -> str:

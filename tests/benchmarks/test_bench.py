@@ -112,8 +112,8 @@ def test_peak_memory_is_without_what_the_others_keep(monkeypatch):
     monkeypatch.setattr(step, "allocated_mib", lambda device: 70.0)
     monkeypatch.setattr(step, "kept_mib", lambda contestant: 30.0)
     monkeypatch.setattr(step, "peak_mem", lambda work, device, beyond: 100.0 - beyond)
-    idle = SimpleNamespace(prepare=list, backward=lambda batch: None, update=lambda: None)
-    assert step.memory(idle, [], SimpleNamespace(type="cuda")) == {"peak_mem_mib": 60.0}
+    idle = SimpleNamespace(prepare=list, backward=lambda batch, following: None, update=lambda: None)
+    assert step.memory(None, idle, [], SimpleNamespace(type="cuda")) == {"peak_mem_mib": 60.0}
 
 
 def test_head_errors_are_against_float64_and_rates_are_of_the_least_work():

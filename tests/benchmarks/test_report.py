@@ -83,19 +83,20 @@ def lines(page: str, *words: str) -> list[str]:
 def test_a_step_beside_its_peers(tmp_path: Path) -> None:
     ours = step("logratio", 200, 9000, predicted_peak_mem_mib=9450, num_padded_tokens=7000, parts={"forward": 150.0})
     ours["ledger"] = {"logps_err": 1.1e-3, "grad_cosine": 0.999987, "share_changed": 0.031}
-    theirs = step("trl", 350, 13500, grad_rel_err=2e-5, num_padded_tokens=13100)
+    ours |= {"padding": 0.0028, "saved_mib": 3605.2}
+    theirs = step("trl", 350, 13500, grad_rel_err=2e-5, num_padded_tokens=13100, padding=0.39, saved_mib=5855.0)
     gone = step("trl+liger", None, status="oom", error="CUDA out of memory.\nTried | to allocate")
     no = step("trl", None, method="kto", status="refused", error="no | such thing")
     page = report(tmp_path, step=[gone, theirs, ours, no, step("logratio", 100, 8000, "kto")])
     assert page.startswith(BEGINNING + "`results/step.jsonl` (5 lines)")
     (mine,) = lines(page, "dpo", "logratio")
     assert mine == (
-        "|dpo|logratio|200 (180-240)|40,000|80.0|1.00×|9,000|1.00×|9,450 (+5.0 %)|8,000 (7,000)||"
+        "|dpo|logratio|200 (180-240)|40,000|80.0|1.00×|9,000|1.00×|9,450 (+5.0 %)|3,605|1.00×|8,000 (7,000; 0.28 %)||"
         "logps err 1.1e-03, grad cosine 0.999987, share changed 3.1 %||"
     )
     (peer,) = lines(page, "dpo", "trl |")
-    assert "|350 (315-420)|22,857|45.7|1.75×|13,500|1.50×||8,000 (13,100)|2.0e-05|" in peer
-    assert lines(page, "dpo", "trl+liger") == ["|dpo|trl+liger|||||||||||out of memory: CUDA out of memory.|"]
+    assert "|350 (315-420)|22,857|45.7|1.75×|13,500|1.50×||5,855|1.62×|8,000 (13,100; 39 %)|2.0e-05|" in peer
+    assert lines(page, "dpo", "trl+liger") == ["|dpo|trl+liger|||||||||||||out of memory: CUDA out of memory.|"]
     assert "refused: no \\| such thing" in page
     assert page.index("| dpo |") < page.index("| kto |")
     assert (

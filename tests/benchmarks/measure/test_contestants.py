@@ -55,6 +55,8 @@ def test_both_sides_compute_the_same_step(steps, method):
     computed = [case.padded_by_peer(case.window(259, seed)) for seed in range(2)]  # two rounds take two different steps
     assert theirs["num_padded_tokens"] == sum(computed) // 2 >= theirs["num_tokens"]
     assert 0 < ours["num_padded_tokens"] <= theirs["num_padded_tokens"]
+    assert theirs["padding"] == pytest.approx(1 - 2 * theirs["num_tokens"] / sum(computed), abs=0.01)
+    assert 0 <= ours["padding"] < 0.4 and ours["saved_mib"] > 0 and theirs["saved_mib"] > 0
     pairs = zip(theirs["times_ms"], ours["times_ms"], strict=True)
     assert theirs["time_to_ours"] == pytest.approx(statistics.median(a / b for a, b in pairs))
     assert ours["parts"]["forward and backward"] > 0
