@@ -21,7 +21,7 @@ from logratio.losses import DPOLoss
 from logratio.trainers.data.examples import load_rows, prepare
 from logratio.trainers.data.inputs import count_totals, loss_inputs
 from logratio.trainers.data.packing import pack
-from logratio.trainers.policy.lora_layers import fuse_lora
+from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference
 from logratio.trainers.policy.sharing import share_prompts

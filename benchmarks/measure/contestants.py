@@ -18,8 +18,8 @@ from torch import Tensor
 from logratio.trainers.data.examples import Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.layers.fused import fuse_layers
+from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.optimizer import adamw, trained_parameters
-from logratio.trainers.policy.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import (
     AdapterReference,

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from logratio.trainers.policy.nf4 import keep_layout
+from logratio.trainers.layers.nf4 import keep_layout
 from logratio.trainers.policy.tiny import tiny_model
 
 from ..memory.shapes import SHAPES, shape

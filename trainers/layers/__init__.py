@@ -1,1 +1,1 @@
-"""What a transformer layer computes, with fewer kernels and with less kept for the backward pass."""
+"""What a model's layers compute, those of adapters among them: fewer kernels, and less kept for the backward pass."""

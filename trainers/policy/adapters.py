@@ -33,7 +33,7 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     if config.lora_r:
         model = _fresh_adapter(model, config, frozen_copy and config.sync_ref_model)
     if config.fused_lora and (config.lora_r or config.adapter_name_or_path):
-        from .lora_layers import fuse_lora
+        from ..layers.lora_layers import fuse_lora
 
         fuse_lora(model)
     return model

@@ -13,9 +13,9 @@ from transformers.utils import logging
 from ..config import ModelConfig
 from ..errors import UserError
 from ..layers.fused import fuse_layers
+from ..layers.liger import check_liger, use_liger
+from ..layers.nf4 import keep_layout
 from .checks import check_finite, check_folder, check_loaded, foreign
-from .liger import check_liger, use_liger
-from .nf4 import keep_layout
 from .tiny import TINY, tiny_model, tiny_tokenizer
 
 

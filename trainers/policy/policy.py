@@ -20,8 +20,8 @@ from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
 from ..data.blocks import Blocks
 from ..data.packing import PackedBatch
-from .nf4 import refuse_repacked, repackable
-from .switch import NO_ADAPTER, computing_with
+from ..layers.nf4 import refuse_repacked, repackable
+from ..layers.switch import NO_ADAPTER, computing_with
 
 REFERENCE_ADAPTER = "reference"
 MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}

@@ -22,11 +22,11 @@ from ..config import RunConfig
 from ..data.examples import Example
 from ..data.packing import PackedBatch, example_tokens, pack
 from ..errors import UserError
+from ..layers.switch import set_training
 from .checks import foreign
 from .load import load_model
 from .policy import REFERENCE_ADAPTER, Policy
 from .sharing import choose_attention
-from .switch import set_training
 
 PACKED_TOGETHER = 512
 """Examples of a data set, of about one length, that are packed at a time: packing takes the square of their number."""

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.layers import fused
 from logratio.trainers.layers.fused import FusedMLP, FusedNorm, FusedRotation, fuse_layers
+from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.policy.load import load_model
-from logratio.trainers.policy.lora_layers import fuse_lora
 
 IDS = torch.arange(26).view(2, 13) * 7 % 97
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

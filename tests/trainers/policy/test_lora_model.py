@@ -11,10 +11,10 @@ from logratio.benchmarks.measure.ledger import plain
 from logratio.benchmarks.peers.truths import exact
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy import liger, lora_layers
+from logratio.trainers.layers import liger, lora_layers
+from logratio.trainers.layers.lora_layers import FusedLora
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
-from logratio.trainers.policy.lora_layers import FusedLora
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.reference_sync import ReferenceSync
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logratio.trainers.policy.lora_layers import FusedLora, fuse_lora
-from logratio.trainers.policy.lora_linear import dtypes_of
+from logratio.trainers.layers.lora_layers import FusedLora, fuse_lora
+from logratio.trainers.layers.lora_linear import dtypes_of
 
 H, N_Q, N_KV, RANKS = 24, 20, 12, {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 3}
 

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from logratio.trainers.policy import lora_layers
-from logratio.trainers.policy.lora_layers import fuse_lora
+from logratio.trainers.layers import lora_layers
+from logratio.trainers.layers.lora_layers import fuse_lora
 
 
 class Attention(nn.Module):

@@ -14,8 +14,8 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from ..layers.swiglu import swiglu
 from .lora_linear import Part, dtypes_of, lora_linear
+from .swiglu import swiglu
 from .switch import NO_ADAPTER, Switch, switch_of
 
 # Children of one module that it calls with the same tensor. Where it does not, they compute alone.

@@ -36,5 +36,5 @@ def refuse_repacked(*weights: Tensor) -> None:
     if any(map(is_repacked, weights)):
         raise UserError(
             "bitsandbytes has repacked nf4 weights of the model for inference on this CPU, and no gradient goes back "
-            "through them; call `logratio.trainers.policy.nf4.keep_layout(model)` before the model's first forward pass"
+            "through them; call `logratio.trainers.layers.nf4.keep_layout(model)` before the model's first forward pass"
         )

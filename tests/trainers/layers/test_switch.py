@@ -11,14 +11,14 @@ from torch import nn
 from logratio.losses import LOSSES, Kind
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.policy import switch
+from logratio.trainers.layers import switch
+from logratio.trainers.layers.lora_layers import fuse_lora
+from logratio.trainers.layers.switch import NO_ADAPTER, computing_with, set_training, switch_of
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
-from logratio.trainers.policy.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.reference import AdapterReference, inference
 from logratio.trainers.policy.reference_sync import ReferenceSync
-from logratio.trainers.policy.switch import NO_ADAPTER, computing_with, set_training, switch_of
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..layers.swiglu import product
 from .nf4 import is_repacked, refuse_repacked
+from .swiglu import product
 
 
 class Part(NamedTuple):

@@ -15,16 +15,16 @@ from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
+from logratio.trainers.layers.lora_layers import fuse_lora
+from logratio.trainers.layers.nf4 import is_repacked
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
-from logratio.trainers.policy.lora_layers import fuse_lora
-from logratio.trainers.policy.nf4 import is_repacked
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, inference
 
 CPU = torch.device("cpu")
 EXAMPLES = [Example(list(b"12+5="), [Completion(list(b"17")), Completion(list(b"125"))])]
-REFUSED = r"bitsandbytes has repacked nf4 weights .* call `logratio\.trainers\.policy\.nf4\.keep_layout\(model\)`"
+REFUSED = r"bitsandbytes has repacked nf4 weights .* call `logratio\.trainers\.layers\.nf4\.keep_layout\(model\)`"
 
 
 @pytest.fixture(autouse=True)
