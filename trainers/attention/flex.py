@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..data.blocks import BlockLists, block_lists
-from ..data.packing import PackedBatch
+from ..data.blocks import BlockLists, Blocks, block_lists
+from ..data.examples import Completion, Example
+from ..data.packing import PackedBatch, pack
 from ..errors import UserError, first_line
-from .masks import Sight, may_see, sights
+from .masks import Sight, attention_mask, may_see, sights
 
 # transformers' name for its own FlexAttention, and ours for `flex_or_sdpa`.
 THEIRS, OURS = "flex_attention", "logratio_flex"
@@ -32,6 +34,11 @@ RECOMPILE_LIMIT = 64
 NOT_DONE = ("dropout", "softcap", "s_aux", "position_bias")
 # Where it has a backward pass that was tried.
 DEVICES = ("cuda",)
+# (prompt, completions) in tokens: in 13 blocks, of which the last ends in padding and most hold parts of two groups
+TRIAL = ((150, 90, 200, 75), (40, 333), (260, 61, 128), (5, 1, 1, 80), (100, 30))
+TRIAL_BLOCKS, TRIAL_WINDOWS = 13, (None, 100)
+# of one token; bfloat16's rounding is some 1e-2
+TRIAL_TOLERANCE = 5e-2
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
@@ -165,23 +172,54 @@ def why_not(model: Any) -> str:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out,
-    # queries and keys new out of the rope. A number of blocks that were equal to one of heads would be compiled into
-    # the kernel.
-    rows, length = 1, 13 * BLOCK
     try:
         with torch.enable_grad():
-            query, key, value = (
-                torch.zeros(rows, length, n, size, device=model.device, dtype=model.dtype, requires_grad=True)
-                for n in (heads, key_heads, key_heads)
-            )
-            nothing = torch.zeros(rows, length, dtype=torch.int32)
-            lists = BlockLists(*(x.to(model.device) for x in block_lists(nothing, nothing, BLOCK)))
-            mask = _block_mask(Sight(*(torch.zeros_like(nothing, device=model.device) for _ in Sight._fields)), lists)
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            flex_or_sdpa(model, query * 1, key * 1, value, mask, scaling=size**-0.5)[0].sum().backward()
+            return differs(model, heads, key_heads, size)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's
         return f"it raises {type(error).__name__}: {first_line(error)}"
+
+
+def differs(model: Any, heads: int, key_heads: int, size: int) -> str:
+    """How the kernels differ from attention under a dense mask, of a row of several groups and padding; or ""."""
+    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out,
+    # queries and keys new out of the rope. A number of blocks that were equal to one of heads would be compiled into
+    # the kernel.
+    examples = [Example([0] * p, [Completion([0] * n) for n in lengths]) for p, *lengths in TRIAL]
+    (batch,) = pack(examples, TRIAL_BLOCKS * BLOCK, blocks=Blocks(BLOCK, TRIAL_WINDOWS))
+    batch, draw = batch.to(model.device), torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(*batch.group.shape, n, size, generator=draw).to(model.device, model.dtype).requires_grad_()
+        for n in (heads, key_heads, key_heads)
+    )
+    slope = torch.randn(*batch.group.shape, heads, size, generator=draw).to(model.device)
+
+    def results(attend: Callable[..., Tensor]) -> dict[str, Tensor]:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = attend(q * 1, k * 1, v).float()
+        grads = torch.autograd.grad((out * slope).sum(), (query, key, value))
+        return {"values": out.detach()} | dict(zip(("queries'", "keys'", "values'"), grads, strict=True))
+
+    for window in TRIAL_WINDOWS:
+        mask = block_mask(batch, window)
+        ours = results(lambda q, k, v, mask=mask: flex_or_sdpa(model, q, k, v, mask, scaling=size**-0.5)[0])  # type: ignore[misc]
+        dense = results(partial(_dense, mask=attention_mask(batch, window), scale=size**-0.5))
+        for name, truth in dense.items():
+            change = largest_change(ours[name].float(), truth.float())
+            if not change <= TRIAL_TOLERANCE:  # nor NaN
+                what = name if name == "values" else f"{name} gradients"
+                return f"its {what} differ by {change:.0e} from those under a dense mask, of one token, relative"
     return ""
+
+
+def largest_change(ours: Tensor, truth: Tensor) -> float:
+    """Of [R, L, heads, D]: of one token, beside its own norm and the mean of all, since a small one is a small sum."""
+    norms = truth.norm(dim=(2, 3))
+    return float(((ours - truth).norm(dim=(2, 3)) / (norms + norms.mean())).max())
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)

@@ -6,7 +6,7 @@ import random
 import torch
 from hypothesis import strategies as st
 
-from logratio.trainers.attention.flex import OURS, THEIRS, adopt
+from logratio.trainers.attention.flex import OURS
 from logratio.trainers.data.blocks import Blocks
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.packing import pack
@@ -60,6 +60,7 @@ def assert_close(ours: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]
 
 
 def with_flex(model) -> Policy:
+    """As `adopt` leaves a model for which the trial, which takes seconds, finds nothing."""
     model = copy.deepcopy(model)
-    assert adopt(model, THEIRS) == [] and model.config._attn_implementation == OURS
+    model.set_attn_implementation(OURS)
     return Policy(model, shared=True)

@@ -237,6 +237,33 @@ def test_a_gpu_takes_flex_where_it_fits(monkeypatch, random_model, name, asked, 
     assert adopt(on_gpu(model), asked) == [] and model.config._attn_implementation == taken
 
 
+def scaled_backward(out):
+    """The same values, gradients that are 10 % too large."""
+    return 1.1 * out - 0.1 * out.detach()
+
+
+# What a kernel may get wrong -> what is done to its [R, heads, L, D], and said of it.
+FAULTS = {
+    "a token that is NaN": (lambda out: out.index_fill(2, torch.tensor([700]), torch.nan), "its values differ by nan"),
+    "a token that sees nothing": (lambda out: out.index_fill(2, torch.tensor([700]), 0.0), "its values differ by"),
+    "gradients": (scaled_backward, "its queries' gradients differ by"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kernels_that_compute_something_else_are_not_taken(flex_on_cpu, monkeypatch, random_model, fault):
+    """All that a run would show of them is a loss that is not finite, or nothing."""
+    spoil, said = FAULTS[fault]
+    right = reference_implementation()
+    monkeypatch.setattr(flex, "compiled", lambda: lambda *args: spoil(right(*args)))
+    assert flex.why_not(random_model("llama")).startswith(said)
+
+
+def test_a_model_takes_it_after_a_trial(flex_on_cpu, random_model):
+    assert adopt(model := random_model("qwen2-window"), THEIRS) == []
+    assert model.config._attn_implementation == OURS
+
+
 def test_where_flex_does_not_work_the_mask_stays_dense_and_the_user_is_told(monkeypatch, random_model):
     model = random_model("llama")
     monkeypatch.setattr(flex, "why_not", lambda model: "it raises OutOfResources")
