@@ -111,7 +111,7 @@ def test_how_far_a_gradient_may_differ(monkeypatch, error, status):
     ("error", "status"), [(torch.OutOfMemoryError("no room\nfor it"), "oom"), (RuntimeError("x"), "failed")]
 )
 def test_one_that_fails_does_not_end_the_others(monkeypatch, error, status):
-    def fails(self, batch):
+    def fails(self, *batches):
         raise error
 
     monkeypatch.setattr(trl_contestant.Trl, "backward", fails)

@@ -61,11 +61,11 @@ def test_ligers_layers_are_in_its_contestant_alone(adapter):
 def test_one_that_runs_out_of_memory_late_costs_the_others_nothing(monkeypatch, good_calls):
     backward, calls = trl_contestant.Trl.backward, []
 
-    def fails_later(self, batch):
+    def fails_later(self, *batches):
         calls.append(1)
         if len(calls) > good_calls:
             raise torch.OutOfMemoryError("no room")
-        backward(self, batch)
+        backward(self, *batches)
 
     monkeypatch.setattr(trl_contestant.Trl, "backward", fails_later)
     rows = step.run(tiny_case("sft"), CPU, repeats=3, seed=0, only=("logratio", "trl"))
