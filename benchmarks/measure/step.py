@@ -201,7 +201,7 @@ def memory(case: StepCase, contestant: Contestant, window: list[Example], device
     work = step_of(contestant, [contestant.prepare(window)])
     if device.type != "cuda":
         models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
-        kept = saved_mib(lambda: work(0), *models)
+        kept = saved_mib(partial(work, 0), *models)
         return {"peak_mem_mib": None, "saved_mib": None if case.gradient_checkpointing else kept}
     work(0)
     free_memory()

@@ -47,8 +47,9 @@ def test_so_does_what_is_measured(events, method, order):
     lengths = Lengths(6, 9, 0.4, 0.4, max_length=32)
     case = StepCase(method, "lora", "tiny", "short", 2, 64, dtype="float32", num_generations=2, lengths=lengths)
     cpu = torch.device("cpu")
-    ours = Ours(case, build_of(case, cpu, 0), None, cpu, {} if method == "grpo" else None)
-    ours.old = None if method != "grpo" else lambda batch: None
+    ours = Ours(case, build_of(case, cpu, 0), None, cpu)
+    if method == "grpo":
+        ours.old = lambda batch: None  # rollouts of the policy as it is
     step = step_of(ours, [ours.prepare(case.window(259, seed)) for seed in (0, 1)])
     for round_ in range(3):
         step(round_)

@@ -59,6 +59,7 @@ KINDS = {
 # (rank, fused): the whole model, PEFT's adapters, ours
 TRAINED = {"full": (0, False), "lora": (4, False), "fused": (4, True)}
 DTYPES = ("float32", "bfloat16")
+LESS_OFTEN = pytest.param({"intermediate_size": 256}, marks=pytest.mark.slow)
 
 
 def tiny(kind: str, setup: Setup, **more):
@@ -168,14 +169,7 @@ def test_saved_bytes_in_other_shapes(sizes, rows, length):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"hidden_size": 48, "intermediate_size": 480},
-        pytest.param({"intermediate_size": 256}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", [{"hidden_size": 48, "intermediate_size": 480}, LESS_OFTEN])
 def test_the_backbone_peaks_where_it_is_predicted(sizes, dtype, trained, masked, recompute):
     setup, batch = on_cpu(trained, dtype=dtype, gradient_checkpointing=recompute), Batch(2, 80, 160, plain=not masked)
     model = tiny("llama", setup, **sizes)
