@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from logratio.losses import DPOLoss
+from logratio.trainers.batches.inputs import count_totals, loss_inputs
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import load_rows, prepare
-from logratio.trainers.data.inputs import count_totals, loss_inputs
-from logratio.trainers.data.packing import pack
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference

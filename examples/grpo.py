@@ -21,9 +21,9 @@ import torch
 
 from logratio.losses import GRPOLoss
 from logratio.losses.advantages import advantages_of
+from logratio.trainers.batches.inputs import count_totals, loss_inputs
+from logratio.trainers.batches.packing import pack, split_groups
 from logratio.trainers.data.examples import Completion, Example, load_rows, prepare_prompts
-from logratio.trainers.data.inputs import count_totals, loss_inputs
-from logratio.trainers.data.packing import pack, split_groups
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import share_prompts
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer

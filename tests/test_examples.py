@@ -67,7 +67,7 @@ def test_an_example_is_short_and_calls_the_library_alone(name: str) -> None:
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) <= 120
     used = {module for _, module in imports(path) if module.startswith("logratio.")}
-    below_the_loop = ("data", "attention", "layers", "policy", "rollout")
+    below_the_loop = ("data", "batches", "attention", "layers", "policy", "rollout")
     rooms = ("logratio.losses", *(f"logratio.trainers.{room}." for room in below_the_loop))
     assert used and all(module.startswith(rooms) for module in used), used
     assert not any(".config" in module or module.endswith(".Rollouts") for module in used)

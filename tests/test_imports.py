@@ -27,6 +27,7 @@ FLOORS = (
     ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py"),
     ("trainers/runlog.py", "trainers/outputs.py", "trainers/optimizer.py"),
     ("trainers/data",),
+    ("trainers/batches",),
     ("trainers/attention",),
     ("trainers/layers",),
     ("trainers/policy",),

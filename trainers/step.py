@@ -19,9 +19,9 @@ from torch import Tensor
 
 from logratio.losses import Loss, Mean, Totals
 
+from .batches.inputs import count_totals, loss_inputs
+from .batches.packing import PackedBatch, example_tokens, pack
 from .data.examples import Example
-from .data.inputs import count_totals, loss_inputs
-from .data.packing import PackedBatch, example_tokens, pack
 from .errors import UserError
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy

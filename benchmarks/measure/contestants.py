@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.layers.fused import fuse_layers
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.optimizer import adamw, trained_parameters

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from logratio.losses import Kind
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import first_line
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.policy import Policy

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
+from logratio.trainers.batches.packing import PackedBatch
 from logratio.trainers.data.examples import Completion, Example, prepare
-from logratio.trainers.data.packing import PackedBatch
 from logratio.trainers.data.rows import Rows
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key

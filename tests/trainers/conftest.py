@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from logratio.trainers.data import packing
+from logratio.trainers.batches import packing
 
 VOCAB = 97
 # What Llama and its like call the sizes; GPT-2 and its like, below, have other names.

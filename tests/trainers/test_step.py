@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 from logratio.benchmarks.peers import truths
 from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
-from logratio.trainers.data import packing
+from logratio.trainers.batches import packing
+from logratio.trainers.batches.inputs import count_totals, loss_inputs
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.inputs import count_totals, loss_inputs
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference

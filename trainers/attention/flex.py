@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..data.blocks import BlockLists, Blocks, block_lists
+from ..batches.blocks import BlockLists, Blocks, block_lists
+from ..batches.packing import PackedBatch, pack
 from ..data.examples import Completion, Example
-from ..data.packing import PackedBatch, pack
 from ..errors import UserError, first_line
 from .masks import Sight, attention_mask, may_see, sights
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.packing import PackedBatch
+from ..batches.packing import PackedBatch
 
 
 class Sight(NamedTuple):

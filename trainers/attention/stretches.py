@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..data.packing import PackedBatch
+from ..batches.packing import PackedBatch
 from .masks import attention_mask
 
 STRETCHES = "logratio_stretches"

@@ -1,1 +1,1 @@
-"""Rows to examples to packed batches."""
+"""Rows to examples."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..batches.packing import PackedBatch, example_tokens
 from ..data.examples import Completion, Example
-from ..data.packing import PackedBatch, example_tokens
 from .reference import Reference, StoredReference, per_example, tokens_key
 
 

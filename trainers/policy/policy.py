@@ -18,8 +18,8 @@ from logratio.losses import TokenLogps, linear_logps
 from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
-from ..data.blocks import Blocks
-from ..data.packing import PackedBatch
+from ..batches.blocks import Blocks
+from ..batches.packing import PackedBatch
 from ..layers.nf4 import refuse_repacked, repackable
 from ..layers.switch import NO_ADAPTER, computing_with
 

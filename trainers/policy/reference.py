@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from logratio.losses import Kind
 
+from ..batches.packing import PackedBatch, example_tokens, pack
 from ..config import RunConfig
 from ..data.examples import Example
-from ..data.packing import PackedBatch, example_tokens, pack
 from ..errors import UserError
 from ..layers.switch import set_training
 from .checks import foreign

@@ -12,8 +12,8 @@ import torch
 
 from ..attention.flex import OURS, THEIRS, adopt, softcap_of
 from ..attention.stretches import STRETCHES, adopt_stretches
+from ..batches.packing import PackedBatch, pack
 from ..data.examples import Completion, Example
-from ..data.packing import PackedBatch, pack
 from ..errors import UserError, first_line
 from .policy import Policy
 

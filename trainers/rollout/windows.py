@@ -11,8 +11,8 @@ from torch import Tensor
 
 from logratio.losses import KL_ESTIMATORS, Mean
 
+from ..batches.packing import split_groups
 from ..data.examples import Example, Prompt
-from ..data.packing import split_groups
 from ..errors import UserError
 from ..processes import share
 from ..step import MicroBatch, Step, Window

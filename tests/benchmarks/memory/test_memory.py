@@ -31,9 +31,9 @@ from logratio.benchmarks.memory.peak import (
 )
 from logratio.benchmarks.memory.roofline import Workload, plan, step_seconds
 from logratio.benchmarks.memory.shapes import SHAPES, shape
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import Policy

@@ -20,10 +20,10 @@ from logratio.benchmarks.memory.peak import (
 )
 from logratio.benchmarks.memory.roofline import BLOCK, EFFICIENCY, Plan, Workload, plan, step_seconds
 from logratio.losses import logps
+from logratio.trainers.batches.blocks import Blocks
+from logratio.trainers.batches.packing import pack, split_groups
 from logratio.trainers.config import ModelConfig
-from logratio.trainers.data.blocks import Blocks
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack, split_groups
 from logratio.trainers.optimizer import adamw
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import Policy

@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from logratio.trainers.attention.flex import OURS
-from logratio.trainers.data.blocks import Blocks
+from logratio.trainers.batches.blocks import Blocks
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.policy import Policy
 
 

@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from logratio.trainers.attention import flex
 from logratio.trainers.attention.flex import OURS, THEIRS, adopt, block_mask
 from logratio.trainers.attention.masks import attention_mask
-from logratio.trainers.data.blocks import Blocks, block_lists
+from logratio.trainers.batches.blocks import Blocks, block_lists
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Prompt
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy import sharing
 from logratio.trainers.policy.policy import Policy

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
 from logratio.trainers.attention.flex import OURS
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Prompt
-from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
 from logratio.trainers.rollout.rollouts import generate

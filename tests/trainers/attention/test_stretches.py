@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from logratio.trainers.attention import stretches as module
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.attention.stretches import STRETCHES, attend, stretch_mask, stretches, stretches_or_sdpa
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from logratio.losses import Kind
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Rows, load_rows, prepare
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 

@@ -11,9 +11,9 @@ from bitsandbytes.nn import Linear4bit
 
 from logratio.benchmarks.measure.ledger import plain
 from logratio.benchmarks.measure.models import build
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.layers.nf4 import is_repacked

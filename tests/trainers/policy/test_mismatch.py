@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
 from logratio.losses import LOSSES, Kind
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.mismatch import mismatched, refer_together, together
 from logratio.trainers.policy.reference import StoredReference, precompute
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from logratio.benchmarks.peers.truths import exact
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy, attention_windows
 
 SHAREABLE = [

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy import reference
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy

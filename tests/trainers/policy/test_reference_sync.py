@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from logratio.benchmarks.peers.truths import exact
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.adapters import add_adapters

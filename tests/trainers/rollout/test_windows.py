@@ -8,9 +8,9 @@ import torch
 from logratio.losses import GRPOLoss
 from logratio.reference import oracle
 from logratio.trainers import loop, setup
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import DataConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 from logratio.trainers.errors import UserError
 from logratio.trainers.rollout.windows import reward_kl
 from logratio.trainers.step import MicroBatch

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.examples import Example
 from .blocks import BlockLists, Blocks, block_lists
-from .examples import Example
 from .layout import Layout
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch

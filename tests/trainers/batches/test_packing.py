@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from logratio.benchmarks.measure import workloads
 from logratio.losses import DPOLoss
 from logratio.trainers.attention.masks import attention_mask
-from logratio.trainers.data.blocks import Blocks
+from logratio.trainers.batches.blocks import Blocks
+from logratio.trainers.batches.packing import PackedBatch, example_tokens, pack, split_groups
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import PackedBatch, example_tokens, pack, split_groups
 
 PAD = 9999
 quick = settings(max_examples=60, deadline=None)

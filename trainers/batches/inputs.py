@@ -10,7 +10,7 @@ from torch import Tensor
 
 from logratio.losses import CompletionLogps, Kind, Loss, PairLogps, TokenLogps, Totals
 
-from .examples import Completion, Example
+from ..data.examples import Completion, Example
 from .packing import PackedBatch
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .examples import Completion, Example
+from ..data.examples import Completion, Example
 
 
 class _Stretch(NamedTuple):

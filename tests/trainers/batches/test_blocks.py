@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
 from logratio.trainers.attention.masks import attention_mask
-from logratio.trainers.data.blocks import Blocks, block_lists
+from logratio.trainers.batches.blocks import Blocks, block_lists
+from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
-from logratio.trainers.data.packing import pack
 
 from ..attention._flex import groups
 
