@@ -19,6 +19,7 @@ from .config import RunConfig
 from .data.examples import Example
 from .errors import UserError
 from .policy.load import describe
+from .rollout.generation import numbered
 from .rollout.windows import roll_out
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, batches, build
@@ -149,7 +150,7 @@ def evaluate(run: Run) -> dict[str, float]:
     """Loss and metrics of the held-out examples, as if they were one step without an update."""
     if run.rollouts is not None:
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        rolled = run.rollouts(run.data.evaluation[rank::world], greedy=False)
+        rolled = run.rollouts(numbered(run.data.evaluation)[rank::world], "evaluation")
         zero = torch.zeros((), device=run.accelerator.device)
         result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}

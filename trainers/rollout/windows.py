@@ -16,6 +16,7 @@ from ..data.examples import Example, Prompt
 from ..errors import UserError
 from ..processes import share
 from ..step import MicroBatch, Step, Window
+from .generation import numbered
 from .rollouts import Rollouts
 
 
@@ -23,7 +24,7 @@ def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Windo
     """What the process learns from its share of the prompts: rollouts with advantages, and old log-probs where later
     steps will differ from the policy that sampled them."""
     config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(share(prompts, accelerator))
+    rolled = rollouts(share(numbered(prompts), accelerator))
     # whole groups are compared; ones that do not fit a micro-batch are divided
     examples = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
     micros = step.micro_batches(examples, dealt=True)
