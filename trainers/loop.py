@@ -14,10 +14,12 @@ import torch
 
 from logratio.losses import Mean
 
+from .again import learn
 from .checkpoint import save_run
 from .config import RunConfig
 from .data.examples import Example
 from .errors import UserError
+from .memory import no_room
 from .policy.load import describe
 from .rollout.generation import numbered
 from .rollout.windows import roll_out
@@ -31,7 +33,10 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then).
     """
-    return train_run(build(config))
+    try:
+        return train_run(build(config))
+    except torch.OutOfMemoryError as error:
+        raise no_room(error) from error
 
 
 def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False) -> dict[str, float]:
@@ -51,13 +56,12 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
         windows = Ahead(steps(run))
         for step, window in enumerate(windows, start=1):
             try:
-                totals = run.step.totals(window.examples, window.micros, window.dealt)
                 known = run.rollouts is None and step < last  # what is sampled needs the updated policy
-                result = run.step(window.micros, totals, meanwhile=windows.prepare if known else None)
+                result = learn(run.step, window, meanwhile=windows.prepare if known else None)
                 updated = update(run, window.examples, step)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
-            for note in run.rollouts.after(step) if run.rollouts is not None else ():
+            for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
             metrics, tokens = reduced(run, window, result)
             num_tokens += tokens
@@ -101,15 +105,16 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one."""
+        """Pack the next one, if it is not yet."""
+        if self.prepared:
+            return
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        if not self.prepared:
-            self.prepare()
+        self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window
@@ -154,10 +159,14 @@ def evaluate(run: Run) -> dict[str, float]:
         zero = torch.zeros((), device=run.accelerator.device)
         result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
-    micros = run.step.micro_batches(run.data.evaluation)
+
+    def attempt() -> StepResult:
+        micros = run.step.micro_batches(run.data.evaluation)
+        return run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+
     was_training = run.policy.training
     run.policy.eval()
-    result = run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+    result = run.step.memory.again(attempt)
     run.policy.train(was_training)
     return result.reduced(run.accelerator)
 

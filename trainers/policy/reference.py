@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError
 from ..layers.switch import set_training
+from ..memory import Memory
 from .checks import foreign
 from .load import load_model
 from .policy import REFERENCE_ADAPTER, Policy
@@ -93,14 +94,18 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        out = torch.zeros(batch.scored.shape, dtype=self.table[keys[0]][0].dtype)
-        if not batch.is_filler:
-            completions = [c for e in batch.examples for c in e.completions]
-            stored = [values for key in keys for values in self.table[key]]
-            for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
-                scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
-                out[path, : len(scored)][scored] = values
-        return out.to(batch.scored.device, non_blocking=True)
+        return laid_out(batch, [values for key in keys for values in self.table[key]])
+
+
+def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
+    """The scored values of each of its completions, from the CPU, as [paths, T] on its device; zeros for a filler."""
+    out = torch.zeros(batch.scored.shape, dtype=scored_values[0].dtype)
+    if not batch.is_filler:
+        completions = [c for e in batch.examples for c in e.completions]
+        for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
+            scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
+            out[path, : len(scored)][scored] = values
+    return out.to(batch.scored.device, non_blocking=True)
 
 
 def tokens_key(example: Example) -> str:
@@ -111,15 +116,22 @@ def tokens_key(example: Example) -> str:
 
 
 def precompute(
-    live: Reference, examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, **packing: Any
+    live: Reference,
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    device: torch.device,
+    *,
+    fitting: Callable[[PackedBatch], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    **packing: Any,
 ) -> dict[str, list[Tensor]]:
-    """The table of a `StoredReference`, on the CPU in float32."""
+    """The table of a `StoredReference`, on the CPU in float32. fitting: stands around every pass."""
     table = {}
     ordered = sorted(examples, key=example_tokens)
     for start in range(0, len(ordered), PACKED_TOGETHER):
         for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
-            for example, logps in per_example(batch, live(batch.to(device))):
-                table[tokens_key(example)] = logps
+            with fitting(batch):
+                for example, logps in per_example(batch, live(batch.to(device))):
+                    table[tokens_key(example)] = logps
     return table
 
 
@@ -133,6 +145,17 @@ def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, l
         after = path + len(example.completions)
         yield example, [values[p, scored[p]] for p in range(path, after)]  # a mask makes a copy
         path = after
+
+
+def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
+    """[paths, T] of each of `batches`: the values that the same completions have in `packed`; none of nothing."""
+    table: dict[int, Tensor] = {}
+    for batch, values in packed:
+        for example, parts in per_example(batch, values):
+            table |= {id(c): own for c, own in zip(example.completions, parts, strict=True)}
+    none = torch.zeros(0)
+    batches = batches if table else []
+    return [laid_out(b, [table.get(id(c), none) for e in b.examples for c in e.completions]) for b in batches]
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:
@@ -212,11 +235,17 @@ def make_reference(
     accelerator.wait_for_everyone()  # or one process would find what another has just written
     if found:
         return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
-    table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **policy.packing)
+    memory = Memory(accelerator, wrapped, config.loss, config.train.micro_batch_tokens)
+    packing = {**policy.packing, "fitting": memory.fitting}
+
+    def passes() -> dict[str, list[Tensor]]:
+        return precompute(reference, examples, memory.micro_batch_tokens, accelerator.device, **packing)
+
+    table = memory.again(lambda: memory.together(passes))
     if accelerator.is_main_process:
         save_table(path, table, key)
     accelerator.wait_for_everyone()
-    notes.append(f"reference log-probs of {len(examples)} examples written to {path}")
+    notes += [*memory.take(), f"reference log-probs of {len(examples)} examples written to {path}"]
     return StoredReference(table, reference), notes
 
 

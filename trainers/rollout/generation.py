@@ -102,8 +102,10 @@ def generate(
     seeds: Sequence[int] | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    rows: int = GENERATION_ROWS,
 ) -> list[Sampled]:
-    """One completion of each prompt, in order. seeds: of each completion's random numbers; None: greedy.
+    """One completion of each prompt, in order. seeds: of each completion's random numbers; None: greedy. rows: as
+    many are generated at a time.
 
     It ends with the first EOS of the tokenizer or the checkpoint, or the token that closes a turn of a conversation.
     """
@@ -114,8 +116,8 @@ def generate(
     pad = tokenizer.pad_token_id
     pad = pad if pad is not None and pad < policy.causal_lm.config.get_text_config().vocab_size else 0
     done: list[Sampled] = []
-    for start in range(0, len(prompts), GENERATION_ROWS):
-        here = slice(start, start + GENERATION_ROWS)
+    for start in range(0, len(prompts), rows):
+        here = slice(start, start + rows)
         ids, mask = padded(prompts[here], pad)
         chosen = LogitsProcessorList()
         if seeds is not None:

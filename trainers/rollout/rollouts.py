@@ -17,10 +17,11 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError
+from ..memory import REMEDIES, free
 from ..policy.policy import Policy
 from ..processes import gather_rows
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
-from .generation import Purpose, Sampled, completion_seed, generate
+from .generation import GENERATION_ROWS, Purpose, Sampled, completion_seed, generate
 from .metrics import completion_metrics, reward_metrics
 from .watch import Watch
 
@@ -70,6 +71,7 @@ class Rollouts:
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length, self.seed = max_completion_length, seed
+        self.generation_rows = GENERATION_ROWS
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self.watch = Watch(self.weights, -(-self.state.max_steps // config.num_iterations))
@@ -107,7 +109,24 @@ class Rollouts:
         return Rolled(examples, by_function, baseline, ended, logged)
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
-        return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
+        """As many at a time as fit into memory. Raises UserError where one alone does not."""
+        limit = self.max_completion_length
+        while True:
+            rows = min(self.generation_rows, max(1, len(prompts)))
+            try:
+                return generate(self.policy, self.tokenizer, prompts, max_new_tokens=limit, rows=rows, **sampling)
+            except torch.OutOfMemoryError:
+                self.generation_rows = rows // 2
+            free()
+            if not self.generation_rows:
+                raise UserError(
+                    f"generating one completion of up to {limit} tokens does not fit into memory: lower "
+                    f"--max_completion_length, {REMEDIES}"
+                )
+            self.watch.note(
+                f"rows {self.generation_rows}",
+                f"out of memory with {rows} completions generated at a time; {self.generation_rows} from here on",
+            )
 
     def completion(self, sampled: Sampled) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended

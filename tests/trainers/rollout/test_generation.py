@@ -13,7 +13,6 @@ from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.processes import share
-from logratio.trainers.rollout import generation
 from logratio.trainers.rollout.generation import OwnStreams, completion_seed, generate, numbered
 from logratio.trainers.rollout.rollouts import Rollouts
 
@@ -154,11 +153,11 @@ def test_seeds_are_stable_and_all_different():
 FIRST_SEED = int.from_bytes(bytes.fromhex("faf4215c2a01cb81"), "little")
 
 
-def sample_rows(policy, tokenizer, prompts, purpose="train", step=0):
+def sample_rows(policy, tokenizer, prompts, purpose="train", step=0, rows=256):
     """What each prompt got, by row and occurrence."""
     config = RolloutConfig(num_generations=3, reward_funcs=("r",))
     rollouts = Rollouts(policy, tokenizer, config, {"r": lambda prompts, **_: [0.0] * len(prompts)}, 12, seed=5)
-    rollouts.state.global_step = step
+    rollouts.state.global_step, rollouts.generation_rows = step, rows
     examples = rollouts(prompts, purpose).examples
     return {(p.row, p.occurrence): [c.ids for c in e.completions] for p, e in zip(prompts, examples, strict=True)}
 
@@ -169,7 +168,7 @@ def flips(one, two):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_completion_depends_on_no_other(policy, tokenizer, monkeypatch, dtype):
+def test_a_completion_depends_on_no_other(policy, tokenizer, dtype):
     """Generated alone or beside others, in another order, by one process or by three: the same. In float32 padding
     moves the logits' last bits, so that a token may flip now and then."""
     policy = copy.deepcopy(policy).to(dtype)
@@ -177,10 +176,7 @@ def test_a_completion_depends_on_no_other(policy, tokenizer, monkeypatch, dtype)
     whole = sample_rows(policy, tokenizer, prompts)
     assert len({tuple(ids) for group in whole.values() for ids in group}) > 40
     shuffled = random.Random(0).sample(prompts, len(prompts))
-    others = []
-    for rows in (1, 5, 7):
-        monkeypatch.setattr(generation, "GENERATION_ROWS", rows)
-        others.append(sample_rows(policy, tokenizer, shuffled))
+    others = [sample_rows(policy, tokenizer, shuffled, rows=rows) for rows in (1, 5, 7)]
     parts = {}
     for rank in range(3):
         process = types.SimpleNamespace(num_processes=3, process_index=rank)
