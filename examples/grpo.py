@@ -27,7 +27,7 @@ from logratio.trainers.data.examples import Completion, Example, load_rows, prep
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import share_prompts
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
-from logratio.trainers.rollout.rollouts import generate
+from logratio.trainers.rollout.generation import completion_seed, generate
 
 SEED = 42
 STEPS = 20
@@ -45,7 +45,6 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 
 def train(steps: int = STEPS) -> tuple[Policy, list[float]]:
     """The trained policy, and the loss of every step."""
-    torch.manual_seed(SEED)  # of the sampling
     loss = GRPOLoss(max_completion_length=MAX_NEW_TOKENS)
 
     tokenizer = tiny_tokenizer()
@@ -63,7 +62,9 @@ def train(steps: int = STEPS) -> tuple[Policy, list[float]]:
 
         # Sample, reward, and compare every completion with the others of its prompt.
         repeated = [prompt for prompt in batch for _ in range(GROUP)]
-        sampled = generate(policy, tokenizer, repeated, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, top_p=1.0)
+        # every completion has random numbers of its own, whatever is sampled beside it
+        seeds = [completion_seed("train", SEED, step - 1, prompt.row, k) for prompt in batch for k in range(GROUP)]
+        sampled = generate(policy, tokenizer, repeated, max_new_tokens=MAX_NEW_TOKENS, seeds=seeds, temperature=1.0)
         texts = tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
         rewards = torch.tensor(digits(texts), dtype=torch.float64).view(len(batch), GROUP)
         advantages = advantages_of(rewards, "group").tolist()

@@ -37,8 +37,8 @@ from .data.rows import Rows
 from .errors import UserError
 from .loop import train_run
 from .policy.tiny import TINY
+from .rollout.generation import completion_seed, generate
 from .rollout.rewards import exact_answer
-from .rollout.rollouts import generate
 from .runlog import reset_peak_mem
 from .setup import Run, build
 
@@ -134,10 +134,11 @@ def clustered(right: Sequence[float], clusters: Sequence[Hashable]) -> Score:
     return Score(mean, math.sqrt(variance) / len(right))
 
 
-def answers(run: Run, prompts: Sequence[Prompt], **sampling: Any) -> list[str]:
-    """One answer of the model to each, as text. sampling: as in `generate`."""
-    sampled = generate(run.policy, run.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, **sampling)
-    return run.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
+def answers(run: Run, prompts: Sequence[Prompt], *, sampled: bool) -> list[str]:
+    """One answer of the model to each, as text; sampled or greedy."""
+    seeds = [completion_seed("train", run.config.train.seed, 0, p.row, 0) for p in prompts] if sampled else None
+    said = generate(run.policy, run.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seeds=seeds)
+    return run.tokenizer.batch_decode([s.ids for s in said], skip_special_tokens=True)
 
 
 def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -147,7 +148,7 @@ def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
 
 def score(run: Run, prompts: Sequence[Prompt]) -> Score:
     """Accuracy of the model's greedy answers."""
-    return clustered(grade(prompts, answers(run, prompts, do_sample=False)), [addends(str(p.prompt)) for p in prompts])
+    return clustered(grade(prompts, answers(run, prompts, sampled=False)), [addends(str(p.prompt)) for p in prompts])
 
 
 def prepared(rows: Rows, run: Run) -> list[Prompt]:
@@ -238,7 +239,7 @@ def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
     results = [result]
 
     prompts = prepared(training, run)
-    files = preferences(prompts, answers(run, prompts, temperature=1.0))
+    files = preferences(prompts, answers(run, prompts, sampled=True))
     write(folder, files)
     say(f"of its sampled answers to {len(prompts)} training questions {len(files['pairs'])} are wrong and make pairs")
     for method in METHODS:

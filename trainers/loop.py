@@ -15,13 +15,16 @@ import torch
 
 from logratio.losses import Mean
 
+from .again import learn
 from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .data.examples import Example
 from .errors import Stopped, UserError
+from .memory import no_room
 from .policy.load import describe
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
+from .rollout.generation import numbered
 from .rollout.windows import roll_out
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, batches, build
@@ -37,7 +40,10 @@ def train(config: RunConfig) -> dict[str, float]:
     """
     main = os.environ.get("RANK", "0") == "0"
     with locked(config.train.output_dir, main=main), stopping() as stop:
-        return train_run(build(config), stop=stop)
+        try:
+            return train_run(build(config), stop=stop)
+        except torch.OutOfMemoryError as error:
+            raise no_room(error) from error
 
 
 def train_run(
@@ -62,7 +68,7 @@ def train_run(
                 row, asked = take(run, windows, progress, stop)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
-            for note in run.rollouts.after(step) if run.rollouts is not None else ():
+            for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
             ends = step == total or (until is not None and until(run, step))
             if run.data.evaluation and due_at(step, run.config.train.eval_steps, ends):
@@ -84,16 +90,15 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     """One optimizer step: its line of the log, and whether a process was asked to stop."""
     started, step = time.perf_counter(), progress.step + 1
     window = next(windows)
-    totals = run.step.totals(window.examples, window.micros, window.dealt)
     known = run.rollouts is None and step < run.total_steps  # what is sampled needs the updated policy
-    result = run.step(window.micros, totals, meanwhile=windows.prepare if known else None)
+    result = learn(run.step, window, meanwhile=windows.prepare if known else None)
     updated = update(run, window.examples, step)
     asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
     result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
     metrics, tokens = reduced(run, window, result)
     progress.step, progress.position = step, window.position
     progress.num_tokens += tokens
-    progress.window = window if run.rollouts is not None and step % run.rollouts.config.num_iterations else None
+    progress.window = window if window.taken < iterations(run) else None
     stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     step_ms = (time.perf_counter() - started) * 1e3
@@ -139,9 +144,8 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
-    iterations = 1 if run.rollouts is None else run.rollouts.config.num_iterations
     if progress.window is not None:
-        for _ in range(progress.step % iterations, iterations):
+        for _ in range(progress.window.taken, iterations(run)):
             yield progress.window
     for items, position in batches(
         run.data.train,
@@ -155,8 +159,13 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
         else:
             window = roll_out(run.rollouts, run.step, items)
         window.position = position
-        for _ in range(iterations):
+        for _ in range(iterations(run)):
             yield window
+
+
+def iterations(run: Run) -> int:
+    """How many steps learn from a window."""
+    return 1 if run.rollouts is None else run.rollouts.config.num_iterations
 
 
 class Ahead(Iterator[Window]):
@@ -167,15 +176,16 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one."""
+        """Pack the next one, if it is not yet."""
+        if self.prepared:
+            return
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        if not self.prepared:
-            self.prepare()
+        self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window
@@ -216,14 +226,18 @@ def evaluate(run: Run) -> dict[str, float]:
     """Loss and metrics of the held-out examples, as if they were one step without an update."""
     if run.rollouts is not None:
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        rolled = run.rollouts(run.data.evaluation[rank::world], greedy=False)
+        rolled = run.rollouts(numbered(run.data.evaluation)[rank::world], "evaluation")
         zero = torch.zeros((), device=run.accelerator.device)
         result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
-    micros = run.step.micro_batches(run.data.evaluation)
+
+    def attempt() -> StepResult:
+        micros = run.step.micro_batches(run.data.evaluation)
+        return run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+
     was_training = run.policy.training
     run.policy.eval()
-    result = run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+    result = run.step.memory.again(attempt)
     run.policy.train(was_training)
     return result.reduced(run.accelerator)
 

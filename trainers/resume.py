@@ -6,8 +6,9 @@ On another number of processes too: the main process writes what all have, and e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from logratio.losses import Mean
 
+from .batches.packing import split_groups
 from .checkpoints.best import Best
 from .checkpoints.checkpoint import (
     FORMAT,
@@ -31,13 +33,16 @@ from .checkpoints.checkpoint import (
 )
 from .checkpoints.folder import keep_latest, name_of, write_whole
 from .checkpoints.model import base_model, load_weights, write_model
-from .checkpoints.tensors import load_optimizer_state, optimizer_state, random_state, set_random_state
+from .checkpoints.tensors import load_optimizer_state, optimizer_state
 from .data.examples import Completion, Example
-from .policy.reference import from_examples, per_example
+from .policy.reference import by_completion, of_completions
 from .processes import on_main
 from .provenance import commit, versions
+from .randomness import as_json, from_json, random_states, set_random_states
 from .setup import Run
 from .step import Window
+
+LOGPS = ("old", "ref")  # of a micro-batch of rollouts, that later steps on them are compared with
 
 
 @dataclass
@@ -61,7 +66,7 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
     where the disk does not take it.
     """
     config, output_dir = run.config, Path(run.config.train.output_dir)
-    randoms = gather_object([random_state(run.accelerator.device)])
+    randoms = gather_object([as_json(random_states(run.accelerator.device))])
     rollouts = None if progress.window is None else gather_object([unpacked(progress.window)])
     state = state_of(run, progress)
     names = {id(p): name for name, p in run.policy.named_parameters()}
@@ -107,6 +112,7 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "best": dataclasses.asdict(progress.best),
         "loss_state": dict(run.step.state),
         "micro_batch_tokens": run.step.micro_batch_tokens,
+        "rollouts_taken": 0 if progress.window is None else progress.window.taken,
         "scheduler": run.scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.as_dict(),
@@ -142,6 +148,8 @@ def restore(run: Run) -> Progress:
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.step.state = state["loss_state"]
+    if state["config"]["train"]["micro_batch_tokens"] == run.config.train.micro_batch_tokens:
+        run.step.micro_batch_tokens = state["micro_batch_tokens"]  # fewer, where so many did not fit into memory
     if run.reference_sync is not None:
         run.reference_sync.load_state(checkpoint.tensors(REFERENCE), state["reference_terms"])
     if run.rollouts is not None:
@@ -155,10 +163,11 @@ def restore(run: Run) -> Progress:
         saved=checkpoint.step,
     )
     if (shares := checkpoint.json(ROLLOUTS)) is not None:
-        progress.window = repacked(run, shares, checkpoint.tensors(ROLLOUT_LOGPS), state["position"])
+        logps, taken = checkpoint.tensors(ROLLOUT_LOGPS), state["rollouts_taken"]
+        progress.window = repacked(run, shares, logps, state["position"], taken)
     randoms = checkpoint.json(RANDOM)
     if rank < len(randoms):  # others began with the seed, as processes that are there from the beginning do
-        set_random_state(randoms[rank], device)
+        set_random_states(from_json(randoms[rank]), device)
     return progress
 
 
@@ -170,42 +179,35 @@ def unpacked(window: Window) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "metrics": {name: [float(total), float(count)] for name, (total, count) in window.metrics.items()},
     }
     kept = {}
-    for name in ("old", "ref"):
-        found: dict[int, list[Tensor]] = {}
-        for micro in window.micros:
-            values = getattr(micro, name)
-            if values is not None:
-                found |= {id(example): logps for example, logps in per_example(micro.batch, values)}
-        if found:
-            kept[name] = torch.cat([logps for example in window.examples for logps in found[id(example)]])
+    for name in LOGPS:
+        table = by_completion((m.batch, getattr(m, name)) for m in window.micros if getattr(m, name) is not None)
+        if table:
+            kept[name] = torch.cat([table[id(c)] for example in window.examples for c in example.completions])
     return share, kept
 
 
-def repacked(run: Run, shares: Sequence[Any], logps: dict[str, Tensor], position: Any) -> Window:
+def repacked(run: Run, shares: Sequence[Any], logps: Mapping[str, Tensor], position: Any, taken: int) -> Window:
     """The inverse: on as many processes each its own share, on another number all of them dealt anew."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     examples = [[example_of(e) for e in share["examples"]] for share in shares]
-    of_each: dict[str, dict[int, list[Tensor]]] = {"old": {}, "ref": {}}
-    for name, known in of_each.items():
-        for i, own in enumerate(examples):
-            if (values := logps.get(f"{i}/{name}")) is not None:
-                counts = [sum(c.scored) if c.scored else len(c.ids) for e in own for c in e.completions]
-                parts = iter(values.split(counts))
-                known |= {id(e): [next(parts) for _ in e.completions] for e in own}
+    tables: dict[str, dict[int, Tensor]] = {name: {} for name in LOGPS}
+    for (name, table), (i, own) in itertools.product(tables.items(), enumerate(examples)):
+        if (values := logps.get(f"{i}/{name}")) is not None:
+            completions = [c for e in own for c in e.completions]
+            counts = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
+            table |= {id(c): own for c, own in zip(completions, values.split(counts), strict=True)}
     if len(shares) == world:
         mine, metrics = examples[rank], shares[rank]["metrics"]
     else:
         everyone = [e for own in examples for e in own]
         mine, metrics = everyone[rank::world], summed([share["metrics"] for share in shares[rank::world]], shares)
-    micros = run.step.micro_batches(mine, dealt=True)
-    for micro in micros:
-        for name, known in of_each.items():
-            if known and not micro.batch.is_filler:
-                setattr(
-                    micro, name, from_examples(micro.batch, [x for e in micro.batch.examples for x in known[id(e)]])
-                )
+    parts = split_groups(mine, run.step.micro_batch_tokens, run.policy.shared)
+    micros = run.step.micro_batches(parts, dealt=True)
+    for micro, (name, table) in itertools.product(micros, tables.items()):
+        if table:
+            setattr(micro, name, of_completions(micro.batch, table))
     means = {name: Mean(*torch.tensor(mean, dtype=torch.float64)) for name, mean in metrics.items()}
-    return Window(mine, micros, means, dealt=True, position=position)
+    return Window(mine, micros, means, dealt=True, taken=taken, position=position)
 
 
 def summed(some: Sequence[dict[str, list[float]]], shares: Sequence[Any]) -> dict[str, list[float]]:

@@ -115,7 +115,8 @@ def build(config: RunConfig) -> Run:
         per_epoch = -(-len(data.train) // (config.train.batch_size or 1)) * config.rollout.num_iterations
         state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
         limit = config.loss.max_completion_length
-        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, state=state, accelerator=accelerator)
+        shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
+        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
     trained = trained_parameters(policy)

@@ -23,6 +23,7 @@ from .batches.inputs import count_totals, loss_inputs
 from .batches.packing import PackedBatch, example_tokens, pack
 from .data.examples import Example
 from .errors import UserError
+from .memory import Memory
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
@@ -31,27 +32,32 @@ from .processes import deal, gather_rows
 
 @dataclass
 class MicroBatch:
-    """A packed batch and what was computed of it without gradient, [paths, T] each; own: see `Totals.own`."""
+    """A packed batch and what was computed of it without gradient, [paths, T] each; own: see `Totals.own`.
+
+    budget: the `micro_batch_tokens` that it was packed by, where it may be packed again.
+    """
 
     batch: PackedBatch
     ref: Tensor | None = None
     old: Tensor | None = None
     own: Tensor | None = None
+    budget: int | None = None
 
 
 @dataclass
 class Window:
     """What one optimizer step learns from.
 
-    examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled).
+    examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled, in whole groups).
     micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
-    position: where the data go on behind it, see `setup.batches`.
+    taken: how many steps have learned from it. position: where the data go on behind it, see `setup.batches`.
     """
 
     examples: Sequence[Example]
     micros: list[MicroBatch]
     metrics: dict[str, Mean] = field(default_factory=dict)
     dealt: bool = False
+    taken: int = 0
     position: dict[str, Any] | None = None
 
 
@@ -97,9 +103,18 @@ class Step:
     ) -> None:
         self.accelerator, self.policy, self.wrapped = accelerator, policy, wrapped
         self.loss, self.reference, self.max_length = loss, reference, max_length
-        self.micro_batch_tokens = micro_batch_tokens
+        self.memory = Memory(accelerator, wrapped, loss, micro_batch_tokens)
         self.packing: dict[str, Any] = {**policy.packing, "pad_id": pad_id}
         self.state: Mapping[str, float] = {}  # what the loss carries from step to step
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch; fewer than the run began with, where these did not fit into memory."""
+        return self.memory.micro_batch_tokens
+
+    @micro_batch_tokens.setter
+    def micro_batch_tokens(self, tokens: int) -> None:
+        self.memory.micro_batch_tokens = tokens
 
     def micro_batches(self, examples: Sequence[Example], dealt: bool = False) -> list[MicroBatch]:
         """This process's micro-batches of a step that all processes know (or, with `dealt`, of its own share).
@@ -121,7 +136,8 @@ class Step:
             counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
             filler = batches or packed(other)
             batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
-        return [MicroBatch(batch.to(self.accelerator.device)) for batch in batches]
+        budget = self.micro_batch_tokens
+        return [MicroBatch(batch.to(self.accelerator.device), budget=budget) for batch in batches]
 
     def _deal(self, examples: Sequence[Example]) -> list[int]:
         return deal([example_tokens(example, self.policy.shared) for example in examples], self.accelerator)
@@ -131,12 +147,19 @@ class Step:
         if self.reference is not None:
             for micro in micros:
                 if micro.ref is None:
-                    micro.ref = self.reference(micro.batch)
+                    micro.ref = self._refer(micro.batch)
+
+    def _refer(self, batch: PackedBatch, *, live: bool = False) -> Tensor:
+        """live: compute it, whatever is stored."""
+        reference = self.reference.live if live and isinstance(self.reference, StoredReference) else self.reference
+        assert reference is not None
+        with self.memory.fitting(batch):
+            return reference(batch)
 
     def fill_old(self, micros: Sequence[MicroBatch]) -> None:
         """Fix the log-probabilities that later updates on the same rollouts are compared with."""
         for micro in micros:
-            with inference(self.policy):
+            with self.memory.fitting(micro.batch), inference(self.policy):
                 micro.old = self.wrapped(micro.batch).logps
 
     def totals(self, examples: Sequence[Example], micros: Sequence[MicroBatch], dealt: bool = False) -> Totals:
@@ -163,26 +186,34 @@ class Step:
         others, mine = mismatched(examples, self.max_length), self._deal(examples)
         passed = self._as_many([others[i] for i in mine], others[:1])
         if isinstance(self.reference, StoredReference):
-            for micro in passed:  # on every process alike, whatever happens to be in the table
-                micro.ref = self.reference.live(micro.batch)
+            # on every process alike, whatever happens to be in the table
+            refs = self.memory.together(lambda: [self._refer(micro.batch, live=True) for micro in passed])
+            for micro, ref in zip(passed, refs, strict=True):
+                micro.ref = ref
         elif self.reference is not None and self.policy.shared:
             pairs = [together(examples[i], others[i], self.micro_batch_tokens) for i in mine]
             both = self._as_many([example for pair in pairs for example in pair], examples[:1])
             filled = [*micros, *passed]
-            refs = refer_together(self.reference, [m.batch for m in both], [m.batch for m in filled])
+            batches = [[m.batch for m in both], [m.batch for m in filled]]
+            refs = self.memory.together(lambda: refer_together(self._refer, *batches))
             for micro, ref in zip(filled, refs, strict=True):
                 micro.ref = ref
         return passed
 
     def _collect(self, micros: Sequence[MicroBatch]) -> Tensor:
         """What the loss collects of the micro-batches, of all processes in order; tells each micro-batch its rows."""
-        self.fill_reference(micros)
-        values = []
-        for micro in micros:
-            with inference(self.policy):
-                inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, None)
-                collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
-                values.append(collected[:0] if micro.batch.is_filler else collected)
+
+        def passes() -> list[Tensor]:
+            self.fill_reference(micros)
+            values = []
+            for micro in micros:
+                with self.memory.fitting(micro.batch), inference(self.policy):
+                    inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, None)
+                    collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
+                    values.append(collected[:0] if micro.batch.is_filler else collected)
+            return values
+
+        values = self.memory.together(passes)
         everyone, mine = gather_rows(self.accelerator, torch.cat(values))
         start = mine.start or 0
         for micro, part in zip(micros, values, strict=True):
@@ -205,19 +236,33 @@ class Step:
         meanwhile: called when all is launched, and a device still at work. Raises UserError where a loss is not
         finite, naming the rows of its micro-batch.
         """
-        self.fill_reference(micros)
         result = StepResult(torch.zeros((), device=self.accelerator.device))
-        losses = []
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            with self._no_sync(not last and backward), torch.set_grad_enabled(backward):
-                inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, micro.old)
-                output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
-                if backward:
-                    # DDP averages gradients over processes; the totals have divided already
-                    self.accelerator.backward(output.loss * self.accelerator.num_processes)
-            losses.append(output.loss.detach())
-            result.add(output.loss, output.metrics)
+        losses: list[Tensor] = []
+        # DDP averages gradients over processes; the totals have divided already
+        world = self.accelerator.num_processes
+
+        def all_but_the_last_backward() -> Tensor:
+            self.fill_reference(micros)
+            for i, micro in enumerate(micros):
+                last = i == len(micros) - 1
+                with (
+                    self.memory.fitting(micro.batch),
+                    self._no_sync(backward, last),
+                    torch.set_grad_enabled(backward),
+                ):
+                    inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, micro.old)
+                    output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
+                    if backward and not last:
+                        self.accelerator.backward(output.loss * world)
+                losses.append(output.loss.detach())
+                result.add(output.loss, output.metrics)
+            return output.loss
+
+        loss = self.memory.together(all_but_the_last_backward)
+        if backward:  # in which DDP adds up the processes' gradients
+            synced = self.accelerator.trigger_sync_in_backward(self.wrapped)
+            with self.memory.fitting(micros[-1].batch, meeting=True), synced:
+                self.accelerator.backward(loss * world)
         if meanwhile is not None:
             meanwhile()
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
@@ -228,8 +273,10 @@ class Step:
             self.state = self.loss.advance(totals)
         return result
 
-    def _no_sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
-        return self.accelerator.no_sync(self.wrapped) if on else contextlib.nullcontext()
+    def _no_sync(self, backward: bool, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Sharded models look at it in the backward pass of the last micro-batch, DDP behind its forward pass."""
+        off = backward and not (last and self.memory.sharded)
+        return self.accelerator.no_sync(self.wrapped) if off else contextlib.nullcontext()
 
 
 def rows_of(examples: Sequence[Example]) -> str:

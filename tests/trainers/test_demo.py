@@ -17,7 +17,7 @@ from logratio.trainers.data.rows import Rows
 from logratio.trainers.demo import METHODS, START, Method, Result, Score
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.rollout.rollouts import Sampled
+from logratio.trainers.rollout.generation import Sampled
 
 TOKENIZER = tiny_tokenizer()
 RUN = SimpleNamespace(policy=None, tokenizer=TOKENIZER)
@@ -60,7 +60,7 @@ def test_accuracy_is_that_of_greedy_answers(monkeypatch):
     said = {"12+34=": "46", "34+12=": "47", "50+50=": "100", "10+11=": "12"}
 
     def generate(policy, tokenizer, asked, *, max_new_tokens, **sampling):
-        assert sampling == {"do_sample": False} and max_new_tokens > len(TOKENIZER("100<|im_end|>")["input_ids"])
+        assert sampling == {"seeds": None} and max_new_tokens > len(TOKENIZER("100<|im_end|>")["input_ids"])
         return [Sampled(TOKENIZER(said[p.prompt] + "<|im_end|>")["input_ids"], True) for p in asked]
 
     monkeypatch.setattr(demo, "generate", generate)

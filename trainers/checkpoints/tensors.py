@@ -1,14 +1,11 @@
-"""What training carries along besides weights, as named tensors and JSON: safetensors can hold no other, and nothing
-that is read back can run code."""
+"""The optimizer's state as named tensors and JSON, and a fingerprint of weights."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,31 +42,6 @@ def load_optimizer_state(
     for group, saved in zip(groups, rest["groups"], strict=True):
         group |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python's, NumPy's and torch's generators in this process, on the CPU and on its GPU."""
-    version, internal, gauss = random.getstate()
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
-    state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": bytes(torch.get_rng_state().tolist()).hex(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = bytes(torch.cuda.get_rng_state(device).tolist()).hex()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8), device)
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

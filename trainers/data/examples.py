@@ -85,12 +85,14 @@ class Prompt:
 
     prompt: as the data set has it, text or messages; rewards are called with it.
     columns: the row's further columns, handed to rewards by name.
+    occurrence: which one it is of those that an optimizer step has of the row.
     """
 
     prompt_ids: list[int]
     prompt: Text
     columns: dict[str, Any]
     row: int = -1
+    occurrence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

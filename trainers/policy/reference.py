@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError
 from ..layers.switch import set_training
+from ..memory import Memory
 from .checks import foreign
 from .load import load_model
 from .policy import REFERENCE_ADAPTER, Policy
@@ -93,15 +94,15 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        return from_examples(batch, [values for key in keys for values in self.table[key]])
+        return laid_out(batch, [values for key in keys for values in self.table[key]])
 
 
-def from_examples(batch: PackedBatch, stored: Sequence[Tensor]) -> Tensor:
-    """[paths, T] as `batch.scored`, out of the scored values of each completion inside; inverse of `per_example`."""
-    out = torch.zeros(batch.scored.shape, dtype=stored[0].dtype)
+def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
+    """The scored values of each of its completions, from the CPU, as [paths, T] on its device; zeros for a filler."""
+    out = torch.zeros(batch.scored.shape, dtype=scored_values[0].dtype)
     if not batch.is_filler:
         completions = [c for e in batch.examples for c in e.completions]
-        for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
+        for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
             scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
             out[path, : len(scored)][scored] = values
     return out.to(batch.scored.device, non_blocking=True)
@@ -121,15 +122,22 @@ def tokens_key(example: Example) -> str:
 
 
 def precompute(
-    live: Reference, examples: Sequence[Example], micro_batch_tokens: int, device: torch.device, **packing: Any
+    live: Reference,
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    device: torch.device,
+    *,
+    fitting: Callable[[PackedBatch], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    **packing: Any,
 ) -> dict[str, list[Tensor]]:
-    """The table of a `StoredReference`, on the CPU in float32."""
+    """The table of a `StoredReference`, on the CPU in float32. fitting: stands around every pass."""
     table = {}
     ordered = sorted(examples, key=example_tokens)
     for start in range(0, len(ordered), PACKED_TOGETHER):
         for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
-            for example, logps in per_example(batch, live(batch.to(device))):
-                table[tokens_key(example)] = logps
+            with fitting(batch):
+                for example, logps in per_example(batch, live(batch.to(device))):
+                    table[tokens_key(example)] = logps
     return table
 
 
@@ -143,6 +151,27 @@ def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, l
         after = path + len(example.completions)
         yield example, [values[p, scored[p]] for p in range(path, after)]  # a mask makes a copy
         path = after
+
+
+def by_completion(packed: Iterable[tuple[PackedBatch, Tensor]]) -> dict[int, Tensor]:
+    """The scored values of every completion, by its id."""
+    table: dict[int, Tensor] = {}
+    for batch, values in packed:
+        for example, parts in per_example(batch, values):
+            table |= {id(c): own for c, own in zip(example.completions, parts, strict=True)}
+    return table
+
+
+def of_completions(batch: PackedBatch, table: Mapping[int, Tensor]) -> Tensor:
+    """[paths, T] on the batch's device: what `by_completion` has of those inside; a filler's need not be there."""
+    none = torch.zeros(0)
+    return laid_out(batch, [table.get(id(c), none) for e in batch.examples for c in e.completions])
+
+
+def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
+    """[paths, T] of each of `batches`: the values that the same completions have in `packed`; none of nothing."""
+    table = by_completion(packed)
+    return [of_completions(batch, table) for batch in batches] if table else []
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:
@@ -222,11 +251,17 @@ def make_reference(
     accelerator.wait_for_everyone()  # or one process would find what another has just written
     if found:
         return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
-    table = precompute(reference, examples, config.train.micro_batch_tokens, accelerator.device, **policy.packing)
+    memory = Memory(accelerator, wrapped, config.loss, config.train.micro_batch_tokens)
+    packing = {**policy.packing, "fitting": memory.fitting}
+
+    def passes() -> dict[str, list[Tensor]]:
+        return precompute(reference, examples, memory.micro_batch_tokens, accelerator.device, **packing)
+
+    table = memory.again(lambda: memory.together(passes))
     if accelerator.is_main_process:
         save_table(path, table, key)
     accelerator.wait_for_everyone()
-    notes.append(f"reference log-probs of {len(examples)} examples written to {path}")
+    notes += [*memory.take(), f"reference log-probs of {len(examples)} examples written to {path}"]
     return StoredReference(table, reference), notes
 
 

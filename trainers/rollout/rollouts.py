@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import GenerationConfig
 
 from logratio.losses import ADVANTAGES, Mean
 from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_normalize
@@ -19,73 +17,13 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError
+from ..memory import REMEDIES, free
 from ..policy.policy import Policy
-from ..policy.reference import inference
 from ..processes import gather_rows
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
-from .ends import ends_of, named_ends
+from .generation import GENERATION_ROWS, Purpose, Sampled, completion_seed, generate
 from .metrics import completion_metrics, reward_metrics
 from .watch import Watch
-
-# Completions generated at a time. Not an option: which random numbers a completion gets depends on it.
-GENERATION_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """token ids with the EOS that ended them; `ended` is False where max_completion_length cut them."""
-
-    ids: list[int]
-    ended: bool
-
-
-@contextlib.contextmanager
-def plain_sampling(model: Any) -> Iterator[None]:
-    """Inside, the checkpoint's own defaults (a repetition penalty, min_p, ...) do not apply: they would sample from
-    another distribution than the one whose log-probs are trained."""
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-@torch.no_grad()
-def generate(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, **sampling: Any
-) -> list[Sampled]:
-    """One completion of each prompt, in order. sampling: `temperature`, `top_p`, or `do_sample=False`.
-
-    It ends with the first EOS of the tokenizer or the checkpoint, or the token that closes a turn of a conversation.
-    """
-    device = next(policy.parameters()).device
-    conversational = any(not isinstance(p.prompt, str) for p in prompts)
-    stops = {*named_ends(policy.causal_lm), *ends_of(tokenizer, conversational=conversational)}
-    # nobody attends to padding, but it is looked up: some tokenizers' has no row in the embeddings
-    pad = tokenizer.pad_token_id
-    pad = pad if pad is not None and pad < policy.causal_lm.config.get_text_config().vocab_size else 0
-    done: list[Sampled] = []
-    for start in range(0, len(prompts), GENERATION_ROWS):
-        part = prompts[start : start + GENERATION_ROWS]
-        width = max(len(p.prompt_ids) for p in part)
-        ids = torch.full((len(part), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(part):
-            ids[row, width - len(prompt.prompt_ids) :] = torch.tensor(prompt.prompt_ids)
-            mask[row, width - len(prompt.prompt_ids) :] = 1
-        with inference(policy), plain_sampling(policy.causal_lm):
-            out = policy.causal_lm.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=sorted(stops) or None,
-                **(sampling if "do_sample" in sampling else {"do_sample": True, "top_k": 0, **sampling}),
-            )
-        for tokens in out[:, width:].tolist():
-            end = next((i for i, token in enumerate(tokens) if token in stops), None)
-            done.append(Sampled(tokens if end is None else tokens[: end + 1], end is not None))
-    return done
 
 
 @dataclass(frozen=True)
@@ -116,7 +54,7 @@ class Rollouts:
     """Prompts -> completions and their rewards -> advantages, and TRL's reward metrics.
 
     state: what rewards are told of the training. accelerator: of the processes that an error in a reward ends together;
-    None: there is one process.
+    None: there is one process. seed: the run's.
     """
 
     def __init__(
@@ -129,26 +67,35 @@ class Rollouts:
         *,
         state: TrainerState | None = None,
         accelerator: Accelerator | None = None,
+        seed: int = 0,
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
-        self.max_completion_length = max_completion_length
+        self.max_completion_length, self.seed = max_completion_length, seed
+        self.generation_rows = GENERATION_ROWS
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self.watch = Watch(self.weights, -(-self.state.max_steps // config.num_iterations))
 
-    def __call__(self, prompts: Sequence[Prompt], *, greedy: bool = True) -> Rolled:
-        """Sample `num_generations` completions of each prompt, and score them.
+    def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
+        """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
+        advantages want it.
 
-        greedy: score a greedy completion too, where the advantages want it (not for an evaluation).
+        prompts: this process's part of the step's `numbered` ones.
         """
         group = self.config.num_generations
         repeated = [prompt for prompt in prompts for _ in range(group)]
-        sampled = self.generate(repeated, temperature=self.config.temperature, top_p=self.config.top_p)
+        seeds = [
+            completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
+            for prompt in prompts
+            for k in range(group)
+        ]
+        options = {"temperature": self.config.temperature, "top_p": self.config.top_p}
+        sampled = self.generate(repeated, seeds=seeds, **options)
         scores, logged = self.score(repeated, sampled)
         by_function = scores.reshape(len(prompts), group, len(self.rewards))
         baseline = None
-        if greedy and ADVANTAGES[self.config.advantage_type].wants_greedy:
-            scores, _ = self.score(prompts, self.generate(prompts, do_sample=False))
+        if purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy:
+            scores, _ = self.score(prompts, self.generate(prompts))
             baseline = sum_then_normalize(scores[:, None], self.weights)
         examples = [
             Example(
@@ -162,7 +109,24 @@ class Rollouts:
         return Rolled(examples, by_function, baseline, ended, logged)
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
-        return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
+        """As many at a time as fit into memory. Raises UserError where one alone does not."""
+        limit = self.max_completion_length
+        while True:
+            rows = min(self.generation_rows, max(1, len(prompts)))
+            try:
+                return generate(self.policy, self.tokenizer, prompts, max_new_tokens=limit, rows=rows, **sampling)
+            except torch.OutOfMemoryError:
+                self.generation_rows = rows // 2
+            free()
+            if not self.generation_rows:
+                raise UserError(
+                    f"generating one completion of up to {limit} tokens does not fit into memory: lower "
+                    f"--max_completion_length, {REMEDIES}"
+                )
+            self.watch.note(
+                f"rows {self.generation_rows}",
+                f"out of memory with {rows} completions generated at a time; {self.generation_rows} from here on",
+            )
 
     def completion(self, sampled: Sampled) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended

@@ -16,6 +16,7 @@ from ..data.examples import Example, Prompt
 from ..errors import UserError
 from ..processes import share
 from ..step import MicroBatch, Step, Window
+from .generation import numbered
 from .rollouts import Rollouts
 
 
@@ -23,23 +24,29 @@ def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Windo
     """What the process learns from its share of the prompts: rollouts with advantages, and old log-probs where later
     steps will differ from the policy that sampled them."""
     config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(share(prompts, accelerator))
-    # whole groups are compared; ones that do not fit a micro-batch are divided
-    examples = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
-    micros = step.micro_batches(examples, dealt=True)
+    rolled = rollouts(share(numbered(prompts), accelerator))
     kl, metrics = None, rollouts.metrics(rolled, accelerator)
-    if config.num_iterations > 1 or config.reward_kl_coef:
-        step.fill_old(micros)
+
+    def packed() -> tuple[list[Example], list[MicroBatch]]:
+        # whole groups are compared; ones that do not fit a micro-batch are divided
+        parts = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
+        micros = step.micro_batches(parts, dealt=True)
+        if config.num_iterations > 1 or config.reward_kl_coef:
+            step.memory.together(lambda: step.fill_old(micros))
+        if config.reward_kl_coef:
+            step.memory.together(lambda: step.fill_reference(micros))
+        return parts, micros
+
+    examples, micros = step.memory.again(packed)
     if config.reward_kl_coef:
-        step.fill_reference(micros)
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
         if config.num_iterations == 1:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
-    advantages = rollouts.advantages(rolled, accelerator, kl)
-    examples = give_advantages(examples, micros, advantages.flatten().tolist())
-    return Window(examples, micros, metrics, dealt=True)
+    advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
+    give_advantages(examples, micros, advantages)
+    return Window(give_advantages(rolled.examples, [], advantages), micros, metrics, dealt=True)
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:

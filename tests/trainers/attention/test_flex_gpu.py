@@ -13,7 +13,7 @@ from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
-from logratio.trainers.rollout.rollouts import generate
+from logratio.trainers.rollout.generation import generate
 
 from ._flex import assert_close, groups, results, with_flex
 
@@ -95,10 +95,10 @@ def test_rollouts_and_updates_take_turns_on_one_model(exact_float32, random_mode
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
     prompts = [Prompt(e.prompt_ids, "", {}) for e in groups(sizes=(1,) * 6)]
     for _ in range(3):
-        sampled = generate(policy, tokenizer, prompts, max_new_tokens=20, do_sample=False)
+        sampled = generate(policy, tokenizer, prompts, max_new_tokens=20)
         again = Policy(copy.deepcopy(policy.model), shared=False)
         again.causal_lm.set_attn_implementation("sdpa")
-        assert sampled == generate(again, tokenizer, prompts, max_new_tokens=20, do_sample=False)
+        assert sampled == generate(again, tokenizer, prompts, max_new_tokens=20)
         examples = [
             Example(p.prompt_ids, [Completion(s.ids), Completion([5, 6])], row=i)
             for i, (p, s) in enumerate(zip(prompts, sampled, strict=True))

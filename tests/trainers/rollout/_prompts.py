@@ -3,7 +3,7 @@
 import torch
 
 from logratio.trainers.data.examples import Prompt
-from logratio.trainers.rollout.rollouts import Sampled
+from logratio.trainers.rollout.generation import Sampled
 
 
 def prompts_of(tokenizer, *texts, columns=None):

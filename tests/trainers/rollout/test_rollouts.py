@@ -15,7 +15,8 @@ from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_model
 from logratio.trainers.rollout import rollouts as rollouts_module
-from logratio.trainers.rollout.rollouts import Rollouts, Sampled
+from logratio.trainers.rollout.generation import Sampled
+from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.rollout.windows import give_advantages
 
 from ._prompts import TEXTS, argmax_loop, prompts_of
@@ -242,7 +243,6 @@ def test_truncated_completions_are_not_learned_from_but_compared_with(policy, to
     prompts = prompts_of(tokenizer, *TEXTS, *TEXTS, *TEXTS)
     taken = []
     for masked in (False, True):
-        torch.manual_seed(1)
         examples, _ = rolled_out(policy, tokenizer, {"r": by_length}, mask_truncated_completions=masked)(prompts)
         taken.append(examples)
     plain, masked = ([c for e in examples for c in e.completions] for examples in taken)
@@ -275,7 +275,7 @@ def test_remax_compares_with_the_greedy_answer(policy, tokenizer):
         greedy = argmax_loop(policy.model, prompt.prompt_ids, {tokenizer.eos_token_id}, 6).ids
         assert list(example.advantages) == pytest.approx([worth(c.ids) - worth(greedy) for c in example.completions])
     assert any(a != 0 for e in examples for a in e.advantages)
-    assert rollouts(policy, tokenizer, rewards, **options)(prompts, greedy=False).baseline is None
+    assert rollouts(policy, tokenizer, rewards, **options)(prompts, "evaluation").baseline is None
     assert rollouts(policy, tokenizer, rewards)(prompts).baseline is None
 
 

@@ -50,7 +50,8 @@ def test_the_divergence_comes_off_the_reward(tmp_path, estimator, iterations, mi
     run.rollouts.rewards = {"r": lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids]}
     window = next(loop.steps(run, Progress()))
     examples, metrics, micros = window.examples, window.metrics, window.micros
-    assert window.dealt and (len(examples) > 3) == (micro_batch_tokens == 12)
+    parts = [e for micro in micros for e in micro.batch.examples]
+    assert window.dealt and len(examples) == 3 and (len(parts) > 3) == (micro_batch_tokens == 12)
 
     ref = run.step.reference.policy.model
     kl, tokens, penalized = [], 0, []
@@ -63,8 +64,10 @@ def test_the_divergence_comes_off_the_reward(tmp_path, estimator, iterations, mi
     assert max(map(abs, kl)) > 0.01
     wanted = [a for row in oracle.advantages([penalized[i : i + 3] for i in (0, 3, 6)], "none") for a in row]
     assert [a for e in examples for a in e.advantages] == pytest.approx(wanted, abs=1e-4)
-    packed = {id(e) for micro in micros for e in micro.batch.examples}
-    assert packed == {id(e) for e in examples}, "the micro-batches have the advantages too"
+    whole, packed = (
+        {id(c): a for e in some for c, a in zip(e.completions, e.advantages, strict=True)} for some in (examples, parts)
+    )
+    assert packed == whole and len(whole) == 9, "the micro-batches have the advantages too"
     assert float(metrics["kl"].total / metrics["kl"].count) == pytest.approx(sum(kl) / tokens, rel=1e-3)
     assert all((micro.old is None) == (iterations == 1) and micro.ref is not None for micro in micros)
 

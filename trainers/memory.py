@@ -1,0 +1,168 @@
+"""Out of memory is no end: what was tried is dropped, and tried again with half of `micro_batch_tokens`.
+
+That budget never changes a result, so the same is computed that would have been with the smaller one from the start,
+to the bit: gradients are dropped, the random states set back, the same examples packed again. It stays so small for the
+rest of the run.
+
+What is rescued, for torch's OutOfMemoryError:
+1. One process: every pass over micro-batches, forward or backward, of a step or before it.
+2. Several that hold the whole model each (DDP): the same but for a step's last backward pass. The processes learn of it
+   where they meet next: behind a pass without gradient, and before that last backward pass.
+What is not, and ends the run in one sentence:
+3. A step's last backward pass under DDP. There gradients are added up, and the others wait for this process's.
+4. Sharded models (FSDP, ZeRO-3): they meet in every layer.
+5. A micro-batch of one example, or of one completion of a rollout, which cannot be divided.
+6. What no micro-batch is about: loading the model, the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+
+from logratio.losses import Kind, Loss
+
+from .batches.packing import PackedBatch
+from .errors import UserError, first_line
+from .randomness import random_states, set_random_states
+
+T = TypeVar("T")
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+REMEDIES = "train adapters (--lora_r 16) of 4-bit weights (--load_in_4bit), or take a GPU with more memory"
+
+
+class OutOfMemory(torch.OutOfMemoryError):
+    """A micro-batch did not fit, on this process or another. smaller: the budget that would divide it; 0: none does,
+    and the message says why the run must end."""
+
+    def __init__(self, smaller: int, message: str) -> None:
+        super().__init__(message)
+        self.smaller = smaller
+
+
+class Memory:
+    """What a run's passes are given: `micro_batch_tokens`, and other tries where these were too many.
+
+    wrapped: the policy as accelerate wraps it. loss: what it is trained with; None: nothing is.
+    """
+
+    def __init__(self, accelerator: Accelerator, wrapped: Any, loss: Loss | None, micro_batch_tokens: int) -> None:
+        self.accelerator, self.wrapped, self.loss = accelerator, wrapped, loss
+        self.micro_batch_tokens = micro_batch_tokens
+        self._notes: list[str] = []
+
+    def take(self) -> list[str]:
+        """What there is to tell since the last time."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    @contextlib.contextmanager
+    def fitting(self, batch: PackedBatch, *, meeting: bool = False) -> Iterator[None]:
+        """Around a pass over one micro-batch: OutOfMemory where it does not fit, UserError where others wait in the
+        pass for this process. meeting: they do so under DDP too."""
+        try:
+            yield
+            return
+        except OutOfMemory:
+            raise
+        except torch.OutOfMemoryError:
+            pass  # outside of this block nothing holds on to its traceback, and by it to what was computed
+        smaller, message = self._smaller(batch)
+        if self.accelerator.num_processes > 1 and not self._agrees(meeting):
+            raise UserError(
+                message
+                or f"process {self.accelerator.process_index} ran out of memory where the others wait for it, so that "
+                f"they cannot try again: set --micro_batch_tokens {smaller}"
+            )
+        raise OutOfMemory(smaller, message)
+
+    def together(self, passes: Callable[[], T]) -> T:
+        """passes(), in which no processes meet; where it runs out of memory on one of them, all raise OutOfMemory."""
+        if not self._agrees():
+            return passes()
+        smaller, message = self.micro_batch_tokens, ""
+        try:
+            result = passes()
+        except OutOfMemory as error:
+            smaller, message = error.smaller, str(error)
+        everyones = self.accelerator.gather(torch.tensor([smaller], device=self.accelerator.device))
+        smallest = int(everyones.min())
+        if smallest == self.micro_batch_tokens:
+            return result
+        if smallest == 0:
+            message = next(filter(None, gather_object([message if smaller == 0 else ""])))
+        raise OutOfMemory(smallest, message)
+
+    def again(self, attempt: Callable[[], T]) -> T:
+        """attempt(), which packs by `micro_batch_tokens`; from the start with fewer while it raises OutOfMemory."""
+        while True:
+            states = random_states(self.accelerator.device)
+            try:
+                return attempt()
+            except OutOfMemory as error:
+                smaller, message = error.smaller, str(error)
+            if smaller == 0:
+                raise UserError(message)
+            self._drop()
+            set_random_states(states, self.accelerator.device)
+            self._notes.append(
+                f"out of memory with --micro_batch_tokens {self.micro_batch_tokens}; {smaller} from here on, "
+                "which changes nothing else"
+            )
+            self.micro_batch_tokens = smaller
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts of the model only."""
+        return self.accelerator.distributed_type not in WHOLE
+
+    def _agrees(self, meeting: bool = False) -> bool:
+        """Whether there are several processes that can tell each other of it."""
+        return self.accelerator.num_processes > 1 and not self.sharded and not meeting
+
+    def _smaller(self, batch: PackedBatch) -> tuple[int, str]:
+        """The budget halved until it divides this micro-batch; 0 and a sentence where it cannot be divided."""
+        example = batch.examples[0]
+        whole = len(example.completions) == 1 or (self.loss is not None and self.loss.kind is Kind.PAIRED)
+        size, smaller = batch.input_ids.numel(), self.micro_batch_tokens // 2
+        while smaller >= size:
+            smaller //= 2
+        if smaller == 0 or (len(batch.examples) == 1 and whole):
+            place = f"row {example.row} of the data set" if example.row >= 0 else "one example"
+            shorter = "--max_length"
+            if self.loss is not None and self.loss.kind is Kind.GROUPED:
+                shorter += " or --max_completion_length"
+            said = f"{place} alone, {size} tokens, does not fit into memory"
+            return 0, f"{said}: lower {shorter}, add --gradient_checkpointing, {REMEDIES}"
+        return smaller, ""
+
+    def _drop(self) -> None:
+        """Gradients, and what waits to be collected."""
+        if isinstance(self.wrapped, nn.Module):
+            self.wrapped.zero_grad(set_to_none=True)
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            # else one that failed in its first pass would send its buffers again, and the others not
+            self.wrapped.require_forward_param_sync = False
+        free()
+
+
+def free() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def no_room(error: torch.OutOfMemoryError) -> UserError:
+    """What to say where smaller micro-batches are no remedy."""
+    return UserError(
+        "out of memory, and not in a pass that smaller micro-batches would mend but with the model's weights or the "
+        f"optimizer's state ({first_line(error)}): {REMEDIES}"
+    )
