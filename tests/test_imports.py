@@ -24,7 +24,7 @@ MAY_IMPORT = {
 FLOORS = (
     ("losses",),
     ("trainers/errors.py", "trainers/streams.py"),
-    ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py"),
+    ("trainers/config.py", "trainers/plugins.py", "trainers/processes"),
     ("trainers/runlog.py", "trainers/outputs.py", "trainers/optimizer.py"),
     ("trainers/data",),
     ("trainers/batches",),

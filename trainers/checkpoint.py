@@ -20,7 +20,13 @@ from .policy.policy import Policy
 from .policy.tiny import TINY, tiny_model, tiny_tokenizer
 
 
-def save_run(config: RunConfig, policy: Policy, tokenizer: Any, checkpoint: int | None = None) -> None:
+def save_run(
+    config: RunConfig,
+    policy: Policy,
+    tokenizer: Any,
+    checkpoint: int | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Save into `output_dir`, or its checkpoint-N.
 
     An adapter of the embedded model comes with that model, in `BASE_MODEL`, and names it as its base.
@@ -34,12 +40,17 @@ def save_run(config: RunConfig, policy: Policy, tokenizer: Any, checkpoint: int 
             own: Any = tiny_tokenizer()
             model.to(dtype=getattr(torch, config.model.dtype))
             write(base, model.save_pretrained, own.save_pretrained)
-    save(policy, tokenizer, output_dir if checkpoint is None else output_dir / f"checkpoint-{checkpoint}")
+    save(policy, tokenizer, output_dir if checkpoint is None else output_dir / f"checkpoint-{checkpoint}", weights)
 
 
-def save(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """Write the trained adapter (the reference's copy is left out) or the whole model, and the tokenizer."""
+def save(policy: Policy, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained adapter (the reference's copy is left out) or the whole model, and the tokenizer.
+
+    weights: of a sharded policy, from `full_weights`.
+    """
     options: dict[str, Any] = {"selected_adapters": ["default"]} if policy.has_adapters else {}
+    if weights is not None:
+        options["state_dict"] = weights
 
     def model(partial: Path) -> None:
         with as_configured(policy.model), generation_aside(policy, partial):

@@ -191,6 +191,8 @@ class TrainConfig:
     """Evaluate every so many steps (default: at the end only)."""
     save_steps: Count | None = None
     """Save every so many steps (default: at the end only)."""
+    ddp_timeout: Count = 1800
+    """Seconds that processes wait for one that does not come, before all end. One that fails ends all at once."""
     seed: Seed = 42
     """Of shuffling, adapters, dropout and rollouts."""
 

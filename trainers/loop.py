@@ -19,6 +19,9 @@ from .config import RunConfig
 from .data.examples import Example
 from .errors import UserError
 from .policy.load import describe
+from .processes.dealing import largest
+from .processes.sharding import full_weights
+from .processes.watching import ending_together
 from .rollout.windows import roll_out
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, batches, build
@@ -30,7 +33,8 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then).
     """
-    return train_run(build(config))
+    with ending_together():
+        return train_run(build(config))
 
 
 def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False) -> dict[str, float]:
@@ -63,15 +67,17 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
             step_ms = (time.perf_counter() - started) * 1e3
             row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": num_tokens}
             row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
-            row["peak_mem_mib"] = peak_mem_mib(run.accelerator.device)
+            row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))
 
             if until is not None and until(run, step):
                 last = step
             if run.data.evaluation and due_at(step, config.eval_steps, last):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
-            if main and due_at(step, config.save_steps, last):
-                save_run(run.config, run.policy, run.tokenizer, None if step == last else step)
+            if due_at(step, config.save_steps, last):
+                weights = full_weights(run.policy, run.accelerator)
+                if main:
+                    save_run(run.config, run.policy, run.tokenizer, None if step == last else step, weights)
             if step == last:
                 break
             started = time.perf_counter()

@@ -26,7 +26,8 @@ from .errors import UserError
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
-from .processes import deal, gather_rows
+from .processes.dealing import deal, gather_rows
+from .processes.sharding import is_sharded
 
 
 @dataclass
@@ -227,6 +228,8 @@ class Step:
         return result
 
     def _no_sync(self, on: bool) -> contextlib.AbstractContextManager[Any]:
+        # where weights are sharded, a whole gradient would wait on every process for the last micro-batch
+        on = on and not is_sharded(self.accelerator)
         return self.accelerator.no_sync(self.wrapped) if on else contextlib.nullcontext()
 
 

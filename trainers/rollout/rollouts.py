@@ -21,7 +21,8 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError
 from ..policy.policy import Policy
 from ..policy.reference import inference
-from ..processes import gather_rows
+from ..processes.dealing import gather_rows
+from ..processes.sharding import gathered
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
 from .ends import ends_of, named_ends
 from .metrics import completion_metrics, reward_metrics
@@ -162,7 +163,8 @@ class Rollouts:
         return Rolled(examples, by_function, baseline, ended, logged)
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
-        return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
+        with gathered(self.policy, self.accelerator):
+            return generate(self.policy, self.tokenizer, prompts, max_new_tokens=self.max_completion_length, **sampling)
 
     def completion(self, sampled: Sampled) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended
