@@ -36,6 +36,8 @@ def load_optimizer_state(policy: Any, optimizer: Any, accelerator: Accelerator, 
     # A parameter that has had no gradient yet has no state, and needs none.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
     set_optimizer_state_dict(policy, bare(optimizer), state, options=options)
+    for group in bare(optimizer).param_groups:  # a pair of numbers comes back as a list
+        group |= {key: tuple(value) for key, value in group.items() if key != "params" and isinstance(value, list)}
 
 
 def bare(optimizer: Any) -> torch.optim.Optimizer:

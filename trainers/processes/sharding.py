@@ -45,9 +45,12 @@ def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found .* Params4bit")  # `describe_whole` says it
-            return accelerator.prepare(policy, optimizer)
+            policy, optimizer = accelerator.prepare(policy, optimizer)
     except ValueError as error:
         raise UserError(f"FSDP: {first_line(error)}") from error
+    # Whichever unit computes first is the root for good, and in a rollout that would be a layer.
+    policy._get_fsdp_state()._lazy_init()
+    return policy, optimizer
 
 
 def gather_in_16_bits(policy: Any, accelerator: Accelerator) -> None:

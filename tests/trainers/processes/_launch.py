@@ -32,13 +32,18 @@ def launch(world: int, arguments: list[str], cwd: Path, **environment: str) -> s
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def work(world: int, jobs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Let so many processes do the jobs of `_worker.py` in turn; what each process says of each job."""
+def work(world: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess:
+    """Let so many processes do the jobs of `_worker.py` in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = launch(world, [str(HERE / "_worker.py"), "jobs.json"], folder)
-    assert done.returncode == 0, done.stderr
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    return launch(world, [str(HERE / "_worker.py"), "jobs.json"], folder)
+
+
+def said_by(done: subprocess.CompletedProcess, world: int, folder: Path) -> list[list[dict[str, Any]]]:
+    """What each process says of each job that it has done."""
+    ranks = [folder / f"rank{rank}.json" for rank in range(world)]
+    assert all(path.exists() for path in ranks), done.stderr
+    return [json.loads(path.read_text()) for path in ranks]
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:

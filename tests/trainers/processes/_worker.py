@@ -7,7 +7,9 @@ writes what every job gave to rank<number>.json.
 import json
 import os
 import random
+import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from logratio.losses.advantages import ADVANTAGES
-from logratio.trainers import loop, setup
+from logratio.trainers import cli, loop, setup
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
@@ -145,15 +147,32 @@ def optimizer_round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     return {"names": len(state.get("state", {}))}
 
 
+def fail(words: list[str], kind: str = "ddp") -> None:
+    """A run whose process 1 fails in its second step, in the way that the first word says; the last job of all."""
+    step, calls = Step.__call__, []
+
+    def failing(self: Step, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 and self.accelerator.process_index == 1:
+            if words[0] == "raise":
+                raise ZeroDivisionError("of all things")
+            if words[0] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return step(self, *args, **kwargs)
+
+    with patch.object(Step, "__call__", failing):
+        sys.exit(cli.main(["train", *words[1:]]))
+
+
 def main() -> None:
     record = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if PartialState._shared_state:  # a job before may have said otherwise
             PartialState._shared_state["distributed_type"] = TYPES["ddp"]
         record.append(globals()[job.get("do", "train")](job["words"], job.get("kind", "ddp")))
-    rank = os.environ["RANK"]
+        Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
     assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"]) > 1
-    Path(f"rank{rank}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from logratio.trainers.processes.optimizer_state import load_optimizer_state, op
 
 from . import _worker
 from ._jobs import METHODS, STEPS, WAYS, make_model, words_for
-from ._launch import HERE, largest_difference, launch, log_of, work
+from ._launch import HERE, largest_difference, launch, log_of, said_by, work
 
 SYNC = ("--sync_ref_model", "--ref_model_sync_steps", "1")
 CLOSE = 2e-6  # of weights that a step moves by 1e-4
@@ -85,7 +85,9 @@ def two(folder):
     jobs += [{"words": rough, "kind": "fsdp2"}]
     trip = words_for("dpo", "full", folder, folder / "trip" / "out")
     jobs += [{"words": trip, "kind": "fsdp2", "do": "optimizer_round_trip"}]
-    ranks = work(2, jobs, folder / "work2")
+    done = work(2, jobs, folder / "work2")
+    assert done.returncode == 0, done.stderr
+    ranks = said_by(done, 2, folder / "work2")
     names = [
         "compare",
         *(f"ddp-{name}" for name in DDP),
@@ -98,9 +100,16 @@ def two(folder):
 
 
 @pytest.fixture(scope="module")
-def three(folder):
-    ranks = work(3, jobs_of({name: DDP[name] for name in THREE}, folder, "ddp", 3), folder / "work3")
-    return [dict(zip(THREE, said, strict=True)) for said in ranks]
+def three_done(folder):
+    """What is left of three, whose last run fails."""
+    jobs = jobs_of({name: DDP[name] for name in THREE}, folder, "ddp", 3)
+    jobs += [{"words": ["raise", *words_for("dpo", "lora", folder, folder / "failed")], "do": "fail"}]
+    return work(3, jobs, folder / "work3")
+
+
+@pytest.fixture(scope="module")
+def three(three_done, folder):
+    return [dict(zip(THREE, said, strict=True)) for said in said_by(three_done, 3, folder / "work3")]
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -214,10 +223,21 @@ def test_rollouts_are_compared_with_those_of_all_processes(two):
         assert any(abs(x) > 0.1 for row in rows.values() for x in row)
 
 
+def test_a_process_that_raises_ends_the_others_which_name_it(three_done, folder):
+    said = three_done.stderr
+    for rank in (0, 2):
+        ends = f"logratio: process {rank} of 3 ends, because process 1 failed: ZeroDivisionError: of all things\n"
+        assert said.count(ends) == 1, said
+    assert said.count('raise ZeroDivisionError("of all things")') == 1, "its own traceback, and no other"
+    assert three_done.returncode != 0 and not (folder / "failed" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3)])
 def test_every_method_in_every_way(kind, world, alone, folder):
-    ranks = work(world, jobs_of(LONG, folder, kind, world), folder / f"work-{kind}{world}")
+    done = work(world, jobs_of(LONG, folder, kind, world), folder / f"work-{kind}{world}")
+    assert done.returncode == 0, done.stderr
+    ranks = said_by(done, world, folder / f"work-{kind}{world}")
     for name, said in zip(LONG, zip(*ranks, strict=True), strict=True):
         assert_equal(alone(name, LONG[name]), folder / f"{kind}{world}" / name / "out")
         assert_alike([{name: one} for one in said], name)
