@@ -26,9 +26,9 @@ def make_model(folder: Path, **changes: Any) -> None:
 
 
 def words_for(method: str, way: str, folder: Path, output: Path, *more: str) -> list[str]:
-    """Of `logratio train`; a micro-batch takes one or two examples."""
-    rows = []
-    for i in range(ROWS.get(method, 7)):
+    """Of `logratio train`; a micro-batch takes one or two examples. Of the two rows to evaluate one is trained on."""
+    rows: list[dict[str, Any]] = []
+    for i in range(ROWS.get(method, 7) + 1):
         right, wrong = str(i + 1) * (1 + 7 * (i % 3 == 0)), str(i + 30)
         columns = {
             "sft": {"completion": right},
@@ -37,11 +37,13 @@ def words_for(method: str, way: str, folder: Path, output: Path, *more: str) -> 
             "grpo": {"answer": str(i + 1)},
         }
         rows.append({"prompt": f"{i}+1=", **columns.get(method, {"chosen": right, "rejected": wrong})})
-    data = folder / f"{method}.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    data = folder / "data" / method
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+    (data / "test.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[-1]])))
     words = [method, "--model_name_or_path", str(folder / "model"), "--dataset_name", str(data), *WAYS[way]]
     words += ["--output_dir", str(output), "--batch_size", "3", "--micro_batch_tokens", "24"]
-    words += ["--learning_rate", "1e-4", "--max_steps", str(STEPS)]
+    words += ["--learning_rate", "1e-4", "--max_steps", str(STEPS), "--ddp_timeout", "60"]
     if method == "grpo":
         words += ["--num_generations", "3", "--max_completion_length", "4", "--reward_funcs", "_worker:longer"]
     return [*words, *more]

@@ -14,11 +14,13 @@ from . import _worker
 from ._jobs import METHODS, STEPS, WAYS, make_model, words_for
 from ._launch import HERE, largest_difference, launch, log_of, said_by, work
 
+# Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
+STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")
 SYNC = ("--sync_ref_model", "--ref_model_sync_steps", "1")
 CLOSE = 2e-6  # of weights that a step moves by 1e-4
 DDP = {
     "sft": ("sft", "qlora"),
-    "dpo": ("dpo", "lora"),
+    "dpo": ("dpo", "lora", *STORED),
     "dpo-full": ("dpo", "full"),
     "kto": ("kto", "lora", *SYNC),
     "orpo": ("orpo", "full"),
@@ -30,7 +32,7 @@ THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
     "sft": ("sft", "full"),
     "dpo": ("dpo", "lora"),
-    "dpo-full": ("dpo", "full"),
+    "dpo-full": ("dpo", "full", *STORED),
     "kto": ("kto", "qlora"),
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
@@ -77,25 +79,19 @@ def alone(folder):
 @pytest.fixture(scope="module")
 def two(folder):
     """A launch takes longer than its work, so there is one for all that two processes are asked for."""
-    jobs = [{"words": [], "do": "compare"}]
-    jobs += jobs_of(DDP, folder, "ddp", 2) + jobs_of(FSDP2, folder, "fsdp2", 2)
+    jobs = jobs_of(DDP, folder, "ddp", 2) + jobs_of(FSDP2, folder, "fsdp2", 2)
     sampling = words_for("grpo", "full", folder, folder / "sampled" / "out")
     jobs += [{"words": sampling, "kind": "fsdp2", "do": "sample"}]
     rough = words_for("dpo", "full", folder, folder / "rough" / "out", "--mixed_precision", "bf16")
     jobs += [{"words": rough, "kind": "fsdp2"}]
     trip = words_for("dpo", "full", folder, folder / "trip" / "out")
     jobs += [{"words": trip, "kind": "fsdp2", "do": "optimizer_round_trip"}]
+    jobs += [{"words": [], "do": "compare"}]
     done = work(2, jobs, folder / "work2")
     assert done.returncode == 0, done.stderr
     ranks = said_by(done, 2, folder / "work2")
-    names = [
-        "compare",
-        *(f"ddp-{name}" for name in DDP),
-        *(f"fsdp2-{name}" for name in FSDP2),
-        "sampled",
-        "rough",
-        "trip",
-    ]
+    names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
+    names += ["sampled", "rough", "trip", "compare"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
 
 
