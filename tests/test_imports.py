@@ -30,7 +30,7 @@ FLOORS = (
         "trainers/signals.py",
         "trainers/streams.py",
     ),
-    ("trainers/config.py", "trainers/journal.py", "trainers/plugins.py", "trainers/processes.py"),
+    ("trainers/config.py", "trainers/journal.py", "trainers/plugins.py", "trainers/processes"),
     ("trainers/runlog.py", "trainers/optimizer.py"),
     ("trainers/data",),
     ("trainers/batches",),

@@ -190,6 +190,8 @@ class TrainConfig:
     """Autocast of the forward pass."""
     eval_steps: Count | None = None
     """Evaluate every so many steps (default: at the end only)."""
+    ddp_timeout: Count = 1800
+    """Seconds that processes wait for one that does not come, before all end. One that fails ends all at once."""
     seed: Seed = 42
     """Of shuffling, adapters, dropout and rollouts."""
 

@@ -23,6 +23,9 @@ from .data.examples import Example
 from .errors import Stopped, UserError
 from .memory import no_room
 from .policy.load import describe
+from .processes.dealing import largest
+from .processes.sharding import full_weights
+from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout.generation import numbered
 from .rollout.windows import roll_out
@@ -39,7 +42,7 @@ def train(config: RunConfig) -> dict[str, float]:
     a signal ended it (a checkpoint is).
     """
     main = os.environ.get("RANK", "0") == "0"
-    with locked(config.train.output_dir, main=main), stopping() as stop:
+    with ending_together(), locked(config.train.output_dir, main=main), stopping() as stop:
         try:
             return train_run(build(config), stop=stop)
         except torch.OutOfMemoryError as error:
@@ -80,8 +83,9 @@ def train_run(
                 break
         for note in load_best(run, progress):
             log.say(note)
+        weights = full_weights(run.policy, run.accelerator)
         if main:
-            save_run(run.config, run.policy, run.tokenizer)
+            save_run(run.config, run.policy, run.tokenizer, weights)
         log.say(f"{progress.step} steps done; saved in {folder}")
     return row
 
@@ -103,7 +107,7 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     step_ms = (time.perf_counter() - started) * 1e3
     row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
-    row["peak_mem_mib"] = peak_mem_mib(run.accelerator.device)
+    row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))
     return row, stopped
 
 

@@ -33,10 +33,12 @@ from .checkpoints.checkpoint import (
 )
 from .checkpoints.folder import keep_latest, name_of, write_whole
 from .checkpoints.model import base_model, load_weights, write_model
-from .checkpoints.tensors import load_optimizer_state, optimizer_state
+from .checkpoints.tensors import flat, nested
 from .data.examples import Completion, Example
 from .policy.reference import by_completion, of_completions
-from .processes import on_main
+from .processes.dealing import on_main
+from .processes.optimizer_state import load_optimizer_state, optimizer_state
+from .processes.sharding import full_weights
 from .provenance import commit, versions
 from .randomness import as_json, from_json, random_states, set_random_states
 from .setup import Run
@@ -69,11 +71,12 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
     randoms = gather_object([as_json(random_states(run.accelerator.device))])
     rollouts = None if progress.window is None else gather_object([unpacked(progress.window)])
     state = state_of(run, progress)
-    names = {id(p): name for name, p in run.policy.named_parameters()}
-    moments, state["optimizer"] = optimizer_state(run.optimizer, names)
+    weights = full_weights(run.policy, run.accelerator)
+    optimizer = optimizer_state(run.policy, run.optimizer, run.accelerator)
 
     def fill(folder: Path) -> None:
-        write_model(run.policy, run.tokenizer, folder)
+        write_model(run.policy, run.tokenizer, folder, weights)
+        moments, state["optimizer"] = flat(optimizer)
         save_file(moments, folder / OPTIMIZER)
         write_json(folder / RANDOM, randoms)
         if run.reference_sync is not None:
@@ -142,8 +145,8 @@ def restore(run: Run) -> Progress:
     state, rank, device = checkpoint.state, run.accelerator.process_index, run.accelerator.device
     checkpoint.check_same(run.data.fingerprint, run.frozen)
     load_weights(run.config, run.policy, checkpoint.folder)
-    names = {id(p): name for name, p in run.policy.named_parameters()}
-    load_optimizer_state(run.optimizer, names, checkpoint.tensors(OPTIMIZER), state["optimizer"])
+    optimizer = nested(checkpoint.tensors(OPTIMIZER), state["optimizer"])
+    load_optimizer_state(run.policy, run.optimizer, run.accelerator, optimizer)
     run.scheduler.load_state_dict(state["scheduler"])
     if state["scaler"] is not None and run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import get_scheduler
 
 from logratio.losses import Kind
@@ -35,6 +35,9 @@ from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
 from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
+from .processes.launching import check_processes, describe_processes, load_everywhere, refuse_untried
+from .processes.sharding import describe_whole, wrap
+from .processes.watching import watch_over
 from .rollout.calling import TrainerState
 from .rollout.ends import name_ends
 from .rollout.rewards import load_rewards
@@ -84,7 +87,7 @@ class Run:
 
 def build(config: RunConfig) -> Run:
     """Raises UserError for whatever in the configuration, the data or the model does not fit."""
-    accelerator = start_accelerator(config.train.mixed_precision)
+    accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
@@ -97,7 +100,11 @@ def build(config: RunConfig) -> Run:
 
     policy, notes = make_policy(config, accelerator.device)
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
-    wrapped = accelerator.prepare_model(policy)
+    # before it is sharded: the optimizer's parameters become the sharded ones
+    optimizer = make_optimizer(trained_parameters(policy), config.train, accelerator.device)
+    wrapped, optimizer = wrap(policy, optimizer, accelerator)
+    trained = trained_parameters(policy)
+    notes = [*describe_processes(accelerator), *describe_whole(policy, accelerator), *notes]
     reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
     step = Step(
@@ -119,11 +126,10 @@ def build(config: RunConfig) -> Run:
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
-    trained = trained_parameters(policy)
-    optimizer = make_optimizer(trained, config.train, accelerator.device)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
-    scheduler = get_scheduler(config.train.lr_scheduler_type, optimizer, config.train.warmup_steps, total_steps)
+    schedule, warmup = config.train.lr_scheduler_type, config.train.warmup_steps
+    scheduler = get_scheduler(schedule, optimizer.optimizer, warmup, total_steps)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -133,7 +139,7 @@ def build(config: RunConfig) -> Run:
         data=data,
         rollouts=rollouts,
         trained=trained,
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=optimizer,
         scheduler=scheduler,
         total_steps=total_steps,
         notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
@@ -143,19 +149,22 @@ def build(config: RunConfig) -> Run:
     )
 
 
-def start_accelerator(mixed_precision: str) -> Accelerator:
-    """The Accelerator; UserError where a launcher's processes would not find each other."""
+def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:
+    """The Accelerator; UserError for a launcher's settings that are not supported, and where its processes would not
+    find each other. timeout: how long they wait for each other, in seconds."""
+    refuse_untried()
+    load_everywhere()
+    # accelerate hands on what differs from its own default, which is not every backend's
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout, milliseconds=1))
     AcceleratorState._reset_state()  # else a process's first run decides the precision of all that follow
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=1)
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision, gradient_accumulation_steps=1, kwargs_handlers=[waiting]
+        )
     except ValueError as error:
         raise UserError(f"--mixed_precision {mixed_precision}: {error}") from error
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise UserError(
-            f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}: each would train "
-            "alone; on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
-        )
+    check_processes(accelerator)
+    watch_over(accelerator, timeout)
     return accelerator
 
 

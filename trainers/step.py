@@ -27,7 +27,7 @@ from .memory import Memory
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
-from .processes import deal, gather_rows
+from .processes.dealing import deal, gather_rows
 
 
 @dataclass
@@ -247,7 +247,7 @@ class Step:
                 last = i == len(micros) - 1
                 with (
                     self.memory.fitting(micro.batch),
-                    self._no_sync(backward, last),
+                    self._no_sync(backward),
                     torch.set_grad_enabled(backward),
                 ):
                     inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, micro.old)
@@ -273,9 +273,9 @@ class Step:
             self.state = self.loss.advance(totals)
         return result
 
-    def _no_sync(self, backward: bool, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Sharded models look at it in the backward pass of the last micro-batch, DDP behind its forward pass."""
-        off = backward and not (last and self.memory.sharded)
+    def _no_sync(self, backward: bool) -> contextlib.AbstractContextManager[Any]:
+        # DDP looks at it behind a forward pass; where weights are sharded, whole gradients would wait on every process
+        off = backward and not self.memory.sharded
         return self.accelerator.no_sync(self.wrapped) if off else contextlib.nullcontext()
 
 

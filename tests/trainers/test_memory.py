@@ -14,7 +14,7 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
 
-from .test_processes import launch
+from .processes._launch import launch
 
 BUDGET = 400
 
@@ -341,7 +341,7 @@ def test_all_processes_try_again_where_one_ran_out(tmp_path):
             todo.append((f"{method}-{name}", limit, "forward", [*words, *folder]))
     last = ["train", "sft", *shared, "--dataset_name", str(tmp_path / "sft.jsonl"), "--micro_batch_tokens", "200"]
     todo.append(("last", 10, "backward", [*last, "--output_dir", str(tmp_path / "last")]))
-    done = launch(["worker.py", json.dumps(todo)], tmp_path, ACCELERATE_USE_CPU="true")
+    done = launch(2, ["worker.py", json.dumps(todo)], tmp_path, ACCELERATE_USE_CPU="true")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for method in ("sft", "dpo", "kto", "grpo"):
         assert [r[f"{method}-given"] for r in ranks] == [[0, 0], [0, 0]], done.stderr

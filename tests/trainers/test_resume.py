@@ -124,7 +124,7 @@ def test_the_state_of_every_part_matters(monkeypatch):
     for name, call in {
         "weights": "load_weights",
         "optimizer": "load_optimizer_state",
-        "random states": "set_random_state",
+        "random states": "set_random_states",
         "nothing": "name_of",
     }.items():
         shutil.copytree("out", name)
@@ -274,8 +274,8 @@ def test_training_ends_when_evaluations_get_no_better(capsys, monkeypatch):
 def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):
     save, full = resume.write_model, iter([False, True, False])
 
-    def filling(policy, tokenizer, folder):
-        save(policy, tokenizer, folder)
+    def filling(policy, tokenizer, folder, weights):
+        save(policy, tokenizer, folder, weights)
         if next(full):
             raise OSError(28, "No space left on device")
 

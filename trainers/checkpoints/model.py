@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from ..config import RunConfig
@@ -16,14 +18,17 @@ from ..policy.dropout import as_configured
 from ..policy.load import load_model
 from ..policy.policy import Policy
 from ..policy.tiny import TINY, tiny_model, tiny_tokenizer
+from ..processes.sharding import assign
 from .folder import no_room, write_whole
 from .output_dir import BASE_MODEL
 
+Weights = dict[str, Tensor] | None
 
-def save_run(config: RunConfig, policy: Policy, tokenizer: Any) -> None:
-    """Save into `output_dir`."""
+
+def save_run(config: RunConfig, policy: Policy, tokenizer: Any, weights: Weights = None) -> None:
+    """Save into `output_dir`. weights: of a sharded policy, from `full_weights`."""
     with base_model(config, policy):
-        save(policy, tokenizer, Path(config.train.output_dir))
+        save(policy, tokenizer, Path(config.train.output_dir), weights)
 
 
 @contextlib.contextmanager
@@ -48,7 +53,7 @@ def base_model(config: RunConfig, policy: Policy) -> Iterator[None]:
     write_whole(base, fill)
 
 
-def save(policy: Policy, tokenizer: Any, folder: Path) -> None:
+def save(policy: Policy, tokenizer: Any, folder: Path, weights: Weights = None) -> None:
     """Write the trained adapter (the reference's copy is left out) or the whole model, and the tokenizer.
 
     They are written beside the folder's files first and then moved in, so that no file is ever half there. Raises
@@ -58,31 +63,37 @@ def save(policy: Policy, tokenizer: Any, folder: Path) -> None:
     with no_room(f"the model could not be saved in {folder}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_model(policy, tokenizer, partial)
+        write_model(policy, tokenizer, partial, weights)
         for file in partial.iterdir():
             file.replace(folder / file.name)
         partial.rmdir()
 
 
-def write_model(policy: Policy, tokenizer: Any, folder: Path) -> None:
+def write_model(policy: Policy, tokenizer: Any, folder: Path, weights: Weights = None) -> None:
     """As `save`, into an empty folder."""
     options: dict[str, Any] = {"selected_adapters": ["default"]} if policy.has_adapters else {}
+    if weights is not None:
+        options["state_dict"] = weights
     with as_configured(policy.model), generation_aside(policy, folder):
         policy.model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
 
 
 def load_weights(config: RunConfig, policy: Policy, folder: Path) -> None:
-    """Give the policy the trained weights that `write_model` wrote, in place."""
-    if policy.has_adapters:
-        from peft import set_peft_model_state_dict
-        from peft.utils import load_peft_weights
-
-        weights = load_peft_weights(str(folder), device="cpu")
-        set_peft_model_state_dict(policy.model, weights, adapter_name="default")
+    """Give the policy the trained weights that `write_model` wrote, in place; sharded ones too."""
+    if not policy.has_adapters:
+        other = load_model(config.model, torch.device("cpu"), name=str(folder))
+        assign(policy.causal_lm, other.state_dict())
         return
-    other = load_model(config.model, torch.device("cpu"), name=str(folder))
-    policy.causal_lm.load_state_dict(other.state_dict())
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    if any(isinstance(p, DTensor) for p in policy.parameters()):
+        own = {name: name.replace(".default", "") for name, p in policy.model.named_parameters() if p.requires_grad}
+        assign(policy.model, {name: weights[stored] for name, stored in own.items()})
+    else:
+        set_peft_model_state_dict(policy.model, weights, adapter_name="default")
 
 
 @contextlib.contextmanager

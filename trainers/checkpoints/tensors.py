@@ -1,4 +1,4 @@
-"""The optimizer's state as named tensors and JSON, and a fingerprint of weights."""
+"""The optimizer's state as safetensors and JSON, and a fingerprint of weights."""
 
 from __future__ import annotations
 
@@ -9,53 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes.sharding import reshard, whole
+
 SAMPLES = 256  # values of each tensor that a fingerprint looks at
 
 
-def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """({parameter/key: tensor}, what else there is). names: of parameters, by id."""
-    state = optimizer.state_dict()
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            name = f"{order[index]}/{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value.detach().cpu().contiguous()
-            else:
-                values[name] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"groups": groups, "values": values}
+def flat(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """({parameter/key: tensor}, what else there is) of what `optimizer_state` returns."""
+    entries = [(f"{name}/{key}", value) for name, own in state["state"].items() for key, value in own.items()]
+    tensors = {name: value.contiguous() for name, value in entries if isinstance(value, Tensor)}
+    values = {name: value for name, value in entries if not isinstance(value, Tensor)}
+    return tensors, {"param_groups": state["param_groups"], "values": values}
 
 
-def load_optimizer_state(
-    optimizer: Any, names: Mapping[int, str], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
-) -> None:
-    """The inverse; the optimizer has the same parameters, perhaps in another order."""
-    order = {name: i for i, name in enumerate(names[id(p)] for g in optimizer.param_groups for p in g["params"])}
-    state: dict[int, dict[str, Any]] = {}
+def nested(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse."""
+    state: dict[str, dict[str, Any]] = {}
     for name, value in {**rest["values"], **tensors}.items():
         parameter, _, key = name.rpartition("/")
-        state.setdefault(order[parameter], {})[key] = value
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, rest["groups"], strict=True):
-        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        state.setdefault(parameter, {})[key] = value
+    return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
     """Of what stays as it is: names, shapes, dtypes and evenly spaced values of the parameters that do not train.
 
-    Not of every value: that would read a large model once more at every start.
+    Not of every value: that would read a large model once more at every start. Called on every process.
     """
     digest = hashlib.sha256()
-    for module in modules:
-        for name, parameter in () if module is None else sorted(module.named_parameters()):
+    for module in filter(None, modules):
+        reshard(module)
+        for name, parameter in sorted(module.named_parameters()):
             if parameter.requires_grad:
                 continue
-            flat = parameter.detach().flatten()
-            at = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
+            values = whole(parameter.detach()).flatten()
+            at = torch.linspace(0, len(values) - 1, min(SAMPLES, len(values)), dtype=torch.float64).long()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(flat[at.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(values[at.to(values.device)].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

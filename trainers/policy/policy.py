@@ -52,6 +52,12 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards unit by unit: the classes that the model names and has."""
+        own = {type(module).__name__ for module in self.model.modules()}
+        return [name for name in getattr(self.causal_lm, "_no_split_modules", None) or () if name in own]
+
+    @property
     def attention(self) -> str:
         """The name that transformers has for its implementation."""
         return str(self.causal_lm.config.get_text_config()._attn_implementation)

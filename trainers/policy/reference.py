@@ -24,6 +24,8 @@ from ..data.examples import Example
 from ..errors import UserError
 from ..layers.switch import set_training
 from ..memory import Memory
+from ..processes.dealing import any_process
+from ..processes.sharding import shard_frozen, whole
 from .checks import foreign
 from .load import load_model
 from .policy import REFERENCE_ADAPTER, Policy
@@ -85,14 +87,15 @@ class StoredReference:
 
     table: `tokens_key` -> the scored log-probs of each completion, on the CPU: a GPU would wait for each of them. What
     is scored is asked of the examples for the same reason: of the batch, on the GPU, the host would wait.
+    accelerator: of the processes that go to `live` together, which they share.
     """
 
-    def __init__(self, table: dict[str, list[Tensor]], live: Reference) -> None:
-        self.table, self.live = table, live
+    def __init__(self, table: dict[str, list[Tensor]], live: Reference, accelerator: Accelerator | None = None) -> None:
+        self.table, self.live, self.accelerator = table, live, accelerator
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         keys = [tokens_key(example) for example in batch.examples]
-        if any(key not in self.table for key in keys):
+        if any_process(self.accelerator, any(key not in self.table for key in keys)):
             return self.live(batch)
         return laid_out(batch, [values for key in keys for values in self.table[key]])
 
@@ -185,7 +188,8 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
         if "lora_" in name and not (frozen and f".{REFERENCE_ADAPTER}." in name):
             continue  # adapters that the reference does not use
         weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+        value = whole(value.detach())
+        weights.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     data = hashlib.sha256()
     for example in examples:
         data.update(tokens_key(example).encode())
@@ -238,7 +242,7 @@ def make_reference(
             notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
         elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
             (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
-        reference = ModelReference(other, autocast_of(config))
+        reference = ModelReference(shard_frozen(other, accelerator), autocast_of(config))
     if not config.model.precompute_ref_log_probs:
         return reference, notes
     if config.loss.kind is Kind.GROUPED:
@@ -250,7 +254,8 @@ def make_reference(
     found = path.exists()
     accelerator.wait_for_everyone()  # or one process would find what another has just written
     if found:
-        return StoredReference(load_table(path, key), reference), [*notes, f"reference log-probs read from {path}"]
+        table = load_table(path, key)
+        return StoredReference(table, reference, accelerator), [*notes, f"reference log-probs read from {path}"]
     memory = Memory(accelerator, wrapped, config.loss, config.train.micro_batch_tokens)
     packing = {**policy.packing, "fitting": memory.fitting}
 
@@ -262,7 +267,7 @@ def make_reference(
         save_table(path, table, key)
     accelerator.wait_for_everyone()
     notes += [*memory.take(), f"reference log-probs of {len(examples)} examples written to {path}"]
-    return StoredReference(table, reference), notes
+    return StoredReference(table, reference, accelerator), notes
 
 
 def autocast_of(config: RunConfig) -> torch.dtype | None:

@@ -19,7 +19,8 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError
 from ..memory import REMEDIES, free
 from ..policy.policy import Policy
-from ..processes import gather_rows
+from ..processes.dealing import gather_rows
+from ..processes.sharding import gathered
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
 from .generation import GENERATION_ROWS, Purpose, Sampled, completion_seed, generate
 from .metrics import completion_metrics, reward_metrics
@@ -111,22 +112,23 @@ class Rollouts:
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
         """As many at a time as fit into memory. Raises UserError where one alone does not."""
         limit = self.max_completion_length
-        while True:
-            rows = min(self.generation_rows, max(1, len(prompts)))
-            try:
-                return generate(self.policy, self.tokenizer, prompts, max_new_tokens=limit, rows=rows, **sampling)
-            except torch.OutOfMemoryError:
-                self.generation_rows = rows // 2
-            free()
-            if not self.generation_rows:
-                raise UserError(
-                    f"generating one completion of up to {limit} tokens does not fit into memory: lower "
-                    f"--max_completion_length, {REMEDIES}"
+        with gathered(self.policy, self.accelerator):
+            while True:
+                rows = min(self.generation_rows, max(1, len(prompts)))
+                try:
+                    return generate(self.policy, self.tokenizer, prompts, max_new_tokens=limit, rows=rows, **sampling)
+                except torch.OutOfMemoryError:
+                    self.generation_rows = rows // 2
+                free()
+                if not self.generation_rows:
+                    raise UserError(
+                        f"generating one completion of up to {limit} tokens does not fit into memory: lower "
+                        f"--max_completion_length, {REMEDIES}"
+                    )
+                self.watch.note(
+                    f"rows {self.generation_rows}",
+                    f"out of memory with {rows} completions generated at a time; {self.generation_rows} from here on",
                 )
-            self.watch.note(
-                f"rows {self.generation_rows}",
-                f"out of memory with {rows} completions generated at a time; {self.generation_rows} from here on",
-            )
 
     def completion(self, sampled: Sampled) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended

@@ -14,7 +14,7 @@ from logratio.losses import KL_ESTIMATORS, Mean
 from ..batches.packing import split_groups
 from ..data.examples import Example, Prompt
 from ..errors import UserError
-from ..processes import share
+from ..processes.dealing import share
 from ..step import MicroBatch, Step, Window
 from .generation import numbered
 from .rollouts import Rollouts

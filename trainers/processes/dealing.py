@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 T = TypeVar("T")
 
@@ -35,6 +35,20 @@ def share(prompts: Sequence[T], accelerator: Accelerator) -> Sequence[T]:
     if len(prompts) < world:
         raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
     return prompts[rank::world]
+
+
+def any_process(accelerator: Accelerator | None, here: bool) -> bool:
+    """Whether it is so on any process; asked on all of them. accelerator: None: there is one."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor([here], dtype=torch.int32, device=accelerator.device), "sum").item())
+
+
+def largest(accelerator: Accelerator, here: float) -> float:
+    """The largest of the processes' numbers."""
+    if accelerator.num_processes == 1:
+        return here
+    return float(accelerator.gather(torch.tensor([here], dtype=torch.float64, device=accelerator.device)).max())
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:

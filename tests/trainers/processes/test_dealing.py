@@ -1,4 +1,4 @@
-"""What each process gets of a step, without the processes; `test_processes.py` starts them."""
+"""What each process gets of a step, without the processes; `test_equal.py` starts them."""
 
 import random
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.processes import deal, share
+from logratio.trainers.processes.dealing import deal, share
 
 
 def process(rank: int, world: int) -> Any:

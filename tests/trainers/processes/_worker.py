@@ -1,0 +1,179 @@
+"""What each process of a launch does: `torchrun _worker.py jobs.json`; and the same in one process, for comparison.
+
+A job is {"words": of `logratio train`, "kind": "ddp" or "fsdp2", "do": the name of a function below}. Each process
+writes what every job gave to rank<number>.json.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from logratio.losses.advantages import ADVANTAGES
+from logratio.trainers import cli, loop, setup
+from logratio.trainers.cli import parse_train
+from logratio.trainers.config import RolloutConfig
+from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
+from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
+from logratio.trainers.step import Step
+
+TYPES = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP}
+
+
+def starter(kind: str) -> Any:
+    """`Accelerator`, which on a CPU takes FSDP2 for DDP, and has to be told afterwards."""
+
+    def start(**options: Any) -> Accelerator:
+        accelerator = Accelerator(**options)
+        if accelerator.num_processes > 1:
+            if kind == "fsdp2":
+                wrap = "TRANSFORMER_BASED_WRAP"
+                accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
+            AcceleratorState._shared_state["distributed_type"] = TYPES[kind]
+            PartialState._shared_state["distributed_type"] = TYPES[kind]
+            assert accelerator.distributed_type == TYPES[kind] and accelerator.is_fsdp2 == (kind == "fsdp2")
+        return accelerator
+
+    return start
+
+
+REAL = Rollouts.generate
+
+
+def given(self: Rollouts, prompts: Any, **sampling: Any) -> list[Sampled]:
+    """In place of `Rollouts.generate`: of each prompt's completions the first is the policy's own, greedy one; the
+    others depend on its row, their number and the step alone, and not on which process asks for how many."""
+    own = REAL(self, prompts)
+    seen: dict[int, int] = {}
+    for i, prompt in enumerate(prompts):
+        number = seen[prompt.row] = seen.get(prompt.row, -1) + 1
+        if number:
+            draw = random.Random(f"{prompt.row}-{number}-{self.state.global_step}")
+            length = draw.randint(1, self.max_completion_length)
+            own[i] = Sampled([draw.randrange(48, 58) for _ in range(length)], length < self.max_completion_length)
+    return own
+
+
+def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward."""
+    return [len(ids) + 0.1 * (sum(ids) % 7) for ids in completion_ids]
+
+
+@contextmanager
+def prepared(kind: str, seen: list[list[int]], generate: Any = given) -> Any:
+    """Inside, runs start with `kind`, take `generate`d rollouts, and note [micro-batches, fillers] of each call."""
+    cut = Step.micro_batches
+
+    def cutting(self: Step, *args: Any, **kwargs: Any) -> Any:
+        micros = cut(self, *args, **kwargs)
+        seen.append([len(micros), sum(m.batch.is_filler for m in micros)])
+        return micros
+
+    with (
+        patch.object(setup, "Accelerator", starter(kind)),
+        patch.object(Rollouts, "generate", generate),
+        patch.object(Step, "micro_batches", cutting),
+    ):
+        yield
+
+
+def train(words: list[str], kind: str = "ddp", generate: Any = given) -> dict[str, Any]:
+    seen: list[list[int]] = []
+    with prepared(kind, seen, generate):
+        row = loop.train(parse_train(words))
+    return {"row": row, "cut": seen}
+
+
+def built(words: list[str]) -> Any:
+    """A run of one process."""
+    return setup.build(parse_train(words))
+
+
+def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """Training on what the policy itself samples."""
+    return train(words, kind, REAL)
+
+
+def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """Groups of rollouts of which the first process holds two and the second one, compared in every way."""
+    alone = Accelerator()
+    world, rank = alone.num_processes, alone.process_index
+    nan = float("nan")
+    groups = [[[1, 3], [0, 1], [0.5, 0]], [[2, nan], [nan, nan], [7, 0]], [[9, 1], [9, 2], [4, 0]]]
+    mine = range(rank, 3, world)
+    by_function = torch.tensor([groups[i] for i in mine]).double()
+    examples = [Example([1], [Completion([0] * (i + k + 1)) for k in range(3)], row=i) for i in mine]
+    rolled = Rolled(examples, by_function, torch.tensor([[0.5 * i] for i in mine]).double())
+    kl = torch.tensor([[0.1 * i - 0.2 * k for k in range(3)] for i in mine]).double()
+    kinds: list[dict[str, Any]] = [{"advantage_type": kind} for kind in ADVANTAGES]
+    kinds += [{"scale_rewards": "batch"}, {"multi_objective_aggregation": "normalize_then_sum"}]
+    kinds += [{"advantage_type": "rloo", "normalize_advantages": True, "reward_kl_coef": 0.5}]
+    compared: dict[str, Any] = {}
+    for options in kinds:
+        config = RolloutConfig(num_generations=3, reward_funcs=("a", "b"), reward_weights=(1.0, 0.5), **options)
+        rollouts = Rollouts(None, None, config, {"a": None, "b": None}, 8)  # type: ignore[arg-type, dict-item]
+        advantages = rollouts.advantages(rolled, alone, kl if config.reward_kl_coef else None)
+        compared[json.dumps(options)] = {str(i): row for i, row in zip(mine, advantages.tolist(), strict=True)}
+    mean = rollouts.metrics(rolled, alone)["reward_std"]
+    return {"advantages": compared, "reward_std": float(mean.total / mean.count)}
+
+
+def optimizer_round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """The optimizer's state of a run, put into a second run, and into one whole copy on the main process."""
+    seen: list[list[int]] = []
+    with prepared(kind, seen):
+        run = setup.build(parse_train(words))
+        loop.train_run(run)
+        state = optimizer_state(run.policy, run.optimizer, run.accelerator)
+        words = [w + "-again" if Path(w).name == "out" else w for w in words]
+        other = setup.build(parse_train(words))
+        load_optimizer_state(other.policy, other.optimizer, other.accelerator, state)
+        again = optimizer_state(other.policy, other.optimizer, other.accelerator)
+    if run.accelerator.is_main_process:
+        torch.save(state, "optimizer.pt")
+        torch.save(again, "optimizer-again.pt")
+    return {"names": len(state.get("state", {}))}
+
+
+def fail(words: list[str], kind: str = "ddp") -> None:
+    """A run whose process 1 fails in its second step, in the way that the first word says; the last job of all."""
+    step, calls = Step.__call__, []
+
+    def failing(self: Step, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 and self.accelerator.process_index == 1:
+            if words[0] == "raise":
+                raise ZeroDivisionError("of all things")
+            if words[0] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return step(self, *args, **kwargs)
+
+    with patch.object(Step, "__call__", failing):
+        sys.exit(cli.main(["train", *words[1:]]))
+
+
+def main() -> None:
+    record = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        if PartialState._shared_state:  # a job before may have said otherwise
+            PartialState._shared_state["distributed_type"] = TYPES["ddp"]
+        record.append(globals()[job.get("do", "train")](job["words"], job.get("kind", "ddp")))
+        Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
+    assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"]) > 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Two and three processes train as one does, with whole weights (DDP) and sharded ones (FSDP2)."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from logratio.trainers import cli, loop
+from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
+
+from . import _worker
+from ._jobs import METHODS, STEPS, WAYS, make_model, words_for
+from ._launch import HERE, largest_difference, launch, log_of, said_by, work
+
+# Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
+STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")
+SYNC = ("--sync_ref_model", "--ref_model_sync_steps", "1")
+CLOSE = 2e-6  # of weights that a step moves by 1e-4
+DDP = {
+    "sft": ("sft", "qlora"),
+    "dpo": ("dpo", "lora", *STORED),
+    "dpo-full": ("dpo", "full"),
+    "kto": ("kto", "lora", *SYNC),
+    "orpo": ("orpo", "full"),
+    "cpo": ("cpo", "lora"),
+    "tpo": ("tpo", "qlora"),
+    "grpo": ("grpo", "lora", "--eval_size", "1", "--num_iterations", "2"),  # the second process evaluates nothing
+}
+THREE = ("sft", "dpo-full", "kto", "grpo-three")
+FSDP2 = {
+    "sft": ("sft", "full"),
+    "dpo": ("dpo", "lora"),
+    "dpo-full": ("dpo", "full", *STORED),
+    "kto": ("kto", "qlora"),
+    "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
+}
+DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
+LONG = {f"{method}-{way}": (method, way) for method in METHODS for way in WAYS}
+MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "hash"}
+
+
+def jobs_of(settings, folder, kind, world):
+    return [
+        {"words": words_for(*s[:2], folder, folder / f"{kind}{world}" / name / "out", *s[2:]), "kind": kind}
+        for name, s in settings.items()
+    ]
+
+
+class Truth:
+    """What one process makes of a setting, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.known = folder, set()
+
+    def __call__(self, name, setting):
+        output = self.folder / "one" / name / "out"
+        if name not in self.known:
+            self.known.add(name)
+            _worker.train(words_for(*setting[:2], self.folder, output, *setting[2:]))
+        return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))  # for the reward
+        folder = tmp_path_factory.mktemp("processes")
+        make_model(folder / "model")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return Truth(folder)
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """A launch takes longer than its work, so there is one for all that two processes are asked for."""
+    jobs = jobs_of(DDP, folder, "ddp", 2) + jobs_of(FSDP2, folder, "fsdp2", 2)
+    sampling = words_for("grpo", "full", folder, folder / "sampled" / "out")
+    jobs += [{"words": sampling, "kind": "fsdp2", "do": "sample"}]
+    rough = words_for("dpo", "full", folder, folder / "rough" / "out", "--mixed_precision", "bf16")
+    jobs += [{"words": rough, "kind": "fsdp2"}]
+    trip = words_for("dpo", "full", folder, folder / "trip" / "out")
+    jobs += [{"words": trip, "kind": "fsdp2", "do": "optimizer_round_trip"}]
+    jobs += [{"words": [], "do": "compare"}]
+    done = work(2, jobs, folder / "work2")
+    assert done.returncode == 0, done.stderr
+    ranks = said_by(done, 2, folder / "work2")
+    names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
+    names += ["sampled", "rough", "trip", "compare"]
+    return [dict(zip(names, said, strict=True)) for said in ranks]
+
+
+@pytest.fixture(scope="module")
+def three_done(folder):
+    """What is left of three, whose last run fails."""
+    jobs = jobs_of({name: DDP[name] for name in THREE}, folder, "ddp", 3)
+    jobs += [{"words": ["raise", *words_for("dpo", "lora", folder, folder / "failed")], "do": "fail"}]
+    return work(3, jobs, folder / "work3")
+
+
+@pytest.fixture(scope="module")
+def three(three_done, folder):
+    return [dict(zip(THREE, said, strict=True)) for said in said_by(three_done, 3, folder / "work3")]
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """The logs of two runs and what they have saved."""
+    alone, together = log_of(one), log_of(other)
+    assert len(alone) == len(together) == STEPS
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - MEASURED:
+            assert theirs[name] == pytest.approx(mine[name], rel=5e-5, abs=2e-6), (mine["step"], name)
+    assert largest_difference(one, other) < CLOSE
+
+
+def assert_alike(ranks, name) -> None:
+    """What the processes themselves say of a run."""
+    cuts = [rank[name]["cut"] for rank in ranks]
+    assert len({tuple(count for count, _ in cut) for cut in cuts}) == 1, "or a collective would hang"
+    rows = [{k: v for k, v in rank[name]["row"].items() if k not in MEASURED - {"peak_mem_mib"}} for rank in ranks]
+    assert all(row == rows[0] for row in rows), "every process knows the metrics of all"
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_two_processes_train_as_one_does(name, two, alone, folder):
+    assert_equal(alone(name, DDP[name]), folder / "ddp2" / name / "out")
+    assert_alike(two, f"ddp-{name}")
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_three_processes_train_as_one_does(name, three, alone, folder):
+    assert_equal(alone(name, DDP[name]), folder / "ddp3" / name / "out")
+    assert_alike(three, name)
+
+
+@pytest.mark.parametrize("name", FSDP2)
+def test_two_processes_with_sharded_weights_train_as_one_does(name, two, alone, folder):
+    assert_equal(alone(f"fsdp2-{name}", FSDP2[name]), folder / "fsdp22" / name / "out")
+    assert_alike(two, f"fsdp2-{name}")
+
+
+def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, folder):
+    """Up to the rounding of norms and embeddings; and log-probabilities leave the forward pass in float32."""
+    exact = log_of(alone("dpo-full", DDP["dpo-full"]))[0]
+    one = log_of(alone("rough", ("dpo", "full", "--mixed_precision", "bf16")))[0]
+    sharded = log_of(folder / "rough" / "out")[0]
+    assert sharded["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference compute alike"
+    for name in ("grad_norm", "logps/chosen", "logps/rejected"):
+        assert abs(sharded[name] - exact[name]) < 3 * abs(one[name] - exact[name]) + 2e-3 * abs(exact[name]), name
+    assert_alike(two, "rough")
+
+
+def test_processes_ran_out_of_examples(two, three):
+    """Or what they do then has not been tested."""
+    assert two[1]["ddp-dpo"]["cut"][2] == [1, 1], "the second process had nothing at all in the last step of an epoch"
+    assert any(rank["kto"]["cut"][2] == [1, 1] for rank in three), "two examples for three processes"
+    for name in ("ddp-dpo", "ddp-kto", "fsdp2-dpo", "fsdp2-sft"):
+        zero, one = (rank[name]["cut"] for rank in two)
+        assert any(a[1] != b[1] for a, b in zip(zero, one, strict=True)), name
+
+
+def test_sharded_weights_are_gathered_for_what_the_policy_samples(two, folder):
+    assert [row["step"] for row in log_of(folder / "sampled" / "out")] == [1, 2, 3, 4]
+    assert_alike(two, "sampled")
+
+
+def test_what_trained_moved(alone, folder):
+    """By about the learning rate a step; else equal weights would say nothing."""
+    weights = load_file(alone("dpo", DDP["dpo"]) / "adapter_model.safetensors")
+    assert max(p.abs().max().item() for name, p in weights.items() if "lora_B" in name) > 2e-4
+    assert largest_difference(alone("dpo-full", DDP["dpo-full"]), folder / "model") > 2e-4
+
+
+def assert_same_state(one, other, **tolerance):
+    """Of two optimizers, by the names of the parameters."""
+    assert one["state"].keys() == other["state"].keys()
+    for name, values in one["state"].items():
+        assert values.keys() == other["state"][name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in values.items():
+            torch.testing.assert_close(value, other["state"][name][key], **tolerance)
+    assert one["param_groups"] == other["param_groups"]
+
+
+def test_the_optimizers_state_is_one_for_any_number_of_processes(two, folder):
+    assert two[0]["trip"]["names"] > 10 and two[1]["trip"]["names"] == 0, "which the main process alone has"
+    sharded, again = (torch.load(folder / "work2" / f"{name}.pt") for name in ("optimizer", "optimizer-again"))
+    assert_same_state(sharded, again, rtol=0, atol=0)
+
+    trained, fresh = (_worker.built(words_for("dpo", "full", folder, folder / "trip" / name)) for name in "ab")
+    loop.train_run(trained, quiet=True)
+    own = optimizer_state(trained.policy, trained.optimizer, trained.accelerator)
+    assert_same_state(own, sharded, rtol=1e-4, atol=1e-8)
+    assert {float(values["step"]) for values in own["state"].values()} == {STEPS}
+
+    load_optimizer_state(fresh.policy, fresh.optimizer, fresh.accelerator, sharded)
+    names = {p: name for name, p in fresh.policy.named_parameters()}
+    for p, values in fresh.optimizer.state.items():
+        for key, value in values.items():
+            assert torch.equal(value, sharded["state"][names[p]][key])
+    assert len(fresh.optimizer.state) == len(sharded["state"])
+
+
+def test_rollouts_are_compared_with_those_of_all_processes(two):
+    one = _worker.compare([])
+    assert one["reward_std"] > 1
+    assert [rank["compare"]["reward_std"] for rank in two] == pytest.approx([one["reward_std"]] * 2)
+    assert len(one["advantages"]) == 9
+    for options, rows in one["advantages"].items():
+        first, second = (rank["compare"]["advantages"][options] for rank in two)
+        assert first.keys() == {"0", "2"} and second.keys() == {"1"}
+        for i, row in (first | second).items():
+            assert row == pytest.approx(rows[i], rel=1e-9, abs=1e-12), options
+        assert any(abs(x) > 0.1 for row in rows.values() for x in row)
+
+
+def test_a_process_that_raises_ends_the_others_which_name_it(three_done, folder):
+    said = three_done.stderr
+    for rank in (0, 2):
+        ends = f"logratio: process {rank} of 3 ends, because process 1 failed: ZeroDivisionError: of all things\n"
+        assert said.count(ends) == 1, said
+    assert said.count('raise ZeroDivisionError("of all things")') == 1, "its own traceback, and no other"
+    assert three_done.returncode != 0 and not (folder / "failed" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("fsdp2", 3)])
+def test_every_method_in_every_way(kind, world, alone, folder):
+    done = work(world, jobs_of(LONG, folder, kind, world), folder / f"work-{kind}{world}")
+    assert done.returncode == 0, done.stderr
+    ranks = said_by(done, world, folder / f"work-{kind}{world}")
+    for name, said in zip(LONG, zip(*ranks, strict=True), strict=True):
+        assert_equal(alone(name, LONG[name]), folder / f"{kind}{world}" / name / "out")
+        assert_alike([{name: one} for one in said], name)
+
+
+REFUSED = (
+    "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
+    "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
+)
+
+
+def test_a_process_that_would_train_alone_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", *words_for("dpo", "lora", folder, folder / "alone")]) == 1
+    assert REFUSED in capsys.readouterr().err and not (folder / "alone").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_would_train_alone_are_refused(folder):
+    """torchrun without ACCELERATE_USE_CPU: accelerate takes each process for the only one."""
+    words = ["-m", "logratio.trainers.cli", "train", *words_for("dpo", "lora", folder, folder / "alone")]
+    done = launch(2, words, folder, ACCELERATE_USE_CPU="false")
+    assert done.returncode != 0
+    assert REFUSED in done.stderr and "saved in" not in done.stdout
+    assert not (folder / "alone").exists()

@@ -1,0 +1,98 @@
+"""What a launcher may ask for, and what is said of what it has started."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from logratio.trainers.errors import UserError
+from logratio.trainers.processes.launching import (
+    check_processes,
+    describe_processes,
+    load_everywhere,
+    refuse_untried,
+)
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "accelerate"
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def accelerator(world=1, kind=DistributedType.NO, device="cpu"):
+    return SimpleNamespace(num_processes=world, distributed_type=kind, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed has not been tried with logratio yet: shard with FSDP2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context and hybrid parallelism"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported: set fsdp_version to 2"),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "size_based_wrap"}, "fsdp_auto_wrap_policy SIZE_BASED_WRAP would shard"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "True"}, "fsdp_offload_params has not been tried"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: set it to false and"),
+    ],
+)
+def test_what_has_not_been_tried_is_refused(environment, said):
+    with pytest.raises(UserError, match=f"^{said}.*configs/accelerate/fsdp2.yaml"):
+        refuse_untried(environment)
+
+
+def test_fsdp2_and_plain_processes_are_not_refused():
+    refuse_untried(FSDP2)
+    refuse_untried({"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "false"})
+
+
+def test_sharding_that_does_not_happen_is_refused(monkeypatch):
+    """On CPUs accelerate takes FSDP for DDP."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^FSDP was asked for, but accelerate shards nothing here \(MULTI_CPU\)"):
+        check_processes(accelerator(2, DistributedType.MULTI_CPU))
+    check_processes(accelerator(2, DistributedType.FSDP))
+
+
+def test_every_process_loads_what_is_sharded_afterwards(monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    load_everywhere()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    load_everywhere()
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_what_is_told_of_the_processes(monkeypatch):
+    for name in ("MASTER_ADDR", "RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert describe_processes(accelerator()) == describe_processes(accelerator(2, DistributedType.MULTI_CPU)) == []
+    (note,) = describe_processes(accelerator(2, DistributedType.FSDP))
+    assert note.startswith("weights, gradients and optimizer state are sharded over 2 processes (FSDP2)")
+    # what `accelerate launch --cpu --num_processes 2` sets
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert describe_processes(accelerator()) == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    (note,) = describe_processes(accelerator())
+    assert note.startswith("this is one process: on CPUs `accelerate launch` starts no more")
+    monkeypatch.setenv("RANK", "0")
+    assert describe_processes(accelerator()) == []
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_ready_configurations_ask_for_nothing_that_is_refused(name, monkeypatch):
+    """As accelerate's own launcher reads them."""
+    for variable in [v for v in os.environ if v.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"])
+    args, *_ = _validate_launch_command(args)
+    assert args.num_processes == 2 and args.multi_gpu == (name == "ddp")
+    environment = prepare_multi_gpu_env(args)
+    assert environment.get("ACCELERATE_USE_FSDP", "false") == str(name == "fsdp2").lower()
+    assert environment.get("FSDP_VERSION", "2") == "2" and environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    refuse_untried(environment)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2"}

@@ -1,0 +1,1 @@
+"""Several processes: how they are started, watched and dealt work, and weights that are sharded over them."""
