@@ -81,6 +81,7 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
                 eos_token_id=sorted(stops) or None,
+                synced_gpus=False,  # each process goes on for as long as its own rows do, see `gathered`
                 **(sampling if "do_sample" in sampling else {"do_sample": True, "top_k": 0, **sampling}),
             )
         for tokens in out[:, width:].tolist():

@@ -145,8 +145,16 @@ def test_two_processes_with_sharded_weights_train_as_one_does(name, two, alone, 
     assert_alike(two, f"fsdp2-{name}")
 
 
+def test_sharded_weights_are_held_in_parts(two):
+    for rank in two:
+        for name in ("fsdp2-sft", "fsdp2-dpo", "fsdp2-dpo-full"):
+            assert 0.45 < rank[name]["held"]["policy"] < 0.55
+        assert 0.45 < rank["fsdp2-dpo-full"]["held"]["reference"] < 0.55
+        assert rank["ddp-dpo-full"]["held"] == {"policy": 1, "reference": 1}
+
+
 def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, folder):
-    """Up to the rounding of norms and embeddings; and log-probabilities leave the forward pass in float32."""
+    """Up to the rounding of norms and embeddings; what layers add up, and log-probabilities, are in float32."""
     exact = log_of(alone("dpo-full", DDP["dpo-full"]))[0]
     one = log_of(alone("rough", ("dpo", "full", "--mixed_precision", "bf16")))[0]
     sharded = log_of(folder / "rough" / "out")[0]
@@ -154,6 +162,7 @@ def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, fo
     for name in ("grad_norm", "logps/chosen", "logps/rejected"):
         assert abs(sharded[name] - exact[name]) < 3 * abs(one[name] - exact[name]) + 2e-3 * abs(exact[name]), name
     assert_alike(two, "rough")
+    assert two[0]["rough"]["dtypes"] == {"logps": "torch.float32", "embedded": "torch.float32"}
 
 
 def test_processes_ran_out_of_examples(two, three):
