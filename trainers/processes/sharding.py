@@ -121,7 +121,8 @@ def whole(value: Tensor) -> Tensor:
     """The tensor itself, or all of it where it is a part; then called on every process."""
     if not isinstance(value, DTensor):
         return value
-    return value.to(value.device_mesh.device_type).full_tensor()
+    moved: Any = value.to(value.device_mesh.device_type)
+    return moved.full_tensor()
 
 
 def full_weights(policy: Any, accelerator: Accelerator) -> dict[str, Tensor] | None:
