@@ -130,6 +130,7 @@ def generate(
                 pad_token_id=pad,
                 eos_token_id=sorted(stops) or None,
                 do_sample=False,
+                synced_gpus=False,  # each process goes on for as long as its own rows do, see `gathered`
                 logits_processor=chosen,
             )
         for tokens in out[:, ids.shape[1] :].tolist():

@@ -19,13 +19,16 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from logratio.losses.advantages import ADVANTAGES
 from logratio.trainers import cli, loop, setup
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.policy.reference import ModelReference
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
+from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
 from logratio.trainers.step import Step
 
@@ -71,6 +74,12 @@ def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [len(ids) + 0.1 * (sum(ids) % 7) for ids in completion_ids]
 
 
+def share_held(model: torch.nn.Module) -> float:
+    """Of its parameters, how much this process holds."""
+    parts = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()]
+    return sum(parts) / sum(p.numel() for p in model.parameters())
+
+
 @contextmanager
 def prepared(kind: str, seen: list[list[int]], generate: Any = given) -> Any:
     """Inside, runs start with `kind`, take `generate`d rollouts, and note [micro-batches, fillers] of each call."""
@@ -91,9 +100,23 @@ def prepared(kind: str, seen: list[list[int]], generate: Any = given) -> Any:
 
 def train(words: list[str], kind: str = "ddp", generate: Any = given) -> dict[str, Any]:
     seen: list[list[int]] = []
-    with prepared(kind, seen, generate):
+    held: dict[str, float] = {}
+    dtypes: dict[str, str] = {}
+
+    def building(config: Any) -> Any:
+        run = setup.build(config)
+        held["policy"] = share_held(run.policy)
+        live = getattr(run.step.reference, "live", run.step.reference)
+        held["reference"] = share_held(live.policy) if isinstance(live, ModelReference) else 0.0
+        # after what is done to it there, if anything
+        run.policy.register_forward_hook(lambda m, i, out: dtypes.update(logps=str(out.logps.dtype)))
+        embeddings = run.policy.causal_lm.get_input_embeddings()
+        embeddings.register_forward_hook(lambda m, i, out: dtypes.update(embedded=str(out.dtype)))
+        return run
+
+    with prepared(kind, seen, generate), patch.object(loop, "build", building):
         row = loop.train(parse_train(words))
-    return {"row": row, "cut": seen}
+    return {"row": row, "cut": seen, "held": held, "dtypes": dtypes}
 
 
 def built(words: list[str]) -> Any:
@@ -102,8 +125,16 @@ def built(words: list[str]) -> Any:
 
 
 def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
-    """Training on what the policy itself samples."""
-    return train(words, kind, REAL)
+    """Training on what the policy itself samples; every other process takes longer over it, in more passes."""
+    once = rollouts.generate
+
+    def slower(*args: Any, **kwargs: Any) -> list[Sampled]:
+        for _ in range(PartialState().process_index % 2):
+            once(*args, **kwargs)
+        return once(*args, **kwargs)
+
+    with patch.object(rollouts, "generate", slower):
+        return train(words, kind, REAL)
 
 
 def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:
@@ -123,10 +154,10 @@ def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     compared: dict[str, Any] = {}
     for options in kinds:
         config = RolloutConfig(num_generations=3, reward_funcs=("a", "b"), reward_weights=(1.0, 0.5), **options)
-        rollouts = Rollouts(None, None, config, {"a": None, "b": None}, 8)  # type: ignore[arg-type, dict-item]
-        advantages = rollouts.advantages(rolled, alone, kl if config.reward_kl_coef else None)
+        compares = Rollouts(None, None, config, {"a": None, "b": None}, 8)  # type: ignore[arg-type, dict-item]
+        advantages = compares.advantages(rolled, alone, kl if config.reward_kl_coef else None)
         compared[json.dumps(options)] = {str(i): row for i, row in zip(mine, advantages.tolist(), strict=True)}
-    mean = rollouts.metrics(rolled, alone)["reward_std"]
+    mean = compares.metrics(rolled, alone)["reward_std"]
     return {"advantages": compared, "reward_std": float(mean.total / mean.count)}
 
 

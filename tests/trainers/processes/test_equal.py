@@ -37,6 +37,11 @@ FSDP2 = {
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
 DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
+# Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
+KEPT = {
+    "ddp": ("grpo", "lora", "--num_iterations", "2", "--beta", "0.1", "--save_steps", "3"),
+    "fsdp2": ("dpo", "full", "--save_steps", "2"),
+}
 LONG = {f"{method}-{way}": (method, way) for method in METHODS for way in WAYS}
 MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "hash"}
 
@@ -46,6 +51,17 @@ def jobs_of(settings, folder, kind, world):
         {"words": words_for(*s[:2], folder, folder / f"{kind}{world}" / name / "out", *s[2:]), "kind": kind}
         for name, s in settings.items()
     ]
+
+
+def kept(folder, kind, name="whole"):
+    return folder / "kept" / kind / name / "out"
+
+
+def going_on(folder, kind, name):
+    """The job of going on with what two processes have left."""
+    checkpoint = kept(folder, kind) / f"checkpoint-{KEPT[kind][-1]}"
+    words = words_for(*KEPT[kind][:2], folder, kept(folder, kind, name), *KEPT[kind][2:])
+    return {"words": [*words, "--resume_from_checkpoint", str(checkpoint)], "kind": kind, "do": "sample"}
 
 
 class Truth:
@@ -86,26 +102,31 @@ def two(folder):
     jobs += [{"words": rough, "kind": "fsdp2"}]
     trip = words_for("dpo", "full", folder, folder / "trip" / "out")
     jobs += [{"words": trip, "kind": "fsdp2", "do": "optimizer_round_trip"}]
+    for kind, setting in KEPT.items():
+        whole = words_for(*setting[:2], folder, kept(folder, kind), *setting[2:])
+        jobs += [{"words": whole, "kind": kind, "do": "sample"}, going_on(folder, kind, "two")]
     jobs += [{"words": [], "do": "compare"}]
     done = work(2, jobs, folder / "work2")
     assert done.returncode == 0, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
-    names += ["sampled", "rough", "trip", "compare"]
+    names += ["sampled", "rough", "trip", *(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
 
 
 @pytest.fixture(scope="module")
-def three_done(folder):
-    """What is left of three, whose last run fails."""
+def three_done(folder, two):
+    """What is left of three, whose last run fails; they go on with what two have left."""
     jobs = jobs_of({name: DDP[name] for name in THREE}, folder, "ddp", 3)
+    jobs += [going_on(folder, "ddp", "three")]
     jobs += [{"words": ["raise", *words_for("dpo", "lora", folder, folder / "failed")], "do": "fail"}]
     return work(3, jobs, folder / "work3")
 
 
 @pytest.fixture(scope="module")
 def three(three_done, folder):
-    return [dict(zip(THREE, said, strict=True)) for said in said_by(three_done, 3, folder / "work3")]
+    names = [*THREE, "going on"]
+    return [dict(zip(names, said, strict=True)) for said in said_by(three_done, 3, folder / "work3")]
 
 
 def assert_equal(one: Path, other: Path) -> None:
@@ -145,8 +166,16 @@ def test_two_processes_with_sharded_weights_train_as_one_does(name, two, alone, 
     assert_alike(two, f"fsdp2-{name}")
 
 
+def test_sharded_weights_are_held_in_parts(two):
+    for rank in two:
+        for name in ("fsdp2-sft", "fsdp2-dpo", "fsdp2-dpo-full"):
+            assert 0.45 < rank[name]["held"]["policy"] < 0.55
+        assert 0.45 < rank["fsdp2-dpo-full"]["held"]["reference"] < 0.55
+        assert rank["ddp-dpo-full"]["held"] == {"policy": 1, "reference": 1}
+
+
 def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, folder):
-    """Up to the rounding of norms and embeddings; and log-probabilities leave the forward pass in float32."""
+    """Up to the rounding of norms and embeddings; what layers add up, and log-probabilities, are in float32."""
     exact = log_of(alone("dpo-full", DDP["dpo-full"]))[0]
     one = log_of(alone("rough", ("dpo", "full", "--mixed_precision", "bf16")))[0]
     sharded = log_of(folder / "rough" / "out")[0]
@@ -154,6 +183,7 @@ def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, fo
     for name in ("grad_norm", "logps/chosen", "logps/rejected"):
         assert abs(sharded[name] - exact[name]) < 3 * abs(one[name] - exact[name]) + 2e-3 * abs(exact[name]), name
     assert_alike(two, "rough")
+    assert two[0]["rough"]["dtypes"] == {"logps": "torch.float32", "embedded": "torch.float32"}
 
 
 def test_processes_ran_out_of_examples(two, three):
@@ -217,6 +247,32 @@ def test_rollouts_are_compared_with_those_of_all_processes(two):
         for i, row in (first | second).items():
             assert row == pytest.approx(rows[i], rel=1e-9, abs=1e-12), options
         assert any(abs(x) > 0.1 for row in rows.values() for x in row)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_as_many_processes_go_on_with_the_same_bits(kind, two, folder):
+    assert largest_difference(kept(folder, kind), kept(folder, kind, "two")) == 0
+    assert log_of(kept(folder, kind))[-1]["hash"] == log_of(kept(folder, kind, "two"))[-1]["hash"]
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_one_process_goes_on_with_what_two_have_left(kind, two, folder):
+    """Of sharded weights too; the order of the data, and the completions, are the same."""
+    job = going_on(folder, kind, "one")
+    _worker.train(job["words"], generate=_worker.REAL)
+    assert_equal(kept(folder, kind), kept(folder, kind, "one"))
+
+
+def test_three_processes_go_on_with_what_two_have_left(three, folder):
+    assert_equal(kept(folder, "ddp"), kept(folder, "ddp", "three"))
+
+
+def test_two_processes_sample_what_one_does(two, alone, folder):
+    """Every completion has random numbers of its own, whichever process asks for it."""
+    _worker.train(
+        words_for(*KEPT["ddp"][:2], folder, kept(folder, "ddp", "alone"), *KEPT["ddp"][2:]), generate=_worker.REAL
+    )
+    assert_equal(kept(folder, "ddp", "alone"), kept(folder, "ddp"))
 
 
 def test_a_process_that_raises_ends_the_others_which_name_it(three_done, folder):
