@@ -153,10 +153,11 @@ def evaluate(run: Run) -> dict[str, float]:
         zero = torch.zeros((), device=run.accelerator.device)
         result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
-    micros = run.step.micro_batches(run.data.evaluation)
+    held_out = list(run.data.evaluation)  # one step holds all of them
+    micros = run.step.micro_batches(held_out)
     was_training = run.policy.training
     run.policy.eval()
-    result = run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+    result = run.step(micros, run.step.totals(held_out, micros), backward=False)
     run.policy.train(was_training)
     return result.reduced(run.accelerator)
 

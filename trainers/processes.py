@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 T = TypeVar("T")
+
+ASKED_AGAIN_S = 2.0  # from one "are you done?" of the waiting processes to the next
 
 
 def deal(loads: Sequence[int], accelerator: Accelerator) -> list[int]:
@@ -45,3 +49,57 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
     parts = accelerator.gather(padded).to(rows.device).split(max(counts))
     start = sum(counts[: accelerator.process_index])
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))
+
+
+def once(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns, done by the main process, then by the first one of each other node, where it may find what
+    the main process left on a disk that they share; the others are told. What it raises is raised on all processes.
+
+    T: what can be pickled. The others do not wait in one collective, which would end after its time, but ask now and
+    then; where a process is killed, that fails on all of them.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    first = accelerator.is_local_main_process
+    done = _told(accelerator, work if accelerator.is_main_process else None)
+    others = _told(accelerator, work if first and not accelerator.is_main_process else None)
+    found: list[T | None] = [theirs if mine is None else mine for mine, theirs in zip(done, others, strict=True)]
+    ranks = accelerator.gather(torch.tensor([accelerator.process_index if first else -1], device=accelerator.device))
+    node = max(
+        rank for rank in ranks.tolist() if rank <= accelerator.process_index
+    )  # of which the first one is nearest
+    result = found[node]
+    assert result is not None
+    return result
+
+
+def _told(accelerator: Accelerator, work: Callable[[], T] | None) -> list[T | None]:
+    """Of every process what its work has returned; None: it had none."""
+    result: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        assert work is not None
+        try:
+            result.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True) if work else None
+    if thread:
+        thread.start()
+    while True:
+        if thread:
+            thread.join(ASKED_AGAIN_S)
+        busy = torch.tensor([int(thread is not None and thread.is_alive())], device=accelerator.device)
+        if not int(accelerator.gather(busy).sum()):
+            break
+    said: list[tuple[str | None, T | None]] = gather_object(
+        [(first_line(failed[0]) if failed else None, result[0] if result else None)]
+    )
+    if failed:
+        raise failed[0]
+    for reason, _ in said:
+        if reason is not None:
+            raise UserError(reason)
+    return [told for _, told in said]

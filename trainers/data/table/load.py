@@ -1,0 +1,138 @@
+"""From the options to the examples that a run trains on and is evaluated on, and what became of the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from logratio.losses import Kind
+
+from ...config import RunConfig
+from ...errors import UserError
+from ...processes import once
+from ..rows import Rows, load_rows
+from ..types import Prompt
+from .making import make_table
+from .mixture import DataSet, Mixture, data_sets
+from .stored import Examples, Table
+
+
+@dataclass
+class Data:
+    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
+
+    skipped: the rows that were left out, as skipped_rows.jsonl lists them. fingerprint: SHA-256 of all examples, their
+    order, and how they are drawn.
+    """
+
+    train: Sequence[Any]
+    evaluation: Sequence[Any]
+    notes: list[str]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def epoch_size(self) -> int:
+        """How many examples an epoch of training has."""
+        return getattr(self.train, "epoch_size", len(self.train))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one process tells the others of a table that it has made or found."""
+
+    path: Path
+    name: str
+    note: str
+    skipped: list[dict[str, Any]]
+
+
+def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
+    """Raises UserError for what in the data or the options does not fit, on all processes alike."""
+    asked = data_sets(config.data)
+
+    def make() -> list[list[Made]]:
+        splits = [asked]
+        if test := config.data.dataset_test_split:
+            splits.append([dataclasses.replace(one, split=test) for one in asked])
+        rows = [[rows_of(config, one) for one in split] for split in splits]  # all are found before any is tokenized
+        return [[made(config, tokenizer, one) for one in split] for split in rows]
+
+    found = make() if accelerator is None else once(accelerator, make)
+    examples = [Examples([Table(one.path) for one in split], [one.name for one in split]) for split in found]
+    notes = [one.note for split in found for one in split]
+    train = examples[0]
+    evaluation: Sequence[Any] = examples[1] if len(examples) > 1 else []
+    if config.data.eval_size:
+        train, evaluation = held_out(train, config.data.eval_size, config.train.seed)
+        notes.append(f"{len(evaluation)} examples held out for evaluation, {len(train)} left to train on")
+    if config.loss.window_pass == "mismatched" and len(evaluation) == 1:
+        raise UserError(
+            f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
+        )
+    check_columns(train)
+    weights = [one.fraction for one in asked if one.fraction is not None]
+    if weights:
+        train = Mixture(train.tables, train.names, weights, train.chosen)
+        notes.append(train.describe())
+    said = [train.fingerprint, evaluation.fingerprint if isinstance(evaluation, Examples) else None, weights]
+    fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    skipped = [entry for split in found for one in split for entry in one.skipped]
+    return Data(train, evaluation, notes, skipped, fingerprint)
+
+
+def check_columns(prompts: Examples) -> None:
+    """Raise UserError where the prompts of several data sets bring other columns for rewards."""
+    firsts = [next(iter(Examples([table], [name]))) for table, name in zip(prompts.tables, prompts.names, strict=True)]
+    columns = [sorted(first.columns) if isinstance(first, Prompt) else [] for first in firsts]
+    for name, own in zip(prompts.names, columns, strict=True):
+        if own != columns[0]:
+            raise UserError(
+                f"{name} has the columns {', '.join(own) or '(none)'} beside the prompt, {prompts.names[0]} has "
+                f"{', '.join(columns[0]) or '(none)'}: rewards need the same of all data sets"
+            )
+
+
+def rows_of(config: RunConfig, asked: DataSet) -> Rows:
+    """The rows of one data set of the run; what in them cannot be read is raised when it is reached."""
+    rows = load_rows(
+        asked.path,
+        config.loss.kind,
+        split=asked.split,
+        config=asked.name,
+        seed=config.train.seed,
+        keep_bad=config.data.on_bad_row == "skip",
+        check=False,
+    )
+    return dataclasses.replace(rows, columns=asked.columns)
+
+
+def made(config: RunConfig, tokenizer: Any, rows: Rows) -> Made:
+    """The table of these rows."""
+    data, kind = config.data, config.loss.kind
+    options: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
+    if kind is not Kind.GROUPED:
+        options |= {
+            "completion_only_loss": data.completion_only_loss,
+            "assistant_only_loss": data.assistant_only_loss,
+            "gold": config.loss.scores_gold,
+        }
+    path, report = make_table(rows, kind, tokenizer, num_proc=data.dataset_num_proc, **options)
+    return Made(path, rows.name, str(report), report.skipped)
+
+
+def held_out(examples: Examples, size: int, seed: int) -> tuple[Examples, Examples]:
+    """(to train on, to evaluate on), each in the order of the rows."""
+    if size >= len(examples):
+        raise UserError(f"--eval_size {size} leaves nothing of {len(examples)} examples to train on")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return examples.take(sorted(order[size:])), examples.take(sorted(order[:size]))
