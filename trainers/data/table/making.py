@@ -83,7 +83,8 @@ def write_in_worker(preparation: Preparation, part: Part, done: Callable[[int], 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Inside, a bar on a terminal, which is moved on by what is returned."""
-    console = Console(file=None if sys.stdout is None else Lasting(sys.stdout))
+    shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
+    console = Console(file=shown)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"tokenizing {what}", total=total)

@@ -50,11 +50,13 @@ class Columns(NamedTuple):
 
 
 class Table:
-    """A file of `TableWriter`; about: what it says of itself. Raises ValueError or OSError where it is none."""
+    """A file of `TableWriter` of `size` bytes; about: what it says of itself. Raises ValueError or OSError where it is
+    none."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.size = len(self._map)
         self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         batches = self._file.num_record_batches - 1
         if batches < 0:
@@ -120,8 +122,8 @@ class Table:
 
         ids, lengths = lists("ids"), lists("lengths")
         assert ids is not None and lengths is not None
-        flat = (batch.column(name).to_numpy() for name in ("row", "label"))
-        columns = Columns(ids, lengths, *flat, lists("scored"), lists("weights"), lists("rest"))
+        row, label = (batch.column(name).to_numpy() for name in ("row", "label"))
+        columns = Columns(ids, lengths, row, label, lists("scored"), lists("weights"), lists("rest"))
         self._columns[number] = columns
         return columns
 
@@ -203,6 +205,6 @@ class Examples(Sequence[Any]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the examples and their order."""
-        chosen = None if self.chosen is None else hashlib.sha256(np.ascontiguousarray(self.chosen)).hexdigest()
+        chosen = None if self.chosen is None else hashlib.sha256(np.ascontiguousarray(self.chosen).data).hexdigest()
         said = [*(table.about["digest"] for table in self.tables), chosen]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()

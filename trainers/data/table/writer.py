@@ -81,9 +81,9 @@ class Digest:
                 lengths = np.diff(column.offsets.to_numpy())
                 if column.null_count:
                     lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), lengths, -1)
-                counts.update(np.ascontiguousarray(lengths, np.int32))
+                counts.update(np.ascontiguousarray(lengths, np.int32).data)
                 column = column.values
-            values.update(np.ascontiguousarray(column.to_numpy()))
+            values.update(np.ascontiguousarray(column.to_numpy()).data)
 
     def hexdigest(self) -> str:
         parts = [part.hexdigest() for pair in self._parts.values() for part in pair]
