@@ -5,7 +5,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logratio.trainers.cli import parse_train
@@ -71,6 +71,7 @@ def test_an_epoch_is_as_long_as_the_proportions_can_be_without_a_row_twice(table
             assert sum(low <= i < high for i in order) == share
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
     weights=st.lists(st.floats(0.3, 3), min_size=3, max_size=3),

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logratio.losses import Kind
@@ -57,6 +57,7 @@ def of(*tables: Table) -> Examples:
     return Examples(tables, [f"{'abc'[n]}.jsonl" for n in range(len(tables))])
 
 
+@settings(deadline=None)
 @given(examples=st.lists(alone() | several, min_size=1, max_size=9) | st.lists(prompts, min_size=1, max_size=5))
 def test_what_was_written_is_read(tmp_path_factory, examples):
     path = tmp_path_factory.mktemp("table") / "t"

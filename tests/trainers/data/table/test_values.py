@@ -6,7 +6,7 @@ import json
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logratio.trainers.data.table.values import TAG, from_json, to_json
@@ -35,6 +35,7 @@ def typed(value):
     return (type(value), [typed(v) for v in value]) if isinstance(value, list | tuple) else (type(value), value)
 
 
+@settings(deadline=None)
 @given(value=values)
 def test_every_value_comes_back_with_its_type(value):
     assert typed(from_json(to_json(value))) == typed(value)
