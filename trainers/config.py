@@ -147,6 +147,10 @@ class DataConfig:
     """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
+    streaming: bool = False
+    """Read the rows as they are needed, in every epoch anew, and keep none of them; needs --max_steps."""
+    streaming_buffer: Count = 10_000
+    """Rows among which streamed ones are shuffled."""
     dataset_num_proc: Count = 1
     """Processes that tokenize; the result is kept, and found again by the same rows, tokenizer and options."""
 

@@ -75,6 +75,8 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
             if step == last:
                 break
             started = time.perf_counter()
+        for note in run.data.at_the_end():
+            log.say(note)
         log.say(f"{row['step']} steps done; saved in {config.output_dir}")
     return row
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
 from .config import RunConfig
 from .data.table.extremes import Extremes, extremes_of
+from .data.table.streaming import Stream
 from .errors import UserError
 from .outputs import check_room
 from .policy.adapters import check_adapter, check_targets
@@ -84,7 +85,14 @@ def check_before(
         every = config.train.save_steps
         copies = 1 + ((total_steps - 1) // every if every else 0)
         check_room(config.train.output_dir, shapes[0].parameters * getattr(torch, config.model.dtype).itemsize, copies)
-    found = reduce(Extremes.__or__, map(extremes_of, parts), Extremes())
+    for part in parts:
+        if isinstance(part, Stream):  # what was not seen yet is checked when it comes
+            part.check = partial(check_found, config, shapes=shapes)
+    return check_found(config, reduce(Extremes.__or__, map(extremes_of, parts), Extremes()), shapes)
+
+
+def check_found(config: RunConfig, found: Extremes, shapes: Sequence[Shape]) -> list[str]:
+    """Raise UserError where a token or a position is beyond a model's tables; returns what to tell."""
     for shape in shapes:
         check_ids(found, shape)
     row, longest = longest_sequence(config, found)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -156,36 +157,50 @@ class LineRows(_OneFile):
 
     def __init__(self, path: Path, keep_bad: bool) -> None:
         super().__init__(path)
-        self.keep_bad, self.holds_list = keep_bad, False
+        self.keep_bad = keep_bad
+        first = next(self._lines(), None)
+        self.holds_list = first is not None and first[1].lstrip().startswith("[")
+
+    @cached_property
+    def _known(self) -> tuple[str, Sequence[int], list[tuple[int, Place]]]:
+        """The file looked through once: its digest, the rows' line numbers, and the places of every so many-th row."""
         digest = hashlib.sha256()
         numbers: list[int] = []
-        self._places: list[tuple[int, Place]] = []  # of every so many-th row
+        places: list[tuple[int, Place]] = []
         last = START
-        for number, line, place in self._lines(digest=digest):
-            if not numbers:
-                self.holds_list = line.lstrip().startswith("[")
-                if self.holds_list:
-                    break
-            if not self._places or (len(numbers) >= self._places[-1][0] + APART and place > last):
-                self._places.append((len(numbers), place))
+        for number, _, place in self._lines(digest=digest):
+            if not places or (len(numbers) >= places[-1][0] + APART and place > last):
+                places.append((len(numbers), place))
             last = place
             numbers.append(number)
-        self.digest, self._count = digest.hexdigest(), len(numbers)
         gaps = bool(numbers) and numbers[-1] != len(numbers)
-        self.lines: Sequence[int] = numbers if gaps else range(1, len(numbers) + 1)
+        return digest.hexdigest(), numbers if gaps else range(1, len(numbers) + 1), places
+
+    @property
+    def digest(self) -> str:
+        return self._known[0]
+
+    @property
+    def lines(self) -> Sequence[int]:
+        return self._known[1]
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.lines)
 
     def __iter__(self) -> Iterator[Any]:
-        return self.starting(0)
+        return (row for _, row in self.numbered())
 
     def starting(self, row: int) -> Iterator[Any]:
         """The rows from this one on."""
-        first, place = next((known for known in reversed(self._places) if known[0] <= row), (0, START))
+        return (found for _, found in self.numbered(row))
+
+    def numbered(self, row: int = 0) -> Iterator[tuple[int, Any]]:
+        """The same with the numbers of their lines; from the first one on, the file is not looked through before."""
+        places = self._known[2] if row else []
+        first, place = next((known for known in reversed(places) if known[0] <= row), (0, START))
         for index, (number, line, _) in enumerate(self._lines(place), first):
             if index >= row:
-                yield self._row(index, number, line)
+                yield number, self._row(index, number, line)
 
     def _row(self, index: int, number: int, line: str) -> Any:
         try:
@@ -239,12 +254,15 @@ class ParquetRows(_OneFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        digest = hashlib.sha256()
-        for chunk in _chunks(path):
-            digest.update(chunk)
-        self.digest = digest.hexdigest()
         with self._said():
             self._count: int = self._open().metadata.num_rows
+
+    @cached_property
+    def digest(self) -> str:
+        found = hashlib.sha256()
+        for chunk in _chunks(self.path):
+            found.update(chunk)
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return self._count

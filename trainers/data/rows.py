@@ -48,10 +48,19 @@ class Rows:
                 raise
             except Exception as error:  # datasets reads and decodes (images, audio) only here
                 raise UserError(f"{self.where(index)} cannot be read: {_said(error)}") from error
-            if self.columns is not None and not isinstance(row, RowError):
-                row = {column: row[column] for column in self.columns if column in row}
-            yield index, row
+            yield index, self._cut(row)
             index += 1
+
+    def numbered(self) -> Iterator[tuple[int | None, Any]]:
+        """The rows with the numbers of their lines, if they have such; nothing is looked through before."""
+        if hasattr(self.rows, "numbered"):
+            return ((number, self._cut(row)) for number, row in self.rows.numbered())
+        return ((None, row) for row in self)
+
+    def _cut(self, row: Any) -> Any:
+        if self.columns is None or isinstance(row, RowError):
+            return row
+        return {column: row[column] for column in self.columns if column in row}
 
     def _from(self, start: int) -> Iterator[Any]:
         if hasattr(self.rows, "starting"):
@@ -132,8 +141,9 @@ def load_rows(
     seed: int = 0,
     keep_bad: bool = False,
     check: bool = True,
+    streaming: bool = False,
 ) -> Rows:
-    """The rows of one split of `dataset_name`; never empty.
+    """The rows of one split of `dataset_name`; never empty, unless they are streamed.
 
     dataset_name: `arithmetic` (the embedded task, in the columns of `kind`; `seed` draws its wrong answers), a local
         file of one of `FILE_TYPES` (its one split is "train"), a folder (`{split}.jsonl` and its like, what
@@ -141,6 +151,7 @@ def load_rows(
     split, config: as `datasets.load_dataset` takes them ("train[:10%]" too) for folders and the Hub.
     keep_bad: lines that are no rows are kept as their errors, for `prepare` to skip.
     check: read a file's rows once, to raise here what cannot be read; else it is raised where they are iterated over.
+    streaming: nothing is read before the rows are iterated over, and how many there are is not known.
     """
     if not dataset_name.strip():
         raise UserError("--dataset_name is empty: name a file, a folder or a data set of the Hub")
@@ -156,34 +167,36 @@ def load_rows(
             raise UserError(
                 f"{path} is a single file, which has the split 'train' only, not {split!r}: name another file"
             )
-        rows = _file_rows(path, keep_bad, check)
+        rows = _file_rows(path, keep_bad, check, streaming)
     elif is_dir:
-        rows = _read_folder(path, split, config, keep_bad, check)
+        rows = _read_folder(path, split, config, keep_bad, check, streaming)
     elif exists:
         raise UserError(f"{path} is neither a file nor a folder")
     elif file_type(path.name) or dataset_name.startswith((".", "/", "~")):
         raise UserError(f"the data file {dataset_name} does not exist (looked in {Path.cwd()})")
     else:
-        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config))
-    if not len(rows):
+        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config, streaming))
+    if not streaming and not len(rows):
         raise UserError(f"{rows.name} has no rows")
     return rows
 
 
-def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool, check: bool) -> Rows:
+def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool, check: bool, streaming: bool) -> Rows:
     named = [found for suffix in FILE_TYPES if (found := path / f"{split}{suffix}").is_file()]
     if config is None and named:
         if len(named) > 1:
             names = " and ".join(found.name for found in named)
             raise UserError(f"{path} holds {names}, each of which may be the split {split!r}: name the file itself")
-        return _file_rows(named[0], keep_bad, check)
+        return _file_rows(named[0], keep_bad, check, streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return Rows(f"{path} ({split})", _load_from_disk(path, split))
-    return Rows(f"{path} ({split})", _load(str(path), split, config))
+    return Rows(f"{path} ({split})", _load(str(path), split, config, streaming))
 
 
-def _file_rows(path: Path, keep_bad: bool, check: bool) -> Rows:
+def _file_rows(path: Path, keep_bad: bool, check: bool, streaming: bool) -> Rows:
     found = open_file(path, keep_bad=keep_bad)
+    if streaming:
+        return Rows(str(path), found)
     rows = Rows(str(path), found, found.lines)
     return rows.check() if check else rows
 
@@ -206,13 +219,13 @@ def _load_from_disk(path: Path, split: str) -> Any:
     return stored
 
 
-def _load(name: str, split: str, config: str | None) -> Any:
+def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
     import datasets
 
     # datasets reports what is wrong with a name, a split, a configuration, a file or the network by as many types
     # of exceptions, its own, pyarrow's, the Hub client's; each says in its first line what it missed.
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise UserError(
             f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "

@@ -25,7 +25,7 @@ import transformers
 
 from ...errors import UserError
 from ..rows import Rows
-from .stored import Table
+from .stored import Table, is_whole
 
 UNFINISHED = ".part"
 LEFT_BEHIND_S = 24 * 3600.0  # what is unfinished for so long was left by a process that was killed
@@ -86,10 +86,9 @@ def _sources_digest() -> str:
 
 def find(path: Path) -> Table | None:
     """The table that is there, if it is whole."""
-    with contextlib.suppress(Exception):  # a damaged file is reported as whatever pyarrow stumbles over
-        table = Table(path)
-        if table.is_whole():
-            return table
+    with contextlib.suppress(OSError):
+        if is_whole(path):
+            return Table(path)
     return None
 
 

@@ -18,11 +18,14 @@ from logratio.losses import Kind
 from ...config import RunConfig
 from ...errors import UserError
 from ...processes import once
+from ..examples import Preparation
 from ..rows import Rows, load_rows
 from ..types import Prompt
+from .cache import tokenizer_digest
 from .making import make_table
 from .mixture import DataSet, Mixture, data_sets
 from .stored import Examples, Table
+from .streaming import Stream
 
 
 @dataclass
@@ -44,6 +47,10 @@ class Data:
         """How many examples an epoch of training has."""
         return getattr(self.train, "epoch_size", len(self.train))
 
+    def at_the_end(self) -> list[str]:
+        """What to tell of rows that nobody knew before."""
+        return [f"streamed {self.train.report}"] if isinstance(self.train, Stream) else []
+
 
 @dataclass(frozen=True)
 class Made:
@@ -58,19 +65,19 @@ class Made:
 def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
     """Raises UserError for what in the data or the options does not fit, on all processes alike."""
     asked = data_sets(config.data)
+    stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
 
     def make() -> list[list[Made]]:
-        splits = [asked]
-        if test := config.data.dataset_test_split:
-            splits.append([dataclasses.replace(one, split=test) for one in asked])
+        splits = [[dataclasses.replace(one, split=split or one.split) for one in asked] for split in wanted]
         rows = [[rows_of(config, one) for one in split] for split in splits]  # all are found before any is tokenized
         return [[made(config, tokenizer, one) for one in split] for split in rows]
 
+    wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
     found = make() if accelerator is None else once(accelerator, make)
     examples = [Examples([Table(one.path) for one in split], [one.name for one in split]) for split in found]
     notes = [one.note for split in found for one in split]
-    train = examples[0]
-    evaluation: Sequence[Any] = examples[1] if len(examples) > 1 else []
+    train: Any = stream or examples.pop(0)
+    evaluation: Sequence[Any] = examples[0] if examples else []
     if config.data.eval_size:
         train, evaluation = held_out(train, config.data.eval_size, config.train.seed)
         notes.append(f"{len(evaluation)} examples held out for evaluation, {len(train)} left to train on")
@@ -78,15 +85,43 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
         raise UserError(
             f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
         )
-    check_columns(train)
     weights = [one.fraction for one in asked if one.fraction is not None]
+    if stream:
+        options = {**options_of(config), "tokenizer": tokenizer_digest(tokenizer)}
+        said: list[Any] = [stream.fingerprint_with(options)]
+    else:
+        check_columns(train)
+        said = [train.fingerprint]
     if weights:
         train = Mixture(train.tables, train.names, weights, train.chosen)
         notes.append(train.describe())
-    said = [train.fingerprint, evaluation.fingerprint if isinstance(evaluation, Examples) else None, weights]
+    said += [evaluation.fingerprint if isinstance(evaluation, Examples) else None, weights]
     fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     skipped = [entry for split in found for one in split for entry in one.skipped]
     return Data(train, evaluation, notes, skipped, fingerprint)
+
+
+def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> Stream:
+    """The only data set, to be streamed. Raises UserError for options that need to know all rows beforehand."""
+    data, train = config.data, config.train
+    refused = {
+        "--eval_size takes rows out of all; name a --dataset_test_split": data.eval_size,
+        "--on_bad_row skip lists rows before training; mend or remove them": data.on_bad_row == "skip",
+        "--dataset_weights and several data sets are drawn from by index; name one": len(asked) > 1
+        or asked[0].fraction,
+        "--precompute_ref_log_probs keeps something of each row; leave it out": config.model.precompute_ref_log_probs,
+        "the end of an epoch is not known; say --max_steps": train.max_steps is None,
+    }
+    for why, given in refused.items():
+        if given:
+            raise UserError(f"--streaming does not know the rows before they come: {why}")
+    assert train.max_steps and train.batch_size
+    rows = rows_of(config, asked[0], streaming=True)
+
+    def prepare(head: Rows) -> Preparation:
+        return Preparation(head, config.loss.kind, tokenizer, **options_of(config))
+
+    return Stream(rows, prepare, buffer=data.streaming_buffer, epoch_size=train.max_steps * train.batch_size)
 
 
 def check_columns(prompts: Examples) -> None:
@@ -101,7 +136,7 @@ def check_columns(prompts: Examples) -> None:
             )
 
 
-def rows_of(config: RunConfig, asked: DataSet) -> Rows:
+def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Rows:
     """The rows of one data set of the run; what in them cannot be read is raised when it is reached."""
     rows = load_rows(
         asked.path,
@@ -111,22 +146,27 @@ def rows_of(config: RunConfig, asked: DataSet) -> Rows:
         seed=config.train.seed,
         keep_bad=config.data.on_bad_row == "skip",
         check=False,
+        streaming=streaming,
     )
     return dataclasses.replace(rows, columns=asked.columns)
 
 
 def made(config: RunConfig, tokenizer: Any, rows: Rows) -> Made:
     """The table of these rows."""
-    data, kind = config.data, config.loss.kind
-    options: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
-    if kind is not Kind.GROUPED:
-        options |= {
-            "completion_only_loss": data.completion_only_loss,
-            "assistant_only_loss": data.assistant_only_loss,
-            "gold": config.loss.scores_gold,
-        }
-    path, report = make_table(rows, kind, tokenizer, num_proc=data.dataset_num_proc, **options)
+    num_proc = config.data.dataset_num_proc
+    path, report = make_table(rows, config.loss.kind, tokenizer, num_proc=num_proc, **options_of(config))
     return Made(path, rows.name, str(report), report.skipped)
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """What a `Preparation` is given beside rows, kind and tokenizer."""
+    data = config.data
+    options: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
+    if config.loss.kind is not Kind.GROUPED:
+        options["completion_only_loss"] = data.completion_only_loss
+        options["assistant_only_loss"] = data.assistant_only_loss
+        options["gold"] = config.loss.scores_gold
+    return options
 
 
 def held_out(examples: Examples, size: int, seed: int) -> tuple[Examples, Examples]:

@@ -29,7 +29,7 @@ def make_table(rows: Rows, kind: Kind, tokenizer: Any, *, num_proc: int = 1, **o
 
     Raises UserError for a row that cannot be used, where no example remains, and where the table cannot be written.
     """
-    path = cache.folder() / f"{cache.key(rows, tokenizer, {'kind': kind, **options})}.arrow"
+    path = cache.folder() / f"{cache.key(rows, tokenizer, {'kind': kind, **options})}.table"
     table = cache.find(path)
     if table is not None:
         return path, Report.from_dict(table.about["report"], rows)

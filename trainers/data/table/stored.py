@@ -17,11 +17,12 @@ import pyarrow as pa
 from ..types import Completion, Example, Prompt
 from .extremes import Extremes
 from .values import from_json
-from .writer import ABOUT, Digest
+from .writer import END, MARK
 
 # Pages of the file that were read count as the process's memory until they are given back, to be read again out of the
 # system's cache: after so many examples.
 GIVEN_BACK = 512
+CHUNK = 1 << 20  # bytes
 
 
 class Lists(NamedTuple):
@@ -49,26 +50,30 @@ class Columns(NamedTuple):
     rest: Lists | None
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the file still holds what `TableWriter` wrote, read once from end to end."""
+    left = path.stat().st_size - 32  # the hash
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, CHUNK))):
+            found.update(chunk)
+            left -= len(chunk)
+        return left == 0 and file.read() == found.digest()
+
+
 class Table:
-    """A file of `TableWriter` of `size` bytes; about: what it says of itself. Raises ValueError or OSError where it is
-    none."""
+    """A file of `TableWriter` that is whole, of `size` bytes; about: what it says of itself."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.size = len(self._map)
-        self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        batches = self._file.num_record_batches - 1
-        if batches < 0:
-            raise ValueError("it was not ended")
-        metadata = self._file.get_batch_with_custom_metadata(batches).custom_metadata or {}
-        text = metadata[ABOUT] if ABOUT in metadata else b""
-        if hashlib.sha256(text).hexdigest().encode() != metadata.get(b"sha256"):
-            raise ValueError("what it says of itself is damaged")
-        self.about: dict[str, Any] = json.loads(text)
+        mark, arrow, _ = END.unpack(self._map[-END.size :])
+        if mark != MARK:
+            raise ValueError(f"{path} is no table")
+        self.about: dict[str, Any] = json.loads(self._map[arrow : -END.size])
+        self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map).slice(0, arrow)))
         self._starts = [0, *accumulate(self.about["batches"])]
-        if len(self._starts) != batches + 1:
-            raise ValueError("it has lost record batches")
         token, sequence, prompt, completion = self.about["extremes"]
         self.extremes = Extremes(tuple(token), tuple(sequence), tuple(prompt), completion)
         self._columns: dict[int, Columns] = {}
@@ -101,14 +106,6 @@ class Table:
         ]
         label = int(columns.label[i])
         return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row)
-
-    def is_whole(self) -> bool:
-        """Whether it still holds what was written, read once from end to end."""
-        digest = Digest()
-        for batch in range(len(self._starts) - 1):
-            digest.update(self._file.get_batch(batch))
-            self._give_back()
-        return bool(digest.hexdigest() == self.about["digest"])
 
     def _load(self, number: int) -> Columns:
         batch = self._file.get_batch(number)

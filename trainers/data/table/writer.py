@@ -7,7 +7,8 @@
     scored, weights   of the only completion, null where it has none
     rest     of a `Prompt`, null else: JSON of its text or messages, and its columns (`values.py`)
 
-The last record batch has no rows, and says in its metadata, as JSON, what is known of all the others: see `close`.
+Behind the Arrow file stands what is known of all its rows, as JSON (`close`), and an `END`, by whose hash a damaged
+file is found out before anything in it is believed: Arrow does not check what it maps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import struct
 from array import array
 from itertools import chain
 from pathlib import Path
@@ -40,7 +42,9 @@ SCHEMA = pa.schema(
         "rest": pa.list_(pa.uint8()),
     }
 )
-ABOUT = b"logratio"
+END = struct.Struct("<8sQ32s")
+"""MARK, bytes of the Arrow file, SHA-256 of all that is before the hash itself."""
+MARK = b"logratio"
 # What a record batch holds at most, and what is in memory while one is written.
 BATCH_ROWS = 2048
 BATCH_TOKENS = 1 << 20
@@ -144,24 +148,25 @@ class TableWriter:
         self._flush()
         with pa.OSFile(str(path), "rb") as source:
             reader = pa.ipc.open_file(source)
-            for i in range(reader.num_record_batches - 1):
+            for i in range(reader.num_record_batches):
                 self.append(reader.get_batch(i))
 
     def close(self, about: dict[str, Any] | None = None) -> None:
-        """End the file. about: further things to say of its rows, beside how many each record batch has, their
-        digest and their extremes."""
+        """End the file. about: further things to say of its rows, beside how many each record batch has, their digest
+        and their extremes; None: a part of a table, of which nothing is said."""
         self._flush()
-        said = {
-            **(about or {}),
-            "batches": self.written,
-            "digest": self.digest.hexdigest(),
-            "extremes": [self.extremes.token, self.extremes.sequence, self.extremes.prompt, self.extremes.completion],
-        }
-        text = json.dumps(said)
-        metadata = {ABOUT: text.encode(), b"sha256": hashlib.sha256(text.encode()).hexdigest().encode()}
-        self._file.write_batch(pa.RecordBatch.from_pylist([], schema=SCHEMA), custom_metadata=metadata)
         self._file.close()
         self._sink.close()
+        if about is None:
+            return
+        extremes = [self.extremes.token, self.extremes.sequence, self.extremes.prompt, self.extremes.completion]
+        said = {**about, "batches": self.written, "digest": self.digest.hexdigest(), "extremes": extremes}
+        with self.path.open("r+b") as file:
+            found = hashlib.file_digest(file, "sha256")
+            size = file.tell()
+            text = json.dumps(said).encode()
+            found.update(text + END.pack(MARK, size, b"")[: -found.digest_size])
+            file.write(text + END.pack(MARK, size, found.digest()))
 
     def __enter__(self) -> TableWriter:
         return self

@@ -143,11 +143,23 @@ def test_a_damaged_table_is_made_again(kept):
     whole = path.read_bytes()
     places = range(0, len(whole), max(1, len(whole) // 60))
     damaged = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in places]
-    for data in [*damaged, whole[: len(whole) // 2], whole[:-1], b"", b"ARROW1"]:
+    for data in [*damaged, whole[: len(whole) // 2], whole[:-1], b"", b"x" * 99]:
         path.write_bytes(data)
         again, said, where = made(PAIRS)
         assert (again, str(said), where) == (examples, str(report), path)
     assert [p.name for p in kept.iterdir()] == [path.name]
+
+
+def test_whatever_byte_of_a_table_is_another_it_is_not_taken(kept):
+    made(PAIRS[:3])
+    (path,) = kept.iterdir()
+    whole = path.read_bytes()
+    assert cache.find(path) is not None
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert cache.find(path) is None, at
+    path.write_bytes(whole + b"x")
+    assert cache.find(path) is None
 
 
 def test_nothing_is_left_behind_by_rows_that_cannot_be_used(kept):
@@ -177,11 +189,11 @@ def test_a_disk_that_does_not_take_a_table_is_said(kept, monkeypatch, tmp_path):
 
 def test_what_killed_processes_left_is_swept_away_after_a_day(kept):
     kept.mkdir(parents=True)
-    for name, age in (("old.arrow.77.part", cache.LEFT_BEHIND_S + 9), ("new.arrow.78.part", 60), ("kept.arrow", 9e9)):
+    for name, age in (("old.table.77.part", cache.LEFT_BEHIND_S + 9), ("new.table.78.part", 60), ("kept.table", 9e9)):
         (kept / name).write_text("")
         os.utime(kept / name, (time.time() - age,) * 2)
     _, _, path = made(PAIRS)
-    assert {p.name for p in kept.iterdir()} == {"new.arrow.78.part", "kept.arrow", path.name}
+    assert {p.name for p in kept.iterdir()} == {"new.table.78.part", "kept.table", path.name}
 
 
 def test_a_file_that_changes_meanwhile_is_not_taken(tmp_path, kept):
