@@ -225,7 +225,7 @@ def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
     # datasets reports what is wrong with a name, a split, a configuration, a file or the network by as many types
     # of exceptions, its own, pyarrow's, the Hub client's; each says in its first line what it missed.
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, **({"streaming": True} if streaming else {}))
     except Exception as error:
         raise UserError(
             f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -28,7 +29,7 @@ from ..rows import Rows
 from .stored import Table, is_whole
 
 UNFINISHED = ".part"
-LEFT_BEHIND_S = 24 * 3600.0  # what is unfinished for so long was left by a process that was killed
+LEFT_BEHIND_S = 7 * 24 * 3600.0  # what is unfinished for so long was left by a process that was killed
 
 
 def folder() -> Path:
@@ -98,7 +99,7 @@ def place(path: Path) -> Iterator[Path]:
 
     Raises UserError where the disk does not take it. Nothing is left behind.
     """
-    own = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+    own = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)

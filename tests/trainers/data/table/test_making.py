@@ -187,13 +187,13 @@ def test_a_disk_that_does_not_take_a_table_is_said(kept, monkeypatch, tmp_path):
         made(PAIRS)
 
 
-def test_what_killed_processes_left_is_swept_away_after_a_day(kept):
+def test_what_killed_processes_left_is_swept_away_after_a_week(kept):
     kept.mkdir(parents=True)
-    for name, age in (("old.table.77.part", cache.LEFT_BEHIND_S + 9), ("new.table.78.part", 60), ("kept.table", 9e9)):
+    for name, age in (("old.table.7a.part", cache.LEFT_BEHIND_S + 9), ("new.table.7b.part", 60), ("kept.table", 9e9)):
         (kept / name).write_text("")
         os.utime(kept / name, (time.time() - age,) * 2)
     _, _, path = made(PAIRS)
-    assert {p.name for p in kept.iterdir()} == {"new.table.78.part", "kept.table", path.name}
+    assert {p.name for p in kept.iterdir()} == {"new.table.7b.part", "kept.table", path.name}
 
 
 def test_a_file_that_changes_meanwhile_is_not_taken(tmp_path, kept):
@@ -330,3 +330,10 @@ def test_a_bar_moves_only_on_a_terminal(capsys):
     with making.progress("rows", 10) as done:
         done(4)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_sees_what_is_done(capsys, monkeypatch):
+    monkeypatch.setattr(making, "TICK", 10)
+    monkeypatch.setattr(making.Console, "is_terminal", True)
+    made(PAIRS)
+    assert "tokenizing data" in capsys.readouterr().out
