@@ -5,6 +5,7 @@
     step    one optimizer step of every method, whole, with LoRA and with QLoRA
     scale   how a step grows with sequence length, batch, vocabulary and group size
     host    what Python costs: steps of a deep, narrow model on one thread of a CPU
+    data    rows to tokens to micro-batches, and a process's memory (--data_rows, --data_processes)
     all     head, step and scale
 
 Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
@@ -26,9 +27,10 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import head, host, step
+from .measure import data, head, host, step
 from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
+from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
 from .progress import Progress
@@ -48,7 +50,7 @@ SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
 class Options:
     """What to measure, and where to write it."""
 
-    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "host", "all"]]
+    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "host", "data", "all"]]
     """Which cases."""
     results: Path = Path("benchmarks/results")
     """Folder of the JSON lines."""
@@ -70,6 +72,10 @@ class Options:
     """Begin no case after so many seconds."""
     fresh: bool = False
     """Measure again what has been measured."""
+    data_rows: int = 2000
+    """Of the suite data: rows of its file."""
+    data_processes: int = 1
+    """Of the suite data: processes that tokenize."""
     dry_run: bool = False
     """Print the cases' names and stop."""
 
@@ -78,7 +84,7 @@ class Job(NamedTuple):
     """A case, its contestants, and what measures them: {contestant: status and figures}."""
 
     suite: str
-    case: HeadCase | StepCase
+    case: HeadCase | StepCase | DataCase
     names: list[str]
     run: Callable[[], dict[str, dict[str, Any]]]
 
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = chosen_device("cpu" if options.suite == "host" else options.device)
+    device = chosen_device("cpu" if options.suite in ("host", "data") else options.device)
     known = {word for name in (*head.CONTESTANTS, *step.CONTESTANTS) for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -141,6 +147,10 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
     if "host" in suites:
         for case in host.cases():
             yield step_job("host", case, options, device)
+    if "data" in suites:
+        data_case = DataCase(options.data_rows, processes=options.data_processes)
+        names = asked(data.CONTESTANTS, options)
+        yield Job("data", data_case, names, lambda: data.run(data_case, seed=options.seed))
     if "scale" in suites:
         for case in scale_cases(gpu):
             yield step_job("scale", case, options, device)
@@ -171,8 +181,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     with Progress(Console(), "bench", len(jobs)) as progress:
         for number, job in enumerate(jobs, 1):
             stub = record_of(job, options, device)
-            why_not = (head if isinstance(job.case, HeadCase) else step).why_not
-            able = [name for name in job.names if not why_not(name, device)]
+            able = [name for name in job.names if not why_not(job, name, device)]
             heading = f"{number}/{len(jobs)} {job.case.case}"
             if able and all(records.has(stub | {"contestant": name}) for name in able):
                 progress.step(f"{heading}: measured already")
@@ -195,6 +204,13 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
         print(f"{left} cases are left; the same command goes on with them")
     print(f"results in {records.path}")
     return 1 if failed else 0
+
+
+def why_not(job: Job, name: str, device: torch.device) -> str | None:
+    """Why a contestant cannot run here, or None."""
+    if isinstance(job.case, DataCase):
+        return None
+    return (head if isinstance(job.case, HeadCase) else step).why_not(name, device)
 
 
 def attempted(job: Job) -> dict[str, dict[str, Any]]:
@@ -240,6 +256,16 @@ def summary(figures: dict[str, Any]) -> str:
     """One line of what was found."""
     if figures["status"] != "ok":
         return f"{figures['status']}: {figures['error']}"
+    if "rows_per_s" in figures:
+        return ", ".join(
+            f"{figures[name]:.0f} {unit}"
+            for name, unit in (
+                ("rows_per_s", "rows/s tokenized"),
+                ("packed_examples_per_s", "examples/s read and packed"),
+                ("read_examples_per_s", "examples/s read"),
+                ("peak_rss_mib", "MiB resident"),
+            )
+        )
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
     parts = [f"{time_ms:.1f} ms"]
     if figures.get("peak_mem_mib") is not None:

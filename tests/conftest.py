@@ -1,12 +1,18 @@
-"""What all tests share: no network, no threads that fight over cores."""
+"""What all tests share: no network, no threads that fight over cores, a cache that nobody else uses."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

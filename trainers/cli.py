@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -242,7 +243,7 @@ def words_of(path: Path, entries: dict[Any, Any], parts: Any) -> list[str]:
         if isinstance(value, bool) and known[name] is bool:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in value)]
         elif value is not None:
             words += [f"--{name}", str(value)]
     return words

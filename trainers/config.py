@@ -124,8 +124,14 @@ class ModelConfig:
 class DataConfig:
     """What it is trained on."""
 
-    dataset_name: str = "arithmetic"
-    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task."""
+    dataset_name: tuple[str, ...] = ("arithmetic",)
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task. Several
+    are trained on together."""
+    dataset_weights: tuple[float, ...] | None = None
+    """In which proportions an epoch draws rows of several data sets, none of them twice (default: all of each)."""
+    datasets: tuple[str, ...] | None = None
+    """In a YAML file, TRL's form of several data sets: a list of mappings with path, name (a configuration), split,
+    columns and fraction (a weight)."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     dataset_train_split: str = "train"
@@ -144,9 +150,17 @@ class DataConfig:
     """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
     """Shuffle the rows in every epoch."""
+    streaming: bool = False
+    """Read the rows as they are needed, in every epoch anew, and keep none of them; needs --max_steps."""
+    streaming_buffer: Count = 10_000
+    """Rows among which streamed ones are shuffled."""
+    dataset_num_proc: Count = 1
+    """Processes that tokenize; the result is kept, and found again by the same rows, tokenizer and options."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if isinstance(self.dataset_name, str):
+            object.__setattr__(self, "dataset_name", (self.dataset_name,))
         if self.max_length < 2:
             raise UserError(f"--max_length {self.max_length} leaves no room for a prompt and a completion")
         if self.eval_size and self.dataset_test_split:

@@ -194,7 +194,7 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
         method=method.name,
         loss=method.loss,
         model=ModelConfig(model_name_or_path=model),
-        data=DataConfig(dataset_name=str(folder / f"{method.data}.jsonl")),
+        data=DataConfig(dataset_name=(str(folder / f"{method.data}.jsonl"),)),
         train=TrainConfig(
             output_dir=str(folder / method.folder),
             overwrite_output_dir=True,

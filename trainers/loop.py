@@ -81,7 +81,7 @@ def train_run(
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
             if ends:
                 break
-        for note in load_best(run, progress):
+        for note in (*load_best(run, progress), *run.data.at_the_end()):
             log.say(note)
         weights = full_weights(run.policy, run.accelerator)
         if main:
@@ -234,10 +234,11 @@ def evaluate(run: Run) -> dict[str, float]:
         zero = torch.zeros((), device=run.accelerator.device)
         result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
+    held_out = list(run.data.evaluation)  # one step holds all of them
 
     def attempt() -> StepResult:
-        micros = run.step.micro_batches(run.data.evaluation)
-        return run.step(micros, run.step.totals(run.data.evaluation, micros), backward=False)
+        micros = run.step.micro_batches(held_out)
+        return run.step(micros, run.step.totals(held_out, micros), backward=False)
 
     was_training = run.policy.training
     run.policy.eval()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
 from .checkpoints.output_dir import check_room
 from .config import RunConfig
+from .data.table.extremes import Extremes, extremes_of
+from .data.table.streaming import Stream
 from .errors import UserError
 from .policy.adapters import check_adapter, check_targets
 from .policy.checks import learned_positions, skeleton, stuck
@@ -67,9 +70,11 @@ def shape_of(model: Any, name: str) -> Shape:
     )
 
 
-def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Shape], total_steps: int) -> list[str]:
+def check_before(
+    config: RunConfig, parts: Sequence[Sequence[Any]], shapes: Sequence[Shape], total_steps: int
+) -> list[str]:
     """Raise UserError where a token or a position is beyond a model's tables, the warm-up beyond the last step, or the
-    saved models beyond the disk. examples: or prompts, of training and evaluation. Returns what to tell."""
+    saved models beyond the disk. parts: examples, or prompts, of training and of evaluation. Returns what to tell."""
     warmup = config.train.warmup_steps
     if warmup >= total_steps and warmup:
         raise UserError(
@@ -79,9 +84,17 @@ def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Sh
     if not config.model.lora_r and not config.model.adapter_name_or_path:
         weights = shapes[0].parameters * getattr(torch, config.model.dtype).itemsize
         check_room(config.train.output_dir, weights, copies_of_weights(config, total_steps))
+    for part in parts:
+        if isinstance(part, Stream):  # what was not seen yet is checked when it comes
+            part.check = partial(check_found, config, shapes=shapes)
+    return check_found(config, reduce(Extremes.__or__, map(extremes_of, parts), Extremes()), shapes)
+
+
+def check_found(config: RunConfig, found: Extremes, shapes: Sequence[Shape]) -> list[str]:
+    """Raise UserError where a token or a position is beyond a model's tables; returns what to tell."""
     for shape in shapes:
-        check_ids(examples, shape)
-    row, longest = longest_sequence(config, examples)
+        check_ids(found, shape)
+    row, longest = longest_sequence(config, found)
     notes = []
     for shape in shapes:
         said = f"row {row} of the data set makes a sequence of {longest} tokens, more than the {{}} positions {{}}"
@@ -105,39 +118,27 @@ def copies_of_weights(config: RunConfig, total_steps: int) -> int:
     return 1 + 3 * min(kept, (save.save_total_limit or kept) + 1)
 
 
-def paths(example: Any) -> Iterator[Sequence[int]]:
-    """Token ids of a prompt, and of each completion."""
-    yield example.prompt_ids
-    for completion in getattr(example, "completions", ()):
-        yield completion.ids
-
-
-def check_ids(examples: Sequence[Any], shape: Shape) -> None:
+def check_ids(found: Extremes, shape: Shape) -> None:
     """Raise UserError for a token id without a row in the embeddings."""
-    for example in examples:
-        for ids in paths(example):
-            if ids and max(ids) >= shape.rows:
-                raise UserError(
-                    f"row {example.row} of the data set holds token {max(ids)}, which has no row in the embeddings of "
-                    f"{shape.name!r}, that end at {shape.rows - 1}; use the tokenizer that belongs to the model"
-                )
+    token, row = found.token
+    if token >= shape.rows:
+        raise UserError(
+            f"row {row} of the data set holds token {token}, which has no row in the embeddings of "
+            f"{shape.name!r}, that end at {shape.rows - 1}; use the tokenizer that belongs to the model"
+        )
 
 
-def longest_sequence(config: RunConfig, examples: Sequence[Any]) -> tuple[int, int]:
+def longest_sequence(config: RunConfig, found: Extremes) -> tuple[int, int]:
     """(its row, tokens of a prompt with a completion) of the longest that may come, by this data."""
-    if not examples:
+    (prompt, row), (longest, longest_row) = found.prompt, found.sequence
+    if not prompt:
         return 0, 0
-
-    def length(example: Any) -> int:
-        more = max((len(c.ids) for c in getattr(example, "completions", ())), default=0)
-        return len(example.prompt_ids) + (config.loss.max_completion_length if config.rollout else more)
-
-    longest = max(examples, key=length)
+    if config.rollout:
+        return row, prompt + config.loss.max_completion_length
     if config.loss.window_pass != "mismatched":
-        return longest.row, length(longest)
-    prompt = max(examples, key=lambda e: len(e.prompt_ids))  # which may get another's completion
-    other = max(len(c.ids) for e in examples for c in e.completions)
-    return prompt.row, max(length(longest), min(len(prompt.prompt_ids) + other, config.data.max_length))
+        return longest_row, longest
+    # a prompt may get another's completion
+    return row, max(longest, min(prompt + found.completion, config.data.max_length))
 
 
 def describe_stuck(model: Any, config: RunConfig) -> list[str]:

@@ -36,7 +36,7 @@ from .checkpoints.model import base_model, load_weights, write_model
 from .checkpoints.tensors import flat, nested
 from .data.examples import Completion, Example
 from .policy.reference import by_completion, of_completions
-from .processes.dealing import on_main
+from .processes.once import on_main
 from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
 from .provenance import commit, versions
@@ -53,7 +53,7 @@ class Progress:
     log's hash, the rollouts that the next step learns from too, and the best evaluation."""
 
     step: int = 0
-    position: dict[str, Any] | None = None
+    position: Mapping[str, int] | None = None
     num_tokens: int = 0
     log_hash: str = ""
     window: Window | None = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import get_scheduler
 
-from logratio.losses import Kind
-
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
 from .config import RunConfig
-from .data.examples import Report, prepare, prepare_prompts
-from .data.rows import Rows, load_rows
+from .data.table.load import Data, load_data
 from .errors import UserError
 from .optimizer import make_optimizer, trained_parameters
 from .policy.adapters import add_adapters
@@ -48,20 +44,6 @@ UNTRAINED = (
     "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
     "`logratio train sft` first, and give its output_dir as --model_name_or_path"
 )
-
-
-@dataclass
-class Data:
-    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
-
-    skipped: the rows that were left out, as skipped_rows.jsonl lists them. fingerprint: of all of them and their order.
-    """
-
-    train: list[Any]
-    evaluation: list[Any]
-    notes: list[str]
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    fingerprint: str = ""
 
 
 @dataclass
@@ -93,10 +75,10 @@ def build(config: RunConfig) -> Run:
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
-    data = load_data(config, tokenizer)
+    data = load_data(config, tokenizer, accelerator)
     rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
-    total_steps = count_steps(len(data.train), config, accelerator.num_processes)
-    model_notes += check_before(config, [*data.train, *data.evaluation], shapes, total_steps)
+    total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
+    model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps)
 
     policy, notes = make_policy(config, accelerator.device)
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
@@ -119,7 +101,7 @@ def build(config: RunConfig) -> Run:
     )
     rollouts = None
     if config.rollout:
-        per_epoch = -(-len(data.train) // (config.train.batch_size or 1)) * config.rollout.num_iterations
+        per_epoch = -(-data.epoch_size // (config.train.batch_size or 1)) * config.rollout.num_iterations
         state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
         limit = config.loss.max_completion_length
         shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
@@ -168,69 +150,6 @@ def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:
     return accelerator
 
 
-def load_data(config: RunConfig, tokenizer: Any) -> Data:
-    """The examples to train on and to evaluate on, and what became of the rows."""
-    options, kind = config.data, config.loss.kind
-    train, evaluation = load_rows_of(config, options.dataset_train_split), None
-    if options.dataset_test_split:
-        evaluation = load_rows_of(config, options.dataset_test_split)
-
-    def tokenized(rows: Rows) -> tuple[list[Any], Report]:
-        if kind is Kind.GROUPED:
-            return prepare_prompts(rows, tokenizer, max_length=options.max_length, on_bad_row=options.on_bad_row)
-        return prepare(
-            rows,
-            kind,
-            tokenizer,
-            max_length=options.max_length,
-            completion_only_loss=options.completion_only_loss,
-            assistant_only_loss=options.assistant_only_loss,
-            gold=config.loss.scores_gold,
-            on_bad_row=options.on_bad_row,
-        )
-
-    examples, report = tokenized(train)
-    held_out: list[Any] = []
-    notes, skipped = [str(report)], report.skipped
-    if evaluation is not None:
-        held_out, report = tokenized(evaluation)
-        notes.append(str(report))
-        skipped += report.skipped
-    elif options.eval_size:
-        if options.eval_size >= len(examples):
-            raise UserError(f"--eval_size {options.eval_size} leaves nothing of {len(examples)} examples to train on")
-        order = list(range(len(examples)))
-        random.Random(config.train.seed).shuffle(order)
-        held_out = [examples[i] for i in sorted(order[: options.eval_size])]
-        examples = [examples[i] for i in sorted(order[options.eval_size :])]
-        notes.append(f"{len(held_out)} examples held out for evaluation, {len(examples)} left to train on")
-    if config.loss.window_pass == "mismatched" and len(held_out) == 1:
-        raise UserError(
-            f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
-        )
-    return Data(examples, held_out, notes, skipped, fingerprint_of([*examples, *held_out]))
-
-
-def fingerprint_of(items: Sequence[Any]) -> str:
-    """Of examples or prompts and their order."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr(item).encode())
-    return digest.hexdigest()
-
-
-def load_rows_of(config: RunConfig, split: str) -> Rows:
-    """One split of the run's data set."""
-    return load_rows(
-        config.data.dataset_name,
-        config.loss.kind,
-        split=split,
-        config=config.data.dataset_config,
-        seed=config.train.seed,
-        keep_bad=config.data.on_bad_row == "skip",
-    )
-
-
 def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) -> int:
     """Optimizer steps of the run. UserError where a step of an epoch would be too small for its loss."""
     batch_size = config.train.batch_size
@@ -251,11 +170,14 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
 
 def batches(
     items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int, start: Mapping[str, int] | None = None
-) -> Iterator[tuple[list[Any], dict[str, int]]]:
+) -> Iterator[tuple[list[Any], Mapping[str, int]]]:
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller.
 
-    Yields with each of them the position behind it, of which any may be the `start`.
+    Yields with each of them the position behind it, of which any may be the `start`. Items that have `batches` of their
+    own are asked for them.
     """
+    if hasattr(items, "batches"):
+        yield from items.batches(batch_size, shuffle=shuffle, seed=seed, start=start)
     epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
     while True:
         order = list(range(len(items)))

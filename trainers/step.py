@@ -58,7 +58,7 @@ class Window:
     metrics: dict[str, Mean] = field(default_factory=dict)
     dealt: bool = False
     taken: int = 0
-    position: dict[str, Any] | None = None
+    position: Mapping[str, int] | None = None
 
 
 @dataclass

@@ -137,7 +137,7 @@ class GivenRollouts:
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
     """Examples in place of prompts, and their old log-probs in place of the policy's."""
-    run.data.train[:] = examples
+    run.data.train = examples
     run.config = dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, batch_size=BATCH // 2))
     run.rollouts = GivenRollouts()  # type: ignore[assignment]
     cut, table = run.step.micro_batches, StoredReference(old, run.step.reference)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from logratio.trainers import setup
 from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example, Prompt
+from logratio.trainers.data.table.extremes import extremes_of
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
@@ -88,11 +89,11 @@ def test_rollouts_count_with_all_that_they_may_become(data, unloaded):
 def test_kto_may_give_a_prompt_the_longest_completion():
     config = parse_train(["kto", "--max_length", "12"])
     examples = [Example([1] * 9, [Completion([1, 2])], row=3), Example([1], [Completion([1] * 10)], row=4)]
-    assert longest_sequence(config, examples) == (3, 12)
-    assert longest_sequence(parse_train(["kto"]), examples) == (3, 19)
-    assert longest_sequence(parse_train(["dpo"]), examples) == (3, 11)
+    assert longest_sequence(config, extremes_of(examples)) == (3, 12)
+    assert longest_sequence(parse_train(["kto"]), extremes_of(examples)) == (3, 19)
+    assert longest_sequence(parse_train(["dpo"]), extremes_of(examples)) == (3, 11)
     prompts = [Prompt([1] * n, "a", {}, row) for row, n in enumerate((5, 6))]
-    assert longest_sequence(parse_train(["grpo", "--max_completion_length", "7"]), prompts) == (1, 13)
+    assert longest_sequence(parse_train(["grpo", "--max_completion_length", "7"]), extremes_of(prompts)) == (1, 13)
 
 
 def test_a_sequence_beyond_ropes_positions_is_said(data):

@@ -8,7 +8,12 @@ from typing import Any
 
 from ..errors import UserError
 
-MAY_CHANGE = frozenset({"output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"})
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"),
+        *("ddp_timeout", "dataset_num_proc"),
+    }
+)
 """Options that a run may go on with changed."""
 FINGERPRINTS = {"data": "on other data than are there now", "frozen": "from other weights than are there now"}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..errors import UserError
-from ..processes.dealing import on_main
+from ..processes.once import on_main
 from ..provenance import versions
 from .agreement import check_fingerprints, check_options
 from .folder import find, remove_unfinished

@@ -126,12 +126,13 @@ def _columns_of(row: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
     return next((columns for columns in COLUMNS[kind] if all(row.get(c) is not None for c in columns)), None)
 
 
-def read_sources(bad: BadRows, layout: Layout) -> Iterator[Source]:
-    """The rows of one data set, all in the columns and the format (plain or conversational) of `layout`.
+def read_sources(bad: BadRows, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Source]:
+    """The rows of one data set from `start` to `stop`, all in the columns and the format (plain or conversational) of
+    `layout`.
 
     A row that cannot be used is a UserError that names its place and column, given to `bad`.
     """
-    for index, row in enumerate(bad.rows):
+    for index, row in bad.rows.between(start, stop):
         try:
             if isinstance(row, RowError):
                 raise row

@@ -14,19 +14,19 @@ accident (no text, no label, roles out of order) is an error that names it, not 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from logratio.losses import Kind
 
 from ..errors import UserError
-from .columns import Layout, Source, find_layout
+from .columns import Source, find_layout
 from .report import BadRows, Report
 from .rows import Rows, load_rows
 from .token_weights import has_weights, token_weights
-from .tokenization import Encoder, Text, check_tokenizer, common_prefix
+from .tokenization import Encoder, check_tokenizer, common_prefix
 from .tokenized import tokenized, whole_texts
+from .types import Completion, Example, Prompt
 
 __all__ = ["Completion", "Example", "Prompt", "Report", "Rows", "load_rows", "prepare", "prepare_prompts"]
 
@@ -43,67 +43,65 @@ REWARD_ARGUMENTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
+class Preparation:
+    """How the rows of one data set become examples, or prompts (kind GROUPED): in what columns they are, and the checks
+    that need no more than the first of them. Arguments as `prepare` has them."""
 
-    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
-    """
+    def __init__(
+        self,
+        rows: Rows,
+        kind: Kind,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        completion_only_loss: bool | None = None,
+        assistant_only_loss: bool = False,
+        gold: bool = False,
+        on_bad_row: OnBadRow = "error",
+    ) -> None:
+        self.rows, self.kind, self.max_length = rows, kind, max_length
+        self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
+        self.bad = BadRows(rows, skip=on_bad_row == "skip")
+        self.layout = find_layout(self.bad, kind, gold=gold)
+        check_tokenizer(tokenizer, conversational=self.layout.conversational, assistant_only_loss=assistant_only_loss)
+        if completion_only_loss and self.layout.prompt is None:
+            raise UserError(
+                f"completion_only_loss needs the columns prompt and completion, but {rows.name} has whole texts: "
+                "leave it out, or use assistant_only_loss with conversations"
+            )
+        for name in self.layout.names if kind is Kind.GROUPED else ():
+            if name in REWARD_ARGUMENTS:
+                raise UserError(
+                    f"{rows.name} has the column {name!r}, a name by which rewards are given something else: "
+                    "rename the column"
+                )
+        self.encoder = Encoder(tokenizer)
+        self.report = Report(rows.name, bad=self.bad)
 
-    ids: list[int]
-    scored: list[bool] | None = None
-    weights: list[float] | None = None
+    def made(self, start: int = 0, stop: int | None = None) -> Iterator[Example | Prompt]:
+        """What the rows from `start` to `stop` become, in their order, counted in `report`.
 
+        Raises UserError at the first row that cannot be used, unless these are skipped.
+        """
+        for source, prompt, wholes in tokenized(self.encoder, self.bad, self.layout, start, stop):
+            own = Report(self.rows.name)
+            place = self.rows.where(source.row)
+            made: Sequence[Example | Prompt]
+            try:
+                if self.kind is Kind.GROUPED:
+                    made = _prompts(source, prompt or [], self, place, own)
+                else:
+                    made = _examples(source, prompt, wholes, self, place, own)
+            except UserError as error:
+                self.bad.take(error, source.row)
+                continue
+            own.count(made)
+            self.report.add(own)
+            yield from made
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """What every method trains on: a prompt and its completions.
-
-    prompt_ids: never empty, so that every scored token has a predecessor.
-    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
-        data set's, none is without a scored token.
-    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
-    row: index in the data set, for messages.
-    """
-
-    prompt_ids: list[int]
-    completions: list[Completion]
-    label: bool | None = None
-    row: int = -1
-    advantages: tuple[float, ...] | None = None
-
-    def take(self, completions: Sequence[int]) -> Example:
-        """The same prompt with some of its completions."""
-        kept = [self.completions[i] for i in completions]
-        advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return Example(self.prompt_ids, kept, self.label, self.row, advantages)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt to generate from (GRPO).
-
-    prompt: as the data set has it, text or messages; rewards are called with it.
-    columns: the row's further columns, handed to rewards by name.
-    occurrence: which one it is of those that an optimizer step has of the row.
-    """
-
-    prompt_ids: list[int]
-    prompt: Text
-    columns: dict[str, Any]
-    row: int = -1
-    occurrence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What `prepare` was asked for, and what its rows become examples with."""
-
-    encoder: Encoder
-    kind: Kind
-    max_length: int | None
-    completion_only_loss: bool | None
-    assistant_only_loss: bool
+    def comes_late(self, made: Example | Prompt) -> bool:
+        """Whether it stands behind all that does not: the undesirable halves of pairs for a kind of labeled rows."""
+        return self.kind is Kind.LABELED and not self.layout.labeled and made.label is False  # type: ignore[union-attr]
 
 
 def prepare(
@@ -130,67 +128,29 @@ def prepare(
     """
     if kind == Kind.GROUPED:
         raise ValueError("prompts to generate from have no completions yet: use prepare_prompts")
-    bad = BadRows(rows, skip=on_bad_row == "skip")
-    layout = find_layout(bad, kind, gold=gold)
-    check_tokenizer(tokenizer, conversational=layout.conversational, assistant_only_loss=assistant_only_loss)
-    if completion_only_loss and layout.prompt is None:
-        raise UserError(
-            f"completion_only_loss needs the columns prompt and completion, but {rows.name} has whole texts: "
-            "leave it out, or use assistant_only_loss with conversations"
-        )
-    options = _Options(Encoder(tokenizer), kind, max_length, completion_only_loss, assistant_only_loss)
-    report = Report(rows.name, bad=bad)
-    examples: list[Example] = []
-    undesirable: list[Example] = []
-    for source, prompt, wholes in tokenized(options.encoder, bad, layout):
-        own = Report(rows.name)
-        try:
-            made = _examples(source, prompt, wholes, options, rows.where(source.row), own)
-        except UserError as error:
-            bad.take(error, source.row)
-            continue
-        report.add(own)
-        examples += made if layout.labeled else [example for example in made if example.label is not False]
-        undesirable += [] if layout.labeled else [example for example in made if example.label is False]
-    examples += undesirable
-    report.examples = len(examples)
-    if kind == Kind.LABELED:
-        desirable = sum(example.label is True for example in examples)
-        report.labels = (desirable, len(examples) - desirable)
-    report.check_left(max_length)
-    return examples, report
+    preparation = Preparation(
+        rows,
+        kind,
+        tokenizer,
+        max_length=max_length,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss,
+        gold=gold,
+        on_bad_row=on_bad_row,
+    )
+    examples = [example for example in preparation.made() if isinstance(example, Example)]
+    preparation.report.check_left(max_length)
+    return sorted(examples, key=preparation.comes_late), preparation.report
 
 
 def prepare_prompts(
     rows: Rows, tokenizer: Any, *, max_length: int | None = None, on_bad_row: OnBadRow = "error"
 ) -> tuple[list[Prompt], Report]:
     """Tokenize prompts to generate from; one that has `max_length` tokens or more is dropped and counted."""
-    bad = BadRows(rows, skip=on_bad_row == "skip")
-    layout = find_layout(bad, Kind.GROUPED)
-    check_tokenizer(tokenizer, conversational=layout.conversational)
-    for name in layout.names:
-        if name in REWARD_ARGUMENTS:
-            raise UserError(
-                f"{rows.name} has the column {name!r}, a name by which rewards are given something else: "
-                "rename the column"
-            )
-    report = Report(rows.name, bad=bad)
-    prompts = []
-    encoder = Encoder(tokenizer)
-    for source, ids, _ in tokenized(encoder, bad, layout):
-        try:
-            prompt = _prompt(source, ids or [], layout, rows.where(source.row))
-        except UserError as error:
-            bad.take(error, source.row)
-            continue
-        if max_length is not None and len(prompt.prompt_ids) >= max_length:
-            report.dropped += 1
-        else:
-            prompts.append(prompt)
-            _note(source, encoder, report)
-    report.examples = len(prompts)
-    report.check_left(max_length)
-    return prompts, report
+    preparation = Preparation(rows, Kind.GROUPED, tokenizer, max_length=max_length, on_bad_row=on_bad_row)
+    prompts = [prompt for prompt in preparation.made() if isinstance(prompt, Prompt)]
+    preparation.report.check_left(max_length)
+    return prompts, preparation.report
 
 
 def _note(source: Source, encoder: Encoder, report: Report) -> None:
@@ -200,21 +160,31 @@ def _note(source: Source, encoder: Encoder, report: Report) -> None:
     report.special += encoder.count_special([*([] if prompt is None else [prompt]), *source.completions]) > 0
 
 
-def _prompt(source: Source, ids: list[int], layout: Layout, place: str) -> Prompt:
+def _prompts(source: Source, ids: list[int], preparation: Preparation, place: str, report: Report) -> list[Prompt]:
+    """What one row becomes: a prompt, or none."""
     if not ids:
         raise UserError(f"{place}: the prompt has no tokens: give it text")
     columns = {name: value for name, value in source.columns.items() if name != "prompt"}
-    names = [name for name in layout.names if name != "prompt"]
+    names = [name for name in preparation.layout.names if name != "prompt"]
     if columns.keys() != set(names):
         raise UserError(
             f"{place} has the columns {', '.join(['prompt', *columns])}, the first row "
             f"{', '.join(['prompt', *names])}: rewards need the same of all rows, null where there is nothing"
         )
-    return Prompt(ids, source.prompt or "", columns, source.row)
+    if preparation.max_length is not None and len(ids) >= preparation.max_length:
+        report.dropped += 1
+        return []
+    _note(source, preparation.encoder, report)
+    return [Prompt(ids, source.prompt or "", columns, source.row)]
 
 
 def _examples(
-    source: Source, prompt: list[int] | None, wholes: list[list[int]], options: _Options, place: str, report: Report
+    source: Source,
+    prompt: list[int] | None,
+    wholes: list[list[int]],
+    options: Preparation,
+    place: str,
+    report: Report,
 ) -> list[Example]:
     """What one row becomes: an example, two of a pair that is taken apart, or none."""
     max_length = options.max_length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..errors import RowError, UserError
 from .rows import Rows
 
 SHOWN_REASONS = 3
+COUNTS = ("examples", "truncated", "tokens_cut", "dropped", "identical", "moved", "weighted", "begun", "special")
 
 
 class BadRows:
@@ -84,11 +86,41 @@ class Report:
     labels: tuple[int, int] | None = None
     bad: BadRows | None = field(default=None, repr=False)
 
+    def count(self, made: Sequence[Any]) -> None:
+        """Examples, or prompts, that a row has become."""
+        self.examples += len(made)
+        labels = [label for one in made if (label := getattr(one, "label", None)) is not None]
+        if labels:
+            self._add_labels((sum(labels), len(labels) - sum(labels)))
+
     def add(self, other: Report) -> None:
         """The counts of a part of the same rows."""
-        counts = "examples truncated tokens_cut dropped identical moved weighted begun special"
-        for name in counts.split():
+        for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.labels:
+            self._add_labels(other.labels)
+
+    def _add_labels(self, more: tuple[int, int]) -> None:
+        desirable, undesirable = self.labels or (0, 0)
+        self.labels = (desirable + more[0], undesirable + more[1])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts and the skipped rows, without the data set's name, as JSON has them; see `from_dict`."""
+        found = self.bad.errors() if self.bad else []
+        return {
+            **{name: getattr(self, name) for name in COUNTS},
+            "labels": self.labels,
+            "skipped": [[error.row, str(error)[len(error.place) :]] for error in found],
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], rows: Rows) -> Report:
+        """What `as_dict` has said of these rows, perhaps under another name."""
+        bad = BadRows(rows, skip=True)
+        for row, rest in stored["skipped"]:
+            bad.found[row] = RowError(rows.where(row), rest, row)
+        labels = stored["labels"] and (stored["labels"][0], stored["labels"][1])
+        return cls(rows.name, labels=labels, bad=bad, **{name: stored[name] for name in COUNTS})
 
     @property
     def skipped(self) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError, first_line
+from ..errors import RowError, UserError, first_line
 from .arithmetic import arithmetic_rows
-from .files import FILE_TYPES, file_type, read_file
+from .files import FILE_TYPES, file_type, open_file
 
 
 @dataclass(frozen=True)
@@ -20,30 +22,114 @@ class Rows:
 
     rows: each a mapping from columns to values; in place of one that could not be read, its RowError.
     lines: each row's line number in a JSON-lines file.
+    columns: the only ones that count, where not all do.
     """
 
     name: str
-    rows: Sequence[Any]
-    lines: list[int] | None = None
+    rows: Any
+    lines: Sequence[int] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Any]:
-        rows, index = iter(self.rows), 0
-        while True:
+        return (row for _, row in self.between())
+
+    def between(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Any]]:
+        """The rows from `start` to `stop`, numbered from `start`."""
+        rows, index = self._from(start), start
+        while stop is None or index < stop:
             try:
                 row = next(rows)
             except StopIteration:
                 return
+            except UserError:  # knows its place
+                raise
             except Exception as error:  # datasets reads and decodes (images, audio) only here
                 raise UserError(f"{self.where(index)} cannot be read: {_said(error)}") from error
-            yield row
+            yield index, self._cut(row)
             index += 1
+
+    def numbered(self) -> Iterator[tuple[int | None, Any]]:
+        """The rows with the numbers of their lines, if they have such; nothing is looked through before."""
+        if hasattr(self.rows, "numbered"):
+            return ((number, self._cut(row)) for number, row in self.rows.numbered())
+        return ((None, row) for row in self)
+
+    def _cut(self, row: Any) -> Any:
+        if self.columns is None or isinstance(row, RowError):
+            return row
+        return {column: row[column] for column in self.columns if column in row}
+
+    def _from(self, start: int) -> Iterator[Any]:
+        if hasattr(self.rows, "starting"):
+            return iter(self.rows.starting(start))
+        if start == 0:
+            return iter(self.rows)
+        if hasattr(self.rows, "select"):  # datasets', which reads many rows at a time only where it is iterated over
+            return iter(self.rows.select(range(start, len(self.rows))))
+        return map(self.rows.__getitem__, range(start, len(self.rows)))
+
+    def check(self) -> Rows:
+        """These rows, all of which have been read once: UserError for what cannot be."""
+        for _ in self:
+            pass
+        return self
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where the file is not what it was when these rows were found in it."""
+        if hasattr(self.rows, "check_unchanged"):
+            self.rows.check_unchanged()
+
+    def digest(self) -> str:
+        """SHA-256 of what the rows say, wherever they lie."""
+        found = getattr(self.rows, "digest", None) or _digest(self.rows)
+        return found if self.columns is None else hashlib.sha256(f"{found} {self.columns}".encode()).hexdigest()
 
     def where(self, row: int) -> str:
         """The row's place, as an error's sentence begins with it."""
         return f"{self.name}, line {self.lines[row]}" if self.lines else f"{self.name}, row {row} (counted from 0)"
+
+
+def _digest(rows: Any) -> str:
+    found = hashlib.sha256()
+    if not hasattr(rows, "data"):
+        for row in rows:
+            found.update(json.dumps(row).encode())
+        return found.hexdigest()
+    import pyarrow
+
+    # datasets' own fingerprint says where rows came from, not what they are
+    found.update(f"{rows.features} {rows.format}".encode())
+    for table in (rows.data.table, rows._indices and rows._indices.table):
+        if table is not None:
+            with pyarrow.ipc.new_stream(pyarrow.PythonFile(_Sink(found), "w"), table.schema) as stream:
+                stream.write_table(table, max_chunksize=1000)
+    return found.hexdigest()
+
+
+class _Sink:
+    """A file that is written into a hash."""
+
+    closed = False
+
+    def __init__(self, found: Any) -> None:
+        self.found, self.written = found, 0
+
+    def write(self, data: bytes) -> int:
+        self.found.update(data)
+        self.written += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.written
+
+    def flush(self) -> None:
+        """Nothing is waiting."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def load_rows(
@@ -54,14 +140,18 @@ def load_rows(
     config: str | None = None,
     seed: int = 0,
     keep_bad: bool = False,
+    check: bool = True,
+    streaming: bool = False,
 ) -> Rows:
-    """The rows of one split of `dataset_name`; never empty.
+    """The rows of one split of `dataset_name`; never empty, unless they are streamed.
 
     dataset_name: `arithmetic` (the embedded task, in the columns of `kind`; `seed` draws its wrong answers), a local
         file of one of `FILE_TYPES` (its one split is "train"), a folder (`{split}.jsonl` and its like, what
         `Dataset.save_to_disk` wrote, or whatever `datasets.load_dataset` can read), or a data set of the Hub.
     split, config: as `datasets.load_dataset` takes them ("train[:10%]" too) for folders and the Hub.
     keep_bad: lines that are no rows are kept as their errors, for `prepare` to skip.
+    check: read a file's rows once, to raise here what cannot be read; else it is raised where they are iterated over.
+    streaming: nothing is read before the rows are iterated over, and how many there are is not known.
     """
     if not dataset_name.strip():
         raise UserError("--dataset_name is empty: name a file, a folder or a data set of the Hub")
@@ -77,30 +167,38 @@ def load_rows(
             raise UserError(
                 f"{path} is a single file, which has the split 'train' only, not {split!r}: name another file"
             )
-        rows = Rows(str(path), *read_file(path, keep_bad=keep_bad))
+        rows = _file_rows(path, keep_bad, check, streaming)
     elif is_dir:
-        rows = _read_folder(path, split, config, keep_bad)
+        rows = _read_folder(path, split, config, keep_bad, check, streaming)
     elif exists:
         raise UserError(f"{path} is neither a file nor a folder")
     elif file_type(path.name) or dataset_name.startswith((".", "/", "~")):
         raise UserError(f"the data file {dataset_name} does not exist (looked in {Path.cwd()})")
     else:
-        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config))
-    if not len(rows):
+        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config, streaming))
+    if not streaming and not len(rows):
         raise UserError(f"{rows.name} has no rows")
     return rows
 
 
-def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool) -> Rows:
+def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool, check: bool, streaming: bool) -> Rows:
     named = [found for suffix in FILE_TYPES if (found := path / f"{split}{suffix}").is_file()]
     if config is None and named:
         if len(named) > 1:
             names = " and ".join(found.name for found in named)
             raise UserError(f"{path} holds {names}, each of which may be the split {split!r}: name the file itself")
-        return Rows(str(named[0]), *read_file(named[0], keep_bad=keep_bad))
+        return _file_rows(named[0], keep_bad, check, streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return Rows(f"{path} ({split})", _load_from_disk(path, split))
-    return Rows(f"{path} ({split})", _load(str(path), split, config))
+    return Rows(f"{path} ({split})", _load(str(path), split, config, streaming))
+
+
+def _file_rows(path: Path, keep_bad: bool, check: bool, streaming: bool) -> Rows:
+    found = open_file(path, keep_bad=keep_bad)
+    if streaming:
+        return Rows(str(path), found)
+    rows = Rows(str(path), found, found.lines)
+    return rows.check() if check else rows
 
 
 def _load_from_disk(path: Path, split: str) -> Any:
@@ -121,13 +219,13 @@ def _load_from_disk(path: Path, split: str) -> Any:
     return stored
 
 
-def _load(name: str, split: str, config: str | None) -> Any:
+def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
     import datasets
 
     # datasets reports what is wrong with a name, a split, a configuration, a file or the network by as many types
     # of exceptions, its own, pyarrow's, the Hub client's; each says in its first line what it missed.
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **({"streaming": True} if streaming else {}))
     except Exception as error:
         raise UserError(
             f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "

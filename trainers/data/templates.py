@@ -22,11 +22,15 @@ _LINKS = frozenset({"role", "content", "tool_call_id", "id", "weight"})  # these
 
 
 class ChatTemplate:
-    """The chat template of `tokenizer`. What it was seen to render of one message is not tried again with its like."""
+    """The chat template of `tokenizer`. What it was seen to render of one message is not tried again with its like.
+
+    seen, failed: kinds of messages, and of what is given beside them, that it was seen to render, or not to.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._seen: set[Any] = set()
+        self.seen: set[Any] = set()
+        self.failed: set[Any] = set()
         self._closing: tuple[list[int], str] | None = None
         self._takes: dict[str, bool] = {}
 
@@ -119,9 +123,10 @@ class ChatTemplate:
     def _check_options(self, messages: Messages, options: dict[str, Any], place: str) -> None:
         tools = options.get("tools")
         kind = (frozenset(options), len(tools or ()) > 1, messages[0]["role"])
-        if kind in self._seen:
+        if kind in self.seen:
             return
         if tools and not self._differs(messages, messages, options, {**options, "tools": tools[:-1] or None}, place):
+            self.failed.add(kind)
             raise UserError(
                 f"{place} has 'tools' that are not in the text that the chat template renders: use a template that "
                 "knows tools, or remove them"
@@ -130,10 +135,11 @@ class ChatTemplate:
         for key in options.keys() - {"tools"}:
             # A switch may well leave the text of this row as it is, so that it is named there has to do.
             if not re.search(rf"(?<!\w){re.escape(key)}(?!\w)", source):
+                self.failed.add(kind)
                 raise UserError(
                     f"{place}: 'chat_template_kwargs' has {key!r}, of which the chat template knows nothing: remove it"
                 )
-        self._seen.add(kind)
+        self.seen.add(kind)
 
     def _check_messages(self, messages: Messages, options: dict[str, Any], place: str) -> None:
         before = None
@@ -141,7 +147,7 @@ class ChatTemplate:
             blank = not content_text(message.get("content")).strip()
             kind = (before, message["role"], frozenset(message), blank, len(message.get("tool_calls", ())) > 1)
             before = message["role"]
-            if kind in self._seen:
+            if kind in self.seen:
                 continue
             for key, changed in _changes(message):
                 # Templates drop the reasoning of earlier turns, so what counts is what they write of the last one.
@@ -149,11 +155,12 @@ class ChatTemplate:
                 others = ([*cut[:index], changed, *cut[index + 1 :]] for cut in cuts)
                 pairs = zip(cuts, others, strict=True)
                 if not any(self._differs(cut, other, options, options, place) for cut, other in pairs):
+                    self.failed.add(kind)
                     raise UserError(
                         f"{place}, message {index}: its {key!r} is not in the text that the chat template renders of "
                         f"this role ({message['role']!r}): use a template that knows it, or remove it"
                     )
-            self._seen.add(kind)
+            self.seen.add(kind)
 
     def _differs(self, left: Messages, right: Messages, given: Any, other: Any, place: str) -> bool:
         """Whether the second is rendered otherwise than the first, or not at all; False where the first is not."""

@@ -169,7 +169,7 @@ class Encoder:
         if not strings:
             return []
         # verbose=False: lengths beyond the model's are our caller's to cut, and need no warning.
-        options = {"add_special_tokens": plain, "verbose": False}
+        options = {"add_special_tokens": plain, "verbose": False, "return_attention_mask": False}
         try:
             return list(self.tokenizer(strings, **options)["input_ids"])
         except UserError:  # knows its place

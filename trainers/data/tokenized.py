@@ -18,21 +18,43 @@ BATCH = 1000  # rows tokenized by one call, which uses all cores
 Tokenized = tuple[Source, list[int] | None, list[list[int]]]
 
 
-def tokenized(encoder: Encoder, bad: BadRows, layout: Layout) -> Iterator[Tokenized]:
-    """Every usable row with the ids of its prompt alone (None: it has none) and of its prompt with each completion."""
-    sources = read_sources(bad, layout)
-    while batch := list(islice(sources, BATCH)):
+def tokenized(
+    encoder: Encoder, bad: BadRows, layout: Layout, start: int = 0, stop: int | None = None
+) -> Iterator[Tokenized]:
+    """Every usable row with the ids of its prompt alone (None: it has none) and of its prompt with each completion.
+
+    Raises UserError at the first row that is not, after all before it, however many are tokenized at a time.
+    """
+    sources = read_sources(bad, layout, start, stop)
+    ended: UserError | None = None
+    while ended is None:
+        batch: list[Source] = []
         try:
-            yield from _tokenize(encoder, batch, bad, layout)
-            continue
+            for source in islice(sources, BATCH):
+                batch.append(source)
+        except UserError as error:
+            ended = error
+        if not batch:
+            break
+        try:
+            done = _tokenize(encoder, batch, bad, layout)
         except UserError:
-            if not bad.skip:
-                raise
-        for source in batch:  # one by one, to find out whose error it was
-            try:
-                yield from _tokenize(encoder, [source], bad, layout)
-            except UserError as error:
-                bad.take(error, source.row)
+            yield from _one_by_one(encoder, batch, bad, layout)
+        else:
+            yield from done
+    if ended is not None:
+        raise ended
+
+
+def _one_by_one(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Layout) -> Iterator[Tokenized]:
+    """The same, to find out whose error it was."""
+    for source in batch:
+        try:
+            (done,) = _tokenize(encoder, [source], bad, layout)
+        except UserError as error:
+            bad.take(error, source.row)
+        else:
+            yield done
 
 
 def _tokenize(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Layout) -> list[Tokenized]:

@@ -135,9 +135,10 @@ def precompute(
 ) -> dict[str, list[Tensor]]:
     """The table of a `StoredReference`, on the CPU in float32. fitting: stands around every pass."""
     table = {}
-    ordered = sorted(examples, key=example_tokens)
+    ordered = sorted(range(len(examples)), key=lambda i: example_tokens(examples[i]))
     for start in range(0, len(ordered), PACKED_TOGETHER):
-        for batch in pack(ordered[start : start + PACKED_TOGETHER], micro_batch_tokens, **packing):
+        together = [examples[i] for i in ordered[start : start + PACKED_TOGETHER]]
+        for batch in pack(together, micro_batch_tokens, **packing):
             with fitting(batch):
                 for example, logps in per_example(batch, live(batch.to(device))):
                     table[tokens_key(example)] = logps
@@ -190,10 +191,13 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
         weights.update(name.encode())
         value = whole(value.detach())
         weights.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
-    data = hashlib.sha256()
-    for example in examples:
-        data.update(tokens_key(example).encode())
-    return {"weights": weights.hexdigest(), "tokens": data.hexdigest(), "temperature": repr(temperature)}
+    return {"weights": weights.hexdigest(), "tokens": tokens_of(examples), "temperature": repr(temperature)}
+
+
+def tokens_of(examples: Sequence[Example]) -> str:
+    """The fingerprint that stored examples have; of others, a hash of all `tokens_key`."""
+    known = getattr(examples, "fingerprint", None)
+    return known or hashlib.sha256("".join(map(tokens_key, examples)).encode()).hexdigest()
 
 
 def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) -> None:

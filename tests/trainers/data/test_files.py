@@ -156,10 +156,10 @@ def test_names_that_cannot_be_opened(tmp_path, monkeypatch):
         load("x" * 5000)
     (tmp_path / "a.jsonl").write_text(LINES)
 
-    def denied(path):
+    def denied(path, *mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(rows_module.Path, "read_bytes", denied)
+    monkeypatch.setattr(rows_module.Path, "open", denied)
     with pytest.raises(UserError, match="a.jsonl cannot be read: Permission denied$"):
         load(tmp_path / "a.jsonl")
     monkeypatch.setattr(rows_module.Path, "is_file", denied)

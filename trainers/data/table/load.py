@@ -1,0 +1,178 @@
+"""From the options to the examples that a run trains on and is evaluated on, and what became of the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from logratio.losses import Kind
+
+from ...config import RunConfig
+from ...errors import UserError
+from ...processes.once import once
+from ..examples import Preparation
+from ..rows import Rows, load_rows
+from ..types import Prompt
+from .cache import tokenizer_digest
+from .making import make_table
+from .mixture import DataSet, Mixture, data_sets
+from .stored import Examples, Table
+from .streaming import Stream
+
+
+@dataclass
+class Data:
+    """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
+
+    skipped: the rows that were left out, as skipped_rows.jsonl lists them. fingerprint: SHA-256 of all examples, their
+    order, and how they are drawn.
+    """
+
+    train: Sequence[Any]
+    evaluation: Sequence[Any]
+    notes: list[str]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def epoch_size(self) -> int:
+        """How many examples an epoch of training has."""
+        return getattr(self.train, "epoch_size", len(self.train))
+
+    def at_the_end(self) -> list[str]:
+        """What to tell of rows that nobody knew before."""
+        return [f"streamed {self.train.report}"] if isinstance(self.train, Stream) else []
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one process tells the others of a table that it has made or found."""
+
+    path: Path
+    name: str
+    note: str
+    skipped: list[dict[str, Any]]
+
+
+def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
+    """Raises UserError for what in the data or the options does not fit, on all processes alike."""
+    asked = data_sets(config.data)
+    stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
+
+    def make() -> list[list[Made]]:
+        splits = [[dataclasses.replace(one, split=split or one.split) for one in asked] for split in wanted]
+        rows = [[rows_of(config, one) for one in split] for split in splits]  # all are found before any is tokenized
+        return [[made(config, tokenizer, one) for one in split] for split in rows]
+
+    wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
+    found = make() if accelerator is None else once(accelerator, make)
+    examples = [Examples([Table(one.path) for one in split], [one.name for one in split]) for split in found]
+    notes = [one.note for split in found for one in split]
+    train: Any = stream or examples.pop(0)
+    evaluation: Sequence[Any] = examples[0] if examples else []
+    if config.data.eval_size:
+        train, evaluation = held_out(train, config.data.eval_size, config.train.seed)
+        notes.append(f"{len(evaluation)} examples held out for evaluation, {len(train)} left to train on")
+    if config.loss.window_pass == "mismatched" and len(evaluation) == 1:
+        raise UserError(
+            f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
+        )
+    weights = [one.fraction for one in asked if one.fraction is not None]
+    if stream:
+        options = {**options_of(config), "tokenizer": tokenizer_digest(tokenizer)}
+        said: list[Any] = [stream.fingerprint_with(options)]
+    else:
+        check_columns(train)
+        said = [train.fingerprint]
+    if weights:
+        train = Mixture(train.tables, train.names, weights, train.chosen)
+        notes.append(train.describe())
+    said += [evaluation.fingerprint if isinstance(evaluation, Examples) else None, weights]
+    fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    skipped = [entry for split in found for one in split for entry in one.skipped]
+    return Data(train, evaluation, notes, skipped, fingerprint)
+
+
+def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> Stream:
+    """The only data set, to be streamed. Raises UserError for options that need to know all rows beforehand."""
+    data, train = config.data, config.train
+    refused = {
+        "--eval_size takes rows out of all; name a --dataset_test_split": data.eval_size,
+        "--on_bad_row skip lists rows before training; mend or remove them": data.on_bad_row == "skip",
+        "--dataset_weights and several data sets are drawn from by index; name one": len(asked) > 1
+        or asked[0].fraction,
+        "--precompute_ref_log_probs keeps something of each row; leave it out": config.model.precompute_ref_log_probs,
+        "the end of an epoch is not known; say --max_steps": train.max_steps is None,
+    }
+    for why, given in refused.items():
+        if given:
+            raise UserError(f"--streaming does not know the rows before they come: {why}")
+    assert train.max_steps and train.batch_size
+    rows = rows_of(config, asked[0], streaming=True)
+
+    def prepare(head: Rows) -> Preparation:
+        return Preparation(head, config.loss.kind, tokenizer, **options_of(config))
+
+    return Stream(rows, prepare, buffer=data.streaming_buffer, epoch_size=train.max_steps * train.batch_size)
+
+
+def check_columns(prompts: Examples) -> None:
+    """Raise UserError where the prompts of several data sets bring other columns for rewards."""
+    firsts = [next(iter(Examples([table], [name]))) for table, name in zip(prompts.tables, prompts.names, strict=True)]
+    columns = [sorted(first.columns) if isinstance(first, Prompt) else [] for first in firsts]
+    for name, own in zip(prompts.names, columns, strict=True):
+        if own != columns[0]:
+            raise UserError(
+                f"{name} has the columns {', '.join(own) or '(none)'} beside the prompt, {prompts.names[0]} has "
+                f"{', '.join(columns[0]) or '(none)'}: rewards need the same of all data sets"
+            )
+
+
+def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Rows:
+    """The rows of one data set of the run; what in them cannot be read is raised when it is reached."""
+    rows = load_rows(
+        asked.path,
+        config.loss.kind,
+        split=asked.split,
+        config=asked.name,
+        seed=config.train.seed,
+        keep_bad=config.data.on_bad_row == "skip",
+        check=False,
+        streaming=streaming,
+    )
+    return dataclasses.replace(rows, columns=asked.columns)
+
+
+def made(config: RunConfig, tokenizer: Any, rows: Rows) -> Made:
+    """The table of these rows."""
+    num_proc = config.data.dataset_num_proc
+    path, report = make_table(rows, config.loss.kind, tokenizer, num_proc=num_proc, **options_of(config))
+    return Made(path, rows.name, str(report), report.skipped)
+
+
+def options_of(config: RunConfig) -> dict[str, Any]:
+    """What a `Preparation` is given beside rows, kind and tokenizer."""
+    data = config.data
+    options: dict[str, Any] = {"max_length": data.max_length, "on_bad_row": data.on_bad_row}
+    if config.loss.kind is not Kind.GROUPED:
+        options["completion_only_loss"] = data.completion_only_loss
+        options["assistant_only_loss"] = data.assistant_only_loss
+        options["gold"] = config.loss.scores_gold
+    return options
+
+
+def held_out(examples: Examples, size: int, seed: int) -> tuple[Examples, Examples]:
+    """(to train on, to evaluate on), each in the order of the rows."""
+    if size >= len(examples):
+        raise UserError(f"--eval_size {size} leaves nothing of {len(examples)} examples to train on")
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    return examples.take(sorted(order[size:])), examples.take(sorted(order[:size]))

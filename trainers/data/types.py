@@ -1,0 +1,61 @@
+"""What rows become: a prompt with its completions, or a prompt to generate from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .tokenization import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
+
+    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    """
+
+    ids: list[int]
+    scored: list[bool] | None = None
+    weights: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What every method trains on: a prompt and its completions.
+
+    prompt_ids: never empty, so that every scored token has a predecessor.
+    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
+        data set's, none is without a scored token.
+    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
+    row: index in the data set, for messages.
+    """
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    label: bool | None = None
+    row: int = -1
+    advantages: tuple[float, ...] | None = None
+
+    def take(self, completions: Sequence[int]) -> Example:
+        """The same prompt with some of its completions."""
+        kept = [self.completions[i] for i in completions]
+        advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
+        return Example(self.prompt_ids, kept, self.label, self.row, advantages)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to generate from (GRPO).
+
+    prompt: as the data set has it, text or messages; rewards are called with it.
+    columns: the row's further columns, handed to rewards by name.
+    occurrence: which one it is of those that an optimizer step has of the row.
+    """
+
+    prompt_ids: list[int]
+    prompt: Text
+    columns: dict[str, Any]
+    row: int = -1
+    occurrence: int = 0
