@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.output_dir import check_output, clear
+from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
 from .optimizer import make_optimizer, trained_parameters
-from .outputs import check_output, clear
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
-from .policy.reference import autocast_of, make_reference
+from .policy.reference import autocast_of, make_reference, reference_model
 from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
 from .policy.tiny import TINY
@@ -58,6 +60,8 @@ class Run:
     total_steps: int
     notes: list[str]
     reference_sync: ReferenceSync | None = None
+    checkpoint: Checkpoint | None = None  # to go on from
+    frozen: str = ""  # fingerprint of what does not train
 
 
 def build(config: RunConfig) -> Run:
@@ -65,6 +69,7 @@ def build(config: RunConfig) -> Run:
     accelerator = start_accelerator(config.train.mixed_precision)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
+    checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer, accelerator)
@@ -112,8 +117,10 @@ def build(config: RunConfig) -> Run:
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=scheduler,
         total_steps=total_steps,
-        notes=[*data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
         reference_sync=sync,
+        checkpoint=checkpoint,
+        frozen=fingerprint(policy, reference_model(reference)),
     )
 
 
@@ -151,21 +158,24 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 
-def batches(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+def batches(
+    items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int, start: Mapping[str, int] | None = None
+) -> Iterator[tuple[list[Any], dict[str, int]]]:
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller.
 
-    Items that have `batches` of their own are asked for them.
+    Yields with each of them the position behind it, of which any may be the `start`. Items that have `batches` of their
+    own are asked for them.
     """
     if hasattr(items, "batches"):
-        yield from (step for step, _ in items.batches(batch_size, shuffle=shuffle, seed=seed))
-    epoch = 0
+        yield from items.batches(batch_size, shuffle=shuffle, seed=seed, start=start)
+    epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
     while True:
         order = list(range(len(items)))
         if shuffle:
             random.Random(f"{seed}-{epoch}").shuffle(order)
-        for start in range(0, len(order), batch_size):
-            yield [items[i] for i in order[start : start + batch_size]]
-        epoch += 1
+        for begin in range(offset, len(order), batch_size):
+            yield [items[i] for i in order[begin : begin + batch_size]], {"epoch": epoch, "offset": begin + batch_size}
+        epoch, offset = epoch + 1, 0
 
 
 def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[str]]:

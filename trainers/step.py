@@ -45,12 +45,14 @@ class Window:
 
     examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled).
     micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
+    position: where the data go on behind it, see `setup.batches`.
     """
 
     examples: Sequence[Example]
     micros: list[MicroBatch]
     metrics: dict[str, Mean] = field(default_factory=dict)
     dealt: bool = False
+    position: dict[str, Any] | None = None
 
 
 @dataclass

@@ -112,11 +112,11 @@ def measured(path: str, processes: str, packed: str, seed: str) -> dict[str, Any
 
     steps = min(int(packed), examples) // BATCH_SIZE or 1
     started = time.perf_counter()
-    for items in islice(batches(data.train, BATCH_SIZE, shuffle=True, seed=int(seed)), steps):
+    for items, _ in islice(batches(data.train, BATCH_SIZE, shuffle=True, seed=int(seed)), steps):
         pack(items, MICRO_BATCH_TOKENS)
     packed_s = time.perf_counter() - started
     started, tokens = time.perf_counter(), 0
-    for items in islice(batches(data.train, BATCH_SIZE, shuffle=True, seed=int(seed)), -(-examples // BATCH_SIZE)):
+    for items, _ in islice(batches(data.train, BATCH_SIZE, shuffle=True, seed=int(seed)), -(-examples // BATCH_SIZE)):
         tokens += sum(len(e.prompt_ids) + sum(len(c.ids) for c in e.completions) for e in items)
     read_s = time.perf_counter() - started
     peak = peak_mem_mib(cpu)

@@ -93,14 +93,24 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        out = torch.zeros(batch.scored.shape, dtype=self.table[keys[0]][0].dtype)
-        if not batch.is_filler:
-            completions = [c for e in batch.examples for c in e.completions]
-            stored = [values for key in keys for values in self.table[key]]
-            for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
-                scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
-                out[path, : len(scored)][scored] = values
-        return out.to(batch.scored.device, non_blocking=True)
+        return from_examples(batch, [values for key in keys for values in self.table[key]])
+
+
+def from_examples(batch: PackedBatch, stored: Sequence[Tensor]) -> Tensor:
+    """[paths, T] as `batch.scored`, out of the scored values of each completion inside; inverse of `per_example`."""
+    out = torch.zeros(batch.scored.shape, dtype=stored[0].dtype)
+    if not batch.is_filler:
+        completions = [c for e in batch.examples for c in e.completions]
+        for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
+            scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
+            out[path, : len(scored)][scored] = values
+    return out.to(batch.scored.device, non_blocking=True)
+
+
+def reference_model(reference: Reference | None) -> Policy | None:
+    """The model that the reference is, where it is another than the policy."""
+    live = reference.live if isinstance(reference, StoredReference) else reference
+    return live.policy if isinstance(live, ModelReference) else None
 
 
 def tokens_key(example: Example) -> str:
