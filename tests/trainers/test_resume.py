@@ -41,6 +41,8 @@ CASES = {
     "dpo": [*LORA, *SYNC],
     "dpo full": [*SYNC, "--loss_type", "beta_dpo"],
     "dpo precomputed": [*LORA, "--precompute_ref_log_probs"],
+    "dpo streamed": [*LORA, "--streaming", "--streaming_buffer", "3"],  # over the end of an epoch
+    "dpo weighted": [*LORA, "--dataset_name", "rows.jsonl", "rows.jsonl", "--dataset_weights", "2", "1"],
     "kto": [*LORA, "--loss_type", "bco"],
     "orpo": LORA,
     "cpo": LORA,

@@ -147,7 +147,7 @@ def test_a_run_streams_over_epochs_and_says_what_became_of_the_rows(tmp_path, ca
     rows = [{**row, "rejected": "x" * 2000} if i == 17 else row for i, row in enumerate(PAIRS)]
     run = build(config_of(tmp_path, "dpo", "--max_steps", "5", "--streaming_buffer", "3", "--lora_r", "2", rows=rows))
     assert run.total_steps == 5 and run.data.epoch_size == 40
-    assert next(batches(run.data.train, 8, shuffle=True, seed=42)) == taken(run.data.train, 1, 8, seed=42)[0][0]
+    assert next(batches(run.data.train, 8, shuffle=True, seed=42)) == taken(run.data.train, 1, 8, seed=42)[0]
     assert train_run(run)["step"] == 5
     said = capsys.readouterr().out
     assert "rows.jsonl: " in said and "1 completions truncated by" in said and "streamed " in said
