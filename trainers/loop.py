@@ -105,16 +105,15 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one, if it is not yet."""
-        if self.prepared:
-            return
+        """Pack the next one."""
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        self.prepare()
+        if not self.prepared:
+            self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window
