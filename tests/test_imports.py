@@ -25,7 +25,7 @@ FLOORS = (
     ("losses",),
     ("trainers/errors.py", "trainers/streams.py"),
     ("trainers/config.py", "trainers/plugins.py", "trainers/processes.py"),
-    ("trainers/runlog.py", "trainers/outputs.py", "trainers/optimizer.py"),
+    ("trainers/runlog.py", "trainers/outputs.py", "trainers/optimizer.py", "trainers/health.py"),
     ("trainers/data",),
     ("trainers/batches",),
     ("trainers/memory.py",),

@@ -31,7 +31,8 @@ from .step import StepResult, Window, rows_of
 def train(config: RunConfig) -> dict[str, float]:
     """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
 
-    Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then).
+    Raises UserError for bad input, and where a loss or a gradient is not finite or a loss has exploded (nothing is
+    saved then).
     """
     try:
         return train_run(build(config))
@@ -75,6 +76,8 @@ def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quie
             if run.data.evaluation and due_at(step, config.eval_steps, last):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
             log.step(row)
+            for note in run.health.after(step, row, last=step == last):
+                log.say(note)
             if main and due_at(step, config.save_steps, last):
                 save_run(run.config, run.policy, run.tokenizer, None if step == last else step)
             if step == last:

@@ -21,6 +21,7 @@ from .config import RunConfig
 from .data.examples import Report, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
+from .health import Health
 from .optimizer import make_optimizer, trained_parameters
 from .outputs import check_output, clear
 from .policy.adapters import add_adapters
@@ -73,6 +74,7 @@ class Run:
     scheduler: Any
     total_steps: int
     notes: list[str]
+    health: Health
     reference_sync: ReferenceSync | None = None
 
 
@@ -130,6 +132,7 @@ def build(config: RunConfig) -> Run:
         scheduler=scheduler,
         total_steps=total_steps,
         notes=[*data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
         reference_sync=sync,
     )
 
