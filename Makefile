@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # What one process of the tests has compiled, the next ones need not, whatever the caller's environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-long bench mutants check smollm2 clean
+.PHONY: install demo test test-long bench chaos mutants check smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ test-long: install
 # Ours beside TRL, what fits two minutes on two cores; `logratio bench --help` names the rest.
 bench: install
 	$(BIN)/logratio bench quick --results build/bench --repeats 2 --fresh
+
+# Kill training at random moments, go on, and compare the bits.
+chaos: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 200
 
 # Small mistakes in losses/, one at a time: which would the tests let live? `make mutants FILES=losses/dpo.py` for one file.
 mutants: install

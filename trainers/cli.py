@@ -1,7 +1,7 @@
 """The command line: `logratio train METHOD ...`, and the sub-commands that other packages enter.
 
 Options are the fields of the configuration's dataclasses and of the loss itself, with flat names in any order. A YAML
-file (`--config`) gives the same options; what is said on the command line wins.
+file or a run's run_config.json (`--config`) gives the same options; what is said on the command line wins.
 
 Libraries that take seconds to import are imported where they are used, so that `logratio --help` answers at once.
 """
@@ -20,8 +20,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from .errors import UserError
+from .errors import Stopped, UserError
 from .plugins import import_object
+from .signals import STATUS
 from .streams import Lasting, lasting_streams
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 METHODS = ("dpo", "grpo", "cpo", "tpo", "kto", "orpo", "sft")
 """Those of `logratio.losses.LOSSES`, which is not imported for their names."""
 COMMANDS = "logratio.commands"
+CUSTOM = "custom"
+"""The method of a run that is given its loss alone."""
+RUN = {"method", "loss_class"}
+"""Entries by which a run_config.json is known."""
 TRAIN_HELP = (
     f"train METHOD    train with one of: {', '.join(METHODS)}; `logratio train METHOD --help` lists the options"
 )
@@ -53,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
             return 1
+        except Stopped as stopped:
+            sys.stderr.write(f"logratio: {stopped}\n")
+            return STATUS
         except KeyboardInterrupt:
             print("logratio: interrupted", file=sys.stderr)
             return 130
@@ -104,23 +112,25 @@ def parse_train(argv: list[str]) -> RunConfig:
     from .config import RunConfig
 
     argv = list(argv)
-    custom = _take(argv, "--loss")
-    if not argv or argv[0].startswith("-"):
-        if argv[:1] not in (["-h"], ["--help"]) and custom is None:
-            raise UserError(f"train needs a method, one of: {', '.join(LOSSES)}")
-        if custom is None:
-            print(TRAIN_HELP)
-            raise SystemExit(0)
-        argv.insert(0, "custom")
-    method = argv.pop(0)
+    custom, config_file = _take(argv, "--loss"), _take(argv, "--config")
+    path = Path(config_file or "")
+    entries = read_entries(path) if config_file else {}
+    method = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if method is None and custom is None and argv[:1] in (["-h"], ["--help"]):
+        print(TRAIN_HELP)
+        raise SystemExit(0)
+    if RUN <= entries.keys():
+        method, custom = run_of(path, entries, method, custom)
+        entries = options_in(entries)
+    if method is None and custom is None:
+        raise UserError(f"train needs a method, one of: {', '.join(LOSSES)}")
+    method = method or CUSTOM
     if custom is None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
 
     every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
-    config_file = _take(argv, "--config")
-    if config_file:
-        argv = [*yaml_options(Path(config_file), [f.default_factory for f in dataclasses.fields(every)]), *argv]
+    argv = [*words_of(path, entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
     try:
         options: Any = tyro.cli(
             every,
@@ -143,9 +153,10 @@ def options_of(loss: type[Loss]) -> type[Any]:
 
     from logratio.losses import Kind
 
-    from .config import DataConfig, ModelConfig, RolloutConfig, TrainConfig
+    from .config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
 
-    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig}
+    parts |= {"train": TrainConfig, "save": SaveConfig}
     if loss.kind is Kind.GROUPED:
         parts["rollout"] = RolloutConfig
     return dataclasses.make_dataclass(
@@ -193,8 +204,8 @@ def load_loss(name: str) -> type[Loss]:
     return loss
 
 
-def yaml_options(path: Path, parts: Any) -> list[str]:
-    """The file's entries as command-line words, so that types are checked in one place only."""
+def read_entries(path: Path) -> dict[Any, Any]:
+    """What a file of options holds: YAML, or JSON."""
     import yaml
 
     try:
@@ -203,6 +214,25 @@ def yaml_options(path: Path, parts: Any) -> list[str]:
         raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict):
         raise UserError(f"--config {path} must map option names to values, got a {type(entries).__name__}")
+    return entries
+
+
+def run_of(path: Path, entries: dict[Any, Any], method: str | None, custom: str | None) -> tuple[str, str | None]:
+    """Method and loss of a run_config.json, which the command line need not name again, and must not contradict."""
+    own = entries["loss_class"]
+    if method not in (None, entries["method"]) or custom not in (None, own):
+        raise UserError(f"--config {path} is of the method {entries['method']} with the loss {own}; leave yours out")
+    return entries["method"], None if own == entries["method"] else own
+
+
+def options_in(entries: dict[Any, Any]) -> dict[Any, Any]:
+    """The options of a run_config.json, out of its sections; what it says about the run is none."""
+    sections = [part for name, part in entries.items() if isinstance(part, dict) and name != "about"]
+    return {name: value for part in sections for name, value in part.items()}
+
+
+def words_of(path: Path, entries: dict[Any, Any], parts: Any) -> list[str]:
+    """The file's entries as command-line words, so that types are checked in one place only."""
     known = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
     words: list[str] = []
     for key, value in entries.items():

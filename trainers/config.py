@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from logratio.losses import Kind
+from logratio.losses import LOSSES, Kind
 from logratio.losses.advantages import ADVANTAGES
 from logratio.losses.options import Count, NotNegative, Positive, Range, Share, out_of_range
 
@@ -21,6 +21,9 @@ DEFAULT_BATCH_SIZE = 8
 # so that what would not be read can be refused.
 LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
 SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+
+# Options that say how a run is begun, not what it is.
+ONCE = frozenset({"overwrite_output_dir", "resume_from_checkpoint"})
 
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # NumPy takes no other
 NotNegativeCount = Annotated[int, Range(0)]
@@ -158,8 +161,6 @@ class TrainConfig:
     """Folder for the log, the configuration and the trained model."""
     overwrite_output_dir: bool = False
     """Remove the model and checkpoints that another run left in output_dir; logs and reference log-probs stay."""
-    resume_from_checkpoint: str | None = None
-    """Refused: checkpoints hold weights, without the optimizer's state; the message says how to train on from one."""
     batch_size: Count | None = None
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
     prompts for GRPO."""
@@ -189,25 +190,15 @@ class TrainConfig:
     """Autocast of the forward pass."""
     eval_steps: Count | None = None
     """Evaluate every so many steps (default: at the end only)."""
-    save_steps: Count | None = None
-    """Save every so many steps (default: at the end only)."""
     seed: Seed = 42
     """Of shuffling, adapters, dropout and rollouts."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
 
-        if self.resume_from_checkpoint is not None:
-            folder = self.resume_from_checkpoint
-            raise UserError(
-                "--resume_from_checkpoint is not supported, because checkpoints hold weights without the optimizer's "
-                f"state and the place in the data: train on from its weights with --adapter_name_or_path {folder} "
-                f"(of a whole model: --model_name_or_path {folder}), the --max_steps that are left and another "
-                "--output_dir"
-            )
-
     def resolved(self, method: str, num_processes: int) -> TrainConfig:
-        """With every default that depends on the method or the number of processes filled in."""
+        """With every default that depends on the method or the number of processes filled in, and TRL's spelling of
+        batch_size multiplied out."""
         per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         batch_size = self.batch_size
         if per_device is not None or accumulation is not None:
@@ -221,7 +212,59 @@ class TrainConfig:
         rate = self.learning_rate
         if rate is None:
             rate = DEFAULT_LEARNING_RATE.get(method, OTHER_LEARNING_RATE)
-        return dataclasses.replace(self, batch_size=batch_size or DEFAULT_BATCH_SIZE, learning_rate=rate)
+        return dataclasses.replace(
+            self,
+            batch_size=batch_size or DEFAULT_BATCH_SIZE,
+            per_device_train_batch_size=None,
+            gradient_accumulation_steps=None,
+            learning_rate=rate,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """What is kept on the way, and how a run goes on from it."""
+
+    save_steps: Count | None = None
+    """Leave a checkpoint every so many steps, and at the end (default: none, the trained model alone)."""
+    save_total_limit: Count | None = None
+    """Keep so many checkpoints, the latest ones, the best among them (default: all)."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint as if the run had never stopped: its folder, or "latest": the last whole one in
+    output_dir, or the beginning where there is none."""
+    load_best_model_at_end: bool = False
+    """Save in the end the weights of the best evaluation by metric_for_best_model; each that is the best so far leaves
+    a checkpoint too."""
+    metric_for_best_model: str | None = None
+    """A metric of the evaluations, with or without eval_ (default: loss)."""
+    greater_is_better: bool | None = None
+    """Whether more of it is better (default: unless its name ends in loss)."""
+    early_stopping_patience: Count | None = None
+    """End after so many evaluations in turn without a better value of metric_for_best_model."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.save_total_limit and not self.save_steps and not self.load_best_model_at_end:
+            raise UserError("--save_total_limit is about checkpoints, and there are none without --save_steps")
+        for name in ("metric_for_best_model", "greater_is_better"):
+            if getattr(self, name) is not None and not self.compares:
+                raise UserError(f"--{name} is read only with --load_best_model_at_end or --early_stopping_patience")
+
+    @property
+    def compares(self) -> bool:
+        """Whether evaluations are compared with each other."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
+    def metric(self) -> str:
+        """The metric that they are compared by, as the log has it."""
+        return "eval_" + (self.metric_for_best_model or "loss").removeprefix("eval_")
+
+    @property
+    def greater(self) -> bool:
+        if self.greater_is_better is None:
+            return not self.metric.endswith("loss")
+        return self.greater_is_better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,10 +344,11 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
     rollout: RolloutConfig | None = None
 
     def __post_init__(self) -> None:
-        model, data, train = self.model, self.data, self.train
+        model, data, train, save = self.model, self.data, self.train, self.save
         if not self.wants_reference:
             for name in ("sync_ref_model", "precompute_ref_log_probs", "ref_model_name_or_path"):
                 if value := getattr(model, name):
@@ -313,6 +357,13 @@ class RunConfig:
         if train.eval_steps and not data.eval_size and not data.dataset_test_split:
             raise UserError(
                 f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"
+            )
+        if save.compares and not train.eval_steps:
+            option = "load_best_model_at_end" if save.load_best_model_at_end else "early_stopping_patience"
+            raise UserError(f"--{option} compares evaluations: add --eval_steps")
+        if train.overwrite_output_dir and save.resume_from_checkpoint:
+            raise UserError(
+                "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"
             )
 
     def resolved(self, num_processes: int) -> RunConfig:
@@ -326,6 +377,17 @@ class RunConfig:
         return self.loss.wants_reference or (self.rollout is not None and self.rollout.reward_kl_coef > 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for run_config.json."""
+        """Plain values, for run_config.json, which `--config` takes; without how it was begun (`ONCE`)."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}  # type: ignore[arg-type]
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}  # type: ignore[arg-type]
+        for options in (plain["train"], plain["save"]):
+            for name in ONCE & options.keys():
+                del options[name]
+        return {"method": plain.pop("method"), "loss_class": self.loss_class, **plain}
+
+    @property
+    def loss_class(self) -> str:
+        """The loss as `--loss` takes it: its registered name, or module:Class."""
+        kind = type(self.loss)
+        own = f"{kind.__module__}:{kind.__qualname__}"
+        return next((name for name, known in LOSSES.items() if known is kind), own)

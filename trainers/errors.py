@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A run that a signal ended in good order, and how to go on; the command line exits with `signals.STATUS`."""
+
+
 class RowError(UserError):
     """One row that cannot be used, which a run may go on without (`--on_bad_row skip`).
 

@@ -7,6 +7,7 @@ step's gradient comes about, `rollout/windows.py` for what GRPO learns from, `se
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,16 +16,19 @@ import torch
 from logratio.losses import Mean
 
 from .again import learn
-from .checkpoint import save_run
+from .checkpoints.model import save_run
+from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .data.examples import Example
-from .errors import UserError
+from .errors import Stopped, UserError
 from .memory import no_room
 from .policy.load import describe
+from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout.generation import numbered
 from .rollout.windows import roll_out
 from .runlog import RunLog, peak_mem_mib
 from .setup import Run, batches, build
+from .signals import Stop, stopping
 from .step import StepResult, Window, rows_of
 
 
@@ -32,72 +36,134 @@ def train(config: RunConfig) -> dict[str, float]:
     """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
 
     Raises UserError for bad input, and where a loss or a gradient is not finite or a loss has exploded (nothing is
-    saved then).
+    saved then); Stopped where a signal ended it (a checkpoint is).
     """
+    main = os.environ.get("RANK", "0") == "0"
     try:
-        return train_run(build(config))
+        with locked(config.train.output_dir, main=main), stopping() as stop:
+            return train_run(build(config), stop=stop)
     except torch.OutOfMemoryError as error:
         raise no_room(error) from error
 
 
-def train_run(run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False) -> dict[str, float]:
-    """The loop itself.
+def train_run(
+    run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False, stop: Stop | None = None
+) -> dict[str, float]:
+    """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's number after every step; the step for which it is true, on all
-        processes alike, is the last. quiet: nothing is shown, all is written.
+        processes alike, is the last. quiet: nothing is shown, all is written. stop: knows whether a signal came.
     """
-    config, main, last = run.config.train, run.accelerator.is_main_process, run.total_steps
-    row: dict[str, float] = {}
-    num_tokens = 0
-    with RunLog(config.output_dir, run.config.as_dict(), total_steps=last, main=main, quiet=quiet) as log:
+    progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
+    began = None if run.checkpoint is None else run.checkpoint.folder.parent
+    after = (progress.step, progress.log_hash) if began else None
+    folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
+    with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, after=after, began=began) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         log.list_skipped(run.data.skipped)
-        started = time.perf_counter()
-        windows = Ahead(steps(run))
-        for step, window in enumerate(windows, start=1):
+        row, windows = log.last, Ahead(steps(run, progress))
+        for step in range(progress.step + 1, total + 1):
             try:
-                known = run.rollouts is None and step < last  # what is sampled needs the updated policy
-                result = learn(run.step, window, meanwhile=windows.prepare if known else None)
-                updated = update(run, window.examples, step)
+                row, asked = take(run, windows, progress, stop)
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
-            metrics, tokens = reduced(run, window, result)
-            num_tokens += tokens
-            step_ms = (time.perf_counter() - started) * 1e3
-            row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": num_tokens}
-            row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
-            row["peak_mem_mib"] = peak_mem_mib(run.accelerator.device)
-
-            if until is not None and until(run, step):
-                last = step
-            if run.data.evaluation and due_at(step, config.eval_steps, last):
+            ends = step == total or (until is not None and until(run, step))
+            if run.data.evaluation and due_at(step, run.config.train.eval_steps, ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
+                ends |= compared(run, progress, row, log)
             log.step(row)
-            for note in run.health.after(step, row, last=step == last):
+            for note in run.health.after(step, row, last=ends):
                 log.say(note)
-            if main and due_at(step, config.save_steps, last):
-                save_run(run.config, run.policy, run.tokenizer, None if step == last else step)
-            if step == last:
+            leave_checkpoint(run, progress, log, ends=ends, asked=asked)
+            if ends:
                 break
-            started = time.perf_counter()
-        log.say(f"{row['step']} steps done; saved in {config.output_dir}")
+        for note in load_best(run, progress):
+            log.say(note)
+        if main:
+            save_run(run.config, run.policy, run.tokenizer)
+        log.say(f"{progress.step} steps done; saved in {folder}")
     return row
 
 
-def steps(run: Run) -> Iterator[Window]:
+def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tuple[dict[str, float], bool]:
+    """One optimizer step: its line of the log, and whether a process was asked to stop."""
+    started, step = time.perf_counter(), progress.step + 1
+    window = next(windows)
+    known = run.rollouts is None and step < run.total_steps  # what is sampled needs the updated policy
+    result = learn(run.step, window, meanwhile=windows.prepare if known else None)
+    updated = update(run, window.examples, step)
+    asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
+    result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
+    metrics, tokens = reduced(run, window, result)
+    progress.step, progress.position = step, window.position
+    progress.num_tokens += tokens
+    progress.window = window if run.rollouts is not None and step % run.rollouts.config.num_iterations else None
+    stopped = metrics.pop("asked") > 0
+    row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
+    step_ms = (time.perf_counter() - started) * 1e3
+    row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
+    row["peak_mem_mib"] = peak_mem_mib(run.accelerator.device)
+    return row, stopped
+
+
+def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog) -> bool:
+    """Compare an evaluation with those before, where the options ask for it; returns whether training ends with it."""
+    options = run.config.save
+    if not options.compares:
+        return False
+    progress.best.look(options, progress.step, row)
+    if not progress.best.ends(options):
+        return False
+    log.say(f"step {progress.step}: {progress.best.since} evaluations without a better {options.metric}: training ends")
+    return True
+
+
+def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, asked: bool) -> None:
+    """Where one is due. A disk that does not take it ends no run. Raises Stopped behind one that a signal asked for."""
+    options, step = run.config.save, progress.step
+    stops = asked and not ends
+    due = options.save_steps is not None and due_at(step, options.save_steps, ends)
+    if not (due or stops or best_step(run, progress) == step):
+        return
+    try:
+        save_checkpoint(run, progress, log.flush)
+    except UserError as error:
+        if stops:
+            raise
+        kept = f"checkpoint-{progress.saved} is the last" if progress.saved is not None else "there is none yet"
+        log.say(f"step {step}: {error}; the run goes on, {kept}")
+    if stops:
+        raise Stopped(
+            f"stopped after step {step}, saved in {run.config.train.output_dir}/checkpoint-{step}; the same command "
+            "with --resume_from_checkpoint latest goes on"
+        )
+
+
+def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
-    for items in batches(run.data.train, config.batch_size, shuffle=run.config.data.shuffle, seed=config.seed):
+    iterations = 1 if run.rollouts is None else run.rollouts.config.num_iterations
+    if progress.window is not None:
+        for _ in range(progress.step % iterations, iterations):
+            yield progress.window
+    for items, position in batches(
+        run.data.train,
+        config.batch_size,
+        shuffle=run.config.data.shuffle,
+        seed=config.seed,
+        start=progress.position,
+    ):
         if run.rollouts is None:
-            yield Window(items, run.step.micro_batches(items))
+            window = Window(items, run.step.micro_batches(items))
         else:
             window = roll_out(run.rollouts, run.step, items)
-            for _ in range(run.rollouts.config.num_iterations):
-                yield window
+        window.position = position
+        for _ in range(iterations):
+            yield window
 
 
 class Ahead(Iterator[Window]):
@@ -182,5 +248,5 @@ def count_tokens(examples: Sequence[Example]) -> int:
     return sum(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
 
 
-def due_at(step: int, every: int | None, total: int) -> bool:
-    return step == total or (every is not None and step % every == 0)
+def due_at(step: int, every: int | None, ends: bool) -> bool:
+    return ends or (every is not None and step % every == 0)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from .checkpoints.output_dir import check_room
 from .config import RunConfig
 from .errors import UserError
-from .outputs import check_room
 from .policy.adapters import check_adapter, check_targets
 from .policy.checks import learned_positions, skeleton, stuck
 from .policy.load import check_architecture, load_tokenizer, pad_within
@@ -77,9 +77,8 @@ def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Sh
             "choose fewer"
         )
     if not config.model.lora_r and not config.model.adapter_name_or_path:
-        every = config.train.save_steps
-        copies = 1 + ((total_steps - 1) // every if every else 0)
-        check_room(config.train.output_dir, shapes[0].parameters * getattr(torch, config.model.dtype).itemsize, copies)
+        weights = shapes[0].parameters * getattr(torch, config.model.dtype).itemsize
+        check_room(config.train.output_dir, weights, copies_of_weights(config, total_steps))
     for shape in shapes:
         check_ids(examples, shape)
     row, longest = longest_sequence(config, examples)
@@ -92,6 +91,18 @@ def check_before(config: RunConfig, examples: Sequence[Any], shapes: Sequence[Sh
         if shape.made_for is not None and longest > shape.made_for:
             notes.append(f"{said.format(shape.made_for, f'that {shape.name!r} was made for')}, where it may do badly")
     return notes
+
+
+def copies_of_weights(config: RunConfig, total_steps: int) -> int:
+    """How many times a fully trained model's bytes the run writes: in the end once, in a checkpoint three times, with
+    AdamW's moments; one more checkpoint than the limit is there for a moment."""
+    save = config.save
+    if not save.save_steps:
+        return 1
+    kept = -(-total_steps // save.save_steps)
+    if save.resume_from_checkpoint:  # what there is has its room
+        kept = 1
+    return 1 + 3 * min(kept, (save.save_total_limit or kept) + 1)
 
 
 def paths(example: Any) -> Iterator[Sequence[int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .errors import UserError
@@ -45,3 +46,20 @@ def gather_rows(accelerator: Accelerator, rows: Tensor) -> tuple[Tensor, slice]:
     parts = accelerator.gather(padded).to(rows.device).split(max(counts))
     start = sum(counts[: accelerator.process_index])
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), slice(start, start + len(rows))
+
+
+def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, on all of them; a UserError of its is raised on all."""
+    said: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            said[0] = make()
+        except UserError as error:
+            if accelerator.num_processes == 1:
+                raise
+            said[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(said)
+    if said[1] is not None:
+        raise UserError(said[1])
+    return said[0]  # type: ignore[no-any-return]

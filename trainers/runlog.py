@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,34 +16,51 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .journal import Journal
 from .streams import Lasting
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
-
-
 SKIPPED = "skipped_rows.jsonl"
 
 
 class RunLog:
     """Writes one JSON line a step and shows progress; silent on all processes but the main one.
 
-    quiet: writes the files, but shows nothing.
+    quiet: writes the files, but shows nothing. after: (step, hash) of the line of metrics.jsonl behind which the run
+        goes on, in the folder `began`, where that is another than its own; None: it begins.
     """
 
     def __init__(
-        self, output_dir: str, config: dict[str, Any], *, total_steps: int, main: bool = True, quiet: bool = False
+        self,
+        output_dir: str,
+        config: dict[str, Any],
+        *,
+        total_steps: int,
+        main: bool = True,
+        quiet: bool = False,
+        after: tuple[int, str] | None = None,
+        began: Path | None = None,
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
         self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
-        self.started = time.perf_counter()
+        self.started, self.first = time.perf_counter(), after[0] if after else 0
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "run_config.json", SKIPPED):
-            keep_earlier(self.folder / name)
-        (self.folder / "run_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        self.file = (self.folder / "metrics.jsonl").open("w", buffering=1)
+        log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
+        if after is None:
+            for name in (log.name, "run_config.json", SKIPPED):
+                keep_earlier(self.folder / name)
+        elif began is not None and began.resolve() != self.folder.resolve():
+            keep_earlier(log)
+            shutil.copyfile(began / log.name, log)
+        self.journal = Journal(log, after)
+        settings = self.folder / "run_config.json"
+        if not settings.exists() or settings.read_text() != text:
+            keep_earlier(settings)
+            settings.write_text(text)
+        self.waits = False  # whether it was said that lines wait
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,13 +74,18 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if self.main:
             self.progress.start()
-            self.task = self.progress.add_task("step", total=self.total_steps, figures="")
+            self.task = self.progress.add_task("step", total=self.total_steps, completed=self.first, figures="")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.main:
             self.progress.stop()
-            self.file.close()
+            self.journal.close()
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The line behind which the run goes on."""
+        return self.journal.last if self.main else {}
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -74,17 +97,28 @@ class RunLog:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self.say(f"skipped rows are listed in {path}")
 
+    def flush(self) -> str:
+        """Let all lines be on the disk; returns the hash of the last. Raises UserError where it does not take them."""
+        if not self.main:
+            return ""
+        self.journal.flush()
+        return self.journal.hash
+
     def step(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and on the screen."""
         if not self.main:
             return
-        self.file.write(json.dumps(row) + "\n")
+        self.journal.append(row)
+        if self.journal.problem and not self.waits:
+            self.say(f"{self.journal.path} cannot be written ({self.journal.problem}): its lines wait")
+        self.waits = self.journal.problem is not None
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+        step, total = row["step"], self.total_steps
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=row["step"], figures=figures)
-        elif row["step"] in (1, self.total_steps) or row["step"] % max(1, self.total_steps // 20) == 0:
-            left = (time.perf_counter() - self.started) / row["step"] * (self.total_steps - row["step"])
-            self.say(f"step {row['step']}/{self.total_steps}  {figures}  {left:.0f} s left")
+            self.progress.update(self.task, completed=step, figures=figures)
+        elif step in (self.first + 1, total) or step % max(1, total // 20) == 0:
+            left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
+            self.say(f"step {step}/{total}  {figures}  {left:.0f} s left")
 
 
 def keep_earlier(path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,20 @@ from transformers import get_scheduler
 
 from logratio.losses import Kind
 
+from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.output_dir import check_output, clear
+from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.examples import Report, prepare, prepare_prompts
 from .data.rows import Rows, load_rows
 from .errors import UserError
 from .health import Health
 from .optimizer import make_optimizer, trained_parameters
-from .outputs import check_output, clear
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
-from .policy.reference import autocast_of, make_reference
+from .policy.reference import autocast_of, make_reference, reference_model
 from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
 from .policy.tiny import TINY
@@ -49,13 +52,14 @@ UNTRAINED = (
 class Data:
     """train, evaluation: examples, or prompts where the loss learns from rollouts. notes: what to tell the user.
 
-    skipped: the rows that were left out, as skipped_rows.jsonl lists them.
+    skipped: the rows that were left out, as skipped_rows.jsonl lists them. fingerprint: of all of them and their order.
     """
 
     train: list[Any]
     evaluation: list[Any]
     notes: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    fingerprint: str = ""
 
 
 @dataclass
@@ -76,6 +80,8 @@ class Run:
     notes: list[str]
     health: Health
     reference_sync: ReferenceSync | None = None
+    checkpoint: Checkpoint | None = None  # to go on from
+    frozen: str = ""  # fingerprint of what does not train
 
 
 def build(config: RunConfig) -> Run:
@@ -83,6 +89,7 @@ def build(config: RunConfig) -> Run:
     accelerator = start_accelerator(config.train.mixed_precision)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
+    checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer)
@@ -131,9 +138,11 @@ def build(config: RunConfig) -> Run:
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=scheduler,
         total_steps=total_steps,
-        notes=[*data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
         health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
         reference_sync=sync,
+        checkpoint=checkpoint,
+        frozen=fingerprint(policy, reference_model(reference)),
     )
 
 
@@ -193,7 +202,15 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         raise UserError(
             f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
         )
-    return Data(examples, held_out, notes, skipped)
+    return Data(examples, held_out, notes, skipped, fingerprint_of([*examples, *held_out]))
+
+
+def fingerprint_of(items: Sequence[Any]) -> str:
+    """Of examples or prompts and their order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 def load_rows_of(config: RunConfig, split: str) -> Rows:
@@ -226,16 +243,21 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
     return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
 
 
-def batches(items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
-    """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller."""
-    epoch = 0
+def batches(
+    items: Sequence[Any], batch_size: int, *, shuffle: bool, seed: int, start: Mapping[str, int] | None = None
+) -> Iterator[tuple[list[Any], dict[str, int]]]:
+    """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller.
+
+    Yields with each of them the position behind it, of which any may be the `start`.
+    """
+    epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
     while True:
         order = list(range(len(items)))
         if shuffle:
             random.Random(f"{seed}-{epoch}").shuffle(order)
-        for start in range(0, len(order), batch_size):
-            yield [items[i] for i in order[start : start + batch_size]]
-        epoch += 1
+        for begin in range(offset, len(order), batch_size):
+            yield [items[i] for i in order[begin : begin + batch_size]], {"epoch": epoch, "offset": begin + batch_size}
+        epoch, offset = epoch + 1, 0
 
 
 def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[str]]:

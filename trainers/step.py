@@ -50,7 +50,7 @@ class Window:
 
     examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled, in whole groups).
     micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
-    taken: how many steps have learned from it.
+    taken: how many steps have learned from it. position: where the data go on behind it, see `setup.batches`.
     """
 
     examples: Sequence[Example]
@@ -58,6 +58,7 @@ class Window:
     metrics: dict[str, Mean] = field(default_factory=dict)
     dealt: bool = False
     taken: int = 0
+    position: dict[str, Any] | None = None
 
 
 @dataclass

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from logratio.losses import linear_logps
+from logratio.trainers.provenance import installed
 
-from ..reporting.records import installed
 from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms, wait
 
 

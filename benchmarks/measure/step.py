@@ -17,11 +17,12 @@ from logratio.trainers.errors import first_line
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import inference, per_example, tokens_key
+from logratio.trainers.provenance import installed
 
 from ..memory.activations import Batch
 from ..memory.gpus import known_as
 from ..memory.peak import Setup, predicted_peak_mem_mib
-from ..reporting.records import device_name, installed
+from ..reporting.records import device_name
 from .clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
 from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth

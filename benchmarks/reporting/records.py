@@ -11,10 +11,7 @@ the same file goes on with the cases that have no line of its commit, device and
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -26,6 +23,8 @@ from typing import Any
 
 import torch
 
+from logratio.trainers.provenance import commit, versions
+
 STATUSES = {
     "ok": "measured",
     "oom": "out of memory, which is a result",
@@ -34,17 +33,6 @@ STATUSES = {
 }
 RESULTS = ("ok", "oom")
 """The statuses that a later run need not try again."""
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "bitsandbytes",
-    "trl",
-    "liger-kernel",
-    "triton",
-    "logratio",
-)
 
 
 class Records:
@@ -137,7 +125,7 @@ def certificate(device: torch.device, settings: Mapping[str, Any]) -> dict[str, 
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": {name: version for name, version in versions().items() if name != "python"},
         "settings": dict(settings),
     }
 
@@ -149,45 +137,6 @@ def command(argv: Sequence[str]) -> str:
         at = words.index("--results")
         del words[at : at + 2]
     return shlex.join(word for word in words if not word.startswith("--results="))
-
-
-def installed(package: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str:
-    """The project's commit, "-dirty" behind it where files differ from it; else the version of the installed wheel,
-    and a hash of its sources, for two wheels of one version may compute different things. `LOGRATIO_COMMIT` tells it
-    where the sources have come without their history."""
-    if told := os.environ.get("LOGRATIO_COMMIT"):
-        return told
-    here = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if not git("ls-files", Path(__file__).name):  # a wheel inside somebody else's repository
-            raise FileNotFoundError
-        # results are written while a suite runs, and what `logratio report` makes of them decides no number
-        results = (":!results", ":!README.md", ":!plots")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", *results)
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return f"logratio {installed('logratio')}, sources {sources_hash(here.parent)}"
-
-
-def sources_hash(package: Path) -> str:
-    """Of the names and texts of all its Python files."""
-    found = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        found.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def driver(device: torch.device) -> str | None:

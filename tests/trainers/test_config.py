@@ -12,15 +12,15 @@ import pytest
 
 from logratio.losses import ADVANTAGES, KL_ESTIMATORS, LOSSES
 from logratio.losses.advantages import AGGREGATIONS, SCALES
-from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from logratio.trainers.config import ONCE, DataConfig, ModelConfig, RolloutConfig, RunConfig, SaveConfig, TrainConfig
 from logratio.trainers.errors import UserError
 
-PARTS = (ModelConfig, DataConfig, TrainConfig, RolloutConfig)
+PARTS = (ModelConfig, DataConfig, TrainConfig, SaveConfig, RolloutConfig)
 FLOATS = [(part, f.name) for part in PARTS for f in dataclasses.fields(part) if isinstance(f.default, float)]
 FLOATS += [(TrainConfig, "learning_rate"), (ModelConfig, "lora_alpha")]
 POSITIVE = (
     *("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens", "max_steps"),
-    *("num_train_epochs", "eval_steps", "save_steps"),
+    *("num_train_epochs", "eval_steps"),
 )
 # Given at their defaults: what counts is that they were given.
 UNREAD = "nothing reads this; add --lora_r 16, or leave it out"
@@ -88,6 +88,23 @@ def test_no_field_stands_in_two_of_the_configurations(name):
             "--eval_size and --dataset_test_split both say what to evaluate on; give one of them",
         ),
         *((TrainConfig, {name: bad}, f"--{name} must be positive, got {bad}") for name in POSITIVE for bad in (0, -1)),
+        *(
+            (SaveConfig, {name: 0}, f"--{name} must be positive, got 0")
+            for name in ("save_steps", "save_total_limit", "early_stopping_patience")
+        ),
+        (
+            SaveConfig,
+            {"save_total_limit": 2},
+            "--save_total_limit is about checkpoints, and there are none without --save_steps",
+        ),
+        *(
+            (
+                SaveConfig,
+                {name: value},
+                f"--{name} is read only with --load_best_model_at_end or --early_stopping_patience",
+            )
+            for name, value in (("metric_for_best_model", "kl"), ("greater_is_better", False))
+        ),
         *(
             (TrainConfig, {name: -1}, f"--{name} must not be negative, got -1")
             for name in ("warmup_steps", "max_grad_norm", "weight_decay", "learning_rate")
@@ -232,15 +249,16 @@ def test_learning_rates_default_to_trls_by_method_and_zero_is_a_rate():
 def test_as_dict_is_plain_and_complete():
     config = RunConfig(method="grpo", loss=LOSSES["grpo"](beta=0.5), rollout=RolloutConfig())
     values = config.as_dict()
-    assert values.keys() == {"method", "loss", "model", "data", "train", "rollout"}
-    assert values["loss"]["beta"] == 0.5 and values["method"] == "grpo"
+    assert values.keys() == {"method", "loss_class", "loss", "model", "data", "train", "save", "rollout"}
+    assert values["loss"]["beta"] == 0.5 and values["method"] == values["loss_class"] == "grpo"
     for name, part in (
         ("model", ModelConfig),
         ("data", DataConfig),
         ("train", TrainConfig),
+        ("save", SaveConfig),
         ("rollout", RolloutConfig),
     ):
-        assert values[name].keys() == {f.name for f in dataclasses.fields(part)}
+        assert values[name].keys() == {f.name for f in dataclasses.fields(part)} - ONCE
     assert RunConfig(method="sft", loss=LOSSES["sft"]()).as_dict()["rollout"] is None
 
 

@@ -50,16 +50,25 @@ def test_batches_cover_every_item_once_an_epoch(items, batch, seed, shuffle):
     per_epoch = -(-items // batch)
     stream = batches(range(items), batch, shuffle=shuffle, seed=seed)
     for _ in range(3):
-        epoch = take(stream, per_epoch)
+        epoch = [drawn for drawn, _ in take(stream, per_epoch)]
         assert all(len(drawn) == batch for drawn in epoch[:-1])
         assert sorted(i for drawn in epoch for i in drawn) == list(range(items))
         if not shuffle:
             assert [i for drawn in epoch for i in drawn] == list(range(items))
 
 
+@settings(max_examples=60, deadline=None)
+@given(items=st.integers(1, 20), batch=st.integers(1, 8), done=st.integers(1, 30), shuffle=st.booleans())
+def test_batches_go_on_from_any_position(items, batch, done, shuffle):
+    """Which is plain enough to be kept as JSON."""
+    whole = take(batches(range(items), batch, shuffle=shuffle, seed=3), done + 5)
+    position = json.loads(json.dumps(whole[done - 1][1]))
+    assert take(batches(range(items), batch, shuffle=shuffle, seed=3, start=position), 5) == whole[done:]
+
+
 def test_batches_depend_on_seed_and_epoch_alone():
     def order(seed):
-        return [i for drawn in take(batches(range(40), 8, shuffle=True, seed=seed), 10) for i in drawn]
+        return [i for drawn, _ in take(batches(range(40), 8, shuffle=True, seed=seed), 10) for i in drawn]
 
     torch.manual_seed(1)
     first = order(5)

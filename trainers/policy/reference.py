@@ -94,18 +94,24 @@ class StoredReference:
         keys = [tokens_key(example) for example in batch.examples]
         if any(key not in self.table for key in keys):
             return self.live(batch)
-        return laid_out(batch, [values for key in keys for values in self.table[key]])
+        return from_examples(batch, [values for key in keys for values in self.table[key]])
 
 
-def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
-    """The scored values of each of its completions, from the CPU, as [paths, T] on its device; zeros for a filler."""
-    out = torch.zeros(batch.scored.shape, dtype=scored_values[0].dtype)
+def from_examples(batch: PackedBatch, stored: Sequence[Tensor]) -> Tensor:
+    """[paths, T] as `batch.scored`, out of the scored values of each completion inside; inverse of `per_example`."""
+    out = torch.zeros(batch.scored.shape, dtype=stored[0].dtype)
     if not batch.is_filler:
         completions = [c for e in batch.examples for c in e.completions]
-        for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
+        for path, (c, values) in enumerate(zip(completions, stored, strict=True)):
             scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
             out[path, : len(scored)][scored] = values
     return out.to(batch.scored.device, non_blocking=True)
+
+
+def reference_model(reference: Reference | None) -> Policy | None:
+    """The model that the reference is, where it is another than the policy."""
+    live = reference.live if isinstance(reference, StoredReference) else reference
+    return live.policy if isinstance(live, ModelReference) else None
 
 
 def tokens_key(example: Example) -> str:
@@ -147,7 +153,7 @@ def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, l
         path = after
 
 
-def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
+def carried(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
     """[paths, T] of each of `batches`: the values that the same completions have in `packed`; none of nothing."""
     table: dict[int, Tensor] = {}
     for batch, values in packed:
@@ -155,7 +161,7 @@ def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[Pac
             table |= {id(c): own for c, own in zip(example.completions, parts, strict=True)}
     none = torch.zeros(0)
     batches = batches if table else []
-    return [laid_out(b, [table.get(id(c), none) for e in b.examples for c in e.completions]) for b in batches]
+    return [from_examples(b, [table.get(id(c), none) for e in b.examples for c in e.completions]) for b in batches]
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:

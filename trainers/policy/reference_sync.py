@@ -19,6 +19,7 @@ TRL in their own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,26 @@ class ReferenceSync:
                 ref.copy_(ref.to(wide).lerp(theta.to(ref.device, wide), self.alpha))
             for layer in self.adapters:
                 layer.blend(self.alpha)
+
+    def state(self) -> tuple[dict[str, Tensor], list[Any]]:
+        """(the reference's weights as they are now, the terms of each layer's sum)."""
+        tensors = {f"{i}/parameter": ref.detach().cpu() for i, (ref, _) in enumerate(self.parameters)}
+        for i, layer in enumerate(self.adapters):
+            for factor in ("lora_A", "lora_B"):
+                tensors[f"{i}/{factor}"] = getattr(layer.layer, factor)[REFERENCE_ADAPTER].weight.detach().cpu()
+        return tensors, [layer.terms for layer in self.adapters]
+
+    def load_state(self, tensors: Mapping[str, Tensor], terms: Sequence[Any]) -> None:
+        """The inverse."""
+        with torch.no_grad():
+            for i, (ref, _) in enumerate(self.parameters):
+                ref.copy_(tensors[f"{i}/parameter"])
+        for i, (layer, saved) in enumerate(zip(self.adapters, terms, strict=True)):
+            layer.terms = None if saved is None else [(float(c), int(rank)) for c, rank in saved]
+            layer.layer.r[REFERENCE_ADAPTER] = len(tensors[f"{i}/lora_A"])
+            for factor in ("lora_A", "lora_B"):
+                linear = getattr(layer.layer, factor)[REFERENCE_ADAPTER]
+                replace_weight(linear, tensors[f"{i}/{factor}"].to(linear.weight.device, copy=True))
 
 
 def paired(policy: Policy, reference: Policy) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import DataConfig, RolloutConfig, RunConfig, TrainConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.resume import Progress
 from logratio.trainers.rollout.windows import reward_kl
 from logratio.trainers.step import MicroBatch
 
@@ -47,7 +48,7 @@ def test_the_divergence_comes_off_the_reward(tmp_path, estimator, iterations, mi
         for parameter in run.policy.parameters():
             parameter += 0.3 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0
     run.rollouts.rewards = {"r": lambda completion_ids, **_: [float(ids[0] % 3) for ids in completion_ids]}
-    window = next(loop.steps(run))
+    window = next(loop.steps(run, Progress()))
     examples, metrics, micros = window.examples, window.metrics, window.micros
     parts = [e for micro in micros for e in micro.batch.examples]
     assert window.dealt and len(examples) == 3 and (len(parts) > 3) == (micro_batch_tokens == 12)

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from logratio.trainers import cli, outputs
+from logratio.trainers import cli
+from logratio.trainers.checkpoints import output_dir
 from logratio.trainers.errors import UserError
 
 WORDS = ["--dataset_name", "rows.jsonl", "--batch_size", "2", "--max_steps", "1", "--learning_rate", "1e-3"]
@@ -56,11 +59,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded
 
 def test_a_disk_without_room_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(0, 0, outputs.SLACK + 5 * 2**20))
+    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage(0, 0, output_dir.SLACK + 5 * 2**20))
     monkeypatch.setattr("logratio.trainers.setup.load_model", never)
     # 0.67 M parameters in float32 are 2.6 MiB
     steps = ["--max_steps", "3", "--save_steps", "1", "--output_dir", "out"]
-    message = "--output_dir out has 0.07 GiB free, but what is to be saved there (3 x the weights) takes 0.07"
+    message = "--output_dir out has 0.07 GiB free, but what is to be saved there (10 x the weights) takes 0.09"
     assert train(*steps, capsys=capsys).startswith(message)
 
 
@@ -74,8 +77,8 @@ def test_another_runs_model_is_in_the_way_unless_it_may_be_replaced(capsys):
     capsys.readouterr()
     error = train("--output_dir", "out", "--lora_r", "2", capsys=capsys)
     assert error == (
-        "--output_dir out holds another run's model (chat_template.jinja); choose another folder, or replace it with "
-        "--overwrite_output_dir"
+        "--output_dir out holds another run's model (chat_template.jinja); choose another folder, go on with it by "
+        "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
     )
     assert {p: p.stat().st_mtime_ns for p in Path("out").rglob("*")} == before
     assert train("--output_dir", "out", "--lora_r", "2", "--overwrite_output_dir", capsys=capsys) == ""
@@ -132,15 +135,59 @@ def test_an_adapter_of_the_embedded_model_comes_with_its_base(monkeypatch):
     assert AutoPeftModelForCausalLM.from_pretrained("next").peft_config["default"].r == 2
 
 
-def test_going_on_is_refused_in_a_sentence_that_says_what_to_do(capsys):
-    error = train("--resume_from_checkpoint", "out/checkpoint-2", capsys=capsys)
-    assert error.startswith("--resume_from_checkpoint is not supported") and "\n" not in error
-    assert "--adapter_name_or_path out/checkpoint-2 (of a whole model: --model_name_or_path out/checkpoint-2)" in error
+def test_checkpoints_in_the_way_are_gone_on_with_or_replaced(capsys):
+    assert train("--output_dir", "out", "--lora_r", "2", "--max_steps", "2", "--save_steps", "1") == ""
+    capsys.readouterr()
+    assert "go on with it by --resume_from_checkpoint latest" in train("--output_dir", "out", capsys=capsys)
+    both = ["--overwrite_output_dir", "--resume_from_checkpoint", "latest"]
+    assert train("--output_dir", "out", *both, capsys=capsys) == (
+        "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"
+    )
+
+
+def test_latest_takes_no_other_runs_model_for_its_own(capsys):
+    """Where there is no checkpoint the run would begin, and write over a model that is not its own."""
+    assert train("--output_dir", "out") == ""
+    capsys.readouterr()
+    for asked in ("latest", "elsewhere/checkpoint-3"):
+        error = train("--output_dir", "out", "--resume_from_checkpoint", asked, capsys=capsys)
+        assert error.startswith("--output_dir out holds another run's model")
 
 
 def test_room_is_counted_in_bytes(monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage(0, 0, outputs.SLACK + 100))
-    outputs.check_room("anywhere", 50, 2)
+    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage(0, 0, output_dir.SLACK + 100))
+    output_dir.check_room("anywhere", 50, 2)
     with pytest.raises(UserError, match=r"\(2 x the weights\)"):
-        outputs.check_room("anywhere", 51, 2)
+        output_dir.check_room("anywhere", 51, 2)
+
+
+LOCKED = """
+import sys
+from logratio.trainers.checkpoints.output_dir import locked
+with locked(sys.argv[1], main=True):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_run_writes_to_is_refused_until_that_has_ended(capsys):
+    """However it ends: the system gives the lock up with the process."""
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"mine\n"
+    error = train("--output_dir", "out", capsys=capsys)
+    host = os.uname().nodename
+    assert error == (
+        f"--output_dir out is in use by another run (process {other.pid} on {host}); wait for it, or choose another "
+        "folder"
+    )
+    other.kill()
+    other.communicate()
+    assert train("--output_dir", "out", capsys=capsys) == "" and not Path("out/.lock").exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder():
+    with pytest.raises(UserError), output_dir.locked("a/b", main=True):
+        assert Path("a/b").is_dir()
+        raise UserError("no")
+    assert not Path("a").exists()

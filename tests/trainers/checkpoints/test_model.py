@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from logratio.trainers.checkpoint import save
+from logratio.trainers.checkpoints.model import save
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer

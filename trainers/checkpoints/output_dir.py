@@ -1,14 +1,19 @@
-"""The folder that a run writes to: whether it can, and whether another run's model is in the way."""
+"""The folder that a run writes to: whether it can, whether another run's model is in the way, and whose it is now."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from .config import RunConfig
-from .errors import UserError, first_line
+from ..config import RunConfig
+from ..errors import UserError, first_line
+from .folder import checkpoints_in, remove_unfinished
 
 BASE_MODEL = "base_model"
 """Folder in `output_dir` for the embedded model that an adapter was trained on, which has no name to be loaded by."""
@@ -19,11 +24,13 @@ MODEL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "checkpoint-*", BASE_MODEL),
 )
+LOCK = ".lock"
 SLACK = 64 * 2**20  # bytes, for the log and the tokenizer
 
 
 def check_output(config: RunConfig) -> None:
-    """Raise UserError unless `output_dir` can be written to and holds no model, or one that may be replaced."""
+    """Raise UserError unless `output_dir` can be written to and holds no model, or one that may be replaced or that the
+    run goes on with."""
     name = config.train.output_dir
     folder = Path(name)
     if not name.strip():
@@ -42,12 +49,13 @@ def check_output(config: RunConfig) -> None:
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise UserError(f"--output_dir {name} cannot be written to ({reason}); give another folder") from error
     found = model_files(folder)
-    if not found:
+    if not found or goes_on_in(config, folder):
         return
     if not config.train.overwrite_output_dir:
+        on = ", go on with it by --resume_from_checkpoint latest" if checkpoints_in(folder) else ""
         raise UserError(
-            f"--output_dir {name} holds another run's model ({found[0].name}); choose another folder, or replace it "
-            "with --overwrite_output_dir"
+            f"--output_dir {name} holds another run's model ({found[0].name}); choose another folder{on}, or replace "
+            "it with --overwrite_output_dir"
         )
     for option in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
         start = getattr(config.model, option)
@@ -57,6 +65,14 @@ def check_output(config: RunConfig) -> None:
                 f"--overwrite_output_dir would remove --{option} {start}, which training starts from; choose another "
                 "--output_dir"
             )
+
+
+def goes_on_in(config: RunConfig, folder: Path) -> bool:
+    """Whether what is in the folder is of the run that goes on."""
+    asked = config.save.resume_from_checkpoint
+    if asked == "latest":
+        return bool(checkpoints_in(folder))
+    return asked is not None and Path(asked).resolve().parent == folder.resolve()
 
 
 def nearest(folder: Path) -> Path:
@@ -74,6 +90,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def clear(folder: Path) -> None:
     """Remove another run's model and checkpoints; logs, reference log-probs and all else stay."""
+    remove_unfinished(folder)
     for path in model_files(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -90,3 +107,51 @@ def check_room(name: str, model_bytes: int, copies: int) -> None:
             f"--output_dir {name} has {free / 2**30:.2f} GiB free, but what is to be saved there ({copies} x the "
             f"weights) takes {needed / 2**30:.2f}; make room, or save less often (--save_steps)"
         )
+
+
+@contextlib.contextmanager
+def locked(name: str, *, main: bool) -> Iterator[None]:
+    """Inside, the folder is this run's alone; the system gives it up with the process, however that ends.
+
+    Raises UserError where another run has it. main: else nothing is done. A folder made for it that is still empty at
+    the end is removed.
+    """
+    folder = Path(name)
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)] if name.strip() else []
+    file = None
+    if main and name.strip():
+        with contextlib.suppress(OSError, ValueError):  # of which `check_output` says more
+            folder.mkdir(parents=True, exist_ok=True)
+            file = take_lock(folder / LOCK, name)
+    try:
+        yield
+    finally:
+        if file is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            file.close()
+        for path in made if main else ():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def take_lock(path: Path, name: str) -> IO[str]:
+    """The open file that holds the lock; UserError where another run's does, OSError where the disk knows no locks."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise UserError(
+                f"--output_dir {name} is in use by another run ({owner or 'just started'}); wait for it, or choose "
+                "another folder"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its owner has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file

@@ -1,0 +1,60 @@
+"""Whether a run may go on from a checkpoint: it is the same run, but for what never changes its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+MAY_CHANGE = frozenset({"output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"})
+"""Options that a run may go on with changed."""
+FINGERPRINTS = {"data": "on other data than are there now", "frozen": "from other weights than are there now"}
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two `RunConfig.as_dict`, but for `MAY_CHANGE`: "--learning_rate 0.1, was 0.01"."""
+    one, other = flat(saved), flat(now)
+    found = []
+    for name in sorted(one.keys() | other.keys()):
+        if name in MAY_CHANGE or one.get(name) == other.get(name):
+            continue
+        was = f"was {shown(one[name])}" if name in one else "which the checkpoint does not know"
+        found.append(f"{name} {shown(other[name])}, {was}" if name in other else f"no {name}, {was}")
+    return found
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names on the command line; lists and tuples are alike, as in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value)
+        else:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def check_options(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError where the options are others than those of the checkpoint's run."""
+    found = differences(saved, now)
+    if found:
+        raise UserError(
+            f"{folder} is of a run with other options ({'; '.join(found)}): go on with the same ones, or start a new "
+            "run in another --output_dir"
+        )
+
+
+def check_fingerprints(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise UserError where something of the same name is another than it was. saved, now: `FINGERPRINTS`."""
+    for name, what in FINGERPRINTS.items():
+        if saved[name] != now[name]:
+            raise UserError(
+                f"{folder} was trained {what}, under the same name: put the old one back, or start a new run in "
+                "another --output_dir"
+            )
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

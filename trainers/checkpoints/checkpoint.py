@@ -1,0 +1,91 @@
+"""A checkpoint that a run goes on from: found, checked, and told apart from another run's before anything is loaded.
+
+adapter or model, tokenizer   as `from_pretrained` loads them
+trainer_state.json            step, position in the data, loss, schedule, log, options, versions, fingerprints
+optimizer.safetensors         moments, by parameter
+rng_state.json                of each process
+reference.safetensors         a reference that follows the policy
+rollouts.json, .safetensors   rollouts that are still being trained on
+manifest.json                 the size and SHA-256 of each of them
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..processes import on_main
+from ..provenance import versions
+from .agreement import check_fingerprints, check_options
+from .folder import find, remove_unfinished
+
+STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
+REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """folder: verified. state: what `STATE` says."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def json(self, name: str) -> Any:
+        """A file of it; None where it has none such."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """A file of it, on the CPU; empty where it has none such."""
+        path = self.folder / name
+        return load_file(path) if path.exists() else {}
+
+    def check_same(self, data: str, frozen: str) -> None:
+        """Raise UserError unless data and frozen weights are those that it was trained on."""
+        check_fingerprints(self.folder, self.state["about"], {"data": data, "frozen": frozen})
+
+
+def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkpoint | None, list[str]]:
+    """The one that the options ask to go on from, and what to tell about it.
+
+    Raises UserError where it is damaged, or one of a run with other options.
+    """
+    asked = config.save.resume_from_checkpoint
+    if asked is None:
+        return None, []
+    output_dir = Path(config.train.output_dir)
+
+    def found() -> tuple[Path | None, list[str]]:
+        remove_unfinished(output_dir)
+        return find(asked, output_dir)
+
+    folder, notes = on_main(accelerator, found)
+    if folder is None:
+        return None, notes
+    state = json.loads((folder / STATE).read_text())
+    if state["format"] != FORMAT:
+        raise UserError(f"{folder} has the format {state['format']}, this version reads {FORMAT}: use the one it is of")
+    check_options(folder, state["config"], config.as_dict())
+    return Checkpoint(folder, state), [*notes, *changed_versions(folder, state["about"]["versions"])]
+
+
+def changed_versions(folder: Path, was: dict[str, str]) -> list[str]:
+    """What to tell where packages are others than those that the checkpoint was made with."""
+    now = versions()
+    changed = [f"{name} {now.get(name)} (was {was.get(name)})" for name in was | now if now.get(name) != was.get(name)]
+    if not changed:
+        return []
+    return [f"other versions than when {folder} was written, so that bits may differ: {', '.join(changed)}"]

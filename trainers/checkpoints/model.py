@@ -1,0 +1,109 @@
+"""Saving: a PEFT adapter or a full model that `from_pretrained` loads, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..config import RunConfig
+from ..policy.dropout import as_configured
+from ..policy.load import load_model
+from ..policy.policy import Policy
+from ..policy.tiny import TINY, tiny_model, tiny_tokenizer
+from .folder import no_room, write_whole
+from .output_dir import BASE_MODEL
+
+
+def save_run(config: RunConfig, policy: Policy, tokenizer: Any) -> None:
+    """Save into `output_dir`."""
+    with base_model(config, policy):
+        save(policy, tokenizer, Path(config.train.output_dir))
+
+
+@contextlib.contextmanager
+def base_model(config: RunConfig, policy: Policy) -> Iterator[None]:
+    """Inside, what is saved is saved so that it can be loaded: an adapter of the embedded model names `BASE_MODEL` as
+    its base, which is there afterwards; a folder with a base alone would be in the way of the run's next start."""
+    if not policy.has_adapters or config.model.model_name_or_path != TINY:
+        yield
+        return
+    base = Path(config.train.output_dir) / BASE_MODEL
+    policy.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    yield
+    if base.exists():
+        return
+    model: Any = tiny_model(config.train.seed)
+    model.to(dtype=getattr(torch, config.model.dtype))
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        tiny_tokenizer().save_pretrained(partial)
+
+    write_whole(base, fill)
+
+
+def save(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """Write the trained adapter (the reference's copy is left out) or the whole model, and the tokenizer.
+
+    They are written beside the folder's files first and then moved in, so that no file is ever half there. Raises
+    UserError where the disk does not take them; what was in the folder is as it was then.
+    """
+    partial = folder / ".partial"
+    with no_room(f"the model could not be saved in {folder}", partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_model(policy, tokenizer, partial)
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        partial.rmdir()
+
+
+def write_model(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """As `save`, into an empty folder."""
+    options: dict[str, Any] = {"selected_adapters": ["default"]} if policy.has_adapters else {}
+    with as_configured(policy.model), generation_aside(policy, folder):
+        policy.model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(config: RunConfig, policy: Policy, folder: Path) -> None:
+    """Give the policy the trained weights that `write_model` wrote, in place."""
+    if policy.has_adapters:
+        from peft import set_peft_model_state_dict
+        from peft.utils import load_peft_weights
+
+        weights = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(policy.model, weights, adapter_name="default")
+        return
+    other = load_model(config.model, torch.device("cpu"), name=str(folder))
+    policy.causal_lm.load_state_dict(other.state_dict())
+
+
+@contextlib.contextmanager
+def generation_aside(policy: Policy, folder: Path) -> Iterator[None]:
+    """Inside, a generation_config that transformers refuses to save, because it contradicts itself, is out of the way.
+
+    It is written as the checkpoint had it: it must not cost the trained weights, and is not ours to change.
+    """
+    model = policy.causal_lm
+    own = getattr(model, "generation_config", None)
+    if own is None or policy.has_adapters:
+        yield
+        return
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = own
+        (folder / "generation_config.json").write_text(own.to_json_string())
+    else:
+        yield
