@@ -31,7 +31,7 @@ FLOORS = (
         "trainers/streams.py",
     ),
     ("trainers/config.py", "trainers/journal.py", "trainers/plugins.py", "trainers/processes"),
-    ("trainers/runlog.py", "trainers/optimizer.py"),
+    ("trainers/runlog.py", "trainers/optimizer.py", "trainers/health.py"),
     ("trainers/data",),
     ("trainers/batches",),
     ("trainers/memory.py",),

@@ -38,8 +38,8 @@ from .step import StepResult, Window, rows_of
 def train(config: RunConfig) -> dict[str, float]:
     """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
 
-    Raises UserError for bad input, and where a loss or a gradient is not finite (nothing is saved then); Stopped where
-    a signal ended it (a checkpoint is).
+    Raises UserError for bad input, and where a loss or a gradient is not finite or a loss has exploded (nothing is
+    saved then); Stopped where a signal ended it (a checkpoint is).
     """
     main = os.environ.get("RANK", "0") == "0"
     with ending_together(), locked(config.train.output_dir, main=main), stopping() as stop:
@@ -78,6 +78,8 @@ def train_run(
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
             log.step(row)
+            for note in run.health.after(step, row, last=ends):
+                log.say(note)
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
             if ends:
                 break
@@ -180,16 +182,15 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one, if it is not yet."""
-        if self.prepared:
-            return
+        """Pack the next one."""
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        self.prepare()
+        if not self.prepared:
+            self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window

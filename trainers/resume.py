@@ -116,6 +116,8 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "loss_state": dict(run.step.state),
         "micro_batch_tokens": run.step.micro_batch_tokens,
         "rollouts_taken": 0 if progress.window is None else progress.window.taken,
+        "health": run.health.state_dict(),
+        "rollouts": None if run.rollouts is None else run.rollouts.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
         "config": run.config.as_dict(),
@@ -155,7 +157,9 @@ def restore(run: Run) -> Progress:
         run.step.micro_batch_tokens = state["micro_batch_tokens"]  # fewer, where so many did not fit into memory
     if run.reference_sync is not None:
         run.reference_sync.load_state(checkpoint.tensors(REFERENCE), state["reference_terms"])
+    run.health.load_state_dict(state["health"])
     if run.rollouts is not None:
+        run.rollouts.load_state_dict(state["rollouts"])
         run.rollouts.after(checkpoint.step)
     progress = Progress(
         step=checkpoint.step,

@@ -21,6 +21,7 @@ from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
+from .health import Health
 from .optimizer import make_optimizer, trained_parameters
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
@@ -62,6 +63,7 @@ class Run:
     scheduler: Any
     total_steps: int
     notes: list[str]
+    health: Health
     reference_sync: ReferenceSync | None = None
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
@@ -125,6 +127,7 @@ def build(config: RunConfig) -> Run:
         scheduler=scheduler,
         total_steps=total_steps,
         notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
         reference_sync=sync,
         checkpoint=checkpoint,
         frozen=fingerprint(policy, reference_model(reference)),

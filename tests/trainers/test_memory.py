@@ -16,7 +16,7 @@ from logratio.trainers.resume import Progress
 
 from .processes._launch import launch
 
-BUDGET = 400
+BUDGET = 200 * 2**9
 
 
 class Room:
@@ -98,13 +98,13 @@ def same_bits(one, two):
 
 PAIRS = "--loss_type aot sft --loss_weights 1 0.5"
 ROLLOUTS = "--num_iterations 2 --top_entropy_quantile 0.5 --max_steps 4"
-EVERY = [("dpo", PAIRS, "backward"), ("kto", "--eval_size 4", "forward"), ("grpo", ROLLOUTS, "forward")]
+EVERY = [("dpo", PAIRS, "backward"), ("kto", "--eval_size 4", "forward"), ("grpo", ROLLOUTS, "backward")]
 EVERY += [
     pytest.param(*case, marks=pytest.mark.slow)
     for case in [
         ("dpo", PAIRS, "forward"),
         ("kto", "--eval_size 4", "backward"),
-        ("grpo", ROLLOUTS, "backward"),
+        ("grpo", ROLLOUTS, "forward"),
         ("sft", "--eval_size 4", "backward"),
         ("dpo", "--precompute_ref_log_probs", "forward"),
         ("kto", "--sync_ref_model --ref_model_sync_steps 1", "forward"),
@@ -122,8 +122,8 @@ def test_a_smaller_budget_is_found_and_gives_its_own_bits(method, options, where
     """As if it had been given from the start: weights, losses and evaluation; dropout draws what it would have."""
     room = within(Room(210, where))
     adapter, log, said = trained(method, BUDGET, options, capsys)
-    assert 1 <= room.failed <= (3 if "precompute" in options else 1)
-    assert f"out of memory with --micro_batch_tokens {BUDGET}; 200 from here on" in said
+    assert 1 <= room.failed <= (5 if "precompute" in options else 3), "it is not found in steps that divide nothing"
+    assert f"out of memory with --micro_batch_tokens {BUDGET}; " in said and " 200 from here on, which" in said
     within(None)
     wanted, wanted_log, said = trained(method, 200, options, capsys)
     assert "out of memory" not in said

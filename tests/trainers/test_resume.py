@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.trainers import cli, loop, resume
+from logratio.trainers import cli, health, loop, resume
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
 from logratio.trainers.journal import read_chain
+from logratio.trainers.policy.policy import Policy
 
 ROWS = [
     {
@@ -148,6 +149,47 @@ def test_memory_may_change_on_the_way_and_hardly_the_result():
     a, b = weights("whole"), weights("out")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
     assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 5]
+
+
+@pytest.mark.parametrize("case", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_a_run_that_found_out_what_fits_into_memory_goes_on_with_it(case, monkeypatch, capsys):
+    """Groups of rollouts that were divided, in the middle of their steps; and what was said is not said again."""
+    forward = Policy.forward
+
+    def limited(policy, batch):
+        if batch.input_ids.numel() > 18:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(policy, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "forward", limited)
+        train(case, *CASES[case])
+    found = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["micro_batch_tokens"]
+    assert found < 18 and "out of memory" in capsys.readouterr().out
+    shutil.copytree("out", "whole")
+    back_to(3)
+    train(case, *CASES[case], *LATEST)
+    assert_same("whole", "out")
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_what_was_said_of_a_run_is_not_said_again(monkeypatch, capsys):
+    monkeypatch.setattr(health, "STEPS", 2)
+    words = ["--learning_rate", "50", "--loss_type", "kto"]  # margins of thousands
+    train("kto", *words)
+    assert capsys.readouterr().out.count("the gradient is exactly 0") == 1
+    back_to(3)
+    state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
+    assert state["health"]["told"] == ["zero"]
+    train("kto", *words, *LATEST)
+    assert "the gradient is exactly 0" not in capsys.readouterr().out
+    Path("alike.py").write_text("def same(completions, **_):\n    return [1.0 for _ in completions]\n")
+    train("grpo", *ROLL[:-1], "alike:same", "--max_steps", "12", "--save_steps", "6", output="alike")
+    assert capsys.readouterr().out.count("the rewards told no completion") == 1
+    for step, folder in checkpoints_in(Path("alike")):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        told = ["alike"] if step == 12 else []
+        assert state["rollouts"] == {"generation_rows": 256, "watch": {"alike": step // 2, "told": told}}
 
 
 def test_another_folder_goes_on_with_a_copy_of_the_log():

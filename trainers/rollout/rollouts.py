@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,6 +216,14 @@ class Rollouts:
             **completion_metrics(lengths, ended),
             **reward_metrics(by_function, self.weights, list(self.rewards)),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, in JSON's types; the number of steps done is told to `after`."""
+        return {"generation_rows": self.generation_rows, "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generation_rows = state["generation_rows"]
+        self.watch.load_state_dict(state["watch"])
 
     def after(self, step: int) -> list[str]:
         """So many optimizer steps are done; returns what there is to tell of them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,13 @@ class Watch:
         self.alike = 0  # sets, from the first on, in which nothing could be told apart; -1: there was another
         self._notes: dict[str, str] = {}
         self._told: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, in JSON's types: a run that goes on says nothing twice."""
+        return {"alike": self.alike, "told": sorted(self._told)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.alike, self._told = state["alike"], set(state["told"])
 
     def take(self) -> list[str]:
         """What there is to tell since the last time."""

@@ -98,3 +98,16 @@ def test_a_run_tells_and_logs_it(tmp_path, monkeypatch, capsys):
         (3, 4, 1.5),
         (4, 4, 2.0),
     ], "before the first step, after it, ..."
+
+
+@pytest.mark.parametrize("through", range(1, 2 * FIRST))
+def test_a_run_that_goes_on_says_nothing_twice_and_counts_on(through):
+    watch, told = Watch(torch.ones(1)), []
+    for number in range(1, 2 * FIRST + 1):
+        if number == through:
+            state, watch = json.loads(json.dumps(watch.state_dict())), Watch(torch.ones(1))
+            watch.load_state_dict(state)
+        rewards, advantages = UNSCORED if number % 2 else EQUAL
+        watch.rollouts(number, torch.tensor(rewards)[..., None], torch.tensor(advantages))
+        told.append(len(watch.take()))
+    assert told == [1] + [0] * (FIRST - 2) + [1] + [0] * FIRST
