@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError, first_line
 
@@ -151,6 +151,20 @@ def full_weights(policy: Any, accelerator: Accelerator) -> dict[str, Tensor] | N
         if accelerator.is_main_process:
             weights[name] = value
     return weights
+
+
+@torch.no_grad()
+def load_full_weights(policy: Any, accelerator: Accelerator, weights: Mapping[str, Tensor]) -> None:
+    """Give a sharded policy what `full_weights` returned, of which only the main process's is looked at. Called on
+    every process. Raises KeyError for a parameter that `weights` lacks."""
+    reshard(policy)
+    parameters = dict(policy.model.named_parameters())
+    kept = saved_parameters(parameters) if policy.has_adapters else parameters.keys()
+    for name, p in parameters.items():  # in the same order on every process
+        if name in kept and isinstance(p, DTensor):
+            full = weights[name] if accelerator.is_main_process else torch.empty(p.shape)
+            mesh = p.device_mesh
+            p.copy_(distribute_tensor(full.to(mesh.device_type, p.dtype), mesh, p.placements))
 
 
 def saved_parameters(parameters: Mapping[str, Tensor]) -> set[str]:

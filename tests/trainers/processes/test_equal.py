@@ -36,7 +36,7 @@ THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
     "sft": ("sft", "full"),
     "dpo": ("dpo", "lora"),
-    "dpo-full": ("dpo", "full", *STORED),
+    "dpo-full": ("dpo", "full", *STORED, "--save_steps", "2"),
     "kto": ("kto", "qlora"),
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
@@ -89,7 +89,7 @@ def two(folder):
     rough = words_for("dpo", "full", folder, folder / "rough" / "out", "--mixed_precision", "bf16")
     jobs += [{"words": rough, "kind": "fsdp2"}]
     trip = words_for("dpo", "full", folder, folder / "trip" / "out")
-    jobs += [{"words": trip, "kind": "fsdp2", "do": "optimizer_round_trip"}]
+    jobs += [{"words": trip, "kind": "fsdp2", "do": "round_trip"}]
     jobs += [{"words": [], "do": "compare"}]
     done = work(2, jobs, folder / "work2")
     assert done.returncode == 0, done.stderr
@@ -150,6 +150,13 @@ def test_two_processes_with_sharded_weights_train_as_one_does(name, two, alone, 
     assert_alike(two, f"fsdp2-{name}")
 
 
+def test_sharded_weights_are_saved_on_the_way_too(two, alone, folder):
+    saved = [
+        run / "checkpoint-2" for run in (alone("fsdp2-dpo-full", FSDP2["dpo-full"]), folder / "fsdp22/dpo-full/out")
+    ]
+    assert differences(*saved).max() < FAR
+
+
 def test_sharded_weights_are_held_in_parts(two):
     for rank in two:
         for name in ("fsdp2-sft", "fsdp2-dpo", "fsdp2-dpo-full"):
@@ -201,8 +208,10 @@ def assert_same_state(one, other, **tolerance):
     assert one["param_groups"] == other["param_groups"]
 
 
-def test_the_optimizers_state_is_one_for_any_number_of_processes(two, folder):
-    assert two[0]["trip"]["names"] > 10 and two[1]["trip"]["names"] == 0, "which the main process alone has"
+def test_weights_and_the_optimizers_state_are_one_for_any_number_of_processes(two, folder):
+    main, other = (rank["trip"] for rank in two)
+    assert main["names"] > 10 and main["weights"] == main["reloaded"] > 10
+    assert other == {"names": 0, "weights": 0, "reloaded": 0}, "the main process alone has them"
     sharded, again = (torch.load(folder / "work2" / f"{name}.pt") for name in ("optimizer", "optimizer-again"))
     assert_same_state(sharded, again, rtol=0, atol=0)
 
