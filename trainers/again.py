@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .batches.packing import split_groups
-from .policy.reference import carried
+from .policy.reference import repacked
 from .step import Step, StepResult, Window
 
 
@@ -43,7 +43,7 @@ def cut_again(step: Step, window: Window) -> None:
     batches = [micro.batch for micro in window.micros]
     refs = [(m.batch, m.ref) for m in before if m.ref is not None]
     olds = [(m.batch, m.old) for m in before if m.old is not None]
-    for micro, ref in zip(window.micros, carried(refs, batches), strict=bool(refs)):
+    for micro, ref in zip(window.micros, repacked(refs, batches), strict=bool(refs)):
         micro.ref = ref
-    for micro, old in zip(window.micros, carried(olds, batches), strict=bool(olds)):
+    for micro, old in zip(window.micros, repacked(olds, batches), strict=bool(olds)):
         micro.old = old

@@ -146,7 +146,7 @@ def restore(run: Run) -> Progress:
         return Progress()
     state, rank, device = checkpoint.state, run.accelerator.process_index, run.accelerator.device
     checkpoint.check_same(run.data.fingerprint, run.frozen)
-    load_weights(run.config, run.policy, checkpoint.folder)
+    load_weights(run.config, run.policy, checkpoint.folder, run.accelerator)
     optimizer = nested(checkpoint.tensors(OPTIMIZER), state["optimizer"])
     load_optimizer_state(run.policy, run.optimizer, run.accelerator, optimizer)
     run.scheduler.load_state_dict(state["scheduler"])
@@ -171,7 +171,7 @@ def restore(run: Run) -> Progress:
     )
     if (shares := checkpoint.json(ROLLOUTS)) is not None:
         logps, taken = checkpoint.tensors(ROLLOUT_LOGPS), state["rollouts_taken"]
-        progress.window = repacked(run, shares, logps, state["position"], taken)
+        progress.window = restored_window(run, shares, logps, state["position"], taken)
     randoms = checkpoint.json(RANDOM)
     if rank < len(randoms):  # others began with the seed, as processes that are there from the beginning do
         set_random_states(from_json(randoms[rank]), device)
@@ -193,7 +193,7 @@ def unpacked(window: Window) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return share, kept
 
 
-def repacked(run: Run, shares: Sequence[Any], logps: Mapping[str, Tensor], position: Any, taken: int) -> Window:
+def restored_window(run: Run, shares: Sequence[Any], logps: Mapping[str, Tensor], position: Any, taken: int) -> Window:
     """The inverse: on as many processes each its own share, on another number all of them dealt anew."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     examples = [[example_of(e) for e in share["examples"]] for share in shares]
@@ -235,7 +235,8 @@ def load_best(run: Run, progress: Progress) -> list[str]:
     step = best_step(run, progress)
     if step is None:
         return []
-    load_weights(run.config, run.policy, Path(run.config.train.output_dir) / name_of(step))
+    folder = Path(run.config.train.output_dir) / name_of(step)
+    load_weights(run.config, run.policy, folder, run.accelerator)
     return [
         f"saved are the weights of step {step}, whose {run.config.save.metric} {progress.best.value:.4g} is the best"
     ]

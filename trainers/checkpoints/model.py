@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
 from ..config import RunConfig
@@ -18,7 +18,7 @@ from ..policy.dropout import as_configured
 from ..policy.load import load_model
 from ..policy.policy import Policy
 from ..policy.tiny import TINY, tiny_model, tiny_tokenizer
-from ..processes.sharding import assign
+from ..processes.sharding import is_sharded, load_full_weights
 from .folder import no_room, write_whole
 from .output_dir import BASE_MODEL
 
@@ -79,21 +79,25 @@ def write_model(policy: Policy, tokenizer: Any, folder: Path, weights: Weights =
     tokenizer.save_pretrained(folder)
 
 
-def load_weights(config: RunConfig, policy: Policy, folder: Path) -> None:
-    """Give the policy the trained weights that `write_model` wrote, in place; sharded ones too."""
+def load_weights(config: RunConfig, policy: Policy, folder: Path, accelerator: Accelerator) -> None:
+    """Give the policy the trained weights that `write_model` wrote, in place. Called on every process."""
+    weights: Mapping[str, Tensor]
     if not policy.has_adapters:
-        other = load_model(config.model, torch.device("cpu"), name=str(folder))
-        assign(policy.causal_lm, other.state_dict())
+        weights = load_model(config.model, torch.device("cpu"), name=str(folder)).state_dict()
+        if is_sharded(accelerator):
+            load_full_weights(policy, accelerator, weights)
+        else:
+            policy.causal_lm.load_state_dict(weights)
         return
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     weights = load_peft_weights(str(folder), device="cpu")
-    if any(isinstance(p, DTensor) for p in policy.parameters()):
-        own = {name: name.replace(".default", "") for name, p in policy.model.named_parameters() if p.requires_grad}
-        assign(policy.model, {name: weights[stored] for name, stored in own.items()})
+    if is_sharded(accelerator):
+        own = [name for name, p in policy.model.named_parameters() if name.replace(".default", "") in weights]
+        load_full_weights(policy, accelerator, {name: weights[name.replace(".default", "")] for name in own})
     else:
-        set_peft_model_state_dict(policy.model, weights, adapter_name="default")
+        set_peft_model_state_dict(policy.model, dict(weights), adapter_name="default")
 
 
 @contextlib.contextmanager

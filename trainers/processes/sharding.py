@@ -153,6 +153,20 @@ def full_weights(policy: Any, accelerator: Accelerator) -> dict[str, Tensor] | N
     return weights
 
 
+@torch.no_grad()
+def load_full_weights(policy: Any, accelerator: Accelerator, weights: Mapping[str, Tensor]) -> None:
+    """Give a sharded policy what `full_weights` returned, of which only the main process's is looked at. Called on
+    every process. Raises KeyError for a parameter that `weights` lacks."""
+    reshard(policy)
+    parameters = dict(policy.model.named_parameters())
+    kept = saved_parameters(parameters) if policy.has_adapters else parameters.keys()
+    for name, p in parameters.items():  # in the same order on every process
+        if name in kept and isinstance(p, DTensor):
+            full = weights[name] if accelerator.is_main_process else torch.empty(p.shape)
+            mesh = p.device_mesh
+            p.copy_(distribute_tensor(full.to(mesh.device_type, p.dtype), mesh, p.placements))
+
+
 def saved_parameters(parameters: Mapping[str, Tensor]) -> set[str]:
     """What PEFT saves beside its configuration, by name: what trains, and an embedding that has adapters itself."""
     from peft.utils.other import EMBEDDING_LAYER_NAMES
@@ -160,16 +174,3 @@ def saved_parameters(parameters: Mapping[str, Tensor]) -> set[str]:
     trained = {name for name, p in parameters.items() if p.requires_grad}
     adapted = [layer for layer in EMBEDDING_LAYER_NAMES if any(layer in name for name in trained)]
     return trained | {name for name in parameters if any(layer in name for layer in adapted)}
-
-
-def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the model these values, by name, each process its part of them. Raises KeyError for a name that it lacks."""
-    reshard(model)
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for name, value in weights.items():
-            mine = own[name]
-            value = value.to(mine.device)
-            mine.copy_(
-                distribute_tensor(value, mine.device_mesh, mine.placements) if isinstance(mine, DTensor) else value
-            )

@@ -55,8 +55,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def largest_difference(one: Path, other: Path) -> float:
-    """Of the weights saved in two folders, which have the same names and shapes."""
+def differences(one: Path, other: Path) -> torch.Tensor:
+    """Of all weights saved in two folders, which have the same names and shapes."""
     a, b = weights_of(one), weights_of(other)
     assert {name: w.shape for name, w in a.items()} == {name: w.shape for name, w in b.items()}
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return torch.cat([(a[name] - b[name]).abs().flatten() for name in a])

@@ -28,6 +28,7 @@ from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.reference import ModelReference
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
+from logratio.trainers.processes.sharding import full_weights, load_full_weights
 from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
 from logratio.trainers.step import Step
@@ -161,21 +162,25 @@ def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     return {"advantages": compared, "reward_std": float(mean.total / mean.count)}
 
 
-def optimizer_round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:
-    """The optimizer's state of a run, put into a second run, and into one whole copy on the main process."""
+def round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """The weights and the optimizer's state of a run, put into a second run that has not begun."""
     seen: list[list[int]] = []
     with prepared(kind, seen):
         run = setup.build(parse_train(words))
         loop.train_run(run)
         state = optimizer_state(run.policy, run.optimizer, run.accelerator)
         words = [w + "-again" if Path(w).name == "out" else w for w in words]
+        weights = full_weights(run.policy, run.accelerator)
         other = setup.build(parse_train(words))
+        load_full_weights(other.policy, other.accelerator, weights or {})
+        reloaded = full_weights(other.policy, other.accelerator)
         load_optimizer_state(other.policy, other.optimizer, other.accelerator, state)
         again = optimizer_state(other.policy, other.optimizer, other.accelerator)
     if run.accelerator.is_main_process:
         torch.save(state, "optimizer.pt")
         torch.save(again, "optimizer-again.pt")
-    return {"names": len(state.get("state", {}))}
+    same = [torch.equal(weights[name], reloaded[name]) for name in weights]
+    return {"names": len(state.get("state", {})), "weights": len(weights), "reloaded": sum(same)}
 
 
 def fail(words: list[str], kind: str = "ddp") -> None:

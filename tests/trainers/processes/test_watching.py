@@ -50,7 +50,7 @@ BROKEN = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Conn
 @pytest.fixture
 def three(monkeypatch):
     """Watches of three processes over one store; none of them ends the interpreter."""
-    monkeypatch.setattr(watching, "GRACE", 1.0)
+    monkeypatch.setattr(watching, "GRACE", 2.0)
     monkeypatch.setattr(watching, "INTERVAL", 0.05)
     left = []
     monkeypatch.setattr(watching.os, "_exit", left.append)
@@ -100,14 +100,15 @@ def test_a_main_thread_that_comes_back_does_not_say_it_again(three, capsys):
     assert isinstance(raised, UserError) and "process 1 of 3 ends, because process 2 failed" in str(raised)
 
 
-def test_all_fail_alike_without_waiting_for_each_other(three):
+def test_all_fail_alike_without_waiting_for_each_other(three, monkeypatch):
+    monkeypatch.setattr(watching, "GRACE", 60.0)
     watches, _ = three
     for watch in watches:
         watch.start()
     errors = [UserError("--batch_size 3 is wrong") for _ in watches]
     started = time.monotonic()
     assert in_turn(*(lambda w=w, e=e: w.failed(e) for w, e in zip(watches, errors, strict=True))) == errors
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 30
 
 
 def test_a_process_that_no_longer_beats_is_gone_and_one_that_does_hangs(three):
