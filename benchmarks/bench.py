@@ -5,7 +5,7 @@
     step    one optimizer step of every method, whole, with LoRA and with QLoRA
     scale   how a step grows with sequence length, batch, vocabulary and group size
     host    what Python costs: steps of a deep, narrow model on one thread of a CPU
-    data    rows to tokens to micro-batches, and a process's memory (--data_rows, --data_processes)
+    data    rows to tokens to micro-batches, and a process's memory (--data_rows, --no-data_texts)
     all     head, step and scale
 
 Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
@@ -76,6 +76,8 @@ class Options:
     """Of the suite data: rows of its file."""
     data_processes: int = 1
     """Of the suite data: processes that tokenize."""
+    data_texts: bool = True
+    """Of the suite data: begin with texts, or with a table of ids."""
     dry_run: bool = False
     """Print the cases' names and stop."""
 
@@ -148,7 +150,7 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
         for case in host.cases():
             yield step_job("host", case, options, device)
     if "data" in suites:
-        data_case = DataCase(options.data_rows, processes=options.data_processes)
+        data_case = DataCase(options.data_rows, processes=options.data_processes, texts=options.data_texts)
         names = asked(data.CONTESTANTS, options)
         yield Job("data", data_case, names, lambda: data.run(data_case, seed=options.seed))
     if "scale" in suites:
@@ -256,7 +258,7 @@ def summary(figures: dict[str, Any]) -> str:
     """One line of what was found."""
     if figures["status"] != "ok":
         return f"{figures['status']}: {figures['error']}"
-    if "rows_per_s" in figures:
+    if "read_examples_per_s" in figures:
         return ", ".join(
             f"{figures[name]:.0f} {unit}"
             for name, unit in (
@@ -265,6 +267,7 @@ def summary(figures: dict[str, Any]) -> str:
                 ("read_examples_per_s", "examples/s read"),
                 ("peak_rss_mib", "MiB resident"),
             )
+            if figures[name] is not None
         )
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
     parts = [f"{time_ms:.1f} ms"]

@@ -6,8 +6,10 @@ import statistics
 import pytest
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure.data import DataCase, measured, write_rows
+from logratio.benchmarks.measure.data import DataCase, measured, write_rows, write_table
 from logratio.benchmarks.reporting.records import read
+from logratio.trainers.data.table.extremes import extremes_of
+from logratio.trainers.data.table.stored import Examples, Table, is_whole
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 
@@ -38,3 +40,13 @@ def test_every_row_is_read_once(tmp_path):
     ends = {"prompt": 0, "chosen": 1, "rejected": 1}  # EOS
     expected = sum(len(tokenizer(row[c])["input_ids"]) + more for row in rows for c, more in ends.items())
     assert measured(str(tmp_path / "rows.jsonl"), "1", "20", "0")["tokens"] == expected
+
+
+def test_a_table_of_ids_has_rows_of_the_same_sizes(tmp_path):
+    write_table(tmp_path / "pairs.table", DataCase(3000, texts=False), 0)
+    assert is_whole(tmp_path / "pairs.table")
+    examples = Examples([Table(tmp_path / "pairs.table")], ["pairs"])
+    lengths = [(len(e.prompt_ids), *(len(c.ids) for c in e.completions)) for e in examples]
+    assert [e.row for e in examples] == list(range(3000)) and {e.label for e in examples} == {None}
+    assert [statistics.mean(part) for part in zip(*lengths, strict=True)] == pytest.approx([200, 150, 150], rel=0.05)
+    assert extremes_of(list(examples)) == examples.extremes

@@ -66,13 +66,13 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     """Raises UserError for what in the data or the options does not fit, on all processes alike."""
     asked = data_sets(config.data)
     stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
+    wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
 
     def make() -> list[list[Made]]:
         splits = [[dataclasses.replace(one, split=split or one.split) for one in asked] for split in wanted]
         rows = [[rows_of(config, one) for one in split] for split in splits]  # all are found before any is tokenized
         return [[made(config, tokenizer, one) for one in split] for split in rows]
 
-    wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
     found = make() if accelerator is None else once(accelerator, make)
     examples = [Examples([Table(one.path) for one in split], [one.name for one in split]) for split in found]
     notes = [one.note for split in found for one in split]
