@@ -10,8 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from logratio.losses.types import Loss
-
-from .strategies import batches
+from logratio.reference.strategies import batches
 
 
 @dataclass(frozen=True)

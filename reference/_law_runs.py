@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from logratio.losses.types import CompletionLogps, Kind, Loss, PairLogps, Totals
-
-from .strategies import PARTS, STATS, Batch, convert
+from logratio.reference.strategies import PARTS, STATS, Batch, convert
 
 RTOL = 1e-10
 """float64's rounding of sums in another order."""

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.trainers import cli, loop, resume
-from logratio.trainers.journal import read_chain
+from logratio.trainers.logs.journal import read_chain
 from logratio.trainers.rollout.rollouts import Rollouts
 
 STEPS = 7

@@ -23,15 +23,10 @@ MAY_IMPORT = {
 # The rooms from the ground up: a folder with all that is in it, or a file. Rooms on one floor do not know each other.
 FLOORS = (
     ("losses",),
-    (
-        "trainers/errors.py",
-        "trainers/provenance.py",
-        "trainers/randomness.py",
-        "trainers/signals.py",
-        "trainers/streams.py",
-    ),
-    ("trainers/config.py", "trainers/journal.py", "trainers/plugins.py", "trainers/processes"),
-    ("trainers/runlog.py", "trainers/optimizer.py", "trainers/health.py"),
+    ("trainers/errors.py",),
+    ("trainers/ground", "trainers/logs", "trainers/processes"),
+    ("trainers/config",),
+    ("trainers/optimizer.py", "trainers/health.py"),
     ("trainers/data",),
     ("trainers/batches",),
     ("trainers/memory.py",),

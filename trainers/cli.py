@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from .errors import Stopped, UserError
-from .plugins import import_object
-from .signals import STATUS
-from .streams import Lasting, lasting_streams
+from .ground.plugins import import_object
+from .ground.signals import STATUS
+from .logs.streams import Lasting, lasting_streams
 
 if TYPE_CHECKING:
     from logratio.losses import Loss

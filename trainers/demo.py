@@ -35,11 +35,11 @@ from .data.arithmetic import arithmetic_rows
 from .data.examples import Prompt, prepare_prompts
 from .data.rows import Rows
 from .errors import UserError
+from .logs.runlog import reset_peak_mem
 from .loop import train_run
 from .policy.tiny import TINY
 from .rollout.generation import completion_seed, generate
 from .rollout.rewards import exact_answer
-from .runlog import reset_peak_mem
 from .setup import Run, build
 
 TARGET = 0.45  # SFT ends at this accuracy of the validation questions

@@ -21,6 +21,8 @@ from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .data.examples import Example
 from .errors import Stopped, UserError
+from .ground.signals import Stop, stopping
+from .logs.runlog import RunLog, peak_mem_mib
 from .memory import no_room
 from .policy.load import describe
 from .processes.dealing import largest
@@ -29,9 +31,7 @@ from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout.generation import numbered
 from .rollout.windows import roll_out
-from .runlog import RunLog, peak_mem_mib
 from .setup import Run, batches, build
-from .signals import Stop, stopping
 from .step import StepResult, Window, rows_of
 
 

@@ -31,7 +31,7 @@ from logratio.losses import Kind, Loss
 
 from .batches.packing import PackedBatch
 from .errors import UserError, first_line
-from .randomness import random_states, set_random_states
+from .ground.randomness import random_states, set_random_states
 
 T = TypeVar("T")
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

@@ -35,12 +35,12 @@ from .checkpoints.folder import keep_latest, name_of, write_whole
 from .checkpoints.model import base_model, load_weights, write_model
 from .checkpoints.tensors import flat, nested
 from .data.examples import Completion, Example
+from .ground.provenance import commit, versions
+from .ground.randomness import as_json, from_json, random_states, set_random_states
 from .policy.reference import by_completion, of_completions
 from .processes.once import on_main
 from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
-from .provenance import commit, versions
-from .randomness import as_json, from_json, random_states, set_random_states
 from .setup import Run
 from .step import Window
 

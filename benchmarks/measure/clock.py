@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from logratio.trainers.runlog import peak_mem_mib, reset_peak_mem
+from logratio.trainers.logs.runlog import peak_mem_mib, reset_peak_mem
 
 
 def wait(device: torch.device) -> None:

@@ -127,8 +127,8 @@ def measured(path: str, processes: str, packed: str, seed: str) -> dict[str, Any
     from logratio.trainers.batches.packing import pack
     from logratio.trainers.cli import parse_train
     from logratio.trainers.data.table.load import load_data
+    from logratio.trainers.logs.runlog import peak_mem_mib, reset_peak_mem
     from logratio.trainers.policy.tiny import tiny_tokenizer
-    from logratio.trainers.runlog import peak_mem_mib, reset_peak_mem
     from logratio.trainers.setup import (
         batches,
         build,  # noqa: F401  # the libraries that training imports

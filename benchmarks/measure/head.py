@@ -14,10 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from logratio.benchmarks.measure.clock import (
+    allocated_mib,
+    free_memory,
+    interleaved,
+    peak_mem,
+    percentiles,
+    time_ms,
+    wait,
+)
 from logratio.losses import linear_logps
-from logratio.trainers.provenance import installed
-
-from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms, wait
+from logratio.trainers.ground.provenance import installed
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from logratio.trainers.provenance import commit, versions
+from logratio.trainers.ground.provenance import commit, versions
 
 STATUSES = {
     "ok": "measured",

@@ -12,8 +12,7 @@ from logratio.losses import CPOLoss, ORPOLoss, TPOLoss
 from logratio.reference import family_laws as laws
 from logratio.reference.family_laws import equal_lengths, swapped
 from logratio.reference.strategies import Batch
-
-from ._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps, kto
+from logratio.tests.losses._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps, kto
 
 
 @each(

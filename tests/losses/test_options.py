@@ -19,8 +19,7 @@ from logratio.losses import (
     Variants,
 )
 from logratio.losses.options import Positive, Range, out_of_range, ranges_of
-
-from ._families import refused
+from logratio.tests.losses._families import refused
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -24,8 +24,7 @@ from logratio.losses import (
     variant,
 )
 from logratio.losses.options import readers_said
-
-from ._families import refused
+from logratio.tests.losses._families import refused
 
 
 def test_a_table_knows_who_reads_what():

@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import linear_logps, logps
 from logratio.losses._two_gemm import STATS, Coefficients, TorchTile, Transform
-
-from ._heads import OPTIONS, head, near_certain
+from logratio.tests.losses._heads import OPTIONS, head, near_certain
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

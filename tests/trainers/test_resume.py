@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from logratio.trainers import cli, health, loop, resume
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
-from logratio.trainers.journal import read_chain
+from logratio.trainers.logs.journal import read_chain
 from logratio.trainers.policy.policy import Policy
 
 ROWS = [

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..ground.provenance import versions
 from ..processes.once import on_main
-from ..provenance import versions
 from .agreement import check_fingerprints, check_options
 from .folder import find, remove_unfinished
 

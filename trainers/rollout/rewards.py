@@ -24,7 +24,7 @@ import torch
 
 from ..data.tokenization import Text
 from ..errors import UserError
-from ..plugins import import_object
+from ..ground.plugins import import_object
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
 from .calling import Reward, check_signature, names_of

@@ -12,7 +12,7 @@ import torch
 
 from logratio.benchmarks.reporting import records
 from logratio.benchmarks.reporting.records import Records, certificate, identity, read
-from logratio.trainers.provenance import commit
+from logratio.trainers.ground.provenance import commit
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from logratio.losses import Kind
 
-from ...streams import Lasting
+from ...logs.streams import Lasting
 from ..examples import Preparation
 from ..report import Report
 from ..rows import Rows

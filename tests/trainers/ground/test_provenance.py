@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from logratio.trainers import provenance
-from logratio.trainers.provenance import commit, installed, sources_hash, versions
+from logratio.trainers.ground import provenance
+from logratio.trainers.ground.provenance import commit, installed, sources_hash, versions
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_a_commit_is_dirty_where_a_tracked_file_differs(tmp_path):
     """Results, and the page and plots that are made of them, may change; files that nobody tracks do not count."""
     here = tmp_path / "benchmarks"
     results = [here / "results/step.jsonl", here / "README.md", here / "plots/a.png"]
-    others = [tmp_path / "trainers/provenance.py", here / "reporting/records.py", tmp_path / "losses/dpo.py"]
+    others = [tmp_path / "trainers/ground/provenance.py", here / "reporting/records.py", tmp_path / "losses/dpo.py"]
     others += [tmp_path / "README.md", tmp_path / "results/x"]
     for file in [*results, *others]:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def test_a_commit_is_dirty_where_a_tracked_file_differs(tmp_path):
 
 def test_a_wheel_has_a_version_in_place_of_a_commit(tmp_path, monkeypatch):
     """In no repository; and in somebody else's, which does not track it."""
-    (tmp_path / "trainers").mkdir()
-    (tmp_path / "trainers" / "provenance.py").write_text("")
+    (tmp_path / "trainers" / "ground").mkdir(parents=True)
+    (tmp_path / "trainers" / "ground" / "provenance.py").write_text("")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commit(tmp_path).startswith("logratio ")
     git(tmp_path, "init", "-q")

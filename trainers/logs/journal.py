@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 TIMED = ("tokens_per_s", "step_ms", "peak_mem_mib")
 

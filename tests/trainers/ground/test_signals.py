@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.trainers import cli, signals
+from logratio.trainers import cli
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
+from logratio.trainers.ground import signals
 from logratio.trainers.step import Step
 
 WORDS = ["--dataset_name", "rows.jsonl", "--batch_size", "2", "--max_steps", "4", "--learning_rate", "1e-3"]

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from logratio.trainers import cli
-from logratio.trainers.streams import Lasting, lasting_streams
+from logratio.trainers.logs.streams import Lasting, lasting_streams
 
 WORDS = ["train", "sft", "--lora_r", "2", "--batch_size", "2", "--max_steps", "3", "--dataset_name", "rows.jsonl"]
 
@@ -55,7 +55,7 @@ def test_training_goes_on_without_its_reader(tmp_path, nobody):
 
 def test_a_librarys_user_without_a_reader_goes_on_as_well(tmp_path, nobody):
     code = """
-        from logratio.trainers.runlog import RunLog
+        from logratio.trainers.logs.runlog import RunLog
         with RunLog("out", {}, total_steps=2) as log:
             for step in (1, 2):
                 log.say("hello")

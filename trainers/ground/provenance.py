@@ -9,7 +9,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """The repository, or where its packages are installed."""
 PACKAGES = (
     "torch",
@@ -52,7 +52,7 @@ def commit(root: Path = ROOT) -> str:
         return done.stdout.strip()
 
     try:
-        if not git("ls-files", f"trainers/{Path(__file__).name}"):  # a wheel inside somebody else's repository
+        if not git("ls-files", f"trainers/ground/{Path(__file__).name}"):  # a wheel inside somebody else's repository
             raise FileNotFoundError
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS)
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from logratio.trainers import journal
 from logratio.trainers.errors import UserError
-from logratio.trainers.journal import Journal, chained, read_chain
+from logratio.trainers.logs import journal
+from logratio.trainers.logs.journal import Journal, chained, read_chain
 
 
 def rows_of(path):

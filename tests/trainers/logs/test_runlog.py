@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from logratio.trainers.runlog import RunLog, keep_earlier, peak_mem_mib
+from logratio.trainers.logs.runlog import RunLog, keep_earlier, peak_mem_mib
 
 
 def test_every_step_is_a_line_that_can_be_read_at_once(tmp_path, capsys):

@@ -1,0 +1,58 @@
+"""What it is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from logratio.losses.options import Count
+
+from ..errors import UserError
+from .numbers import NotNegativeCount, check_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on."""
+
+    dataset_name: tuple[str, ...] = ("arithmetic",)
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task. Several
+    are trained on together."""
+    dataset_weights: tuple[float, ...] | None = None
+    """In which proportions an epoch draws rows of several data sets, none of them twice (default: all of each)."""
+    datasets: tuple[str, ...] | None = None
+    """In a YAML file, TRL's form of several data sets: a list of mappings with path, name (a configuration), split,
+    columns and fraction (a weight)."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str | None = None
+    """Split to evaluate on."""
+    eval_size: NotNegativeCount = 0
+    """Rows of the train split to hold out for evaluation instead."""
+    max_length: int = 1024
+    """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
+    completion_only_loss: bool | None = None
+    """SFT: score the completion only (default: yes where rows have one)."""
+    assistant_only_loss: bool = False
+    """SFT: score the assistant's turns only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
+    shuffle: bool = True
+    """Shuffle the rows in every epoch."""
+    streaming: bool = False
+    """Read the rows as they are needed, in every epoch anew, and keep none of them; needs --max_steps."""
+    streaming_buffer: Count = 10_000
+    """Rows among which streamed ones are shuffled."""
+    dataset_num_proc: Count = 1
+    """Processes that tokenize; the result is kept, and found again by the same rows, tokenizer and options."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if isinstance(self.dataset_name, str):
+            object.__setattr__(self, "dataset_name", (self.dataset_name,))
+        if self.max_length < 2:
+            raise UserError(f"--max_length {self.max_length} leaves no room for a prompt and a completion")
+        if self.eval_size and self.dataset_test_split:
+            raise UserError("--eval_size and --dataset_test_split both say what to evaluate on; give one of them")

@@ -1,0 +1,81 @@
+"""What GRPO samples, and what that is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from logratio.losses.advantages import ADVANTAGES
+from logratio.losses.options import Count, NotNegative, Positive, Range
+
+from ..errors import UserError
+from .numbers import check_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """GRPO: what is generated, and what it is worth."""
+
+    num_generations: int = 8
+    """Completions of each prompt."""
+    temperature: Positive = 1.0
+    """Of sampling, and of the log-probs that are trained."""
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Sample from the smallest set of tokens that holds this probability."""
+    num_iterations: Count = 1
+    """Optimizer steps on each set of rollouts; from the second on they are off policy."""
+    reward_funcs: tuple[str, ...] = ("exact_answer",)
+    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
+    reward_weights: tuple[float, ...] | None = None
+    """Weight of each reward (default: 1)."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
+    step."""
+    advantage_type: str = "group"
+    """group (GRPO), rloo, reinforce_pp, reinforce_pp_baseline, remax or opo."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide the advantages of type group by the standard deviation of their group, of the step's rewards, or not."""
+    normalize_advantages: bool = False
+    """Whiten the advantages over the step."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from completions that reached the length limit; they are rewarded and counted as others are."""
+    reward_kl_coef: NotNegative = 0.0
+    """Take this times the divergence from the reference, summed over the completion, off its reward (RLOO,
+    REINFORCE++)."""
+    reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.advantage_type not in ADVANTAGES:
+            raise UserError(
+                f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
+            )
+        advantage = ADVANTAGES[self.advantage_type]
+        if self.num_generations < advantage.smallest_group:
+            needed = advantage.smallest_group
+            raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise UserError(
+                f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
+            )
+        if self.reward_kl_estimator != "k1" and not self.reward_kl_coef:
+            raise UserError(f"--reward_kl_estimator {self.reward_kl_estimator} is read only with --reward_kl_coef")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            own = ("advantage_type", "scale_rewards", "normalize_advantages", "reward_kl_coef")
+            given = [f.name for f in dataclasses.fields(self) if f.name in own and getattr(self, f.name) != f.default]
+            if given:
+                raise UserError(
+                    "--multi_objective_aggregation normalize_then_sum scales and whitens each reward in its own way; "
+                    f"leave out --{' and --'.join(given)}"
+                )
+        if self.scale_rewards != "group" and self.advantage_type != "group":
+            raise UserError(
+                f"--scale_rewards {self.scale_rewards} is an option of --advantage_type group, "
+                f"not of {self.advantage_type}"
+            )
+        if self.normalize_advantages and advantage.whitened:
+            raise UserError(
+                f"--normalize_advantages: the advantages of {self.advantage_type} are whitened already; leave it out"
+            )

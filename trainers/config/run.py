@@ -1,0 +1,77 @@
+"""All options of a run, and what they say to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from logratio.losses import LOSSES
+
+from ..errors import UserError
+from .data import DataConfig
+from .model import ModelConfig
+from .rollout import RolloutConfig
+from .save import SaveConfig
+from .train import TrainConfig
+
+# Options that say how a run is begun, not what it is.
+ONCE = frozenset({"overwrite_output_dir", "resume_from_checkpoint"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of it. `rollout` is there for losses whose kind is GROUPED."""
+
+    method: str
+    loss: Any
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    rollout: RolloutConfig | None = None
+
+    def __post_init__(self) -> None:
+        model, data, train, save = self.model, self.data, self.train, self.save
+        if not self.wants_reference:
+            for name in ("sync_ref_model", "precompute_ref_log_probs", "ref_model_name_or_path"):
+                if value := getattr(model, name):
+                    given = f"--{name}" if value is True else f"--{name} {value}"
+                    raise UserError(f"{given} is about the reference, but this {self.method} has none; leave it out")
+        if train.eval_steps and not data.eval_size and not data.dataset_test_split:
+            raise UserError(
+                f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"
+            )
+        if save.compares and not train.eval_steps:
+            option = "load_best_model_at_end" if save.load_best_model_at_end else "early_stopping_patience"
+            raise UserError(f"--{option} compares evaluations: add --eval_steps")
+        if train.overwrite_output_dir and save.resume_from_checkpoint:
+            raise UserError(
+                "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"
+            )
+
+    def resolved(self, num_processes: int) -> RunConfig:
+        """With every default filled in that depends on other options, the method or the number of processes."""
+        train = self.train.resolved(self.method, num_processes)
+        return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train)
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether the loss or the rewards compare with a reference model."""
+        return self.loss.wants_reference or (self.rollout is not None and self.rollout.reward_kl_coef > 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for run_config.json, which `--config` takes; without how it was begun (`ONCE`)."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in parts.items()}  # type: ignore[arg-type]
+        for options in (plain["train"], plain["save"]):
+            for name in ONCE & options.keys():
+                del options[name]
+        return {"method": plain.pop("method"), "loss_class": self.loss_class, **plain}
+
+    @property
+    def loss_class(self) -> str:
+        """The loss as `--loss` takes it: its registered name, or module:Class."""
+        kind = type(self.loss)
+        own = f"{kind.__module__}:{kind.__qualname__}"
+        return next((name for name, known in LOSSES.items() if known is kind), own)
