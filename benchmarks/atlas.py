@@ -17,17 +17,18 @@ import torch
 import tyro
 from rich.console import Console
 
-from logratio.benchmarks.peers import peers
-from logratio.benchmarks.peers.compared import ATLAS, Asked, Compared
-from logratio.benchmarks.peers.faults import FAULTS, measure_faults
-from logratio.benchmarks.peers.reasons import REASONS, SPLIT_REASONS
-from logratio.benchmarks.peers.text import markdown
-from logratio.benchmarks.peers.truths import Gradient
-from logratio.benchmarks.progress import Progress
-from logratio.benchmarks.verify import relative_errors
 from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.errors import UserError
+
+from .peers import peers
+from .peers.compared import ATLAS, Asked, Compared
+from .peers.faults import FAULTS, measure_faults
+from .peers.reasons import REASONS, SPLIT_REASONS
+from .peers.text import markdown
+from .peers.truths import Gradient
+from .progress import Progress
+from .verify import relative_errors
 
 EQUAL = 1e-4
 """Relative error in float32 up to which two losses, or two gradients, are the same."""

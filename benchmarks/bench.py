@@ -25,15 +25,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from logratio.benchmarks.measure import data, head, host, step
-from logratio.benchmarks.measure.clock import free_memory
-from logratio.benchmarks.measure.contestants import LEARNING_RATE
-from logratio.benchmarks.measure.data import DataCase
-from logratio.benchmarks.measure.head import HeadCase
-from logratio.benchmarks.measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
-from logratio.benchmarks.progress import Progress
-from logratio.benchmarks.reporting.records import Records, certificate, device_name
 from logratio.trainers.errors import UserError, first_line
+
+from .measure import data, head, host, step
+from .measure.clock import free_memory
+from .measure.contestants import LEARNING_RATE
+from .measure.data import DataCase
+from .measure.head import HeadCase
+from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .progress import Progress
+from .reporting.records import Records, certificate, device_name
 
 HEADS = {
     "Qwen2.5-0.5B": (896, 151936, 8192),

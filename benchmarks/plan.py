@@ -14,11 +14,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from logratio.benchmarks.memory.geometry import Geometry, find
-from logratio.benchmarks.memory.gpus import GPUS
-from logratio.benchmarks.memory.peak import CONTEXT, MARGIN, MIB, Prediction, Setup, largest_fitting, predict
-from logratio.benchmarks.memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
 from logratio.trainers.errors import UserError
+
+from .memory.geometry import Geometry, find
+from .memory.gpus import GPUS
+from .memory.peak import CONTEXT, MARGIN, MIB, Prediction, Setup, largest_fitting, predict
+from .memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
 
 ADVICE = "try --gradient_checkpointing, --lora_r 16 --load_in_4bit, or a larger --gpu"
 

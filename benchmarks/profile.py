@@ -23,13 +23,14 @@ import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
-from logratio.benchmarks.bench import chosen_device
-from logratio.benchmarks.measure import step
-from logratio.benchmarks.measure.clock import time_ms, wait
-from logratio.benchmarks.measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
-from logratio.benchmarks.reporting.records import certificate
 from logratio.losses import Kind
 from logratio.trainers.errors import UserError
+
+from .bench import chosen_device
+from .measure import step
+from .measure.clock import time_ms, wait
+from .measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
+from .reporting.records import certificate
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 """What the host calls to wait for the device, as a profile names it."""

@@ -24,12 +24,13 @@ import tyro
 from rich.console import Console
 from transformers import LlamaConfig, Qwen2Config
 
-from logratio.benchmarks.peers.cases import CASES, Case
-from logratio.benchmarks.peers.sides import oracles, ours, trls
-from logratio.benchmarks.peers.truths import Gradient, Subject, subject_of
-from logratio.benchmarks.progress import Progress
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
+
+from .peers.cases import CASES, Case
+from .peers.sides import oracles, ours, trls
+from .peers.truths import Gradient, Subject, subject_of
+from .progress import Progress
 
 BOUNDS = {"trl": 1e-5, "oracle": 1e-10}
 TINY = 1e-6

@@ -10,7 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from logratio.losses.types import Loss
-from logratio.reference.strategies import batches
+
+from .strategies import batches
 
 
 @dataclass(frozen=True)

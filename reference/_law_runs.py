@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from logratio.losses.types import CompletionLogps, Kind, Loss, PairLogps, Totals
-from logratio.reference.strategies import PARTS, STATS, Batch, convert
+
+from .strategies import PARTS, STATS, Batch, convert
 
 RTOL = 1e-10
 """float64's rounding of sums in another order."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from logratio.reference._trl_drive import constructed
+from ._trl_drive import constructed
 
 
 def advantages(

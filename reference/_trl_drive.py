@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import PrinterCallback
 
-from logratio.reference._trl_batches import ROLLOUT_METHODS, Rows, next_rollouts
+from ._trl_batches import ROLLOUT_METHODS, Rows, next_rollouts
 
 TRL_VERSION = "1.16.0"
 """The version whose trainers the project is compared with; another may differ in tokenization or formula."""

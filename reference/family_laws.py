@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from logratio.losses.types import Loss
-from logratio.reference._law_book import expect, named
-from logratio.reference._law_runs import numbers, run, same_gradient
-from logratio.reference.strategies import LOGPS, Batch, take
+
+from ._law_book import expect, named
+from ._law_runs import numbers, run, same_gradient
+from .strategies import LOGPS, Batch, take
 
 Transform = Callable[[Batch], Batch]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from logratio.losses.types import Loss
-from logratio.reference._law_book import expect, named
-from logratio.reference._law_runs import numbers, run
-from logratio.reference.family_laws import close, put_role
-from logratio.reference.strategies import Batch
+
+from ._law_book import expect, named
+from ._law_runs import numbers, run
+from .family_laws import close, put_role
+from .strategies import Batch
 
 
 def token_weights(batch: Batch, normaliser: str, max_length: int = 512) -> Tensor:

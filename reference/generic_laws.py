@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logratio.losses.types import Kind, Loss
-from logratio.reference._law_book import expect, law
-from logratio.reference._law_runs import (
+
+from ._law_book import expect, law
+from ._law_runs import (
     Result,
     arguments,
     collect,
@@ -32,7 +33,7 @@ from logratio.reference._law_runs import (
     totals_of,
     with_leaves,
 )
-from logratio.reference.strategies import LOGPS, STATS, Batch, convert, pad, partitions, take
+from .strategies import LOGPS, STATS, Batch, convert, pad, partitions, take
 
 
 def per_example(loss: Loss, batch: Batch) -> Callable[[], list[float]]:

@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 
 from logratio.losses.types import Loss
-from logratio.reference import generic_laws  # it fills the book
-from logratio.reference._law_book import LAWS, Law
-from logratio.reference._law_runs import copy, show
-from logratio.reference.strategies import Batch, batches
+
+from . import generic_laws  # it fills the book
+from ._law_book import LAWS, Law
+from ._law_runs import copy, show
+from .strategies import Batch, batches
 
 __all__ = ["LAWS", "Law", "LawViolation", "check_loss", "for_every_batch", "generic_laws", "laws_of"]
 

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logratio.reference._trl_advantages import advantages
-from logratio.reference._trl_batches import ROLLOUT_METHODS, Rows, Scored, rollouts, unpadded
-from logratio.reference._trl_drive import METHODS, TRL_VERSION, built
+from ._trl_advantages import advantages
+from ._trl_batches import ROLLOUT_METHODS, Rows, Scored, rollouts, unpadded
+from ._trl_drive import METHODS, TRL_VERSION, built
 
 __all__ = ["METHODS", "TRL_VERSION", "Result", "Trajectory", "advantages", "loss_and_grads", "micro_batched", "train"]
 

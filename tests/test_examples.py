@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.tests.test_imports import imports
 from logratio.trainers import loop, setup
 from logratio.trainers.cli import parse_train
+
+from .test_imports import imports
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 3

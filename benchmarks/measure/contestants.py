@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.measure.clock import wait
-from logratio.benchmarks.measure.step_cases import StepCase
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Example
 from logratio.trainers.layers.fused import fuse_layers
@@ -33,6 +31,9 @@ from logratio.trainers.policy.reference import (
 from logratio.trainers.policy.sharing import choose_attention, share_prompts
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step
+
+from .clock import wait
+from .step_cases import StepCase
 
 LEARNING_RATE = 1e-5
 MAX_GRAD_NORM = 1.0

@@ -14,17 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.measure.clock import (
-    allocated_mib,
-    free_memory,
-    interleaved,
-    peak_mem,
-    percentiles,
-    time_ms,
-    wait,
-)
 from logratio.losses import linear_logps
 from logratio.trainers.ground.provenance import installed
+
+from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms, wait
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.measure.clock import cpu_ms, interleaved, median_ratio, percentiles
-from logratio.benchmarks.measure.contestants import Contestant
-from logratio.benchmarks.measure.models import with_adapters
-from logratio.benchmarks.measure.step import CONTESTANTS, Figures, attempt, make, old_logps, step_of
-from logratio.benchmarks.measure.step_cases import METHODS, StepCase
-from logratio.benchmarks.measure.workloads import Lengths
 from logratio.losses import Kind
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.tiny import tiny_model
+
+from .clock import cpu_ms, interleaved, median_ratio, percentiles
+from .contestants import Contestant
+from .models import with_adapters
+from .step import CONTESTANTS, Figures, attempt, make, old_logps, step_of
+from .step_cases import METHODS, StepCase
+from .workloads import Lengths
 
 LAYERS, WIDTH = 32, 64
 PLAIN = "plain model"

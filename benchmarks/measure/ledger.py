@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.measure.contestants import Contestant, OldLogps, Ours, policy_logps
-from logratio.benchmarks.measure.step_cases import StepCase
-from logratio.benchmarks.peers.truths import exact
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.policy import Policy
+
+from ..peers.truths import exact
+from .contestants import Contestant, OldLogps, Ours, policy_logps
+from .step_cases import StepCase
 
 LARGEST_TRUTH = 2e9
 """Parameters beyond which there is none: a float64 copy takes the memory and the minute that the contestants need."""

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from logratio.benchmarks.memory.shapes import SHAPES, shape
 from logratio.trainers.layers.nf4 import keep_layout
 from logratio.trainers.policy.tiny import tiny_model
+
+from ..memory.shapes import SHAPES, shape
 
 LORA_R = 16
 LORA_ALPHA = 32

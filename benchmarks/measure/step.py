@@ -10,24 +10,6 @@ from typing import Any
 
 import torch
 
-from logratio.benchmarks.measure.clock import (
-    allocated_mib,
-    free_memory,
-    interleaved,
-    median_ratio,
-    peak_mem,
-    percentiles,
-)
-from logratio.benchmarks.measure.contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
-from logratio.benchmarks.measure.ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
-from logratio.benchmarks.measure.models import build
-from logratio.benchmarks.measure.saved import saved_mib
-from logratio.benchmarks.measure.step_cases import StepCase
-from logratio.benchmarks.measure.trl_contestant import Trl
-from logratio.benchmarks.memory.activations import Batch
-from logratio.benchmarks.memory.gpus import known_as
-from logratio.benchmarks.memory.peak import Setup, predicted_peak_mem_mib
-from logratio.benchmarks.reporting.records import device_name
 from logratio.losses import Kind
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Example
@@ -36,6 +18,18 @@ from logratio.trainers.ground.provenance import installed
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import inference, per_example, tokens_key
+
+from ..memory.activations import Batch
+from ..memory.gpus import known_as
+from ..memory.peak import Setup, predicted_peak_mem_mib
+from ..reporting.records import device_name
+from .clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
+from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
+from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
+from .models import build
+from .saved import saved_mib
+from .step_cases import StepCase
+from .trl_contestant import Trl
 
 CONTESTANTS = ("logratio", "trl", "trl+liger")
 TRIAL = 4

@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from logratio.benchmarks.measure.workloads import WORKLOADS, Lengths, count_padded, examples
 from logratio.losses import LOSSES, Kind, Loss
 from logratio.trainers.data.examples import Example
+
+from .workloads import WORKLOADS, Lengths, count_padded, examples
 
 METHODS = ("sft", "dpo", "kto", "orpo", "grpo")
 

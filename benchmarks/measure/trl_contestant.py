@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.measure.contestants import LEARNING_RATE, OldLogps, apply_update
-from logratio.benchmarks.measure.step_cases import StepCase
 from logratio.losses import Kind
 from logratio.reference._trl_batches import rollouts
 from logratio.reference._trl_drive import constructed
@@ -23,6 +21,9 @@ from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import inference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from .contestants import LEARNING_RATE, OldLogps, apply_update
+from .step_cases import StepCase
 
 
 class Trl:

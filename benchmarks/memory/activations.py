@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from logratio.benchmarks.memory.geometry import Geometry
+from .geometry import Geometry
 
 
 class Saving(Protocol):

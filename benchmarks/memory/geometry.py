@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from logratio.benchmarks.memory.shapes import SHAPES
 from logratio.trainers.errors import UserError
+
+from .shapes import SHAPES
 
 
 class Linear(NamedTuple):

@@ -15,11 +15,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from logratio.benchmarks.memory.activations import Batch, activations
-from logratio.benchmarks.memory.geometry import Geometry, nf4_bytes
-from logratio.benchmarks.memory.gpus import GPUS, Gpu
 from logratio.losses import LOSSES, Loss
 from logratio.trainers.errors import UserError
+
+from .activations import Batch, activations
+from .geometry import Geometry, nf4_bytes
+from .gpus import GPUS, Gpu
 
 MIB = 2**20
 # Beyond the peak, of what is not weights: blocks of the caching allocator that are too small for the next tensor.

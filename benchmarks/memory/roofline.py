@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from logratio.benchmarks.memory.activations import Batch, activations
-from logratio.benchmarks.memory.geometry import Geometry
-from logratio.benchmarks.memory.gpus import Gpu
-from logratio.benchmarks.memory.peak import Setup, optimizer_bytes, trained_bytes, trained_sizes, weight_bytes
 from logratio.losses import Kind
+
+from .activations import Batch, activations
+from .geometry import Geometry
+from .gpus import Gpu
+from .peak import Setup, optimizer_bytes, trained_bytes, trained_sizes, weight_bytes
 
 EFFICIENCY = 0.6
 # A kept activation is written and read in the forward pass; in the backward it is read, and its gradient written.

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from logratio.benchmarks.peers import tensors as on
-from logratio.benchmarks.peers.peers import Gradient, data_of, ours, the_model, trls
-from logratio.benchmarks.peers.tensors import Outcome, Rollout, guarded
 from logratio.losses import CompletionLogps, CPOLoss, PairLogps, Totals
 from logratio.losses.advantages import advantages_of
 from logratio.reference import trl
 from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from . import tensors as on
+from .peers import Gradient, data_of, ours, the_model, trls
+from .tensors import Outcome, Rollout, guarded
 
 TOLERANCE = 1e-3
 """Relative error beyond which a value is wrong."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows
 from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle, trl
 from logratio.trainers.data.examples import Example, prepare
@@ -30,6 +29,8 @@ from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
+
+from .truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows
 
 LIGER_VERSION = "0.8.5"
 BATCH = 8

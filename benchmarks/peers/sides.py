@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.benchmarks.peers.cases import Case
-from logratio.benchmarks.peers.truths import LONGEST, MAX_LENGTH, Gradient, Subject, random_rows
 from logratio.losses import Kind
 from logratio.reference import oracle, trl
 from logratio.trainers.data.examples import Example
@@ -20,6 +18,9 @@ from logratio.trainers.policy.reference import StoredReference
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
+
+from .cases import Case
+from .truths import LONGEST, MAX_LENGTH, Gradient, Subject, random_rows
 
 MICRO_BATCH_TOKENS = 40
 

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, tensor
 
-from logratio.benchmarks.peers.peers import data_of, the_model
 from logratio.losses import CompletionLogps, CPOLoss, DPOLoss, GRPOLoss, ORPOLoss, PairLogps, Totals
 from logratio.reference._trl_batches import rollouts
 from logratio.reference._trl_drive import built
 from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from .peers import data_of, the_model
 
 
 class Outcome(NamedTuple):

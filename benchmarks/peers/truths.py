@@ -19,7 +19,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from logratio.benchmarks.peers.cases import Case
 from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
@@ -30,6 +29,8 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from .cases import Case
 
 MAX_LENGTH = 1024
 LONGEST = 12

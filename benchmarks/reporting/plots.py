@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from logratio.benchmarks.reporting.rows import SAID, Row, bases, contestants, groups, lines_of, named, quotient
+from .rows import SAID, Row, bases, contestants, groups, lines_of, named, quotient
 
 COLOURS = {
     "logratio": "#0072B2",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from logratio.benchmarks.reporting.rows import SAID, Row, bases, contestants, groups, quotient
+from .rows import SAID, Row, bases, contestants, groups, quotient
 
 LONGEST = 200
 """Characters of an error that a table shows."""

@@ -12,7 +12,8 @@ from logratio.reference import family_laws as laws
 from logratio.reference._law_runs import run, totals_of
 from logratio.reference.family_laws import equal_lengths, moved, put, put_role, scored, unpaired
 from logratio.reference.strategies import Batch, take
-from logratio.tests.losses._families import DIVERGENCES, LN2, E, H, breaks, cpo, dpo, each, keeps, kto
+
+from ._families import DIVERGENCES, LN2, E, H, breaks, cpo, dpo, each, keeps, kto
 
 
 def twice_chosen(batch: Batch) -> Batch:

@@ -12,7 +12,8 @@ from logratio.losses import CPOLoss, ORPOLoss, TPOLoss
 from logratio.reference import family_laws as laws
 from logratio.reference.family_laws import equal_lengths, swapped
 from logratio.reference.strategies import Batch
-from logratio.tests.losses._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps, kto
+
+from ._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps, kto
 
 
 @each(

@@ -12,7 +12,8 @@ from logratio.losses.grpo import LEVELS
 from logratio.reference import family_laws_grpo as laws
 from logratio.reference.family_laws import at_least, equal_lengths, neutral_option, put_role
 from logratio.reference.strategies import Batch
-from logratio.tests.losses._families import breaks, keeps
+
+from ._families import breaks, keeps
 
 NORMALISERS = {
     "dapo": "token_mean",

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from logratio.losses import _two_gemm, linear_logps
 from logratio.losses.logps import IMPLEMENTATIONS
-from logratio.tests.losses._heads import OPTIONS, head, near_certain
+
+from ._heads import OPTIONS, head, near_certain
 
 options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
 impls = pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name not in ("auto", "triton")])

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import linear_logps
-from logratio.tests.losses._heads import head
+
+from ._heads import head
 
 
 class Products:

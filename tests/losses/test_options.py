@@ -19,7 +19,8 @@ from logratio.losses import (
     Variants,
 )
 from logratio.losses.options import Positive, Range, out_of_range, ranges_of
-from logratio.tests.losses._families import refused
+
+from ._families import refused
 
 
 @pytest.mark.parametrize("name", LOSSES)

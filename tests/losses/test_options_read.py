@@ -24,7 +24,8 @@ from logratio.losses import (
     variant,
 )
 from logratio.losses.options import readers_said
-from logratio.tests.losses._families import refused
+
+from ._families import refused
 
 
 def test_a_table_knows_who_reads_what():

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import linear_logps, logps
 from logratio.losses._two_gemm import STATS, Coefficients, TorchTile, Transform
-from logratio.tests.losses._heads import OPTIONS, head, near_certain
+
+from ._heads import OPTIONS, head, near_certain
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

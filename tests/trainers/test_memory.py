@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.benchmarks.peers import truths
-from logratio.tests.trainers.processes._launch import launch
 from logratio.trainers import again, cli, loop, setup
 from logratio.trainers.ground import randomness
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
+
+from .processes._launch import launch
 
 BUDGET = 200 * 2**9
 

@@ -31,13 +31,14 @@ from logratio.benchmarks.memory.peak import (
 )
 from logratio.benchmarks.memory.roofline import Workload, plan, step_seconds
 from logratio.benchmarks.memory.shapes import SHAPES, shape
-from logratio.tests.benchmarks.memory._alive import Alive, saved_bytes
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import Policy
+
+from ._alive import Alive, saved_bytes
 
 SMALL = dict(
     vocab_size=64,

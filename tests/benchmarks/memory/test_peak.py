@@ -20,8 +20,6 @@ from logratio.benchmarks.memory.peak import (
 )
 from logratio.benchmarks.memory.roofline import BLOCK, EFFICIENCY, Plan, Workload, plan, step_seconds
 from logratio.losses import logps
-from logratio.tests.benchmarks.memory._alive import Alive
-from logratio.tests.benchmarks.memory.test_memory import KINDS, on_cpu, run_backbone, tiny
 from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack, split_groups
 from logratio.trainers.config import ModelConfig
@@ -29,6 +27,9 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.optimizer import adamw
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import Policy
+
+from ._alive import Alive
+from .test_memory import KINDS, on_cpu, run_backbone, tiny
 
 
 def size_of(tensors) -> int:

@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from logratio.tests.trainers.attention._flex import assert_close, batches, groups, results, with_flex
 from logratio.trainers.attention import flex
 from logratio.trainers.attention.flex import OURS, THEIRS, adopt, block_mask
 from logratio.trainers.attention.masks import attention_mask
@@ -29,6 +28,8 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention, probe
 from logratio.trainers.rollout.generation import generate
 from logratio.trainers.step import Step
+
+from ._flex import assert_close, batches, groups, results, with_flex
 
 # Compiling takes seconds for each. The first have every form of mask between them.
 MODELS = "llama qwen2-window mistral-window".split()

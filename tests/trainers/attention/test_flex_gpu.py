@@ -8,13 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
-from logratio.tests.trainers.attention._flex import assert_close, groups, results, with_flex
 from logratio.trainers.attention.flex import OURS
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
 from logratio.trainers.rollout.generation import generate
+
+from ._flex import assert_close, groups, results, with_flex
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
-from logratio.tests.trainers.attention._flex import assert_close, batches, groups, results
 from logratio.trainers.attention import stretches as module
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.attention.stretches import STRETCHES, attend, stretch_mask, stretches, stretches_or_sdpa
@@ -17,6 +16,8 @@ from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
+
+from ._flex import assert_close, batches, groups, results
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from logratio.tests.trainers.attention._flex import groups
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.batches.blocks import Blocks, block_lists
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
+
+from ..attention._flex import groups
 
 WINDOWS = (None, 1, 2, 5, 11, 40)
 

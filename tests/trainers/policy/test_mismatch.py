@@ -8,11 +8,12 @@ from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
 from logratio.losses import LOSSES, Kind
-from logratio.tests.trainers.test_step import examples_for, make_step
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.mismatch import mismatched, refer_together, together
 from logratio.trainers.policy.reference import StoredReference, precompute
+
+from ..test_step import examples_for, make_step
 
 
 def test_mismatched_gives_every_prompt_its_predecessors_completion():

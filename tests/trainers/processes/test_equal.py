@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.tests.trainers.processes import _worker
-from logratio.tests.trainers.processes._jobs import METHODS, STEPS, WAYS, make_model, words_for
-from logratio.tests.trainers.processes._launch import HERE, differences, launch, log_of, said_by, work
 from logratio.trainers import cli, loop
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
+
+from . import _worker
+from ._jobs import METHODS, STEPS, WAYS, make_model, words_for
+from ._launch import HERE, differences, launch, log_of, said_by, work
 
 # Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
 STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")

@@ -6,11 +6,12 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from logratio.tests.trainers.processes._jobs import make_model, words_for
-from logratio.tests.trainers.processes._launch import work
 from logratio.trainers.errors import UserError
 from logratio.trainers.processes import watching
 from logratio.trainers.processes.watching import Watch
+
+from ._jobs import make_model, words_for
+from ._launch import work
 
 
 def ended(tmp_path, *words):

@@ -9,13 +9,14 @@ import types
 import pytest
 import torch
 
-from logratio.tests.trainers.rollout._prompts import TEXTS, argmax_loop, prompts_of
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.processes import share
 from logratio.trainers.rollout.generation import OwnStreams, completion_seed, generate, numbered
 from logratio.trainers.rollout.rollouts import Rollouts
+
+from ._prompts import TEXTS, argmax_loop, prompts_of
 
 
 def test_greedy_is_a_plain_argmax_loop_whatever_the_padding(policy, tokenizer):

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from logratio.losses import GRPOLoss
 from logratio.reference import oracle
-from logratio.tests.trainers.rollout._prompts import TEXTS, argmax_loop, prompts_of
 from logratio.trainers.batches.inputs import count_totals
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
@@ -19,6 +18,8 @@ from logratio.trainers.rollout import rollouts as rollouts_module
 from logratio.trainers.rollout.generation import Sampled
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.rollout.windows import give_advantages
+
+from ._prompts import TEXTS, argmax_loop, prompts_of
 
 
 def rollouts(policy, tokenizer, rewards, **options):
