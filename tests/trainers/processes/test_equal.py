@@ -34,7 +34,7 @@ DDP = {
 }
 THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
-    "sft": ("sft", "full"),
+    "sft": ("sft", "full", "--gradient_checkpointing"),
     "dpo": ("dpo", "lora"),
     "dpo-full": ("dpo", "full", *STORED, "--save_steps", "2"),
     "kto": ("kto", "qlora"),
