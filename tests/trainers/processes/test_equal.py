@@ -93,7 +93,7 @@ def two(folder):
         jobs += [{"words": trip, "kind": "fsdp2", "do": "round_trip"}]
     jobs += [{"words": [], "do": "compare"}]
     done = work(2, jobs, folder / "work2")
-    assert done.returncode == 0 and "UserWarning" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
     names += ["sampled", "rough", "trip-lora", "trip", "compare"]
