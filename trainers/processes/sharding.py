@@ -42,6 +42,7 @@ def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator
     gather_in_16_bits(policy, accelerator)
     if accelerator.native_amp:
         policy.forward = accelerator.autocast()(policy.forward)
+    policy.register_forward_hook(copied)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found .* Params4bit")  # `describe_whole` says it
@@ -51,6 +52,12 @@ def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator
     # Whichever unit computes first is the root for good, and in a rollout that would be a layer.
     policy._get_fsdp_state()._lazy_init()
     return policy, optimizer
+
+
+def copied(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Tensors of their own in place of views: what gathers the weights again hangs on them, and would be lost where
+    something is added to a view in place."""
+    return type(output)(*(None if values is None else values.clone() for values in output))
 
 
 def gather_in_16_bits(policy: Any, accelerator: Accelerator) -> None:

@@ -43,7 +43,7 @@ def words_for(method: str, way: str, folder: Path, output: Path, *more: str) -> 
     (data / "test.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[-1]])))
     words = [method, "--model_name_or_path", str(folder / "model"), "--dataset_name", str(data), *WAYS[way]]
     words += ["--output_dir", str(output), "--batch_size", "3", "--micro_batch_tokens", "24"]
-    words += ["--learning_rate", "1e-4", "--max_steps", str(STEPS), "--ddp_timeout", "60"]
+    words += ["--learning_rate", "1e-4", "--max_steps", str(STEPS), "--ddp_timeout", "180"]
     if method == "grpo":
         words += ["--num_generations", "3", "--max_completion_length", "4", "--reward_funcs", "_worker:longer"]
     return [*words, *more]

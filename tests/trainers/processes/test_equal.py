@@ -34,7 +34,7 @@ DDP = {
 }
 THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
-    "sft": ("sft", "full"),
+    "sft": ("sft", "full", "--gradient_checkpointing"),
     "dpo": ("dpo", "lora"),
     "dpo-full": ("dpo", "full", *STORED, "--save_steps", "2"),
     "kto": ("kto", "qlora"),
@@ -104,17 +104,19 @@ def two(folder):
     jobs += [{"words": sampling, "kind": "fsdp2", "do": "sample"}]
     rough = words_for("dpo", "full", folder, folder / "rough" / "out", "--mixed_precision", "bf16")
     jobs += [{"words": rough, "kind": "fsdp2"}]
-    trip = words_for("dpo", "full", folder, folder / "trip" / "out")
-    jobs += [{"words": trip, "kind": "fsdp2", "do": "round_trip"}]
+    for way in ("lora", "full"):  # of which the second leaves the files
+        trip = words_for("dpo", way, folder, folder / f"trip-{way}" / "out")
+        jobs += [{"words": trip, "kind": "fsdp2", "do": "round_trip"}]
     for kind, setting in KEPT.items():
         whole = words_for(*setting[:2], folder, kept(folder, kind), *setting[2:])
         jobs += [{"words": whole, "kind": kind, "do": "sample"}, going_on(folder, kind, "two")]
     jobs += [{"words": [], "do": "compare"}]
     done = work(2, jobs, folder / "work2")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
-    names += ["sampled", "rough", "trip", *(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare"]
+    names += ["sampled", "rough", "trip-lora", "trip"]
+    names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
 
 
@@ -172,10 +174,8 @@ def test_two_processes_with_sharded_weights_train_as_one_does(name, two, alone, 
 
 
 def test_sharded_weights_are_saved_on_the_way_too(two, alone, folder):
-    saved = [
-        run / "checkpoint-2" for run in (alone("fsdp2-dpo-full", FSDP2["dpo-full"]), folder / "fsdp22/dpo-full/out")
-    ]
-    assert differences(*saved).max() < FAR
+    runs = alone("fsdp2-dpo-full", FSDP2["dpo-full"]), folder / "fsdp22" / "dpo-full" / "out"
+    assert differences(*(run / "checkpoint-2" for run in runs)).max() < FAR
 
 
 def test_sharded_weights_are_held_in_parts(two):
@@ -231,7 +231,8 @@ def assert_same_state(one, other, **tolerance):
 
 def test_weights_and_the_optimizers_state_are_one_for_any_number_of_processes(two, folder):
     main, other = (rank["trip"] for rank in two)
-    assert main["names"] > 10 and main["weights"] == main["reloaded"] > 10
+    for trip in (main, two[0]["trip-lora"]):
+        assert trip["names"] > 10 and trip["weights"] == trip["reloaded"] > 10
     assert other == {"names": 0, "weights": 0, "reloaded": 0}, "the main process alone has them"
     sharded, again = (torch.load(folder / "work2" / f"{name}.pt") for name in ("optimizer", "optimizer-again"))
     assert_same_state(sharded, again, rtol=0, atol=0)
