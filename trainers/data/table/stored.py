@@ -21,7 +21,7 @@ from .writer import END, MARK
 
 # Pages of the file that were read count as the process's memory until they are given back, to be read again out of the
 # system's cache: after so many examples.
-GIVEN_BACK = 512
+GIVEN_BACK = 128
 CHUNK = 1 << 20  # bytes
 
 

@@ -170,4 +170,4 @@ def test_reading_a_table_does_not_fill_memory(tmp_path):
     for i in range(len(view)):
         view[i]
         most = max(most, resident_mib() - before)
-    assert most < 25 and stored.GIVEN_BACK <= 512
+    assert most < 25 and stored.GIVEN_BACK <= 128
