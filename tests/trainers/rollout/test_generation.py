@@ -12,7 +12,7 @@ import torch
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.processes import share
+from logratio.trainers.processes.dealing import share
 from logratio.trainers.rollout.generation import OwnStreams, completion_seed, generate, numbered
 from logratio.trainers.rollout.rollouts import Rollouts
 
