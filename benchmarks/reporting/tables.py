@@ -229,3 +229,28 @@ def host_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
 
     tables = {"A step": of("units"), "Forward and backward of the model that it trains": of("passes_units")}
     return _titled(rows, {f"{name}, in passes of the plain model": text for name, text in tables.items()})
+
+
+TAKEN_PER_S = 200
+"""Examples that a step on a GPU takes in a second, estimated: what reading is measured by."""
+
+
+def data_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
+    """How fast examples come out of their table, and what memory that takes: a line for each size."""
+
+    def multiple(row: Row, key: str) -> str:
+        return times(None if row.get(key) is None else row[key] / TAKEN_PER_S)
+
+    head = (
+        *("rows", "tokens each", f"read and packed, of {TAKEN_PER_S} a second", "read alone"),
+        *("peak memory, MiB", "of it beyond the imports"),
+    )
+    lines = [
+        (
+            *(f"{row['rows']:,}", f"{row['row_tokens']:,}"),
+            *(multiple(row, f"{name}_examples_per_s") for name in ("packed", "read")),
+            *(number(row.get(f"{name}_mib"), 0) for name in ("peak_rss", "beyond_imports")),
+        )
+        for row in sorted(rows, key=lambda row: row["rows"])
+    ]
+    return _titled(rows, {"Examples out of their table, in a training process without a model": table(head, lines)})

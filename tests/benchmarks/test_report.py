@@ -295,6 +295,17 @@ def test_ratios_of_steps_that_took_turns_are_paired():
     assert quotient(step("trl", 250.0, 30.0, time_to_ours=2.25), step("logratio", 100.0, 20.0), "peak_mem_mib") == 1.5
 
 
+def test_reading_is_told_by_what_a_step_takes(tmp_path):
+    fields = {"suite": "data", "gpu": "cpu", "row_tokens": 500, "peak_rss_mib": 786.4, "beyond_imports_mib": 212.9}
+    rates = {"packed_examples_per_s": 1174.0, "read_examples_per_s": 4068.0}
+    rows = [step("logratio", 9.0, case=f"data-{n}", rows=n, **rates, **fields) for n in (1_000_000, 5_000)]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    small, large = (f"| {rows} | 500 | 5.87× | 20.34× | 786 | 213 |" for rows in ("5,000", "1,000,000"))
+    assert "examples to micro-batches" in page and page.index(small) < page.index(large)
+
+
 def test_what_the_host_costs_is_told_in_passes_of_the_plain_model(tmp_path):
     fields = {"suite": "host", "case": "dpo-lora-32x64-short", "model": "32x64", "gpu": "cpu"}
     rows = [step(name, 9.0, units=u, passes_units=u / 2, **fields) for name, u in (("logratio", 2.5), ("trl", 5.1))]
