@@ -6,7 +6,6 @@ writes what every job gave to rank<number>.json.
 
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -53,23 +52,6 @@ def starter(kind: str) -> Any:
     return start
 
 
-REAL = Rollouts.generate
-
-
-def given(self: Rollouts, prompts: Any, **sampling: Any) -> list[Sampled]:
-    """In place of `Rollouts.generate`: of each prompt's completions the first is the policy's own, greedy one; the
-    others depend on its row, their number and the step alone, and not on which process asks for how many."""
-    own = REAL(self, prompts)
-    seen: dict[int, int] = {}
-    for i, prompt in enumerate(prompts):
-        number = seen[prompt.row] = seen.get(prompt.row, -1) + 1
-        if number:
-            draw = random.Random(f"{prompt.row}-{number}-{self.state.global_step}")
-            length = draw.randint(1, self.max_completion_length)
-            own[i] = Sampled([draw.randrange(48, 58) for _ in range(length)], length < self.max_completion_length)
-    return own
-
-
 def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A reward."""
     return [len(ids) + 0.1 * (sum(ids) % 7) for ids in completion_ids]
@@ -82,8 +64,8 @@ def share_held(model: torch.nn.Module) -> float:
 
 
 @contextmanager
-def prepared(kind: str, seen: list[list[int]], generate: Any = given) -> Any:
-    """Inside, runs start with `kind`, take `generate`d rollouts, and note [micro-batches, fillers] of each call."""
+def prepared(kind: str, seen: list[list[int]]) -> Any:
+    """Inside, runs start with `kind`, and note [micro-batches, fillers] of each call."""
     cut = Step.micro_batches
 
     def cutting(self: Step, *args: Any, **kwargs: Any) -> Any:
@@ -93,13 +75,12 @@ def prepared(kind: str, seen: list[list[int]], generate: Any = given) -> Any:
 
     with (
         patch.object(setup, "Accelerator", starter(kind)),
-        patch.object(Rollouts, "generate", generate),
         patch.object(Step, "micro_batches", cutting),
     ):
         yield
 
 
-def train(words: list[str], kind: str = "ddp", generate: Any = given) -> dict[str, Any]:
+def train(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     seen: list[list[int]] = []
     held: dict[str, float] = {}
     dtypes: dict[str, str] = {}
@@ -115,7 +96,7 @@ def train(words: list[str], kind: str = "ddp", generate: Any = given) -> dict[st
         embeddings.register_forward_hook(lambda m, i, out: dtypes.update(embedded=str(out.dtype)))
         return run
 
-    with prepared(kind, seen, generate), patch.object(loop, "build", building):
+    with prepared(kind, seen), patch.object(loop, "build", building):
         row = loop.train(parse_train(words))
     return {"row": row, "cut": seen, "held": held, "dtypes": dtypes}
 
@@ -126,7 +107,7 @@ def built(words: list[str]) -> Any:
 
 
 def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
-    """Training on what the policy itself samples; every other process takes longer over it, in more passes."""
+    """Training, in which every other process takes longer over its rollouts, in more passes."""
     once = rollouts.generate
 
     def slower(*args: Any, **kwargs: Any) -> list[Sampled]:
@@ -135,7 +116,7 @@ def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
         return once(*args, **kwargs)
 
     with patch.object(rollouts, "generate", slower):
-        return train(words, kind, REAL)
+        return train(words, kind)
 
 
 def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:

@@ -274,7 +274,7 @@ def test_as_many_processes_go_on_with_the_same_bits(kind, two, folder):
 def test_one_process_goes_on_with_what_two_have_left(kind, two, folder):
     """Of sharded weights too; the order of the data, and the completions, are the same."""
     job = going_on(folder, kind, "one")
-    _worker.train(job["words"], generate=_worker.REAL)
+    _worker.train(job["words"])
     assert_equal(kept(folder, kind), kept(folder, kind, "one"))
 
 
@@ -284,9 +284,7 @@ def test_three_processes_go_on_with_what_two_have_left(three, folder):
 
 def test_two_processes_sample_what_one_does(two, alone, folder):
     """Every completion has random numbers of its own, whichever process asks for it."""
-    _worker.train(
-        words_for(*KEPT["ddp"][:2], folder, kept(folder, "ddp", "alone"), *KEPT["ddp"][2:]), generate=_worker.REAL
-    )
+    _worker.train(words_for(*KEPT["ddp"][:2], folder, kept(folder, "ddp", "alone"), *KEPT["ddp"][2:]))
     assert_equal(kept(folder, "ddp", "alone"), kept(folder, "ddp"))
 
 
