@@ -6,6 +6,7 @@ On another number of processes too: the main process writes what all have, and e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -128,12 +129,17 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
 def about(run: Run) -> dict[str, Any]:
     """By which code, on how many processes and on what the run trains."""
     return {
-        "commit": commit(),
-        "versions": versions(),
+        **code(),
         "num_processes": run.accelerator.num_processes,
         "data": run.data.fingerprint,
         "frozen": run.frozen,
     }
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """That of this process, which asking for costs more than a small checkpoint."""
+    return {"commit": commit(), "versions": versions()}
 
 
 def restore(run: Run) -> Progress:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.trainers import cli, health, loop, resume
+from logratio.trainers.checkpoints import checkpoint
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
 from logratio.trainers.logs.journal import read_chain
 from logratio.trainers.policy.policy import Policy
@@ -279,6 +280,16 @@ def test_other_weights_under_the_same_name_are_refused(capsys):
     capsys.readouterr()
     train("dpo", *LORA, "--model_name_or_path", "start", *LATEST, status=1)
     assert "was trained from other weights than are there now, under the same name" in capsys.readouterr().err
+
+
+def test_other_versions_are_said(capsys, monkeypatch):
+    train("sft")
+    known = checkpoint.versions()
+    monkeypatch.setattr(checkpoint, "versions", lambda: {**known, "torch": "9.9"})
+    capsys.readouterr()
+    train("sft", *LATEST)
+    said = "other versions than when out/checkpoint-6 was written, so that bits may differ: torch 9.9 (was "
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_best_evaluation_is_what_is_saved(capsys, monkeypatch):
