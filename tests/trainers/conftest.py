@@ -1,6 +1,7 @@
 """Small random models of many architectures."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +109,13 @@ def pack_one(monkeypatch: pytest.MonkeyPatch) -> Callable[..., packing.PackedBat
         return batch
 
     return build
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A folder of its own to work in, with a reward `own:odd`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own.py").write_text(
+        "def odd(completions, **_):\n    return [sum(map(ord, c)) % 5 / 5 for c in completions]\n"
+    )

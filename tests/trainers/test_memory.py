@@ -15,8 +15,6 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
 
-from .processes._launch import launch
-
 BUDGET = 200 * 2**9
 
 
@@ -285,76 +283,3 @@ def test_completions_are_generated_in_as_many_as_fit(tmp_path, monkeypatch, caps
     assert "logratio: step 1: generating one completion of up to 6 tokens does not fit into memory: lower" in (
         capsys.readouterr().err
     )
-
-
-WORKER = """
-import json, os, sys
-import torch
-from pathlib import Path
-from logratio.trainers import cli
-from logratio.trainers.policy.policy import Policy
-
-rank, forward, limit, where = int(os.environ["RANK"]), Policy.forward, 10**6, "forward"
-failed = 0
-
-def check(tokens):
-    global failed
-    if rank == 1 and tokens > limit:
-        failed += 1
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-def limited(policy, batch):
-    if where == "forward":
-        check(batch.input_ids.numel())
-    out = forward(policy, batch)
-    if where == "backward" and torch.is_grad_enabled():
-        out.logps.register_hook(lambda grad: check(batch.input_ids.numel()))
-    return out
-
-Policy.forward = limited
-counts = {}
-for name, limit, where, words in json.loads(sys.argv[1]):
-    failed = 0
-    status = cli.main(words)
-    counts[name] = [status, failed]
-    Path(f"rank{rank}.json").write_text(json.dumps(counts))
-    if status:
-        sys.exit(status)
-"""
-
-
-@pytest.mark.slow
-def test_all_processes_try_again_where_one_ran_out(tmp_path):
-    """Under DDP, before the last backward pass and in passes without gradient; in that one the run ends."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    shared = ["--lora_r", "2", "--lora_dropout", "0.2", "--batch_size", "8", "--max_steps", "2"]
-    todo = []
-    for method in ("sft", "dpo", "kto", "grpo"):
-        rows = truths.random_rows(method, 7, 16)
-        path = tmp_path / f"{method}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        words = ["train", method, *shared, "--dataset_name", str(path)]
-        if method == "grpo":
-            words = ["train", method, *shared, "--num_generations", "4", "--max_completion_length", "8"]
-            words += ["--num_iterations", "2", "--beta", "0.1"]
-        for name, limit, budget in (("found", 70, 200), ("given", 10**6, 50)):
-            folder = ["--micro_batch_tokens", str(budget), "--output_dir", str(tmp_path / f"{method}-{name}")]
-            todo.append((f"{method}-{name}", limit, "forward", [*words, *folder]))
-    last = ["train", "sft", *shared, "--dataset_name", str(tmp_path / "sft.jsonl"), "--micro_batch_tokens", "200"]
-    todo.append(("last", 10, "backward", [*last, "--output_dir", str(tmp_path / "last")]))
-    done = launch(2, ["worker.py", json.dumps(todo)], tmp_path, ACCELERATE_USE_CPU="true")
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for method in ("sft", "dpo", "kto", "grpo"):
-        assert [r[f"{method}-given"] for r in ranks] == [[0, 0], [0, 0]], done.stderr
-        (status, failed), (other_status, other_failed) = (r[f"{method}-found"] for r in ranks)
-        assert status == other_status == failed == 0 < other_failed <= 2
-        found, given = (
-            load_file(tmp_path / f"{method}-{name}" / "adapter_model.safetensors") for name in ("found", "given")
-        )
-        assert same_bits(found, given), method
-    assert done.returncode != 0 and ranks[1]["last"] == [1, 1] and "last" not in ranks[0]
-    assert (
-        "step 1: process 1 ran out of memory where the others wait for it, so that they cannot try again: "
-        in done.stderr
-    )
-    assert "set --micro_batch_tokens" in done.stderr and not list((tmp_path / "last").glob("*.safetensors"))

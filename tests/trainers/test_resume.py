@@ -9,35 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from logratio.trainers import cli, health, loop, resume
+from logratio.trainers import health, resume
 from logratio.trainers.checkpoints import checkpoint
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
-from logratio.trainers.logs.journal import read_chain
 from logratio.trainers.policy.policy import Policy
 
-ROWS = [
-    {
-        "prompt": f"{i % 5}+{i % 3}=",
-        "completion": str(i % 5 + i % 3),
-        "chosen": str(i % 5 + i % 3),
-        "rejected": str(i),
-        "reference": str(i % 5 + i % 3),
-        "label": i % 2 == 0,
-    }
-    for i in range(10)
-]
-COLUMNS = {
-    "sft": ("prompt", "completion"),
-    "kto": ("prompt", "completion", "label"),
-    "grpo": ("prompt",),
-    "tpo": ("prompt", "chosen", "rejected", "reference"),
-}
-SHORT = ["--max_steps", "6", "--batch_size", "4", "--learning_rate", "1e-2", "--save_steps", "3"]
-LORA = ["--lora_r", "2", "--lora_dropout", "0.3"]
-SYNC = ["--sync_ref_model", "--ref_model_sync_steps", "2"]
-ROLL = ["--num_generations", "3", "--max_completion_length", "5", "--num_iterations", "2", "--reward_funcs", "own:odd"]
+from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, log, train, weights
+
+pytestmark = pytest.mark.usefixtures("workspace")
+
 CASES = {
     "sft": [],
     "dpo": [*LORA, *SYNC],
@@ -52,51 +33,6 @@ CASES = {
     "grpo": [*LORA, *SYNC, *ROLL, "--beta", "0.1"],  # 3 steps end in the middle of a set of rollouts
     "grpo full": [*ROLL, "--beta", "0.1", "--reward_kl_coef", "0.1"],
 }
-LATEST = ["--resume_from_checkpoint", "latest"]
-
-
-@pytest.fixture(autouse=True)
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    Path("own.py").write_text(
-        "def odd(completions, **_):\n    return [sum(map(ord, c)) % 5 / 5 for c in completions]\n"
-    )
-
-
-def train(method, *options, output="out", status=0):
-    names = COLUMNS.get(method, ("prompt", "chosen", "rejected"))
-    Path("rows.jsonl").write_text("".join(json.dumps({n: row[n] for n in names}) + "\n" for row in ROWS))
-    words = ["train", method, "--dataset_name", "rows.jsonl", *SHORT, "--output_dir", output, *options]
-    assert cli.main(words) == status
-
-
-def weights(folder):
-    name = "adapter_model.safetensors" if Path(folder, "adapter_config.json").exists() else "model.safetensors"
-    return load_file(Path(folder) / name)
-
-
-def log(folder):
-    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-    assert rows == [row for row, _ in read_chain(Path(folder, "metrics.jsonl"))]
-    return rows
-
-
-def assert_same(one, other):
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert log(one)[-1]["hash"] == log(other)[-1]["hash"]
-    assert [row["step"] for row in log(other)] == list(range(1, 7))
-
-
-def back_to(step, folder="out"):
-    """As if the run had been killed behind its checkpoint of this step: what came later is not there."""
-    for later, path in checkpoints_in(Path(folder)):
-        if later > step:
-            shutil.rmtree(path)
-    for path in Path(folder).glob("*model*.safetensors"):
-        path.unlink()
-
 
 QUICK = ("dpo", "kto", "grpo")
 
@@ -290,76 +226,3 @@ def test_other_versions_are_said(capsys, monkeypatch):
     train("sft", *LATEST)
     said = "other versions than when out/checkpoint-6 was written, so that bits may differ: torch 9.9 (was "
     assert said in " ".join(capsys.readouterr().out.split())
-
-
-def test_the_best_evaluation_is_what_is_saved(capsys, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0, 1.5, 4.0, 5.0])
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": next(losses)})
-    options = ["--eval_size", "2", "--eval_steps", "1", "--load_best_model_at_end", "--save_total_limit", "2"]
-    train("sft", *options)
-    assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2]
-    best, last, saved = (weights(f) for f in ("out/checkpoint-2", "out/checkpoint-6", "out"))
-    assert all(torch.equal(best[k], saved[k]) for k in best) and not all(torch.equal(last[k], saved[k]) for k in last)
-    assert "saved are the weights of step 2, whose eval_loss 1 is the best" in capsys.readouterr().out
-
-
-def test_training_ends_when_evaluations_get_no_better(capsys, monkeypatch):
-    values = iter([0.5, 0.7, 0.6, 0.7, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": 1.0, "rewards/margins": next(values)})
-    early = ["--early_stopping_patience", "2", "--metric_for_best_model", "rewards/margins"]
-    train("dpo", *LORA, "--eval_size", "2", "--eval_steps", "1", *early)
-    assert [row["step"] for row in log("out")] == [1, 2, 3, 4]
-    assert "step 4: 2 evaluations without a better eval_rewards/margins: training ends" in capsys.readouterr().out
-    shutil.rmtree("out")
-    train(
-        "dpo",
-        "--eval_size",
-        "2",
-        "--eval_steps",
-        "1",
-        "--early_stopping_patience",
-        "2",
-        "--metric_for_best_model",
-        "x",
-        status=1,
-    )
-    assert "--metric_for_best_model eval_x: the evaluation has only eval_loss" in capsys.readouterr().err
-
-
-def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):
-    save, full = resume.write_model, iter([False, True, False])
-
-    def filling(policy, tokenizer, folder, weights):
-        save(policy, tokenizer, folder, weights)
-        if next(full):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(resume, "write_model", filling)
-    train("sft", "--save_steps", "2")
-    shown = capsys.readouterr().out
-    said = "step 4: out/checkpoint-4 could not be saved: No space left on device; the run goes on, checkpoint-2 is"
-    assert f"{said} the last" in " ".join(shown.split())
-    assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2] and len(log("out")) == 6
-    assert not list(Path("out").glob(".checkpoint*"))
-
-
-def test_run_config_given_back_reproduces_the_run():
-    train("dpo", *LORA, "--loss_type", "ipo", "--label_smoothing", "0.0", "--save_total_limit", "1")
-    about = json.loads(Path("out/run_config.json").read_text())["about"]
-    assert about.keys() == {"commit", "versions", "num_processes", "data", "frozen"}
-    assert cli.main(["train", "--config", "out/run_config.json", "--output_dir", "again"]) == 0
-    assert_same("out", "again")
-    one, other = (json.loads(Path(f, "run_config.json").read_text()) for f in ("out", "again"))
-    assert other["train"].pop("output_dir") == "again" and one["train"].pop("output_dir") == "out"
-    assert one == other
-
-
-def test_run_config_of_a_loss_from_outside(capsys):
-    Path("mine.py").write_text("from logratio.losses import SFTLoss\n\nclass Mine(SFTLoss):\n    pass\n")
-    options = ["--dataset_name", "rows.jsonl", "--max_steps", "1"]
-    Path("rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    assert cli.main(["train", "--loss", "mine:Mine", *options, "--output_dir", "out"]) == 0
-    assert cli.main(["train", "--config", "out/run_config.json", "--output_dir", "again"]) == 0
-    assert log("out")[-1]["hash"] == log("again")[-1]["hash"]
-    assert cli.main(["train", "sft", "--config", "out/run_config.json"]) == 1
-    assert "is of the method custom with the loss mine:Mine; leave yours out" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def base_model(config: RunConfig, policy: Policy) -> Iterator[None]:
         return
     base = Path(config.train.output_dir) / BASE_MODEL
     policy.model.peft_config["default"].base_model_name_or_path = str(base.resolve())
-    yield
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not find a config file")  # of a base that comes afterwards
+        yield
     if base.exists():
         return
     model: Any = tiny_model(config.train.seed)

@@ -1,0 +1,88 @@
+"""What a run keeps: the best weights, what a disk takes, and options that give the same run again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from logratio.trainers import cli, loop, resume
+from logratio.trainers.checkpoints.folder import checkpoints_in
+
+from ._runs import LORA, ROWS, assert_same, log, train, weights
+
+pytestmark = pytest.mark.usefixtures("workspace")
+
+
+def test_the_best_evaluation_is_what_is_saved(capsys, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 4.0, 5.0])
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": next(losses)})
+    options = ["--eval_size", "2", "--eval_steps", "1", "--load_best_model_at_end", "--save_total_limit", "2"]
+    train("sft", *options)
+    assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2]
+    best, last, saved = (weights(f) for f in ("out/checkpoint-2", "out/checkpoint-6", "out"))
+    assert all(torch.equal(best[k], saved[k]) for k in best) and not all(torch.equal(last[k], saved[k]) for k in last)
+    assert "saved are the weights of step 2, whose eval_loss 1 is the best" in capsys.readouterr().out
+
+
+def test_training_ends_when_evaluations_get_no_better(capsys, monkeypatch):
+    values = iter([0.5, 0.7, 0.6, 0.7, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": 1.0, "rewards/margins": next(values)})
+    early = ["--early_stopping_patience", "2", "--metric_for_best_model", "rewards/margins"]
+    train("dpo", *LORA, "--eval_size", "2", "--eval_steps", "1", *early)
+    assert [row["step"] for row in log("out")] == [1, 2, 3, 4]
+    assert "step 4: 2 evaluations without a better eval_rewards/margins: training ends" in capsys.readouterr().out
+    shutil.rmtree("out")
+    train(
+        "dpo",
+        "--eval_size",
+        "2",
+        "--eval_steps",
+        "1",
+        "--early_stopping_patience",
+        "2",
+        "--metric_for_best_model",
+        "x",
+        status=1,
+    )
+    assert "--metric_for_best_model eval_x: the evaluation has only eval_loss" in capsys.readouterr().err
+
+
+def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):
+    save, full = resume.write_model, iter([False, True, False])
+
+    def filling(policy, tokenizer, folder, weights):
+        save(policy, tokenizer, folder, weights)
+        if next(full):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume, "write_model", filling)
+    train("sft", "--save_steps", "2")
+    shown = capsys.readouterr().out
+    said = "step 4: out/checkpoint-4 could not be saved: No space left on device; the run goes on, checkpoint-2 is"
+    assert f"{said} the last" in " ".join(shown.split())
+    assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2] and len(log("out")) == 6
+    assert not list(Path("out").glob(".checkpoint*"))
+
+
+def test_run_config_given_back_reproduces_the_run():
+    train("dpo", *LORA, "--loss_type", "ipo", "--label_smoothing", "0.0", "--save_total_limit", "1")
+    about = json.loads(Path("out/run_config.json").read_text())["about"]
+    assert about.keys() == {"commit", "versions", "num_processes", "data", "frozen"}
+    assert cli.main(["train", "--config", "out/run_config.json", "--output_dir", "again"]) == 0
+    assert_same("out", "again")
+    one, other = (json.loads(Path(f, "run_config.json").read_text()) for f in ("out", "again"))
+    assert other["train"].pop("output_dir") == "again" and one["train"].pop("output_dir") == "out"
+    assert one == other
+
+
+def test_run_config_of_a_loss_from_outside(capsys):
+    Path("mine.py").write_text("from logratio.losses import SFTLoss\n\nclass Mine(SFTLoss):\n    pass\n")
+    options = ["--dataset_name", "rows.jsonl", "--max_steps", "1"]
+    Path("rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    assert cli.main(["train", "--loss", "mine:Mine", *options, "--output_dir", "out"]) == 0
+    assert cli.main(["train", "--config", "out/run_config.json", "--output_dir", "again"]) == 0
+    assert log("out")[-1]["hash"] == log("again")[-1]["hash"]
+    assert cli.main(["train", "sft", "--config", "out/run_config.json"]) == 1
+    assert "is of the method custom with the loss mine:Mine; leave yours out" in capsys.readouterr().err
