@@ -10,9 +10,9 @@ SCRIPT = Path(__file__).with_name("chaos.py")
 
 
 def test_runs_that_are_killed_and_gone_on_with_end_with_the_same_bits():
-    cases = ["dpo", "kto", "grpo"]
+    cases = ["dpo", "kto", "cpo", "grpo"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "20", "--only", *cases],
+        [sys.executable, str(SCRIPT), "--kills", "20", "--steps", "4", "--only", *cases],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ def test_rows_have_as_many_tokens_as_the_case_says(tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_case_leaves_a_line(tmp_path):
     assert bench.main(["data", "--data_rows", "70", "--data_processes", "2", "--results", str(tmp_path)]) == 0
     (row,) = read(tmp_path / "cpu.jsonl")

@@ -40,6 +40,7 @@ FSDP2 = {
     "kto": ("kto", "qlora"),
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
+TWO = tuple(DDP)
 DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
 # Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
 KEPT = {
@@ -99,7 +100,7 @@ def alone(folder):
 @pytest.fixture(scope="module")
 def two(folder):
     """A launch takes longer than its work, so there is one for all that two processes are asked for."""
-    jobs = jobs_of(DDP, folder, "ddp", 2) + jobs_of(FSDP2, folder, "fsdp2", 2)
+    jobs = jobs_of({name: DDP[name] for name in TWO}, folder, "ddp", 2) + jobs_of(FSDP2, folder, "fsdp2", 2)
     sampling = words_for("grpo", "full", folder, folder / "sampled" / "out")
     jobs += [{"words": sampling, "kind": "fsdp2", "do": "sample"}]
     rough = words_for("dpo", "full", folder, folder / "rough" / "out", "--mixed_precision", "bf16")
@@ -114,7 +115,7 @@ def two(folder):
     done = work(2, jobs, folder / "work2")
     assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
-    names = [*(f"ddp-{name}" for name in DDP), *(f"fsdp2-{name}" for name in FSDP2)]
+    names = [*(f"ddp-{name}" for name in TWO), *(f"fsdp2-{name}" for name in FSDP2)]
     names += ["sampled", "rough", "trip-lora", "trip"]
     names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
@@ -155,12 +156,13 @@ def assert_alike(ranks, name) -> None:
     assert all(row == rows[0] for row in rows), "every process knows the metrics of all"
 
 
-@pytest.mark.parametrize("name", DDP)
+@pytest.mark.parametrize("name", TWO)
 def test_two_processes_train_as_one_does(name, two, alone, folder):
     assert_equal(alone(name, DDP[name]), folder / "ddp2" / name / "out")
     assert_alike(two, f"ddp-{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THREE)
 def test_three_processes_train_as_one_does(name, three, alone, folder):
     assert_equal(alone(name, DDP[name]), folder / "ddp3" / name / "out")
@@ -198,10 +200,14 @@ def test_mixed_precision_of_sharded_weights_is_that_of_whole_ones(two, alone, fo
     assert two[0]["rough"]["dtypes"] == {"logps": "torch.float32", "embedded": "torch.float32"}
 
 
-def test_processes_ran_out_of_examples(two, three):
+@pytest.mark.slow
+def test_three_processes_ran_out_of_examples(three):
+    assert any(rank["kto"]["cut"][2] == [1, 1] for rank in three), "two examples for three processes"
+
+
+def test_processes_ran_out_of_examples(two):
     """Or what they do then has not been tested."""
     assert two[1]["ddp-dpo"]["cut"][2] == [1, 1], "the second process had nothing at all in the last step of an epoch"
-    assert any(rank["kto"]["cut"][2] == [1, 1] for rank in three), "two examples for three processes"
     for name in ("ddp-dpo", "ddp-kto", "fsdp2-dpo", "fsdp2-sft"):
         zero, one = (rank[name]["cut"] for rank in two)
         assert any(a[1] != b[1] for a, b in zip(zero, one, strict=True)), name
@@ -278,6 +284,7 @@ def test_one_process_goes_on_with_what_two_have_left(kind, two, folder):
     assert_equal(kept(folder, kind), kept(folder, kind, "one"))
 
 
+@pytest.mark.slow
 def test_three_processes_go_on_with_what_two_have_left(three, folder):
     assert_equal(kept(folder, "ddp"), kept(folder, "ddp", "three"))
 
@@ -288,6 +295,7 @@ def test_two_processes_sample_what_one_does(two, alone, folder):
     assert_equal(kept(folder, "ddp", "alone"), kept(folder, "ddp"))
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_the_others_which_name_it(three_done, folder):
     said = three_done.stderr
     for rank in (0, 2):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Counts what each process did in turn for each list of words, and what it saw.
 WORKER = """
 import json, os, sys, time
