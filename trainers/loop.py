@@ -88,6 +88,7 @@ def train_run(
         weights = full_weights(run.policy, run.accelerator)
         if main:
             save_run(run.config, run.policy, run.tokenizer, weights)
+        log.flush()  # or the lines that still wait are lost without a word
         log.say(f"{progress.step} steps done; saved in {folder}")
     return row
 

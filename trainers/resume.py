@@ -241,11 +241,14 @@ def load_best(run: Run, progress: Progress) -> list[str]:
     step = best_step(run, progress)
     if step is None:
         return []
-    folder = Path(run.config.train.output_dir) / name_of(step)
+    folder, best = (
+        Path(run.config.train.output_dir) / name_of(step),
+        f"{run.config.save.metric} {progress.best.value:.4g}",
+    )
+    if not folder.is_dir():  # the disk did not take it, or the run began in another folder
+        return [f"the best weights, of step {step} with {best}, are not in {folder}: saved are the last ones"]
     load_weights(run.config, run.policy, folder, run.accelerator)
-    return [
-        f"saved are the weights of step {step}, whose {run.config.save.metric} {progress.best.value:.4g} is the best"
-    ]
+    return [f"saved are the weights of step {step}, whose {best} is the best"]
 
 
 def write_json(path: Path, value: Any) -> None:

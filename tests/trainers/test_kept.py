@@ -9,6 +9,7 @@ import torch
 
 from logratio.trainers import cli, loop, resume
 from logratio.trainers.checkpoints.folder import checkpoints_in
+from logratio.trainers.logs import journal
 
 from ._runs import LORA, ROWS, assert_same, log, train, weights
 
@@ -64,6 +65,37 @@ def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):
     assert f"{said} the last" in " ".join(shown.split())
     assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2] and len(log("out")) == 6
     assert not list(Path("out").glob(".checkpoint*"))
+
+
+def test_best_weights_that_the_disk_did_not_take_are_told(capsys, monkeypatch):
+    losses, save = iter([3.0, 1.0, 2.0, 2.0, 4.0, 5.0]), resume.write_model
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": next(losses)})
+
+    def filling(policy, tokenizer, folder, weights):
+        save(policy, tokenizer, folder, weights)
+        if folder.name.startswith(".checkpoint-2"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume, "write_model", filling)
+    train("sft", "--eval_size", "2", "--eval_steps", "1", "--load_best_model_at_end")
+    said = "the best weights, of step 2 with eval_loss 1, are not in out/checkpoint-2: saved are the last ones"
+    assert said in " ".join(capsys.readouterr().out.split())
+    last, saved = weights("out/checkpoint-6"), weights("out")
+    assert all(torch.equal(last[k], saved[k]) for k in last)
+
+
+def test_lines_that_no_disk_took_are_told_in_the_end(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal.os, "pwrite", full)
+    Path("rows.jsonl").write_text(json.dumps({"text": "1 and 2"}) + "\n")
+    words = ["train", "sft", "--dataset_name", "rows.jsonl", "--max_steps", "2", "--output_dir", "out"]
+    assert cli.main(words) == 1
+    out, error = capsys.readouterr()
+    assert "out/metrics.jsonl cannot be written (No space left on device): its lines wait" in out
+    assert error == "logratio: out/metrics.jsonl could not be written: No space left on device\n"
+    assert Path("out/model.safetensors").exists()
 
 
 def test_run_config_given_back_reproduces_the_run():
