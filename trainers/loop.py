@@ -42,9 +42,11 @@ def train(config: RunConfig) -> dict[str, float]:
     saved then); Stopped where a signal ended it (a checkpoint is).
     """
     main = os.environ.get("RANK", "0") == "0"
-    with ending_together(), locked(config.train.output_dir, main=main), stopping() as stop:
+    with ending_together(), locked(config.train.output_dir, main=main):
         try:
-            return train_run(build(config), stop=stop)
+            run = build(config)  # until there is something to save, a signal ends it as any program
+            with stopping() as stop:
+                return train_run(run, stop=stop)
         except torch.OutOfMemoryError as error:
             raise no_room(error) from error
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.trainers import cli
+from logratio.trainers import cli, loop
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
 from logratio.trainers.ground import signals
 from logratio.trainers.step import Step
@@ -70,6 +70,14 @@ def test_a_second_interrupt_leaves_at_once(at_step, capfd):
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 130
     assert capfd.readouterr().err.endswith("logratio: interrupted\n")
     assert checkpoints_in(Path("out")) == [] and len(Path("out/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_before_the_first_step_an_interrupt_leaves_at_once(monkeypatch, capfd):
+    """There is nothing to save, and reading the data may take long."""
+    build = loop.build
+    monkeypatch.setattr(loop, "build", lambda config: (send("SIGINT"), build(config))[1])
+    assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 130
+    assert capfd.readouterr().err == "logratio: interrupted\n" and not Path("out").exists()
 
 
 def test_a_second_signal_of_another_kind_changes_nothing(at_step):
