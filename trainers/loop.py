@@ -185,15 +185,16 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one."""
+        """Pack the next one, unless it is."""
+        if self.prepared:
+            return
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        if not self.prepared:
-            self.prepare()
+        self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window

@@ -32,7 +32,7 @@ from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
 from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
-from .processes.launching import check_processes, describe_processes, load_everywhere, refuse_untried
+from .processes.launching import check_alike, check_processes, describe_processes, load_everywhere, refuse_untried
 from .processes.sharding import describe_whole, wrap
 from .processes.watching import watch_over
 from .rollout.calling import TrainerState
@@ -86,15 +86,14 @@ def build(config: RunConfig) -> Run:
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
     # before it is sharded: the optimizer's parameters become the sharded ones
     optimizer = make_optimizer(trained_parameters(policy), config.train, accelerator.device)
-    wrapped, optimizer = wrap(policy, optimizer, accelerator)
+    policy, optimizer = wrap(policy, optimizer, accelerator)
     trained = trained_parameters(policy)
     notes = [*describe_processes(accelerator), *describe_whole(policy, accelerator), *notes]
-    reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
+    reference, reference_notes = make_reference(config, policy, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
     step = Step(
         accelerator,
         policy,
-        wrapped,
         config.loss,
         reference,
         micro_batch_tokens=config.train.micro_batch_tokens,
@@ -110,6 +109,8 @@ def build(config: RunConfig) -> Run:
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
+    frozen = fingerprint(policy, reference_model(reference))
+    check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
     schedule, warmup = config.train.lr_scheduler_type, config.train.warmup_steps
@@ -130,7 +131,7 @@ def build(config: RunConfig) -> Run:
         health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
         reference_sync=sync,
         checkpoint=checkpoint,
-        frozen=fingerprint(policy, reference_model(reference)),
+        frozen=frozen,
     )
 
 
