@@ -34,7 +34,7 @@ FLOORS = (
     ("trainers/layers",),
     ("trainers/policy",),
     ("trainers/step.py", "trainers/checkpoints"),
-    ("trainers/again.py", "trainers/rollout"),
+    ("trainers/again.py", "trainers/growing.py", "trainers/rollout"),
     ("trainers/preflight.py",),
     ("trainers/setup.py",),
     ("trainers/resume.py",),

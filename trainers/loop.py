@@ -99,9 +99,11 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     """One optimizer step: its line of the log, and whether a process was asked to stop."""
     started, step = time.perf_counter(), progress.step + 1
     window = next(windows)
+    run.growth.before()
     known = run.rollouts is None and step < run.total_steps  # what is sampled needs the updated policy
     result = learn(run.step, window, meanwhile=windows.prepare if known else None)
     updated = update(run, window.examples, step)
+    run.growth.after(window.micros)
     asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
     result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
     metrics, tokens = reduced(run, window, result)

@@ -58,11 +58,11 @@ class Memory:
     ) -> None:
         self.accelerator, self.trained, self.loss = accelerator, trained, loss
         self.micro_batch_tokens = micro_batch_tokens
-        self._notes: list[str] = []
+        self.notes: list[str] = []  # to be told
 
     def take(self) -> list[str]:
         """What there is to tell since the last time."""
-        notes, self._notes = self._notes, []
+        notes, self.notes = self.notes, []
         return notes
 
     @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Memory:
                 raise UserError(message)
             self._drop()
             set_random_states(states, self.accelerator.device)
-            self._notes.append(
+            self.notes.append(
                 f"out of memory with --micro_batch_tokens {self.micro_batch_tokens}; {smaller} from here on, "
                 "which changes nothing else"
             )

@@ -21,6 +21,7 @@ from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
+from .growing import Growth, make_growth
 from .health import Health
 from .optimizer import make_optimizer, trained_parameters
 from .policy.adapters import add_adapters
@@ -64,6 +65,7 @@ class Run:
     total_steps: int
     notes: list[str]
     health: Health
+    growth: Growth
     reference_sync: ReferenceSync | None = None
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
@@ -96,10 +98,11 @@ def build(config: RunConfig) -> Run:
         policy,
         config.loss,
         reference,
-        micro_batch_tokens=config.train.micro_batch_tokens,
+        micro_batch_tokens=config.train.first_micro_batch_tokens,
         max_length=config.data.max_length,
         pad_id=tokenizer.pad_token_id,
     )
+    growth, growth_notes = make_growth(config.train.micro_batch_tokens, step.memory, accelerator)
     rollouts = None
     if config.rollout:
         per_epoch = -(-data.epoch_size // (config.train.batch_size or 1)) * config.rollout.num_iterations
@@ -127,8 +130,9 @@ def build(config: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         total_steps=total_steps,
-        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes, *growth_notes],
         health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
+        growth=growth,
         reference_sync=sync,
         checkpoint=checkpoint,
         frozen=frozen,

@@ -32,8 +32,9 @@ class TrainConfig:
     """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes."""
     gradient_accumulation_steps: Count | None = None
     """TRL's spelling, see per_device_train_batch_size."""
-    micro_batch_tokens: Count = 8192
-    """Tokens of one forward pass on one process, padding included: memory against speed, never the result."""
+    micro_batch_tokens: Count | Literal["auto"] = 8192
+    """Tokens of one forward pass on one process, padding included: memory against speed, never the result. auto: 8192,
+    and after the first steps as many as the GPU has room for."""
     max_steps: Count | None = None
     """Optimizer steps (default: as many as num_train_epochs takes)."""
     num_train_epochs: Positive = 3.0
@@ -61,6 +62,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+
+    @property
+    def first_micro_batch_tokens(self) -> int:
+        """What a run begins with."""
+        return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     def resolved(self, method: str, num_processes: int) -> TrainConfig:
         """With every default that depends on the method or the number of processes filled in, and TRL's spelling of

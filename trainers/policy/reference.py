@@ -257,7 +257,7 @@ def make_reference(
     if found:
         table = load_table(path, key)
         return StoredReference(table, reference, accelerator), [*notes, f"reference log-probs read from {path}"]
-    memory = Memory(accelerator, (), config.loss, config.train.micro_batch_tokens)
+    memory = Memory(accelerator, (), config.loss, config.train.first_micro_batch_tokens)
     packing = {**policy.packing, "fitting": memory.fitting}
 
     def passes() -> dict[str, list[Tensor]]:
