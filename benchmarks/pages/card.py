@@ -69,9 +69,8 @@ def card(run: Run) -> str:
     """The whole of README.md."""
     front = f"---\n{ModelCardData(**data_of(run)).to_yaml()}\n---\n\n"
     body = "\n\n".join(part for part in body_of(run) if part) + "\n"
-    return (
-        f"{front}<!-- written by `logratio report`, sha256 {digest(front + body)}; edited, it is left alone -->\n{body}"
-    )
+    mark = f"<!-- written by `logratio report`, sha256 {digest(front + body)}; edited, it is left alone -->\n"
+    return front + mark + body
 
 
 def data_of(run: Run) -> dict[str, Any]:
@@ -80,9 +79,10 @@ def data_of(run: Run) -> dict[str, Any]:
     base = str(run.option("model", "model_name_or_path"))
     kinds = run.option("loss", "loss_type")
     tags = ["logratio", run.method, *(kinds if isinstance(kinds, list) else [kinds] if kinds else [])]
-    data = [name for name in data_sets(run) if on_hub(name)]
+    here = began_in(run)
+    data = [name for name in data_sets(run) if on_hub(name, here)]
     return {
-        **({"base_model": base} if on_hub(base) else {}),
+        **({"base_model": base} if on_hub(base, here) else {}),
         "library_name": "peft" if adapter else "transformers",
         **({"datasets": data} if data else {}),
         "pipeline_tag": "text-generation",
@@ -94,9 +94,15 @@ def data_sets(run: Run) -> list[str]:
     return [str(name) for name in run.option("data", "dataset_name") or ()]
 
 
-def on_hub(name: str) -> bool:
-    """Whether it is written as OWNER/NAME, and no folder or file here."""
-    if name.count("/") != 1 or Path(name).exists() or Path(name).suffix in (".jsonl", ".json", ".parquet", ".gz"):
+def began_in(run: Run) -> Path:
+    """The folder that the run's paths are relative to, as far as its own shows it."""
+    own, told = run.folder.resolve().parts, Path(str(run.option("train", "output_dir") or "")).parts
+    return Path(*own[: -len(told)]) if told and own[-len(told) :] == told and len(own) > len(told) else Path()
+
+
+def on_hub(name: str, here: Path) -> bool:
+    """Whether it is written as OWNER/NAME, and is no folder or file of the place where the run began."""
+    if name.count("/") != 1 or (here / name).exists() or Path(name).suffix in (".jsonl", ".json", ".parquet", ".gz"):
         return False
     try:
         validate_repo_id(name)

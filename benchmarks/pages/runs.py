@@ -150,7 +150,7 @@ def read_log(path: Path) -> tuple[dict[str, Column], int, int, list[str]]:
     counts.
     """
     columns: dict[str, Column] = {}
-    count, last, bad, back = 0, 0, [], []
+    count, last, bad, back, number = 0, 0, [], [], 0
     for number, row in lines_of(path):
         step = row.get("step") if isinstance(row, dict) else None
         if not isinstance(step, int):
@@ -168,12 +168,22 @@ def read_log(path: Path) -> tuple[dict[str, Column], int, int, list[str]]:
                 column.steps.append(step)
                 column.values.append(value)
     notes = []
+    if bad and bad[-1] == number and not ends_whole(path):
+        bad.pop()
+        notes.append(f"{LOG}: its last line is cut off, and left out")
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         notes.append(f"{LOG}: {len(bad)} line{'s' if len(bad) > 1 else ''} could not be read and left out ({shown})")
     if back:
         notes.append(f"{LOG}: its steps go back at line {back[0]}; where a step comes twice, the later line counts")
     return columns, count, last, notes
+
+
+def ends_whole(path: Path) -> bool:
+    """Whether the file's last line has its end."""
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() == b"\n"
 
 
 def cut(columns: dict[str, Column], step: int) -> int:

@@ -17,10 +17,12 @@ from .thin import POINTS, Curve, decades, means, thinned, ticks
 from .words import number, tick
 
 WIDTH, HEIGHT = 420, 236
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 10, 26
 ALL_POINTS = 100_000
 """Of all curves of a page together: about a megabyte."""
 FEWEST = 40
+MANY = 4
+"""Lines from which on those of single steps are paler."""
 LOGARITHMIC = 100.0
 """Times the lowest value that the highest must have for a logarithmic scale."""
 
@@ -79,6 +81,7 @@ def colour_of(number: int) -> str:
 def drawn(chart: Chart, runs: Sequence[Run], points: int = POINTS) -> Drawing:
     """The chart of one run, whose lines have a colour each, or of several, which have one each."""
     lines, bands, keys = [], [], []
+    log = chart.log and is_wide([run.columns[name].values for run in runs for name in chart.all & run.columns.keys()])
     several = len(runs) > 1
     for at, run in enumerate(runs):
         for place, name in enumerate(chart.metrics):
@@ -88,7 +91,7 @@ def drawn(chart: Chart, runs: Sequence[Run], points: int = POINTS) -> Drawing:
             label = " ".join(filter(None, [run.name if several else "", own])) or "training"
             kind = "dashed" if several and place else "line"
             if (column := run.columns.get(name)) is not None:
-                mean = means(column.steps, column.values) if chart.noisy else None
+                mean = means(column.steps, column.values, log=log) if chart.noisy else None
                 curve = thinned(column.steps, column.values, points)
                 lines.append(Line(label, colour, curve, kind, faint=mean is not None))
                 if mean is not None:
@@ -106,7 +109,6 @@ def drawn(chart: Chart, runs: Sequence[Run], points: int = POINTS) -> Drawing:
     notes = [chart.note]
     if several and len(chart.metrics) > 1:
         notes.append("dashed: " + chart.metrics[1].rsplit("/", 1)[-1])
-    log = chart.log and is_wide(scale)
     notes.append("logarithmic" if log else "")
     return Drawing(
         chart.title,
@@ -136,10 +138,10 @@ def band_of(chart: Chart, run: Run, points: int) -> tuple[np.ndarray, np.ndarray
     return shared[starts], np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
 
 
-def is_wide(curves: Sequence[Curve]) -> bool:
+def is_wide(columns: Sequence[Sequence[float]]) -> bool:
     """Whether all values are positive and of very different size."""
-    found = [y[np.isfinite(y)] for _, y in curves]
-    values = np.concatenate(found) if found else np.empty(0)
+    values = np.concatenate([np.asarray(values) for values in columns]) if columns else np.empty(0)
+    values = values[np.isfinite(values)]
     return bool(len(values) and values.min() > 0 and values.max() > LOGARITHMIC * values.min())
 
 
@@ -180,14 +182,13 @@ def picture(
         out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick(value)}</text>')
     for value in (step for step in ticks(max(x.low, 0), x.high, 5) if step == round(step)):
         at = float(x(np.array(value)))
-        anchor = "end" if at > WIDTH - RIGHT - 14 else "middle"
-        out.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{tick(value)}</text>')
+        out.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick(value)}</text>')
     for colour, steps, low, high in bands:
         around = (np.concatenate([steps, steps[::-1]]), np.concatenate([high, low[::-1]]))
         out.append(f'<path class="band {colour_of(colour)}" d="{path(around, x, y)}Z"/>')
-    for line in lines:
+    for line in sorted(lines, key=lambda line: not line.faint):  # the means above all single steps
         d = path(line.curve, x, y)
-        faint = " faint" if line.faint else ""
+        faint = f" faint {'among' if len(lines) > MANY else ''}".rstrip() if line.faint else ""
         named = "" if line.silent else f' data-label="{escape(line.label)}"'
         out.append(f'<path class="{line.kind}{faint} {colour_of(line.colour)}"{named} d="{d}"/>')
         if line.kind == "dots" or len(line.curve[0]) == 1:

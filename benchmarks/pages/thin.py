@@ -36,19 +36,25 @@ def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS)
     return x[chosen], y[chosen]
 
 
-def means(steps: Sequence[int], values: Sequence[float]) -> Curve | None:
-    """The mean over a window of a twentieth of the values around each of at most `MEANS` evenly spaced ones; at
-    the ends over as many as there are to both sides. None where the values are few."""
+def means(steps: Sequence[int], values: Sequence[float], *, log: bool = False) -> Curve | None:
+    """The mean over a window of a twentieth of the values around each of at most `MEANS` evenly spaced ones, at the
+    ends over the part of it that is there; NaN where it has no finite value. None where the values are few.
+
+    log: the geometric mean, which on a logarithmic scale lies in the middle.
+    """
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    finite = np.isfinite(y)
-    x, y = x[finite], y[finite]
     if len(x) <= SHORT:
         return None
+    finite = np.isfinite(y)
+    y = np.where(finite, y, 1.0)  # of no weight
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, np.log(y) if log else y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
     half = len(x) // 40
     at = np.unique(np.linspace(0, len(x) - 1, min(MEANS, len(x))).round().astype(int))
-    reach = np.minimum(half, np.minimum(at, len(x) - 1 - at))  # alike to both sides, or the ends would be tilted
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    return x[at], (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    start, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(x))
+    found = counts[end] - counts[start]
+    mean = np.where(found > 0, (sums[end] - sums[start]) / np.maximum(found, 1), np.nan)
+    return x[at], np.exp(mean) if log else mean
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
