@@ -52,12 +52,14 @@ def replaceable(text: str) -> bool:
     """Whether nobody has written in it: it is ours as we wrote it, or PEFT's form as PEFT fills it."""
     if found := MARK.search(text):
         return found[1] == digest(text[: found.start()] + text[found.end() :])
+    if not text.strip():
+        return True
     form = ModelCard.from_template(ModelCardData()).text
-    return _body(text).partition("### Framework versions")[0].split() == _body(form).split()
+    return _body(text).split() == _body(form).split()
 
 
 def _body(text: str) -> str:
-    """Without the front matter."""
+    """Without the front matter, and without the versions that PEFT adds."""
     return re.sub(r"\A\s*---\n.*?\n---\n", "", text, flags=re.DOTALL).partition("### Framework versions")[0]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+# Gives the program the two ends of pipes as its descriptors 3 and 4, whatever they were.
+LAUNCH = """
+import os, sys
+ends = [os.dup2(int(end), 50 + at, inheritable=False) for at, end in enumerate(sys.argv[1:3])]
+for at, end in enumerate(ends):
+    os.dup2(end, 3 + at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def browser() -> str | None:
@@ -102,10 +112,11 @@ def chromium() -> Iterator[Page]:
     command = browser()
     assert command is not None
     ours, theirs = os.pipe(), os.pipe()  # theirs[0] <- browser's 4, ours[1] -> browser's 3
-    words = f"exec {command} --headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars"
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        words += [f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         process = subprocess.Popen(
-            ["sh", "-c", f"{words} --user-data-dir={profile} --remote-debugging-pipe 3<&{ours[0]} 4>&{theirs[1]}"],
+            [sys.executable, "-c", LAUNCH, str(ours[0]), str(theirs[1]), command, *words],
             pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(ours[0])
