@@ -28,7 +28,7 @@ class Cost:
 
 def cost(run: Run) -> Cost:
     """Of the steps that the log has; what the time between them went into is not logged."""
-    lines = {}
+    lines: dict[str, str] = {}
     if (column := run.columns.get("step_ms")) is not None:
         ms = np.asarray(column.values)
         slowest = int(np.nanargmax(ms))
