@@ -23,16 +23,16 @@ def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS)
     y = np.where(np.isfinite(y), y, np.nan)
     if len(x) <= points:
         return x, y
-    edges = np.linspace(0, len(x), max(points // 2 - 1, 1) + 1).astype(int)
-    kept = {0, len(x) - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
-        part = y[start:end]
-        missing = np.isnan(part)
-        if missing.any():
-            kept.add(start + int(missing.argmax()))
-        if not missing.all():
-            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
-    chosen = np.array(sorted(kept))
+    width = -(-len(x) // max(points // 2 - 1, 1))
+    rows = -(-len(x) // width)
+    table = np.full(rows * width, np.nan)
+    table[: len(y)] = y
+    table = table.reshape(rows, width)
+    missing = np.isnan(table)
+    lowest, highest = np.where(missing, np.inf, table).argmin(1), np.where(missing, -np.inf, table).argmax(1)
+    gaps = np.where(missing.any(1), missing.argmax(1), lowest)
+    chosen = np.concatenate([at + np.arange(rows) * width for at in (lowest, highest, gaps)])
+    chosen = np.unique(np.concatenate([[0], chosen[chosen < len(x)], [len(x) - 1]]))
     return x[chosen], y[chosen]
 
 
