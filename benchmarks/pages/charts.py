@@ -9,18 +9,21 @@ from .runs import Run
 
 EVALUATED = "eval_"
 NO_METRIC = ("hash",)
+DEVIATION = "one standard deviation"
 
 
 @dataclass(frozen=True)
 class Chart:
     """metrics: log's names, each a line (the second dashed), with `eval_NAME` over it where there is one. band: the
     metrics of its lower and upper edge. spread: the metric that is added to and taken from the first one for a band.
-    log: whether its scale may be logarithmic. noisy: whether a line of means tells more than single steps."""
+    edges: what these are, in words. log: whether its scale may be logarithmic. noisy: whether a line of means tells
+    more than single steps."""
 
     title: str
     metrics: tuple[str, ...]
     band: tuple[str, str] | None = None
     spread: str | None = None
+    edges: str = ""
     log: bool = False
     noisy: bool = True
     note: str = ""
@@ -35,7 +38,7 @@ class Chart:
 
 LEARNING = (
     Chart("Loss", ("loss",), log=True),
-    Chart("Reward", ("reward",), spread="reward_std", note="band: one standard deviation"),
+    Chart("Reward", ("reward",), spread="reward_std", edges=DEVIATION),
     Chart("Reward margin", ("rewards/margins",)),
     Chart("Pairs in the right order", ("rewards/accuracies",), note="share whose chosen has the higher reward"),
     Chart("Rewards", ("rewards/chosen", "rewards/rejected")),
@@ -45,7 +48,8 @@ LEARNING = (
         "Completion length",
         ("completions/mean_length",),
         band=("completions/min_length", "completions/max_length"),
-        note="tokens; band: shortest to longest",
+        edges="shortest to longest",
+        note="tokens",
     ),
     Chart("Completions cut at the limit", ("completions/clipped_ratio",), note="share"),
     Chart("Groups of equal rewards", ("frac_reward_zero_std",), note="share, from which nothing is learned"),
@@ -67,7 +71,8 @@ def learning(runs: Sequence[Run]) -> list[Chart]:
     found = [chart for chart in LEARNING if logged & set(chart.metrics)]
     means = [name for name in logged if name.startswith("rewards/") and name.endswith("/mean")]
     functions = [
-        Chart(f"Reward {name.split('/', 1)[1][:-5]}", (name,), spread=f"{name[:-5]}/std") for name in sorted(means)
+        Chart(f"Reward {name.split('/', 1)[1][:-5]}", (name,), spread=f"{name[:-5]}/std", edges=DEVIATION)
+        for name in sorted(means)
     ]
     at = next((i for i, chart in enumerate(found) if chart.metrics == ("reward",)), 0) + 1
     return found[:at] + (functions if len(functions) > 1 else []) + found[at:]

@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 16, 10, 26
 ALL_POINTS = 100_000
 """Of all curves of a page together: about a megabyte."""
 FEWEST = 40
+BANDS = 3
+"""Runs up to which their bands are drawn; more would hide each other."""
 MANY = 4
 """Lines from which on those of single steps are paler."""
 LOGARITHMIC = 100.0
@@ -102,18 +104,19 @@ def drawn(chart: Chart, runs: Sequence[Run], points: int = POINTS) -> Drawing:
                 curve = thinned(column.steps, column.values, points)
                 lines.append(Line(f"{label}, evaluation" if several or own else "evaluation", over, curve, "dots"))
                 keys += [("dots", over, f"{own}, evaluation" if own else "evaluation")] if not several else []
-        if (band := band_of(chart, run, points)) is not None and not several:
+        if (band := band_of(chart, run, points)) is not None:
             bands.append((at, *band))
+    bands = bands if len(bands) <= BANDS else []
     scale = [line.curve for line in lines] + [(x, edge) for _, x, low, high in bands for edge in (low, high)]
     last = runs[0].last(chart.metrics[0]) if not several and len(chart.metrics) == 1 else None
-    notes = [chart.note]
+    notes = [chart.note, f"band: {chart.edges}" if bands and chart.edges else ""]
     if several and len(chart.metrics) > 1:
         notes.append("dashed: " + chart.metrics[1].rsplit("/", 1)[-1])
     notes.append("logarithmic" if log else "")
     return Drawing(
         chart.title,
         "; ".join(filter(None, notes)),
-        picture(chart.title, lines, bands, frame(scale, log)),
+        picture(chart.title, lines, bands, frame(scale, log, [c.steps for run in runs for c in run.columns.values()])),
         keys if len(keys) > 1 else [],
         number(last) if last is not None else "",
     )
@@ -145,12 +148,11 @@ def is_wide(columns: Sequence[Sequence[float]]) -> bool:
     return bool(len(values) and values.min() > 0 and values.max() > LOGARITHMIC * values.min())
 
 
-def frame(curves: Sequence[Curve], log: bool) -> tuple[Scale, Scale]:
-    """The scales of steps and of values that hold all curves."""
-    found = [(x, y[np.isfinite(y)]) for x, y in curves]
-    steps = np.concatenate([x for x, _ in found] or [np.zeros(1)])
-    values = np.concatenate([y for _, y in found] or [np.zeros(1)])
-    first, last = (float(steps.min()), float(steps.max())) if len(steps) else (0.0, 1.0)
+def frame(curves: Sequence[Curve], log: bool, steps: Sequence[Sequence[int]]) -> tuple[Scale, Scale]:
+    """The scales of steps, the same in all charts of a page, and of values, which holds all curves. steps: of all
+    metrics of all runs, in order."""
+    values = np.concatenate([y[np.isfinite(y)] for _, y in curves] or [np.zeros(1)])
+    first, last = float(min(one[0] for one in steps if one)), float(max(one[-1] for one in steps if one))
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if log:
         low, high = low / 1.15, high * 1.15

@@ -106,7 +106,13 @@ def test_what_a_chart_shows_has_none_of_its_own_and_the_rest_is_folded_away(tmp_
     assert shown <= charts and "my/metric by step" in charts
     assert not {"completions/min_length by step", "reward_std by step"} & charts
     bands = [attrs for tag, attrs in reader.tags if tag == "path" and "band" in (attrs["class"] or "")]
-    assert len(bands) >= 2  # reward and completion length
+    assert len(bands) == 2  # reward and completion length
+    assert "band: one standard deviation" in reader.words and "tokens; band: shortest to longest" in reader.words
+    many = [folder(tmp_path / f"run-{n}", rows, options("grpo")) for n in range(4)]
+    reader = page(*many, output=tmp_path / "many.html")
+    assert "band" not in reader.words and not [
+        t for t, attrs in reader.tags if t == "path" and "band" in attrs["class"]
+    ]
 
 
 def test_several_runs_share_an_axis_and_what_differs_is_marked(tmp_path: Path):
@@ -117,6 +123,7 @@ def test_several_runs_share_an_axis_and_what_differs_is_marked(tmp_path: Path):
     reader = page(*runs, output=tmp_path / "both.html")
     assert curve(reader, "Loss", "rate-1e-05")[-1][0] == pytest.approx(100, abs=0.2)
     assert curve(reader, "Loss", "rate-0.0001")[-1][0] == pytest.approx(50, abs=0.2)
+    assert len({attrs["data-x"] for tag, attrs in reader.tags if tag == "svg"}) == 1
     text = (tmp_path / "both.html").read_text()
     (row,) = re.findall(r'<tr class="differs"><th><code>(.*?)</code></th>(.*?)</tr>', text)
     assert row[0] == "learning_rate" and re.findall("<td.*?>(.*?)</td>", row[1]) == ["1e-05", "0.0001", "1e-06"]
