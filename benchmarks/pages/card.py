@@ -14,8 +14,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from logratio.trainers.errors import UserError
+
 from .options import options
-from .runs import Run, section
+from .runs import Run, section, sets_of
 from .words import number, plain
 
 FILE = "README.md"
@@ -40,11 +42,15 @@ def write_card(run: Run) -> str:
     path = run.folder / FILE
     if not run.saved:
         return "no model card: no model is saved there yet"
-    if path.exists() and not replaceable(path.read_text(errors="replace")):
+    if path.exists() and not replaceable(path.read_text(encoding="utf-8", errors="replace")):
         return f"{path} was written or changed by hand, and is left as it is"
     partial = path.with_name(f".{FILE}")
-    partial.write_text(card(run))
-    partial.replace(path)
+    try:
+        partial.write_text(card(run), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error.strerror}") from error
     return str(path)
 
 
@@ -71,6 +77,7 @@ def card(run: Run) -> str:
     """The whole of README.md."""
     front = f"---\n{ModelCardData(**data_of(run)).to_yaml()}\n---\n\n"
     body = "\n\n".join(part for part in body_of(run) if part) + "\n"
+    body = body.encode("utf-8", "replace").decode()  # without halves of characters, which JSON can hold
     mark = f"<!-- written by `logratio report`, sha256 {digest(front + body)}; edited, it is left alone -->\n"
     return front + mark + body
 
@@ -141,12 +148,12 @@ def body_of(run: Run) -> list[str]:
 def data_part(run: Run) -> str:
     """What became of the rows."""
     lines = []
-    for one in section(run.card, "train").get("sets") or []:
+    for one in sets_of(section(run.card, "train")):
         counts = [f"{one['examples']:,} examples"]
         for key, words in COUNTED.items():
             if one.get(key):
                 counts.append(f"{one[key]:,} {words}")
-        lines.append(f"- `{shown_name(one['name'])}`: {', '.join(counts)}")
+        lines.append(f"- `{shown_name(str(one.get('name')))}`: {', '.join(counts)}")
     return "## Data\n\n" + "\n".join(lines) if lines else ""
 
 

@@ -29,7 +29,7 @@ class Cost:
 def cost(run: Run) -> Cost:
     """Of the steps that the log has; what the time between them went into is not logged."""
     lines: dict[str, str] = {}
-    if (column := run.columns.get("step_ms")) is not None:
+    if (column := run.known("step_ms")) is not None:
         ms = np.asarray(column.values)
         slowest = int(np.nanargmax(ms))
         lines |= {
@@ -40,9 +40,9 @@ def cost(run: Run) -> Cost:
         }
     if (tokens := run.last("num_tokens")) is not None:
         lines["tokens"] = f"{tokens:,.0f}"
-    if (speed := run.columns.get("tokens_per_s")) is not None:
+    if (speed := run.known("tokens_per_s")) is not None:
         lines["median speed"] = f"{number(float(np.nanmedian(speed.values)))} tokens/s"
-    peak = run.columns.get("peak_mem_mib")
+    peak = run.known("peak_mem_mib")
     if peak is not None:
         kind = "process" if run.about.get("device", "cpu") == "cpu" else "GPU, allocated by torch"
         lines[f"peak memory ({kind})"] = f"{number(float(np.nanmax(peak.values)))} MiB"

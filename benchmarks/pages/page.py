@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -18,7 +19,7 @@ from .charts import cost as cost_charts
 from .cost import cost
 from .options import options, versions
 from .rollouts import rollouts
-from .runs import Run, read_runs, section
+from .runs import Column, Run, read_runs, section, sets_of
 from .svg import Drawing, colour_of, drawn, points_for
 from .words import duration, number, plain, shortened
 
@@ -63,9 +64,10 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[str]:
     path = output or (runs[0].folder / NAME if len(runs) == 1 else Path(NAME))
     check_target(path)
     text = rendered(runs)
-    write(path, text)
+    data = text.encode("utf-8", "replace")  # halves of a character, which JSON can hold
+    write(path, data)
     steps = sum(run.num_steps for run in runs)
-    size = len(text.encode()) / 1e6
+    size = len(data) / 1e6
     told = [f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {steps:,} steps, {size:.2f} MB"]
     return told + ([write_card(runs[0])] if len(runs) == 1 else [])
 
@@ -80,11 +82,11 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path} was not made by `logratio report`, and is not overwritten: choose another --output")
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: bytes) -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -148,13 +150,19 @@ def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         values = [run.last(metric) for run in runs]
         if any(value is not None for value in values):
             lines.append((name, [number(value) for value in values]))
-    times = [sum(run.columns["step_ms"].values) / 1e3 if "step_ms" in run.columns else None for run in runs]
-    if any(times):
-        lines.append(("time in steps", [duration(time) if time else "–" for time in times]))
-    peaks = [max(run.columns["peak_mem_mib"].values) if "peak_mem_mib" in run.columns else None for run in runs]
-    if any(peaks):
-        lines.append(("peak memory", [f"{number(peak)} MiB" if peak else "–" for peak in peaks]))
+    for metric, name, told in (("step_ms", "time in steps", in_steps), ("peak_mem_mib", "peak memory", at_most)):
+        columns = [run.known(metric) for run in runs]
+        if any(columns):
+            lines.append((name, ["–" if column is None else told(column) for column in columns]))
     return lines
+
+
+def in_steps(step_ms: Column) -> str:
+    return duration(float(np.nansum(step_ms.values)) / 1e3)
+
+
+def at_most(mib: Column) -> str:
+    return f"{number(float(np.nanmax(mib.values)))} MiB"
 
 
 def card_of(run: Run) -> list[dict[str, Any]]:
@@ -162,9 +170,9 @@ def card_of(run: Run) -> list[dict[str, Any]]:
     found = []
     for split, use in (("train", "to train on"), ("evaluation", "to evaluate on")):
         part = section(run.card, split)
-        sets = part.get("sets") or []
-        if part and not sets:
-            sets = [{"name": "held out of the rows above", "examples": part.get("examples")}]
+        sets = sets_of(part)
+        if isinstance(part.get("examples"), int) and not sets:
+            sets = [{"name": "held out of the rows above", "examples": part["examples"]}]
         for one in sets:
             counts = [(one[key], words) for key, words in COUNTS.items() if one.get(key)]
             if one.get("labels"):

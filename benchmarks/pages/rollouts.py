@@ -62,6 +62,9 @@ def rollouts(run: Run) -> Rollouts | None:
     if not {"step", "completion"} <= names or not table.num_rows:
         run.notes.append(f"{FILE} has no rows" if not table.num_rows else f"{FILE} lacks 'step' or 'completion'")
         return None
+    if not pa.types.is_integer(table["step"].type) or table["step"].null_count:
+        run.notes.append(f"{FILE}: 'step' must be whole numbers")
+        return None
     steps = np.asarray(table["step"].to_pylist(), dtype=np.int64)
     first, last = int(steps.min()), int(steps.max())
     edges = np.linspace(first, last + 1, min(STRETCHES, last - first + 1) + 1).round().astype(int)

@@ -18,19 +18,21 @@ SECTIONS = ("loss", "model", "data", "train", "save", "rollout")
 SAVED = ("adapter_config.json", "config.json")
 """Of which a folder with a trained model has one."""
 EXAMPLES_SHOWN = 5
+LARGEST = 1e300
+"""Beyond it a value is none: JSON's integers have no end, and infinity has no place in a chart."""
 
 
 @dataclass
 class Column:
-    """A metric of the log: its values and the steps that have one, in order."""
+    """A metric of the log: its values, NaN for what is no finite number, and the steps that have one, in order."""
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
     @property
     def last(self) -> float:
-        """The last finite value; NaN where there is none."""
-        return next((value for value in reversed(self.values) if math.isfinite(value)), math.nan)
+        """The last value; NaN where there is none."""
+        return next((value for value in reversed(self.values) if not math.isnan(value)), math.nan)
 
 
 @dataclass
@@ -66,16 +68,28 @@ class Run:
     def option(self, part: str, name: str) -> Any:
         return section(self.config, part).get(name)
 
-    def last(self, metric: str) -> float | None:
-        """The metric's last finite value; None where it was never logged."""
+    def known(self, metric: str) -> Column | None:
+        """The metric, where the log has a value of it."""
         column = self.columns.get(metric)
-        return None if column is None or math.isnan(column.last) else column.last
+        return None if column is None or math.isnan(column.last) else column
+
+    def last(self, metric: str) -> float | None:
+        """The metric's last value; None where the log has none."""
+        column = self.known(metric)
+        return None if column is None else column.last
 
 
 def section(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """A part of run_config.json; empty where the file has none."""
     found = config.get(part)
     return found if isinstance(found, dict) else {}
+
+
+def sets_of(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The data sets of a part of data_card.json."""
+    found = part.get("sets")
+    known = found if isinstance(found, list) else []
+    return [one for one in known if isinstance(one, dict) and isinstance(one.get("examples"), int)]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -97,7 +111,14 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises UserError where it is no run, has no step yet, or its configuration cannot be read."""
+    """Raises UserError where it is no run, has no step yet, or one of its files cannot be read."""
+    try:
+        return _read_run(folder, name)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _read_run(folder: Path, name: str) -> Run:
     for file in (LOG, CONFIG):
         if not (folder / file).is_file():
             what = f"has no {file}" if folder.is_dir() else "is no folder"
@@ -153,7 +174,7 @@ def read_log(path: Path) -> tuple[dict[str, Column], int, int, list[str]]:
     count, last, bad, back, number = 0, 0, [], [], 0
     for number, row in lines_of(path):
         step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int):
+        if type(step) is not int or not 0 <= step < 2**53:
             bad.append(number)
             continue
         if count and step <= last:
@@ -166,7 +187,7 @@ def read_log(path: Path) -> tuple[dict[str, Column], int, int, list[str]]:
                 if column is None:
                     column = columns[name] = Column()
                 column.steps.append(step)
-                column.values.append(value)
+                column.values.append(value if -LARGEST < value < LARGEST else math.nan)
     notes = []
     if bad and bad[-1] == number and not ends_whole(path):
         bad.pop()

@@ -262,6 +262,23 @@ def test_where_steps_come_twice_the_later_line_counts(tmp_path: Path):
     assert "its steps go back at line 5; where a step comes twice, the later line counts" in reader.words
 
 
+def test_files_that_somebody_has_changed_end_in_no_traceback(tmp_path: Path):
+    half = json.loads('"\\ud83d"')  # of a character
+    odd = {"loss": 10**400, "step_ms": math.nan, "grad_norm": -math.inf, "peak_mem_mib": None}
+    rows = [line(1) | odd, {"step": True}, {"step": 10**30}, {"step": 2.5}, [], {}, line(2) | odd]
+    card = {"train": {"sets": [3, {"name": half, "examples": 1}]}, "evaluation": 7}
+    for number, config in enumerate(
+        ({}, {"about": 3, "loss": [], "method": None}, options() | {"loss_class": "my:Own"})
+    ):
+        one = folder(tmp_path / f"run-{number}", rows, config, data_card=card, skipped_rows=[3, {"reason": half}])
+        (one / "config.json").write_text("{}")
+        told = page(one).words
+        assert "5 lines could not be read and left out (2, 3, 4, 5, 6)" in told and "steps 2" in told
+        assert (one / "README.md").exists()
+    (one / "data_card.json").write_text("[]")
+    assert "data_card.json cannot be read." in page(one).words
+
+
 def test_a_run_of_one_step_and_values_that_are_no_numbers(tmp_path: Path):
     odd = {"loss": math.nan, "grad_norm": math.inf, "word": "text", "flag": True, "none": None}
     reader = page(folder(tmp_path / "one", [line(1) | odd]))

@@ -86,4 +86,7 @@ def test_without_completions_there_is_nothing_and_what_cannot_be_read_is_said(ru
     completions(run, [{"text": "a"}])
     one, notes = found(run)
     assert one is None and "completions.parquet lacks 'step' or 'completion'" in notes
+    completions(run, [{"step": None, "completion": "a"}, {"step": 1, "completion": None}])
+    one, notes = found(run)
+    assert one is None and "completions.parquet: 'step' must be whole numbers" in notes
     assert found(folder(tmp_path / "sft", [line(1)]))[0] is None
