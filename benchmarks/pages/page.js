@@ -23,6 +23,7 @@
     cursor.setAttribute("class", "cursor");
     const hide = () => { box.hidden = true; cursor.remove(); };
     plot.addEventListener("pointerleave", hide);
+    addEventListener("scroll", hide, { passive: true });
     plot.addEventListener("pointermove", (event) => {
       lines = lines || read();
       const frame = plot.getBoundingClientRect();

@@ -25,9 +25,9 @@ def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS)
         return x, y
     width = -(-len(x) // max(points // 2 - 1, 1))
     rows = -(-len(x) // width)
-    table = np.full(rows * width, np.nan)
-    table[: len(y)] = y
-    table = table.reshape(rows, width)
+    padded = np.full(rows * width, np.nan)
+    padded[: len(y)] = y
+    table = padded.reshape(rows, width)
     missing = np.isnan(table)
     lowest, highest = np.where(missing, np.inf, table).argmin(1), np.where(missing, -np.inf, table).argmax(1)
     gaps = np.where(missing.any(1), missing.argmax(1), lowest)
