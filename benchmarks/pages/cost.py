@@ -81,7 +81,10 @@ def unplanned(run: Run) -> str:
         return "the plan does not know the loaded adapter's rank"
     if model.get("lora_r") and list(model.get("lora_target_modules") or ()) != ["all-linear"]:
         return "the plan is of adapters on all linear layers"
-    if section(run.card, "train").get("prompt_tokens") is None:
+    for name in ("micro_batch_tokens", "batch_size"):
+        if not isinstance(found := run.option("train", name), int):
+            return f"run_config.json has no number of {name}, but {found}"
+    if not isinstance(section(run.card, "train").get("prompt_tokens"), int | float):
         return "data_card.json does not say how long the rows are"
     return ""
 

@@ -183,6 +183,9 @@ def test_plan_stands_beside_what_was_measured_on_a_gpu(tmp_path: Path):
     config["model"]["model_name_or_path"] = "nobody/knows-it"
     told = page(folder(tmp_path / "unknown", [preference(1)], config, data_card=card)).words
     assert "No plan stands beside it: nothing is known of the model 'nobody/knows-it'" in told
+    config["train"]["micro_batch_tokens"] = "auto"
+    told = page(folder(tmp_path / "auto", [preference(1)], config, data_card=card)).words
+    assert "No plan stands beside it: run_config.json has no number of micro_batch_tokens, but auto." in told
     config["train"]["mixed_precision"] = "bf16"
     told = page(folder(tmp_path / "autocast", [preference(1)], config, data_card=card)).words
     assert "No plan stands beside it: the plan does not model autocast." in told
