@@ -42,8 +42,9 @@ FLOORS = (
     ("trainers/cli.py", "trainers/demo.py"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
-    ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
-    ("benchmarks/atlas.py", "benchmarks/bench.py"),
+    ("benchmarks/plan.py", "benchmarks/verify.py"),
+    ("benchmarks/pages",),
+    ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/report.py"),
     ("benchmarks/profile.py",),
 )
 

@@ -67,6 +67,7 @@ def train_run(
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         log.list_skipped(run.data.skipped)
+        log.keep_card(run.data.card())
         row, windows = log.last, Ahead(steps(run, progress))
         for step in range(progress.step + 1, total + 1):
             try:
@@ -87,6 +88,7 @@ def train_run(
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):
             log.say(note)
+        log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
             save_run(run.config, run.policy, run.tokenizer, weights)

@@ -128,13 +128,22 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """By which code, on how many processes and on what the run trains."""
+    """By which code, on how many processes, on which device and on what the run trains."""
     return {
         **code(),
         "num_processes": run.accelerator.num_processes,
+        **device_of(run.accelerator.device),
         "data": run.data.fingerprint,
         "frozen": run.frozen,
     }
+
+
+def device_of(device: torch.device) -> dict[str, Any]:
+    """Its name and its memory; of a CPU "cpu", and no memory of its own."""
+    if device.type != "cuda":
+        return {"device": device.type, "device_mem_mib": None}
+    found = torch.cuda.get_device_properties(device)
+    return {"device": found.name, "device_mem_mib": found.total_memory / 2**20}
 
 
 @functools.cache
