@@ -10,7 +10,7 @@ What is rescued, for torch's OutOfMemoryError:
    where they meet next: behind a pass without gradient, and before that last backward pass.
 What is not, and ends the run in one sentence:
 3. A step's last backward pass under DDP. There gradients are added up, and the others wait for this process's.
-4. Sharded models (FSDP, ZeRO-3): they meet in every layer.
+4. Sharded models (FSDP), whose processes meet in every layer, and gradients (DeepSpeed), in every backward pass.
 5. A micro-batch of one example, or of one completion of a rollout, which cannot be divided.
 6. What no micro-batch is about: loading the model, the optimizer's state.
 """
@@ -120,7 +120,7 @@ class Memory:
 
     @property
     def sharded(self) -> bool:
-        """Whether processes hold parts of the model only."""
+        """Whether processes hold parts of the model, or of its gradient, only."""
         return self.accelerator.distributed_type not in WHOLE
 
     def _agrees(self, meeting: bool = False) -> bool:

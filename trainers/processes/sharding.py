@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError, first_line
+from .zero import engage, is_zero
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -32,9 +33,13 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
+def wrap(
+    policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_grad_norm: float
+) -> tuple[Any, Any]:
     """The policy and its optimizer as accelerate wraps them. A sharded policy is the same object, with other
-    parameters, and the optimizer's are those."""
+    parameters, and the optimizer's are those. max_grad_norm: the one thing that DeepSpeed has to know beforehand."""
+    if is_zero(accelerator):
+        return engage(policy, optimizer, accelerator, max_grad_norm)
     if not is_sharded(accelerator):
         return accelerator.prepare_model(policy), accelerator.prepare_optimizer(optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
