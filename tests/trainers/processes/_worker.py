@@ -29,6 +29,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.policy.reference import ModelReference
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 from logratio.trainers.processes.sharding import full_weights, load_full_weights
+from logratio.trainers.processes.watching import ending_together
 from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
 from logratio.trainers.step import Step
@@ -180,7 +181,7 @@ def spoil(words: list[str], kind: str = "ddp") -> dict[str, Any]:
         before[:] = [p.detach().clone() for p in run.trained]
         return gradient * (float("nan") if run.accelerator.process_index == 1 else 1.0)
 
-    with prepared(kind, []):
+    with prepared(kind, []), ending_together():  # or the watch would be alive when the process ends, and abort it
         run = setup.build(parse_train(words))
         run.trained[0].register_hook(spoiled)
         try:
