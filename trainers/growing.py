@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from .errors import UserError
 from .memory import Memory
-from .processes.sharding import is_sharded
+from .processes.sharding import meet_inside
 from .step import MicroBatch
 
 SPARE = 0.15
@@ -85,9 +85,9 @@ def make_growth(asked: int | str, memory: Memory, accelerator: Accelerator) -> t
     """What the option asks for, and what to tell about it. UserError where a process could not step back."""
     if asked != "auto":
         return Growth(memory, None), []
-    if is_sharded(accelerator):
+    if meet_inside(accelerator):
         raise UserError(
-            "--micro_batch_tokens auto: processes with sharded weights cannot try again where one runs out of memory; "
+            "--micro_batch_tokens auto: processes with sharded weights or gradients cannot try again where one runs out of memory; "
             "give a number"
         )
     if accelerator.device.type != "cuda":

@@ -9,7 +9,7 @@ What is rescued, for torch's OutOfMemoryError:
 2. Several that hold the whole model each: the same. They learn of it where they meet, which is behind their passes, and
    try again together; gradients that were added up in the meantime are dropped.
 What is not, and ends the run in one sentence:
-3. Sharded models (FSDP2): processes meet in every layer, where the others wait for this one.
+3. Sharded models (FSDP2), whose processes meet in every layer, and sharded gradients (ZeRO-2), in every backward pass.
 4. A micro-batch of one example, or of one completion of a rollout, which cannot be divided.
 5. What no micro-batch is about: loading the model, the optimizer's state.
 """
@@ -31,7 +31,7 @@ from logratio.losses import Kind, Loss
 from .batches.packing import PackedBatch
 from .errors import UserError, first_line
 from .ground.randomness import random_states, set_random_states
-from .processes.sharding import is_sharded
+from .processes.sharding import meet_inside
 from .processes.summing import least_of_all, sum_gradients
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Memory:
         except torch.OutOfMemoryError:
             pass  # outside of this block nothing holds on to its traceback, and by it to what was computed
         smaller, message = self._smaller(batch)
-        if self.accelerator.num_processes > 1 and is_sharded(self.accelerator):
+        if self.accelerator.num_processes > 1 and meet_inside(self.accelerator):
             raise UserError(
                 message
                 or f"process {self.accelerator.process_index} ran out of memory where the others wait for it, so that "
@@ -94,7 +94,7 @@ class Memory:
         nothing waited for; it may be called again where this raises OutOfMemory.
         """
         meanwhile = meanwhile or (lambda: None)
-        if self.accelerator.num_processes == 1 or is_sharded(self.accelerator):
+        if self.accelerator.num_processes == 1 or meet_inside(self.accelerator):
             result = passes()
             meanwhile()
             return result

@@ -88,7 +88,7 @@ def build(config: RunConfig) -> Run:
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
     # before it is sharded: the optimizer's parameters become the sharded ones
     optimizer = make_optimizer(trained_parameters(policy), config.train, accelerator.device)
-    policy, optimizer = wrap(policy, optimizer, accelerator)
+    policy, optimizer = wrap(policy, optimizer, accelerator, config.train.max_grad_norm)
     trained = trained_parameters(policy)
     notes = [*describe_processes(accelerator), *describe_whole(policy, accelerator), *notes]
     reference, reference_notes = make_reference(config, policy, data.train, accelerator)

@@ -28,7 +28,7 @@ from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
 from .processes.dealing import deal, gather_rows
-from .processes.sharding import is_sharded
+from .processes.sharding import meet_inside
 
 
 @dataclass
@@ -240,7 +240,7 @@ class Step:
         result = StepResult(torch.zeros((), device=self.accelerator.device))
         losses: list[Tensor] = []
         # sharded gradients are averaged over processes, and the totals have divided already
-        factor = self.accelerator.num_processes if is_sharded(self.accelerator) else 1
+        factor = self.accelerator.num_processes if meet_inside(self.accelerator) else 1
 
         def passes() -> None:
             self.fill_reference(micros)

@@ -75,8 +75,8 @@ def test_of_several_processes_the_fullest_counts():
 
 
 def test_sharded_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(growing, "is_sharded", lambda accelerator: True)
-    with pytest.raises(UserError, match="auto: processes with sharded weights cannot try again"):
+    monkeypatch.setattr(growing, "meet_inside", lambda accelerator: True)
+    with pytest.raises(UserError, match="auto: processes with sharded weights or gradients cannot try again"):
         make_growth("auto", None, None)
 
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..config import RunConfig
 from ..errors import UserError
+from ..processes.sharding import is_sharded
 from .policy import REFERENCE_ADAPTER, Policy
 from .reference import ModelReference, Reference
 
@@ -43,7 +43,7 @@ def make_sync(
     options = config.model
     if not options.sync_ref_model:
         return None, []
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if is_sharded(accelerator):
         raise UserError(
             "--sync_ref_model needs the whole weights on every process, and these are sharded; leave it out"
         )

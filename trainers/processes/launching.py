@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import UserError
 from .sharding import is_sharded
+from .zero import INSTALL, is_zero
 
 # By how `accelerate launch` tells its processes, the setting and what is to be said of it.
 UNTRIED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed has not been tried with logratio yet: shard with FSDP2",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported: shard with FSDP2",
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "tensor, context and hybrid parallelism (parallelism_config) are not supported: shard with FSDP2"
@@ -25,6 +26,24 @@ UNTRIED_FSDP = {
         "fsdp_activation_checkpointing: set it to false and give logratio --gradient_checkpointing"
     ),
 }
+# Of DeepSpeed's settings what each has to be, where it is there, and what is to be said of another value.
+OFFLOAD = "offload_optimizer_device and offload_param_device have not been tried with logratio yet: set them to none"
+ZERO = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none", "deepspeed_config_file is not read: leave it out"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": (
+        "2",
+        "of DeepSpeed only ZeRO-2 is supported: to shard weights too use FSDP2 (configs/accelerate/fsdp2.yaml), else "
+        "set zero_stage to 2",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", OFFLOAD),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", OFFLOAD),
+    "ACCELERATE_GRADIENT_CLIPPING": ("auto", "gradient_clipping: leave it out and give logratio --max_grad_norm"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "gradient_accumulation_steps: set it to 1; --micro_batch_tokens is logratio's way",
+    ),
+}
+ZERO_READY = "(configs/accelerate/zero2.yaml)"
 READY = "(configs/accelerate/fsdp2.yaml)"
 
 
@@ -37,6 +56,8 @@ def refuse_untried(environment: Mapping[str, str] = os.environ) -> None:
     for name, message in UNTRIED.items():
         if says(name):
             raise UserError(f"{message} {READY}")
+    if says("ACCELERATE_USE_DEEPSPEED"):
+        refuse_untried_zero(environment)
     if not says("ACCELERATE_USE_FSDP"):
         return
     if environment.get("FSDP_VERSION", "1") != "2":
@@ -49,6 +70,15 @@ def refuse_untried(environment: Mapping[str, str] = os.environ) -> None:
     for name, message in UNTRIED_FSDP.items():
         if says(name):
             raise UserError(f"{message} {READY}")
+
+
+def refuse_untried_zero(environment: Mapping[str, str]) -> None:
+    """As `refuse_untried`, for DeepSpeed."""
+    for name, (wanted, message) in ZERO.items():
+        if environment.get(name, wanted).lower() != wanted:
+            raise UserError(f"{message} {ZERO_READY}")
+    if find_spec("deepspeed") is None:
+        raise UserError(f"DeepSpeed is not installed: {INSTALL}")
 
 
 def load_everywhere() -> None:
@@ -66,11 +96,18 @@ def check_processes(accelerator: Accelerator) -> None:
             f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}: each would train "
             "alone; on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not is_sharded(accelerator):
+    asked = [
+        name
+        for name, happens in {"FSDP": is_sharded(accelerator), "DeepSpeed": is_zero(accelerator)}.items()
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not happens
+    ]
+    if asked:
         raise UserError(
-            f"FSDP was asked for, but accelerate shards nothing here ({accelerator.distributed_type.value}): it needs "
-            "a GPU for each process and a launcher (accelerate launch); leave it out to train with whole weights"
+            f"{asked[0]} was asked for, but accelerate shards nothing here ({accelerator.distributed_type.value}): it "
+            "needs a GPU for each process and a launcher (accelerate launch); leave it out to train with whole weights"
         )
+    if is_zero(accelerator) and world == 1:
+        raise UserError("DeepSpeed has nothing to shard over with one process: leave it out")
 
 
 def check_alike(accelerator: Accelerator, frozen: str) -> None:
@@ -94,6 +131,8 @@ def describe_processes(accelerator: Accelerator) -> list[str]:
             f"weights, gradients and optimizer state are sharded over {world} processes (FSDP2), each of which has "
             "loaded the whole model first"
         ]
+    if is_zero(accelerator):
+        return [f"gradients and optimizer state are sharded over {world} processes (DeepSpeed ZeRO-2)"]
     if world > 1:
         return []
     # For several processes the launcher gives the place where they meet; where they do meet, each knows its number.

@@ -16,10 +16,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .sharding import is_sharded, reshard
+from .zero import gathered_state, is_zero, load_gathered_state
 
 
 def optimizer_state(policy: Any, optimizer: Any, accelerator: Accelerator) -> dict[str, Any]:
     """All of it, on the CPU of the main process; {} on the others. Called on every process, after a step."""
+    if is_zero(accelerator):
+        return gathered_state(policy, optimizer, keep=accelerator.is_main_process)
     if not is_sharded(accelerator):
         return by_name(policy, bare(optimizer)) if accelerator.is_main_process else {}
     reshard(policy)  # whose parameters are then the optimizer's
@@ -31,6 +34,9 @@ def optimizer_state(policy: Any, optimizer: Any, accelerator: Accelerator) -> di
 def load_optimizer_state(policy: Any, optimizer: Any, accelerator: Accelerator, state: dict[str, Any]) -> None:
     """Give an optimizer that has not stepped what `optimizer_state` returned. Called on every process, each with the
     state; where weights are sharded, only the main process's is looked at."""
+    if is_zero(accelerator):
+        load_gathered_state(policy, optimizer, state)
+        return
     if not is_sharded(accelerator):
         load_by_name(policy, bare(optimizer), state)
         return

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError, first_line
 from .summing import start_alike
+from .zero import engage, is_zero
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -33,9 +34,19 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
+def meet_inside(accelerator: Accelerator) -> bool:
+    """Whether processes wait for each other within a pass, so that none can step back in it."""
+    return is_sharded(accelerator) or is_zero(accelerator)
+
+
+def wrap(
+    policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_grad_norm: float
+) -> tuple[Any, Any]:
     """The same policy, in the run's mixed precision, and its optimizer as accelerate wraps it. What trains is the same
-    on all processes; a sharded policy has other parameters, and the optimizer's are those."""
+    on all processes; a sharded policy has other parameters, and the optimizer's are those. max_grad_norm: the one thing
+    that DeepSpeed has to know beforehand."""
+    if is_zero(accelerator):
+        return engage(policy, optimizer, accelerator, max_grad_norm)
     if not is_sharded(accelerator):
         start_alike([p for p in policy.parameters() if p.requires_grad], accelerator)
         # "evaluation" leaves out DistributedDataParallel, which would add up gradients in a backward pass

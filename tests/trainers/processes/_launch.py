@@ -32,11 +32,11 @@ def launch(world: int, arguments: list[str], cwd: Path, **environment: str) -> s
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def work(world: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess:
+def work(world: int, jobs: list[dict[str, Any]], folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Let so many processes do the jobs of `_worker.py` in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return launch(world, [str(HERE / "_worker.py"), "jobs.json"], folder)
+    return launch(world, [str(HERE / "_worker.py"), "jobs.json"], folder, **environment)
 
 
 def said_by(done: subprocess.CompletedProcess, world: int, folder: Path) -> list[list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """What each process of a launch does: `torchrun _worker.py jobs.json`; and the same in one process, for comparison.
 
-A job is {"words": of `logratio train`, "kind": "ddp" or "fsdp2", "do": the name of a function below}. Each process
-writes what every job gave to rank<number>.json.
+A job is {"words": of `logratio train`, "kind": "ddp", "fsdp2" or, where a launch asks for DeepSpeed, "zero2", "do": the
+name of a function below}. Each process writes what every job gave to rank<number>.json.
 """
 
 import json
@@ -26,30 +26,36 @@ from logratio.trainers import cli, loop, setup
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.errors import UserError
 from logratio.trainers.memory import Memory
 from logratio.trainers.policy.reference import ModelReference
 from logratio.trainers.processes import summing
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 from logratio.trainers.processes.sharding import full_weights, load_full_weights
 from logratio.trainers.processes.summing import start_alike
+from logratio.trainers.processes.watching import ending_together
 from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
 from logratio.trainers.step import Step
 
-TYPES = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP}
+TYPES = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP, "zero2": DistributedType.DEEPSPEED}
 
 
 def starter(kind: str) -> Any:
-    """`Accelerator`, which on a CPU takes FSDP2 for DDP, and has to be told afterwards."""
+    """`Accelerator`, which on a CPU takes FSDP2 for DDP, and has to be told afterwards; for DeepSpeed, by which means
+    processes can meet there."""
 
     def start(**options: Any) -> Accelerator:
+        if kind == "zero2":
+            options["kwargs_handlers"][0].backend = "gloo"
         accelerator = Accelerator(**options)
         if accelerator.num_processes > 1:
             if kind == "fsdp2":
                 wrap = "TRANSFORMER_BASED_WRAP"
                 accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=wrap)
-            AcceleratorState._shared_state["distributed_type"] = TYPES[kind]
-            PartialState._shared_state["distributed_type"] = TYPES[kind]
+            if kind != "zero2":
+                AcceleratorState._shared_state["distributed_type"] = TYPES[kind]
+                PartialState._shared_state["distributed_type"] = TYPES[kind]
             assert accelerator.distributed_type == TYPES[kind] and accelerator.is_fsdp2 == (kind == "fsdp2")
         return accelerator
 
@@ -191,6 +197,29 @@ def round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     return {"names": len(state.get("state", {})), "weights": len(weights), "reloaded": sum(same)}
 
 
+def spoil(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """A run whose gradient on process 1 is not finite in the second step: what it says, and by how much it still moved
+    its weights."""
+    before: list[torch.Tensor] = []
+
+    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+        if run.scheduler.last_epoch == 0:
+            return gradient
+        before[:] = [p.detach().clone() for p in run.trained]
+        return gradient * (float("nan") if run.accelerator.process_index == 1 else 1.0)
+
+    with prepared(kind, []), ending_together():  # or the watch would be alive when the process ends, and abort it
+        run = setup.build(parse_train(words))
+        run.trained[0].register_hook(spoiled)
+        try:
+            loop.train_run(run)
+            said = ""
+        except UserError as error:
+            said = str(error)
+    moved = max(float((a - p.detach()).abs().max()) for a, p in zip(before, run.trained, strict=True))
+    return {"said": said, "moved": moved}
+
+
 def fail(words: list[str], kind: str = "ddp") -> None:
     """A run whose process 1 fails in its second step, in the way that the first word says; the last job of all."""
     step, calls = Step.__call__, []
@@ -212,7 +241,7 @@ def fail(words: list[str], kind: str = "ddp") -> None:
 def main() -> None:
     record = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if PartialState._shared_state:  # a job before may have said otherwise
+        if PartialState._shared_state and job.get("kind") != "zero2":  # a job before may have said otherwise
             PartialState._shared_state["distributed_type"] = TYPES["ddp"]
         record.append(globals()[job.get("do", "train")](job["words"], job.get("kind", "ddp")))
         Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from logratio.trainers.errors import UserError
 from logratio.trainers.processes import launching
@@ -31,7 +31,6 @@ def accelerator(world=1, kind=DistributedType.NO, device="cpu"):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed has not been tried with logratio yet: shard with FSDP2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context and hybrid parallelism"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported: set fsdp_version to 2"),
@@ -45,18 +44,52 @@ def test_what_has_not_been_tried_is_refused(environment, said):
         refuse_untried(environment)
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file is not read: leave it out"),
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, "of DeepSpeed only ZeRO-2 is supported: to shard weights too use FSDP2"),
+        ({"DEEPSPEED_ZERO_STAGE": "1"}, "of DeepSpeed only ZeRO-2 is supported"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device and offload_param_device have not"),
+        ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_optimizer_device and offload_param_device have not"),
+        ({"GRADIENT_CLIPPING": "1.0"}, "gradient_clipping: leave it out and give logratio --max_grad_norm"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient_accumulation_steps: set it to 1; --micro_batch_tokens is"),
+    ],
+)
+def test_what_has_not_been_tried_of_deepspeed_is_refused(environment, said):
+    environment = {f"ACCELERATE_{name}": value for name, value in environment.items()}
+    refuse_untried(environment)
+    with pytest.raises(UserError, match=f"^{said}.*configs/accelerate/zero2.yaml"):
+        refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"} | environment)
+
+
+def test_deepspeed_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(launching, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="^DeepSpeed is not installed: pip install 'deepspeed>=0.19.8'$"):
+        refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"})
+    monkeypatch.setattr(launching, "find_spec", lambda name: name == "deepspeed")
+    refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"})
+
+
 def test_fsdp2_and_plain_processes_are_not_refused():
     refuse_untried(FSDP2)
     refuse_untried({"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "false"})
 
 
-def test_sharding_that_does_not_happen_is_refused(monkeypatch):
-    """On CPUs accelerate takes FSDP for DDP."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_sharding_that_does_not_happen_is_refused(name, monkeypatch):
+    """On CPUs accelerate takes FSDP and DeepSpeed for DDP."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^FSDP was asked for, but accelerate shards nothing here \(MULTI_CPU\)"):
+    with pytest.raises(UserError, match=rf"^{name} was asked for, but accelerate shards nothing here \(MULTI_CPU\)"):
         check_processes(accelerator(2, DistributedType.MULTI_CPU))
-    check_processes(accelerator(2, DistributedType.FSDP))
+    check_processes(accelerator(2, DistributedType[name.upper()]))
+
+
+def test_deepspeed_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="^DeepSpeed has nothing to shard over with one process: leave it out$"):
+        check_processes(accelerator(1, DistributedType.DEEPSPEED))
 
 
 def test_every_process_loads_what_is_sharded_afterwards(monkeypatch):
@@ -74,6 +107,8 @@ def test_what_is_told_of_the_processes(monkeypatch):
     assert describe_processes(accelerator()) == describe_processes(accelerator(2, DistributedType.MULTI_CPU)) == []
     (note,) = describe_processes(accelerator(2, DistributedType.FSDP))
     assert note.startswith("weights, gradients and optimizer state are sharded over 2 processes (FSDP2)")
+    (note,) = describe_processes(accelerator(2, DistributedType.DEEPSPEED))
+    assert note == "gradients and optimizer state are sharded over 2 processes (DeepSpeed ZeRO-2)"
     # what `accelerate launch --cpu --num_processes 2` sets
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert describe_processes(accelerator()) == []
@@ -84,20 +119,24 @@ def test_what_is_told_of_the_processes(monkeypatch):
     assert describe_processes(accelerator()) == []
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
 def test_the_ready_configurations_ask_for_nothing_that_is_refused(name, monkeypatch):
     """As accelerate's own launcher reads them."""
     for variable in [v for v in os.environ if v.startswith(("ACCELERATE_", "FSDP_"))]:
         monkeypatch.delenv(variable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launching, "find_spec", lambda name: name == "deepspeed")
     args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"])
     args, *_ = _validate_launch_command(args)
-    assert args.num_processes == 2 and args.multi_gpu == (name == "ddp")
-    environment = prepare_multi_gpu_env(args)
-    assert environment.get("ACCELERATE_USE_FSDP", "false") == str(name == "fsdp2").lower()
+    assert args.num_processes == 2 and args.multi_gpu == (name == "ddp") and args.use_deepspeed == (name == "zero2")
+    args.deepspeed_fields_from_accelerate_config = ""
+    environment = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    for kind, variable in {"fsdp2": "ACCELERATE_USE_FSDP", "zero2": "ACCELERATE_USE_DEEPSPEED"}.items():
+        assert environment.get(variable, "false") == str(name == kind).lower()
     assert environment.get("FSDP_VERSION", "2") == "2" and environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "2"
     refuse_untried(environment)
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2", "zero2"}
 
 
 def test_processes_with_other_weights_are_named(monkeypatch):
