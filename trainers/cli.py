@@ -152,14 +152,9 @@ def options_of(loss: type[Loss]) -> type[Any]:
     """The dataclass that the command line fills: one field for each configuration, whose own fields are the options."""
     import tyro
 
-    from logratio.losses import Kind
+    from .config import parts_of
 
-    from .config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
-
-    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig}
-    parts |= {"train": TrainConfig, "save": SaveConfig}
-    if loss.kind is Kind.GROUPED:
-        parts["rollout"] = RolloutConfig
+    parts: dict[str, Any] = {**parts_of(loss), "loss": with_readers(loss)}
     return dataclasses.make_dataclass(
         "Options",
         [
