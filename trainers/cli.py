@@ -133,7 +133,7 @@ def parse_train(argv: list[str]) -> RunConfig:
     if custom is None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
-    entries = ours(entries, trained or method, loss, f"--config {path}")
+    entries = ours(entries, trained or method, loss, options_among(argv), f"--config {path}")
 
     every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
     argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
@@ -205,7 +205,17 @@ def load_loss(name: str) -> type[Loss]:
     return loss
 
 
-def ours(entries: dict[Any, Any], method: str, loss: type[Loss], source: str) -> dict[Any, Any]:
+def options_among(argv: list[str]) -> dict[str, str]:
+    """Option -> its first value, of words that no type was checked of yet."""
+    found: dict[str, str] = {}
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, given, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if given else after
+    return found
+
+
+def ours(entries: dict[Any, Any], method: str, loss: type[Loss], words: dict[str, str], source: str) -> dict[Any, Any]:
     """The options of a file as ours: themselves, or where one is TRL's all as `trl_names` judges and shows them. The
     variables of its `env` are set, as TRL does."""
     from .trl_names import is_ours, judge
@@ -218,7 +228,7 @@ def ours(entries: dict[Any, Any], method: str, loss: type[Loss], source: str) ->
     import torch
 
     gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    judged = judge(method, entries, loss=loss, gpu=gpu, source=source)
+    judged = judge(method, entries, loss=loss, gpu=gpu, words=words, source=source)
     os.environ.update(judged.env)
     if entries and os.environ.get("RANK", "0") == "0":
         show(judged, source)

@@ -21,7 +21,7 @@ TRL_DEFAULTS: dict[str, dict[str, Any]] = {
     "kto": {**_ALL, "train_sampling_strategy": "sequential"},
     "orpo": _ALL,
     "cpo": _ALL,
-    "tpo": {**_ALL, "learning_rate": 5e-7},
+    "tpo": _ALL,
     "grpo": _SAMPLED,
     "rloo": {**_SAMPLED, "num_generations": 2, "beta": 0.05},
 }
@@ -45,8 +45,7 @@ HERE = {
         unless=("batch_size", "gradient_accumulation_steps"),
         methods=("grpo", "rloo"),
     ),
-    "learning_rate": Here("1e-6"),
-    "train_sampling_strategy": Here("rows are shuffled", unless=("shuffle",)),
+    "train_sampling_strategy": Here("rows are shuffled", unless=("shuffle", "no_shuffle")),
     "disable_dropout": Here("true: without the model's own dropout"),
     "num_generations": Here("8"),
     "beta": Here("no divergence is taken off the reward", unless=("reward_kl_coef",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .data import evaluates
+from .data import evaluates, splits
 from .rules import rule
 from .verdicts import Asked, Verdict, number
 
@@ -38,7 +38,7 @@ def evaluation(a: Asked) -> Verdict:
         became = {"eval_steps": share} if share < 1 else {}
     else:
         became = {"eval_steps": number(a.says("eval_steps", a.says("logging_steps", LOGGING_STEPS)))}
-    if not any(a.says(name) for name in ("eval_size", "test_split_size", "dataset_test_split")):
+    if not (a.says("eval_size") or a.says("dataset_test_split") or splits(a)):
         became["dataset_test_split"] = "test"
     return a.translated("at the end of each epoch, and of the run" if strategy == "epoch" else "", **became)
 
