@@ -190,7 +190,7 @@ REFUSED = [
         {"tokenizer": "other", "model_name_or_path": "m"},
         "tokenizer: other: the tokenizer is the model's own; put another into the model's folder",
     ),
-    ("sft", {"bf16": True, "fp16": True}, "bf16: true: fp16 is asked for too; leave one of them out"),
+    ("sft", {"bf16": True, "fp16": True}, "fp16: true: bf16 is asked for too; leave one of them out"),
     (
         "sft",
         {"optim": "adafactor"},
@@ -251,7 +251,7 @@ REFUSED = [
     (
         "sft",
         {"max_length": 10, "max_seq_length": 20},
-        "max_seq_length: 20: the same option as max_length, which is 10; leave one out",
+        "max_seq_length: 20: another name of max_length, which is 10; leave one out",
     ),
     (
         "grpo",
@@ -297,7 +297,7 @@ def test_what_has_no_effect_says_why():
         "read only where beta is not 0"
     )
     assert verdict("top_k", "grpo", top_k=0).reason == "as in any case"
-    assert verdict("max_seq_length", "sft", max_seq_length=5, max_length=5).reason == "another name of max_length"
+    assert verdict("max_seq_length", "sft", max_length=5, max_seq_length=5).reason == "another name of max_length"
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
         Kind.NO_EFFECT
     )
