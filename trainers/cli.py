@@ -208,7 +208,7 @@ def load_loss(name: str) -> type[Loss]:
 def options_among(argv: list[str]) -> dict[str, str]:
     """Option -> its first value, of words that no type was checked of yet."""
     found: dict[str, str] = {}
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
         if word.startswith("--"):
             name, given, value = word[2:].partition("=")
             found[name.replace("-", "_")] = value if given else after

@@ -104,6 +104,8 @@ BECOMES = [
         {"eval_strategy": "steps", "datasets": [{"path": "p"}], "test_split_size": 8, "dataset_test_split": "test"},
         {"eval_steps": 10, "datasets": [{"path": "p"}], "eval_size": 8},
     ),
+    ("sft", {"eval_strategy": "epoch", "max_steps": 5}, {"max_steps": 5, "dataset_test_split": "test"}),
+    ("sft", {"save_strategy": "epoch", "max_steps": 5, "save_total_limit": 1}, {"max_steps": 5}),
     ("sft", {"save_strategy": "no", "save_steps": 5, "save_total_limit": 2}, {}),
     ("sft", {"save_strategy": "steps"}, {"save_steps": 500}),
     ("sft", {"save_steps": 0.1, "save_total_limit": 2}, {"save_steps": 0.1, "save_total_limit": 2}),
@@ -197,11 +199,6 @@ REFUSED = [
         "optim: adafactor: the optimizer is AdamW: adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit",
     ),
     ("sft", {"data_seed": 7}, "data_seed: 7: the order of the data comes from seed too; leave it out, or set seed"),
-    (
-        "sft",
-        {"eval_strategy": "epoch", "max_steps": 5},
-        "eval_strategy: epoch: with max_steps it is not known when an epoch ends; say steps, and eval_steps",
-    ),
     (
         "sft",
         {"save_strategy": "best"},
@@ -301,6 +298,14 @@ def test_what_has_no_effect_says_why():
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
         Kind.NO_EFFECT
     )
+
+
+def test_with_max_steps_nobody_knows_when_an_epoch_ends():
+    unknown = "with max_steps it is not known when an epoch ends: at the end of the run alone; {} says otherwise"
+    evaluated = verdict("eval_strategy", "sft", eval_strategy="epoch", max_steps=5)
+    assert evaluated.kind is Kind.TRANSLATED and evaluated.reason == unknown.format("eval_strategy: steps")
+    saved = verdict("save_strategy", "sft", save_strategy="epoch", max_steps=5)
+    assert saved.kind is Kind.NO_EFFECT and saved.reason == unknown.format("save_strategy: steps")
 
 
 def test_float16_needs_a_gpu():
