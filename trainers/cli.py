@@ -109,11 +109,8 @@ def summary(entry: EntryPoint) -> str:
 
 def parse_train(argv: list[str]) -> RunConfig:
     """METHOD and options -> configuration. Exits with a message for options that do not parse, as argparse does."""
-    import tyro
-
     from logratio.losses import LOSSES
 
-    from .config import RunConfig
     from .config.files import read_entries
 
     argv = list(argv)
@@ -134,6 +131,14 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
     entries = ours(entries, trained or method, loss, options_among(argv), f"--config {path}")
+    return config_of(method, loss, entries, argv)
+
+
+def config_of(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:
+    """The run of these options by our names, and of the words of a command line, which go before them."""
+    import tyro
+
+    from .config import RunConfig
 
     every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
     argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from logratio.losses import LOSSES, Loss
@@ -94,10 +95,10 @@ def consider(
 
 def spelled_today(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(as it was given, today's name, value) of each; what `INSIDE` holds beside the rest."""
-    for key, value in given.items():
-        name = str(key).replace("-", "_")
+    for key, one in given.items():
+        name, value = str(key).replace("-", "_"), one.value if isinstance(one, Enum) else one
         if name == INSIDE and isinstance(value, Mapping):
-            yield from ((f"{INSIDE}.{one}", RENAMED.get(one, str(one)), inner) for one, inner in value.items())
+            yield from ((f"{INSIDE}.{own}", RENAMED.get(own, str(own)), inner) for own, inner in value.items())
         elif name != "env" or not isinstance(value, Mapping):
             yield str(key), RENAMED.get(name, name), value
 
@@ -147,9 +148,13 @@ def unknown(key: str, options: Mapping[str, Any]) -> str:
     return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
-@functools.cache
 def options_of(loss: type[Loss]) -> dict[str, Any]:
     """Our options with this loss -> their types."""
+    return _options_of(loss)  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _options_of(loss: type[Loss]) -> dict[str, Any]:
     parts = parts_of(loss).values()
     return {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
 

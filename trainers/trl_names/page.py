@@ -86,7 +86,8 @@ def defaults() -> Iterable[tuple[str, ...]]:
         which = "all" if len(methods) == len(TRL_DEFAULTS) else ", ".join(methods)
         yield code(name), which, value, HERE[name].here
     for name, (value, here) in ALSO.items():
-        yield code(name), f"with `{here.needs}`", said(value), here.here
+        assert here.needs is not None
+        yield code(name), f"with `{here.needs[0]}: {said(here.needs[1])}`", said(value), here.here
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -315,6 +315,27 @@ def test_float16_needs_a_gpu():
     assert without.verdicts[0].reason == "autocast to float16 needs a GPU, and there is none: without autocast"
 
 
+def test_rewards_of_trls_scripts_are_the_installed_trls(monkeypatch):
+    pytest.importorskip("trl")
+    from logratio.trainers.rollout.rewards import load_reward
+
+    (name,) = options("grpo", reward_funcs=["think_format_reward"])["reward_funcs"]
+    completions = [[{"content": "<think>a</think>b"}], [{"content": "b"}]]
+    assert name == "trl.rewards:think_format_reward" and load_reward(name)(completions) == [1.0, 0.0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (refused,) = consider("grpo", {"reward_funcs": ["think_format_reward"]}).refused
+    assert refused.reason == (
+        "think_format_reward is TRL's, which is not installed; pip install trl, or name one of your own"
+    )
+
+
+def test_members_of_transformers_enumerations_are_their_values():
+    from transformers.trainer_utils import SchedulerType
+
+    (value,) = options("sft", lr_scheduler_type=SchedulerType.COSINE).values()
+    assert type(value) is str and value == "cosine"
+
+
 def test_an_option_of_ours_alone_makes_the_file_ours():
     """And what both have is meant as here."""
     given = {"lora_r": 8, "eval_steps": 5, "dataset_test_split": "dev", "bf16": True}
@@ -363,7 +384,11 @@ def test_what_trl_would_have_done_by_default_is_said():
         "num_generations": "TRL's default is 2, here 8",
         "beta": "TRL's default is 0.05, here no divergence is taken off the reward",
     }
-    assert absent("grpo", bf16=True, save_steps=5, gradient_accumulation_steps=8, disable_dropout=True) == {}
+    rest = {"bf16": True, "save_steps": 5, "gradient_accumulation_steps": 8, "disable_dropout": True}
+    assert absent("grpo", **rest) == absent("grpo", **rest, loss_type="cispo", epsilon=0.3) == {}
+    assert absent("grpo", **rest, loss_type="cispo") == {
+        "epsilon_high": "TRL's default is epsilon's 0.2, as a cap, here 5"
+    }
 
 
 @pytest.mark.parametrize(
