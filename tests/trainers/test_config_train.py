@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers import TrainingArguments
 
 from logratio.losses import LOSSES
 from logratio.trainers.config import DataConfig, RolloutConfig, RunConfig, SaveConfig, TrainConfig
@@ -56,11 +57,14 @@ def test_a_step_of_no_whole_number_of_groups_is_refused():
         (0.25, 10, 3),
         (0.1, 30, 3),
         (1 / 3, 300, 100),
-        (1 / 7, 49, 7),
+        (0.07, 100, 8),
     ],
 )
 def test_below_one_it_is_a_share_rounded_up(steps, total, number):
+    """As transformers rounds, whose 0.07 of 100 is 7.000000000000001."""
     assert number_of(steps, total) == number
+    if steps is not None:
+        assert TrainingArguments("", warmup_steps=steps, use_cpu=True).get_warmup_steps(total) == number
 
 
 @pytest.mark.parametrize(

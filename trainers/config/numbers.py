@@ -31,8 +31,7 @@ def check_whole(config: Any, *names: str) -> None:
 
 
 def number_of(steps: float | None, total: int) -> int | None:
-    """How many of `total` steps (or rows) that is. A share is rounded up, as transformers does; 1/3 of 300 is 100,
-    whatever the float's last digit."""
+    """How many of `total` steps (or rows) that is. A share is rounded up, as transformers and datasets do."""
     if steps is None or steps >= 1:
         return None if steps is None else int(steps)
-    return math.ceil(steps * total - 1e-9)
+    return math.ceil(steps * total)

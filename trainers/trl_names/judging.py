@@ -89,7 +89,7 @@ def consider(
     if isinstance(given.get("env"), Mapping):
         judged.env.update({str(name): str(value) for name, value in given["env"].items()})
         verdicts.append(Verdict("env", given["env"], Kind.TAKEN, {}, "set before anything is loaded"))
-    judged.absent.extend(absent_of(method, {**file, **(words or {})}))
+    judged.absent.extend([] if own else absent_of(method, {**file, **(words or {})}))
     return judged
 
 

@@ -71,6 +71,14 @@ def epsilon(a: Asked) -> Verdict:
     return a.translated("TRL caps cispo's ratio at it", epsilon_high=a.number())
 
 
+@rule("importance_sampling_level")
+def level(a: Asked) -> Verdict:
+    """As here; sequence with loss_type vespo is refused: TRL corrects its divergence alone by the sequence's ratio."""
+    if a.value == "sequence" and a.says("loss_type") == "vespo":
+        return a.refused("vespo's ratios are of tokens; leave it out")
+    return a.taken()
+
+
 @rule("ref_model_mixup_alpha", "ref_model_sync_steps")
 def followed(a: Asked) -> Verdict:
     """As here with sync_ref_model, else without effect."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,23 @@ def test_it_becomes_the_run_that_it_means(method, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(f"--config {recipe(method)}, judged by TRL 1.16's names\n")
     assert "refused" not in shown and "\x1b" not in shown
+
+
+def test_a_files_variables_are_set_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
+    (tmp_path / "theirs.yaml").write_text("env: {TOKENIZERS_PARALLELISM: false}\nno_cuda: true\n")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    cli.parse_train(["sft", "--config", str(tmp_path / "theirs.yaml")])
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "False" and os.environ["ACCELERATE_USE_CPU"] == "true"
+    (tmp_path / "ours.yaml").write_text("env: {TOKENIZERS_PARALLELISM: 1}\nlora_r: 4\n")
+    capsys.readouterr()
+    assert cli.parse_train(["sft", "--config", str(tmp_path / "ours.yaml")]).model.lora_r == 4
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "1" and capsys.readouterr().out == ""
+
+
+def test_another_process_than_the_first_shows_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    cli.parse_train(["dpo", "--config", recipe("dpo")])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_step_has_as_many_examples_as_in_trl():

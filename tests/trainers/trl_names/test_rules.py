@@ -136,6 +136,11 @@ BECOMES = [
     ("grpo", {"epsilon": 0.3}, {"epsilon": 0.3}),
     ("grpo", {"epsilon": 0.3, "loss_type": "cispo"}, {"epsilon_high": 0.3, "loss_type": "cispo"}),
     ("grpo", {"use_bias_correction_kl": False}, {}),  # there is no divergence
+    (
+        "grpo",
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    ),
     ("rloo", {}, {"loss_type": "rloo", "advantage_type": "rloo"}),
     ("rloo", {"beta": 0.05}, {"loss_type": "rloo", "advantage_type": "rloo", "reward_kl_coef": 0.05}),
     # rollouts
@@ -234,6 +239,11 @@ REFUSED = [
         "grpo",
         {"steps_per_generation": 8, "gradient_accumulation_steps": 2},
         "steps_per_generation: 8: every optimizer step samples for itself, which is 2 here; leave it out",
+    ),
+    (
+        "grpo",
+        {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        "importance_sampling_level: sequence: vespo's ratios are of tokens; leave it out",
     ),
     ("grpo", {"use_vllm": True}, "use_vllm: true: rollouts are sampled by the model itself; leave it out"),
     ("sft", {"learning_rate": "fast"}, "learning_rate: fast: must be a number"),
@@ -368,7 +378,7 @@ def test_what_trl_would_have_done_by_default_is_said():
         "bf16": "TRL's default is true, here no autocast",
         "save_steps": "TRL's default is 500, here the trained model alone is saved",
     }
-    assert absent("sft", fp16=True, save_strategy="no") == {}
+    assert absent("sft", fp16=True, save_strategy="no") == absent("kto", bf16=False, batch_size=4) == {}
     assert absent("kto", bf16=False, save_steps=5) == {
         "train_sampling_strategy": "TRL's default is sequential, here rows are shuffled"
     }
