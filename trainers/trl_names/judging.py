@@ -144,7 +144,8 @@ def unknown(key: str, options: Mapping[str, Any]) -> str:
     owners = [name for name, loss in LOSSES.items() if key in options_of(loss)]
     if owners:
         return f"an option of {', '.join(owners)}"
-    near = difflib.get_close_matches(key, [*options, *RULES, *ONLY, *REASONS, *RENAMED], n=3, cutoff=0.75)
+    names = {*options, *RULES, *ONLY, *REASONS, *RENAMED}
+    near = difflib.get_close_matches(key, sorted(names), n=3, cutoff=0.75)
     return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
