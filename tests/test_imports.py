@@ -34,7 +34,7 @@ FLOORS = (
     ("trainers/layers",),
     ("trainers/policy",),
     ("trainers/step.py", "trainers/checkpoints"),
-    ("trainers/again.py", "trainers/rollout"),
+    ("trainers/again.py", "trainers/growing.py", "trainers/rollout"),
     ("trainers/preflight.py",),
     ("trainers/setup.py",),
     ("trainers/resume.py",),
@@ -42,8 +42,9 @@ FLOORS = (
     ("trainers/cli.py", "trainers/demo.py", "trainers/migrate.py"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
-    ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
-    ("benchmarks/atlas.py", "benchmarks/bench.py"),
+    ("benchmarks/plan.py", "benchmarks/verify.py"),
+    ("benchmarks/pages",),
+    ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/report.py"),
     ("benchmarks/profile.py",),
 )
 

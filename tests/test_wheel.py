@@ -36,6 +36,8 @@ def test_every_module_is_in_the_wheel_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"logratio/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    page = {f"logratio/benchmarks/pages/{name}" for name in ("page.html.j2", "page.css", "page.js")}
+    assert page <= set(names), "what a page is made of"
     assert {name.split("/")[0] for name in names} == {"logratio", f"logratio-{version()}.dist-info"}
     assert "logratio/__init__.py" not in names, "logratio is a namespace"
 

@@ -68,6 +68,7 @@ def train_run(
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         log.list_skipped(run.data.skipped)
+        log.keep_card(run.data.card())
         row, windows = log.last, Ahead(steps(run, progress))
         for step in range(progress.step + 1, total + 1):
             try:
@@ -88,6 +89,7 @@ def train_run(
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):
             log.say(note)
+        log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
             save_run(run.config, run.policy, run.tokenizer, weights)
@@ -100,9 +102,11 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     """One optimizer step: its line of the log, and whether a process was asked to stop."""
     started, step = time.perf_counter(), progress.step + 1
     window = next(windows)
+    run.growth.before()
     known = run.rollouts is None and step < run.total_steps  # what is sampled needs the updated policy
     result = learn(run.step, window, meanwhile=windows.prepare if known else None)
     updated = update(run, window.examples, step)
+    run.growth.after(window.micros)
     asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
     result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
     metrics, tokens = reduced(run, window, result)
@@ -186,15 +190,16 @@ class Ahead(Iterator[Window]):
         self.prepared: list[Window | Exception] = []
 
     def prepare(self) -> None:
-        """Pack the next one."""
+        """Pack the next one, unless it is."""
+        if self.prepared:
+            return
         try:
             self.prepared.append(next(self.source))
         except Exception as error:
             self.prepared.append(error)
 
     def __next__(self) -> Window:
-        if not self.prepared:
-            self.prepare()
+        self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window

@@ -6,25 +6,24 @@ rest of the run.
 
 What is rescued, for torch's OutOfMemoryError:
 1. One process: every pass over micro-batches, forward or backward, of a step or before it.
-2. Several that hold the whole model each (DDP): the same but for a step's last backward pass. The processes learn of it
-   where they meet next: behind a pass without gradient, and before that last backward pass.
+2. Several that hold the whole model each: the same. They learn of it where they meet, which is behind their passes, and
+   try again together; gradients that were added up in the meantime are dropped.
 What is not, and ends the run in one sentence:
-3. A step's last backward pass under DDP. There gradients are added up, and the others wait for this process's.
-4. Sharded models (FSDP, ZeRO-3): they meet in every layer.
-5. A micro-batch of one example, or of one completion of a rollout, which cannot be divided.
-6. What no micro-batch is about: loading the model, the optimizer's state.
+3. Sharded models (FSDP2): processes meet in every layer, where the others wait for this one.
+4. A micro-batch of one example, or of one completion of a rollout, which cannot be divided.
+5. What no micro-batch is about: loading the model, the optimizer's state.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from logratio.losses import Kind, Loss
@@ -32,9 +31,10 @@ from logratio.losses import Kind, Loss
 from .batches.packing import PackedBatch
 from .errors import UserError, first_line
 from .ground.randomness import random_states, set_random_states
+from .processes.sharding import is_sharded
+from .processes.summing import least_of_all, sum_gradients
 
 T = TypeVar("T")
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 REMEDIES = "train adapters (--lora_r 16) of 4-bit weights (--load_in_4bit), or take a GPU with more memory"
 
 
@@ -50,23 +50,25 @@ class OutOfMemory(torch.OutOfMemoryError):
 class Memory:
     """What a run's passes are given: `micro_batch_tokens`, and other tries where these were too many.
 
-    wrapped: the policy as accelerate wraps it. loss: what it is trained with; None: nothing is.
+    trained: what has gradients. loss: what it is trained with; None: nothing is.
     """
 
-    def __init__(self, accelerator: Accelerator, wrapped: Any, loss: Loss | None, micro_batch_tokens: int) -> None:
-        self.accelerator, self.wrapped, self.loss = accelerator, wrapped, loss
+    def __init__(
+        self, accelerator: Accelerator, trained: Sequence[nn.Parameter], loss: Loss | None, micro_batch_tokens: int
+    ) -> None:
+        self.accelerator, self.trained, self.loss = accelerator, trained, loss
         self.micro_batch_tokens = micro_batch_tokens
-        self._notes: list[str] = []
+        self.notes: list[str] = []  # to be told
 
     def take(self) -> list[str]:
         """What there is to tell since the last time."""
-        notes, self._notes = self._notes, []
+        notes, self.notes = self.notes, []
         return notes
 
     @contextlib.contextmanager
-    def fitting(self, batch: PackedBatch, *, meeting: bool = False) -> Iterator[None]:
+    def fitting(self, batch: PackedBatch) -> Iterator[None]:
         """Around a pass over one micro-batch: OutOfMemory where it does not fit, UserError where others wait in the
-        pass for this process. meeting: they do so under DDP too."""
+        pass for this process."""
         try:
             yield
             return
@@ -75,7 +77,7 @@ class Memory:
         except torch.OutOfMemoryError:
             pass  # outside of this block nothing holds on to its traceback, and by it to what was computed
         smaller, message = self._smaller(batch)
-        if self.accelerator.num_processes > 1 and not self._agrees(meeting):
+        if self.accelerator.num_processes > 1 and is_sharded(self.accelerator):
             raise UserError(
                 message
                 or f"process {self.accelerator.process_index} ran out of memory where the others wait for it, so that "
@@ -83,17 +85,34 @@ class Memory:
             )
         raise OutOfMemory(smaller, message)
 
-    def together(self, passes: Callable[[], T]) -> T:
-        """passes(), in which no processes meet; where it runs out of memory on one of them, all raise OutOfMemory."""
-        if not self._agrees():
-            return passes()
+    def together(
+        self, passes: Callable[[], T], *, backward: bool = False, meanwhile: Callable[[], None] | None = None
+    ) -> T:
+        """passes(), in which no processes meet; where it runs out of memory on one of them, all raise OutOfMemory.
+
+        backward: add up the gradients that they leave, over the processes. meanwhile: called when all is launched and
+        nothing waited for; it may be called again where this raises OutOfMemory.
+        """
+        meanwhile = meanwhile or (lambda: None)
+        if self.accelerator.num_processes == 1 or is_sharded(self.accelerator):
+            result = passes()
+            meanwhile()
+            return result
         smaller, message = self.micro_batch_tokens, ""
         try:
             result = passes()
         except OutOfMemory as error:
             smaller, message = error.smaller, str(error)
-        everyones = self.accelerator.gather(torch.tensor([smaller], device=self.accelerator.device))
-        smallest = int(everyones.min())
+        if smaller != self.micro_batch_tokens:
+            free()  # or there may be no room to take part in the sums
+        trained = self.trained if backward else ()
+        least = least_of_all(self.accelerator, [smaller, *(-int(p.grad is not None) for p in trained)])
+        sum_gradients(trained)
+        meanwhile()
+        smallest, *had = least.tolist()
+        for p, any_had in zip(trained, had, strict=True):
+            if not any_had:
+                p.grad = None  # as in one process: an optimizer leaves such a parameter alone
         if smallest == self.micro_batch_tokens:
             return result
         if smallest == 0:
@@ -112,20 +131,11 @@ class Memory:
                 raise UserError(message)
             self._drop()
             set_random_states(states, self.accelerator.device)
-            self._notes.append(
+            self.notes.append(
                 f"out of memory with --micro_batch_tokens {self.micro_batch_tokens}; {smaller} from here on, "
                 "which changes nothing else"
             )
             self.micro_batch_tokens = smaller
-
-    @property
-    def sharded(self) -> bool:
-        """Whether processes hold parts of the model only."""
-        return self.accelerator.distributed_type not in WHOLE
-
-    def _agrees(self, meeting: bool = False) -> bool:
-        """Whether there are several processes that can tell each other of it."""
-        return self.accelerator.num_processes > 1 and not self.sharded and not meeting
 
     def _smaller(self, batch: PackedBatch) -> tuple[int, str]:
         """The budget halved until it divides this micro-batch; 0 and a sentence where it cannot be divided."""
@@ -145,11 +155,8 @@ class Memory:
 
     def _drop(self) -> None:
         """Gradients, and what waits to be collected."""
-        if isinstance(self.wrapped, nn.Module):
-            self.wrapped.zero_grad(set_to_none=True)
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            # else one that failed in its first pass would send its buffers again, and the others not
-            self.wrapped.require_forward_param_sync = False
+        for p in self.trained:
+            p.grad = None
         free()
 
 

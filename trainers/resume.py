@@ -116,6 +116,7 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "best": dataclasses.asdict(progress.best),
         "loss_state": dict(run.step.state),
         "micro_batch_tokens": run.step.micro_batch_tokens,
+        "may_grow": run.growth.meter is not None,
         "rollouts_taken": 0 if progress.window is None else progress.window.taken,
         "health": run.health.state_dict(),
         "rollouts": None if run.rollouts is None else run.rollouts.state_dict(),
@@ -127,13 +128,22 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def about(run: Run) -> dict[str, Any]:
-    """By which code, on how many processes and on what the run trains."""
+    """By which code, on how many processes, on which device and on what the run trains."""
     return {
         **code(),
         "num_processes": run.accelerator.num_processes,
+        **device_of(run.accelerator.device),
         "data": run.data.fingerprint,
         "frozen": run.frozen,
     }
+
+
+def device_of(device: torch.device) -> dict[str, Any]:
+    """Its name and its memory; of a CPU "cpu", and no memory of its own."""
+    if device.type != "cuda":
+        return {"device": device.type, "device_mem_mib": None}
+    found = torch.cuda.get_device_properties(device)
+    return {"device": found.name, "device_mem_mib": found.total_memory / 2**20}
 
 
 @functools.cache
@@ -161,6 +171,8 @@ def restore(run: Run) -> Progress:
     run.step.state = state["loss_state"]
     if state["config"]["train"]["micro_batch_tokens"] == run.config.train.micro_batch_tokens:
         run.step.micro_batch_tokens = state["micro_batch_tokens"]  # fewer, where so many did not fit into memory
+        if not state["may_grow"]:
+            run.growth.meter = None
     if run.reference_sync is not None:
         run.reference_sync.load_state(checkpoint.tensors(REFERENCE), state["reference_terms"])
     run.health.load_state_dict(state["health"])

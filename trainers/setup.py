@@ -20,6 +20,7 @@ from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
+from .growing import Growth, make_growth
 from .health import Health
 from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters
@@ -31,7 +32,7 @@ from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
 from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
-from .processes.launching import check_processes, describe_processes, load_everywhere, refuse_untried
+from .processes.launching import check_alike, check_processes, describe_processes, load_everywhere, refuse_untried
 from .processes.sharding import describe_whole, wrap
 from .processes.watching import watch_over
 from .rollout.calling import TrainerState
@@ -63,6 +64,7 @@ class Run:
     total_steps: int
     notes: list[str]
     health: Health
+    growth: Growth
     reference_sync: ReferenceSync | None = None
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
@@ -85,21 +87,21 @@ def build(config: RunConfig) -> Run:
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
     # before it is sharded: the optimizer's parameters become the sharded ones
     optimizer = make_optimizer(trained_parameters(policy), config.train, accelerator.device)
-    wrapped, optimizer = wrap(policy, optimizer, accelerator)
+    policy, optimizer = wrap(policy, optimizer, accelerator)
     trained = trained_parameters(policy)
     notes = [*describe_processes(accelerator), *describe_whole(policy, accelerator), *notes]
-    reference, reference_notes = make_reference(config, policy, wrapped, data.train, accelerator)
+    reference, reference_notes = make_reference(config, policy, data.train, accelerator)
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
     step = Step(
         accelerator,
         policy,
-        wrapped,
         config.loss,
         reference,
-        micro_batch_tokens=config.train.micro_batch_tokens,
+        micro_batch_tokens=config.train.first_micro_batch_tokens,
         max_length=config.data.max_length,
         pad_id=tokenizer.pad_token_id,
     )
+    growth, growth_notes = make_growth(config.train.micro_batch_tokens, step.memory, accelerator)
     rollouts = None
     if config.rollout:
         per_epoch = -(-data.epoch_size // (config.train.batch_size or 1)) * config.rollout.num_iterations
@@ -109,6 +111,8 @@ def build(config: RunConfig) -> Run:
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
+    frozen = fingerprint(policy, reference_model(reference))
+    check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
     scheduler = make_schedule(optimizer.optimizer, config.train, total_steps)
@@ -124,11 +128,12 @@ def build(config: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         total_steps=total_steps,
-        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes],
+        notes=[*checkpoint_notes, *data.notes, *model_notes, *notes, *reference_notes, *sync_notes, *growth_notes],
         health=Health(config.loss, shapes[0].rows, config.train.max_grad_norm, config.train.output_dir),
+        growth=growth,
         reference_sync=sync,
         checkpoint=checkpoint,
-        frozen=fingerprint(policy, reference_model(reference)),
+        frozen=frozen,
     )
 
 

@@ -7,7 +7,6 @@ picture, in `docs/totals.md`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +23,12 @@ from .batches.packing import PackedBatch, example_tokens, pack
 from .data.examples import Example
 from .errors import UserError
 from .memory import Memory
+from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
 from .processes.dealing import deal, gather_rows
+from .processes.sharding import is_sharded
 
 
 @dataclass
@@ -87,13 +88,12 @@ class StepResult:
 
 
 class Step:
-    """What every step of a run shares: the wrapped policy, the loss, the reference, and how to cut micro-batches."""
+    """What every step of a run shares: the policy, the loss, the reference, and how to cut micro-batches."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         policy: Policy,
-        wrapped: Callable[[PackedBatch], Any],
         loss: Loss,
         reference: Reference | None,
         *,
@@ -101,9 +101,9 @@ class Step:
         max_length: int,
         pad_id: int = 0,
     ) -> None:
-        self.accelerator, self.policy, self.wrapped = accelerator, policy, wrapped
+        self.accelerator, self.policy = accelerator, policy
         self.loss, self.reference, self.max_length = loss, reference, max_length
-        self.memory = Memory(accelerator, wrapped, loss, micro_batch_tokens)
+        self.memory = Memory(accelerator, trained_parameters(policy), loss, micro_batch_tokens)
         self.packing: dict[str, Any] = {**policy.packing, "pad_id": pad_id}
         self.state: Mapping[str, float] = {}  # what the loss carries from step to step
 
@@ -160,7 +160,7 @@ class Step:
         """Fix the log-probabilities that later updates on the same rollouts are compared with."""
         for micro in micros:
             with self.memory.fitting(micro.batch), inference(self.policy):
-                micro.old = self.wrapped(micro.batch).logps
+                micro.old = self.policy(micro.batch).logps
 
     def totals(self, examples: Sequence[Example], micros: Sequence[MicroBatch], dealt: bool = False) -> Totals:
         """Totals over the step and all processes, with what the loss collects in a pass before it."""
@@ -208,7 +208,7 @@ class Step:
             values = []
             for micro in micros:
                 with self.memory.fitting(micro.batch), inference(self.policy):
-                    inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, None)
+                    inputs = loss_inputs(self.loss, micro.batch, self.policy(micro.batch), micro.ref, None)
                     collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
                     values.append(collected[:0] if micro.batch.is_filler else collected)
             return values
@@ -231,40 +231,29 @@ class Step:
         backward: bool = True,
         meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
-        """Run the micro-batches, add their gradients, and return this process's part of loss and metrics.
+        """Run the micro-batches, add up their gradients, over all processes, and return this process's part of loss and
+        metrics.
 
-        meanwhile: called when all is launched, and a device still at work. Raises UserError where a loss is not
-        finite, naming the rows of its micro-batch.
+        meanwhile: called when all is launched, and a device still at work; again where the step is tried again. Raises
+        UserError where a loss is not finite, naming the rows of its micro-batch.
         """
         result = StepResult(torch.zeros((), device=self.accelerator.device))
         losses: list[Tensor] = []
-        # DDP averages gradients over processes; the totals have divided already
-        world = self.accelerator.num_processes
+        # sharded gradients are averaged over processes, and the totals have divided already
+        factor = self.accelerator.num_processes if is_sharded(self.accelerator) else 1
 
-        def all_but_the_last_backward() -> Tensor:
+        def passes() -> None:
             self.fill_reference(micros)
-            for i, micro in enumerate(micros):
-                last = i == len(micros) - 1
-                with (
-                    self.memory.fitting(micro.batch),
-                    self._no_sync(backward),
-                    torch.set_grad_enabled(backward),
-                ):
-                    inputs = loss_inputs(self.loss, micro.batch, self.wrapped(micro.batch), micro.ref, micro.old)
+            for micro in micros:
+                with self.memory.fitting(micro.batch), torch.set_grad_enabled(backward):
+                    inputs = loss_inputs(self.loss, micro.batch, self.policy(micro.batch), micro.ref, micro.old)
                     output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
-                    if backward and not last:
-                        self.accelerator.backward(output.loss * world)
+                    if backward:
+                        self.accelerator.backward(output.loss * factor)
                 losses.append(output.loss.detach())
                 result.add(output.loss, output.metrics)
-            return output.loss
 
-        loss = self.memory.together(all_but_the_last_backward)
-        if backward:  # in which DDP adds up the processes' gradients
-            synced = self.accelerator.trigger_sync_in_backward(self.wrapped)
-            with self.memory.fitting(micros[-1].batch, meeting=True), synced:
-                self.accelerator.backward(loss * world)
-        if meanwhile is not None:
-            meanwhile()
+        self.memory.together(passes, backward=backward, meanwhile=meanwhile)
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
             if not finite:
                 rows = rows_of(micro.batch.examples)
@@ -272,11 +261,6 @@ class Step:
         if backward:
             self.state = self.loss.advance(totals)
         return result
-
-    def _no_sync(self, backward: bool) -> contextlib.AbstractContextManager[Any]:
-        # DDP looks at it behind a forward pass; where weights are sharded, whole gradients would wait on every process
-        off = backward and not self.memory.sharded
-        return self.accelerator.no_sync(self.wrapped) if off else contextlib.nullcontext()
 
 
 def rows_of(examples: Sequence[Example]) -> str:

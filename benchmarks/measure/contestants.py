@@ -96,7 +96,7 @@ class Ours:
         self.attention = policy.causal_lm.config._attn_implementation
         reference: Reference | None = None
         if loss.wants_reference:
-            reference = AdapterReference(policy, policy)
+            reference = AdapterReference(policy)
             if not policy.has_adapters:
                 other = Policy(ref_model, shared=policy.shared)
                 if shared:
@@ -105,13 +105,12 @@ class Ours:
         self.step = Step(
             start_accelerator("no"),
             policy,
-            policy,
             loss,
             reference,
             micro_batch_tokens=case.micro_batch_tokens,
             max_length=case.max_length,
         )
-        self.old = None if old is None else StoredReference(old, AdapterReference(policy, policy))
+        self.old = None if old is None else StoredReference(old, AdapterReference(policy))
         self.optimizer = adamw(trained_parameters(policy), LEARNING_RATE)
         self.ahead: tuple[list[Example], list[MicroBatch]] | None = None
         policy.train()

@@ -99,10 +99,9 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
         examples = [example.take([0, 1]) for example in examples]
     policy = Policy(copy.deepcopy(the_model()), stats=loss.stats)
     policy.shared = not why_not_shared(policy)
-    reference = AdapterReference(policy, policy) if loss.wants_reference else None
+    reference = AdapterReference(policy) if loss.wants_reference else None
     step = Step(
         start_accelerator("no"),
-        policy,
         policy,
         loss,
         reference,

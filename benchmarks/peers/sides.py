@@ -33,7 +33,6 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     step = Step(
         start_accelerator("no"),
         policy,
-        policy,
         loss,
         reference if loss.wants_reference else None,
         micro_batch_tokens=MICRO_BATCH_TOKENS,

@@ -175,7 +175,7 @@ class Subject:
 
     def reference(self, policy: Policy, dtype: torch.dtype) -> Reference:
         """The policy's own without its adapters; a micro-batch that comes again gets what it got."""
-        live = AdapterReference(policy, policy)
+        live = AdapterReference(policy)
 
         def remembered(batch: PackedBatch) -> Tensor:
             key = ("reference", dtype, batch.targets.shape, *(tokens_key(e) for e in batch.examples))

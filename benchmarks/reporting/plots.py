@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,21 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from .palette import GRID, PARTS, colour
 from .rows import SAID, Row, bases, contestants, groups, lines_of, named, quotient
 
-COLOURS = {
-    "logratio": "#0072B2",
-    "logratio (two_gemm)": "#0072B2",
-    "logratio (triton)": "#56B4E9",
-    "trl": "#D55E00",
-    "trl+liger": "#E69F00",
-    "liger": "#CC79A7",
-    "torch": "#009E73",
-    "eager": "#7F7F7F",
-}
-"""After Okabe and Ito: told apart with any colour vision."""
-OTHERS = ("#332288", "#882255", "#44AA99", "#999933")
-PARTS = ("#4477AA", "#88CCEE", "#EE8866", "#BBCC33", "#FFAABB", "#AAAA00", "#DDDDDD", "#99DDFF")
 MARKERS = {"full": "s", "lora": "o", "qlora": "^"}
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -44,7 +31,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
+    "grid.color": GRID.light,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "figure.facecolor": "white",
@@ -52,6 +39,7 @@ STYLE: Any = {
     "savefig.dpi": 150,
 }
 WIDTH = 8.0
+MEMORY = {"peak_mem_mib": "peak memory (GiB)", "saved_mib": "kept by autograd (GiB)"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Plot]:
             for (suite,), of_suite in groups(of_device, "suite").items():
                 if suite.removeprefix("quick_") == "step":
                     for key, group in groups(of_suite, "model", "adapter", "workload").items():
-                        keep(peers(group), named(key), "step time and memory", suite, group)
+                        keep(peers(group), named(key), " and ".join(kinds(group)), suite, group)
                         keep(parts(group), named(key), "where the time goes", suite, group)
                 if suite.removeprefix("quick_") == "scale":
                     for key, group in groups(of_suite, "model", "adapter", "workload", "method", "axis").items():
@@ -94,11 +82,6 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Plot]:
             foreseen = [row for row in of_device if row.get("predicted_peak_mem_mib") and row.get("peak_mem_mib")]
             keep(prediction(foreseen), "Peak memory", "predicted and measured", "", foreseen)
     return made
-
-
-def colour(contestant: str) -> str:
-    """Its own in every plot; a name that is not in the table has one by its letters."""
-    return COLOURS.get(contestant) or OTHERS[crc32(contestant.encode()) % len(OTHERS)]
 
 
 def absolute(rows: Sequence[Row]) -> bool:
@@ -121,11 +104,21 @@ def finish(figure: Figure, plot: Plot, folder: Path) -> None:
     figure.savefig(folder / plot.file, format="png", metadata={"Software": None})
 
 
+def panels_of(rows: Sequence[Row], time: str) -> list[tuple[str, str]]:
+    """(field, label) of what was measured: time, and memory, of a CPU what autograd keeps. time: its label."""
+    known = {key for row in rows if row["status"] == "ok" for key in ("step_ms_p50", *MEMORY) if row.get(key)}
+    memory = [(key, label) for key, label in MEMORY.items() if key in known][:1]
+    return ([("step_ms_p50", time)] if "step_ms_p50" in known else []) + memory
+
+
+def kinds(rows: Sequence[Row]) -> list[str]:
+    """What a plot of these rows shows, for its title."""
+    return ["memory" if key in MEMORY else "step time" for key, _ in panels_of(rows, "")]
+
+
 def peers(rows: Sequence[Row]) -> Figure | None:
     """Grouped bars, a group for each method: time above, memory below, with the ratio to ours on each peer's bar."""
-    panels = [("step_ms_p50", "step time (ms, p50)" if absolute(rows) else "step time / ours")]
-    panels.append(("peak_mem_mib", "peak memory (GiB)"))
-    panels = [panel for panel in panels if any(row.get(panel[0]) for row in rows if row["status"] == "ok")]
+    panels = panels_of(rows, "step time (ms, p50)" if absolute(rows) else "step time / ours")
     if not panels:
         return None
     cases = groups(rows, "method", "case")
@@ -150,7 +143,7 @@ def bars(ax: Axes, rows: Sequence[Row], cases: Sequence[str], key: str) -> None:
         base = ours.get(row["case"])
         x = cases.index(row["case"]) + (names.index(row["contestant"]) - (len(names) - 1) / 2) * width
         ratio = quotient(row, base, key)
-        unit = {"peak_mem_mib": 1 / 1024}.get(key, 1.0)
+        unit = 1 / 1024 if key in MEMORY else 1.0
         height = ratio if key.startswith("step") and not absolute(rows) else (row.get(key) or 0) * unit
         ink = colour(row["contestant"])
         if row["status"] != "ok":
@@ -175,15 +168,14 @@ def bars(ax: Axes, rows: Sequence[Row], cases: Sequence[str], key: str) -> None:
 def curves(rows: Sequence[Row]) -> Figure | None:
     """Time and memory along an axis, a line for each contestant; an x where it ran out of memory."""
     measured = [row for row in rows if row["status"] == "ok"]
-    panels = [("step_ms_p50", "step time (ms, p50)"), ("peak_mem_mib", "peak memory (GiB)")]
-    panels = [panel for panel in panels if any(row.get(panel[0]) for row in measured)]
+    panels = panels_of(rows, "step time (ms, p50)")
     if not panels:
         return None
     figure, axes = blank(len(panels))
     values = sorted({row["value"] for row in rows})
     lost = [row for row in rows if row["status"] == "oom"]
     for ax, (key, label) in zip(axes, panels, strict=True):
-        unit = {"peak_mem_mib": 1 / 1024}.get(key, 1.0)
+        unit = 1 / 1024 if key in MEMORY else 1.0
         if key == "step_ms_p50" and not absolute(rows):
             smallest = [row for row in sorted(bases(rows).values(), key=lambda row: row["value"]) if row.get(key)]
             if not smallest:

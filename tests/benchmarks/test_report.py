@@ -210,7 +210,7 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread
 
-    from logratio.benchmarks.reporting.plots import COLOURS
+    from logratio.benchmarks.reporting.palette import COLOURS
 
     parts = {"reference": 40.0, "forward": 50.0, "backward": 90.0}
     rows = [step("logratio", 200, 9000, predicted_peak_mem_mib=9450, parts=parts), step("trl", 350, 13500)]
@@ -250,6 +250,24 @@ def test_bars_are_as_high_as_their_numbers() -> None:
 
     assert heights() == [[200, 300], [2.0, 4.0]]
     assert heights(gpu="cpu") == [[1.0, 1.5], [2.0, 4.0]]
+
+
+@needs_matplotlib
+def test_a_title_says_what_its_plot_shows(tmp_path: Path) -> None:
+    """Of a CPU memory is what autograd keeps; where nobody measured any, no title speaks of it."""
+    from logratio.benchmarks.reporting import plots
+
+    def drawn(*rows: dict) -> tuple[list[str], list[str]]:
+        rows = [row | {"device": "x", "source": "step.jsonl:1"} for row in rows]  # type: ignore[assignment]
+        figure = plots.peers(rows)
+        assert figure is not None
+        titles = [plot.title for plot in plots.draw(rows, tmp_path) if plot.suite == "step"]
+        return [ax.get_ylabel() for ax in figure.axes], titles
+
+    name = "Qwen2.5-0.5B, lora, gsm8k"
+    kept = [step("logratio", 200, gpu="cpu", saved_mib=1024.0), step("trl", 300, gpu="cpu", saved_mib=2048.0)]
+    assert drawn(*kept) == (["step time / ours", "kept by autograd (GiB)"], [f"{name}: step time and memory"])
+    assert drawn(step("logratio", 200), step("trl", 300)) == (["step time (ms, p50)"], [f"{name}: step time"])
 
 
 def test_the_command_is_known_without_matplotlib() -> None:

@@ -29,7 +29,7 @@ from .folder import find, remove_unfinished
 
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

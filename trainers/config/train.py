@@ -49,8 +49,9 @@ class TrainConfig:
     since TRL counts completions."""
     gradient_accumulation_steps: Count | None = None
     """TRL's spelling, see per_device_train_batch_size."""
-    micro_batch_tokens: Count = 8192
-    """Tokens of one forward pass on one process, padding included: memory against speed, never the result."""
+    micro_batch_tokens: Count | Literal["auto"] = 8192
+    """Tokens of one forward pass on one process, padding included: memory against speed, never the result. auto: 8192,
+    and after the first steps as many as the GPU has room for."""
     max_steps: Count | None = None
     """Optimizer steps (default: as many as num_train_epochs takes)."""
     num_train_epochs: Positive = 3.0
@@ -96,6 +97,11 @@ class TrainConfig:
                 "constant_with_warmup, or leave it out"
             )
         _ = self.schedule_options  # refused here, if at all
+
+    @property
+    def first_micro_batch_tokens(self) -> int:
+        """What a run begins with."""
+        return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     @property
     def schedule_options(self) -> dict[str, Any]:

@@ -113,6 +113,13 @@ class Report:
             "skipped": [[error.row, str(error)[len(error.place) :]] for error in found],
         }
 
+    def card(self, rows: int | None) -> dict[str, Any]:
+        """What data_card.json has of the data set. rows: how many it has, where one knows."""
+        errors = self.bad.errors() if self.bad else []
+        counts = {name: getattr(self, name) for name in COUNTS}
+        skipped = {"skipped": len(errors), "skipped_reasons": count_reasons(errors)}
+        return {"name": self.name, "rows": rows, **counts, "labels": self.labels, **skipped}
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], rows: Rows) -> Report:
         """What `as_dict` has said of these rows, perhaps under another name."""

@@ -1,4 +1,5 @@
-"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, skipped_rows.jsonl, a progress line."""
+"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, data_card.json, skipped_rows.jsonl, and a
+progress line."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from .journal import Journal
 from .streams import Lasting
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
-SKIPPED = "skipped_rows.jsonl"
+SKIPPED, DATA_CARD = "skipped_rows.jsonl", "data_card.json"
 
 
 class RunLog:
@@ -50,7 +51,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
         if after is None:
-            for name in (log.name, "run_config.json", SKIPPED):
+            for name in (log.name, "run_config.json", SKIPPED, DATA_CARD):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
             keep_earlier(log)
@@ -96,6 +97,19 @@ class RunLog:
             path = self.folder / SKIPPED
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             self.say(f"skipped rows are listed in {path}")
+
+    def keep_card(self, card: dict[str, Any]) -> None:
+        """Write what became of the rows into data_card.json, in the place of what was known before. A disk that does
+        not take it costs no run."""
+        if not self.main:
+            return
+        path, partial = self.folder / DATA_CARD, self.folder / f".{DATA_CARD}"
+        try:
+            partial.write_text(json.dumps(card, indent=2) + "\n")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            self.say(f"{path} could not be written: {error.strerror}")
 
     def flush(self) -> str:
         """Let all lines be on the disk; returns the hash of the last. Raises UserError where it does not take them."""

@@ -1,7 +1,7 @@
 """The model as a function from a packed batch to log-probabilities, and the reference beside it.
 
 `Policy.forward` is the whole trained computation (backbone, gather of the scored positions, LM head), because the
-gradient hooks of DDP and the gathering hooks of FSDP and ZeRO hang on the forward of the module that accelerate wraps.
+hooks that gather sharded weights, and autocast, hang on the forward of the module that accelerate prepares.
 """
 
 from __future__ import annotations

@@ -54,17 +54,14 @@ def inference(module: nn.Module) -> Iterator[None]:
 
 
 class AdapterReference:
-    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from.
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from."""
 
-    wrapped: the policy as accelerate wraps it, where it does.
-    """
-
-    def __init__(self, policy: Policy, wrapped: Callable[[PackedBatch], Any] | None = None) -> None:
-        self.policy, self.wrapped = policy, policy if wrapped is None else wrapped
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy), self.policy.as_reference():
-            return self.wrapped(batch).logps
+            return self.policy(batch).logps
 
 
 class ModelReference:
@@ -226,7 +223,7 @@ def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
 
 
 def make_reference(
-    config: RunConfig, policy: Policy, wrapped: Any, examples: Sequence[Any], accelerator: Accelerator
+    config: RunConfig, policy: Policy, examples: Sequence[Any], accelerator: Accelerator
 ) -> tuple[Reference | None, list[str]]:
     """The source of reference log-probs that the loss and the options ask for, and what to tell about it."""
     if not config.wants_reference:
@@ -235,7 +232,7 @@ def make_reference(
     notes: list[str] = []
     reference: Reference
     if policy.has_adapters and named is None:
-        reference = AdapterReference(policy, wrapped)
+        reference = AdapterReference(policy)
     else:
         model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
         other = Policy(model, temperature=policy.temperature, shared=policy.shared)
@@ -260,7 +257,7 @@ def make_reference(
     if found:
         table = load_table(path, key)
         return StoredReference(table, reference, accelerator), [*notes, f"reference log-probs read from {path}"]
-    memory = Memory(accelerator, wrapped, config.loss, config.train.micro_batch_tokens)
+    memory = Memory(accelerator, (), config.loss, config.train.first_micro_batch_tokens)
     packing = {**policy.packing, "fitting": memory.fitting}
 
     def passes() -> dict[str, list[Tensor]]:

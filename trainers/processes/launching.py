@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..errors import UserError
 from .sharding import is_sharded
@@ -69,6 +70,19 @@ def check_processes(accelerator: Accelerator) -> None:
         raise UserError(
             f"FSDP was asked for, but accelerate shards nothing here ({accelerator.distributed_type.value}): it needs "
             "a GPU for each process and a launcher (accelerate launch); leave it out to train with whole weights"
+        )
+
+
+def check_alike(accelerator: Accelerator, frozen: str) -> None:
+    """Raise UserError where a process has loaded other weights than the main one; frozen: their fingerprint."""
+    if accelerator.num_processes == 1:
+        return
+    everyones = gather_object([frozen])
+    others = [str(rank) for rank, theirs in enumerate(everyones) if theirs != everyones[0]]
+    if others:
+        raise UserError(
+            f"the model's frozen weights differ between process 0 and {', '.join(others)}: "
+            "give all processes the same files"
         )
 
 

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError, first_line
+from .summing import start_alike
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -33,10 +34,13 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def wrap(policy: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
-    """The policy and its optimizer as accelerate wraps them. A sharded policy is the same object, with other
-    parameters, and the optimizer's are those."""
+    """The same policy, in the run's mixed precision, and its optimizer as accelerate wraps it. What trains is the same
+    on all processes; a sharded policy has other parameters, and the optimizer's are those."""
     if not is_sharded(accelerator):
-        return accelerator.prepare_model(policy), accelerator.prepare_optimizer(optimizer)
+        start_alike([p for p in policy.parameters() if p.requires_grad], accelerator)
+        # "evaluation" leaves out DistributedDataParallel, which would add up gradients in a backward pass
+        policy = accelerator.prepare_model(policy, evaluation_mode=True)
+        return policy, accelerator.prepare_optimizer(optimizer)
     if type(optimizer).__module__.startswith("bitsandbytes"):
         raise UserError("--optim: bitsandbytes' optimizers do not know sharded parameters; use adamw_torch")
     gather_in_16_bits(policy, accelerator)

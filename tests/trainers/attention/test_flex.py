@@ -307,7 +307,7 @@ def test_a_model_that_has_no_use_for_a_block_mask_gets_a_dense_one(monkeypatch, 
 def test_a_step_packs_as_its_policy_attends(flex_on_cpu, random_model):
     flexible, dense = with_flex(random_model("llama")), Policy(random_model("llama"), shared=True)
     for policy, blocks in ((flexible, Blocks(128)), (dense, None)):
-        step = Step(None, policy, policy, types.SimpleNamespace(), None, micro_batch_tokens=1, max_length=1)
+        step = Step(None, policy, types.SimpleNamespace(), None, micro_batch_tokens=1, max_length=1)
         assert step.packing["blocks"] == blocks and step.packing["shared"]
     assert with_flex(random_model("mistral-window")).blocks == Blocks(128, (7,))
     assert with_flex(random_model("qwen2-window")).blocks == Blocks(128, (None, 7))

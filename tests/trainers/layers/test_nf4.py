@@ -81,7 +81,7 @@ def test_a_reference_pass_leaves_the_gradient_as_it_was(make):
     policy = make()
     exact = gradient(Policy(plain(policy.model, torch.float64)))
     before = gradient(policy)
-    AdapterReference(policy, policy)(batch())
+    AdapterReference(policy)(batch())
     after = gradient(policy)
     assert len(weights_of(policy)) == 21 and not any(map(is_repacked, weights_of(policy)))
     assert (after - exact).norm() <= 2 * (before - exact).norm() + 1e-7 * exact.norm()
@@ -99,7 +99,7 @@ def test_a_folder_that_holds_nf4_weights_keeps_their_layout(tmp_path):
 @pytest.mark.parametrize("fused", [True, False])
 def test_repacked_weights_are_refused_where_a_gradient_is_wanted(fused):
     policy = repacking(loaded(fused))
-    AdapterReference(policy, policy)(batch())  # without a gradient they compute what bitsandbytes has for them
+    AdapterReference(policy)(batch())  # without a gradient they compute what bitsandbytes has for them
     assert all(map(is_repacked, weights_of(policy)))
     with pytest.raises(UserError, match=REFUSED):
         policy(batch())
@@ -109,7 +109,7 @@ def test_repacked_weights_are_refused_outside_of_a_policy_too():
     model = build("tiny", "qlora", dtype=torch.float32, device=CPU)
     fuse_lora(model)
     policy = repacking(Policy(model))
-    AdapterReference(policy, policy)(batch())
+    AdapterReference(policy)(batch())
     with pytest.raises(UserError, match=REFUSED):
         model(input_ids=batch().input_ids)
 
@@ -117,6 +117,6 @@ def test_repacked_weights_are_refused_outside_of_a_policy_too():
 def test_weights_that_are_repacked_before_the_backward_pass_are_refused():
     policy = repacking(loaded())
     loss = policy(batch()).logps.sum()
-    AdapterReference(policy, policy)(batch())
+    AdapterReference(policy)(batch())
     with pytest.raises(UserError, match=REFUSED):
         loss.backward()

@@ -68,8 +68,8 @@ def gradient_of(model, method):
     """The second of two steps, with an update of the adapters between them, and of the reference where it follows."""
     loss = LOSSES[method](beta=0.1) if method == "grpo" else LOSSES[method]()
     policy = Policy(model, shared=True, stats=loss.stats).train()
-    reference = AdapterReference(policy, policy) if loss.wants_reference else None
-    step = Step(start_accelerator("no"), policy, policy, loss, reference, micro_batch_tokens=20, max_length=MAX_LENGTH)
+    reference = AdapterReference(policy) if loss.wants_reference else None
+    step = Step(start_accelerator("no"), policy, loss, reference, micro_batch_tokens=20, max_length=MAX_LENGTH)
     trained = [p for p in policy.parameters() if p.requires_grad]
     follows = model.peft_config.keys() > {"default"} and reference is not None
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_dropout_that_is_kept_is_left_to_peft_and_is_off_in_the_reference(start,
                 layer.lora_dropout.update({name: nn.Dropout(0.5) for name in layer.lora_dropout})
     policy = Policy(model, shared=True).train()
     (micro,) = Step(
-        start_accelerator("no"), policy, policy, LOSSES["dpo"](), None, micro_batch_tokens=1000, max_length=MAX_LENGTH
+        start_accelerator("no"), policy, LOSSES["dpo"](), None, micro_batch_tokens=1000, max_length=MAX_LENGTH
     ).micro_batches(examples_for(Kind.PAIRED))
     assert not torch.equal(policy(micro.batch).logps, policy(micro.batch).logps)
     once, again = (AdapterReference(policy)(micro.batch) for _ in range(2))
@@ -156,7 +156,7 @@ def test_a_reference_between_forward_and_backward_does_not_reach_what_is_recompu
     model = adapted(start, folder=tmp_path, gradient_checkpointing=True)
     policy = Policy(model, shared=True).train()
     (micro,) = Step(
-        start_accelerator("no"), policy, policy, LOSSES["dpo"](), None, micro_batch_tokens=1000, max_length=MAX_LENGTH
+        start_accelerator("no"), policy, LOSSES["dpo"](), None, micro_batch_tokens=1000, max_length=MAX_LENGTH
     ).micro_batches(examples_for(Kind.PAIRED))
     grads = []
     for between in (False, True):

@@ -63,7 +63,7 @@ def policy(random_model):
 
 
 def test_stored_log_probs_are_the_live_ones(policy, tmp_path):
-    live = Counted(AdapterReference(policy, policy))
+    live = Counted(AdapterReference(policy))
     key = fingerprint(policy, EXAMPLES, 1.0)
     save_table(tmp_path / "table.safetensors", precompute(live, EXAMPLES, 12, CPU, shared=True), key)
     assert live.calls > 1
@@ -79,7 +79,7 @@ def test_stored_log_probs_are_the_live_ones(policy, tmp_path):
 
 def test_what_is_not_stored_is_computed(policy, pack_one):
     """Mismatched completions and held-out rows go to the live reference, whatever their row's number is."""
-    live = Counted(AdapterReference(policy, policy))
+    live = Counted(AdapterReference(policy))
     stored = StoredReference(precompute(live, EXAMPLES, 1000, CPU, shared=True), live)
     live.calls = 0
     batch = pack_one([EXAMPLES[2], Example([20], [Completion([22]), Completion([22, 23])], row=0)])
@@ -98,7 +98,7 @@ def test_examples_of_one_row_are_told_apart():
 def test_the_cache_is_refused_for_other_weights_tokens_or_temperature(policy, tmp_path):
     path = tmp_path / "ref_log_probs.safetensors"
     key = fingerprint(policy, EXAMPLES, 1.0)
-    table = precompute(AdapterReference(policy, policy), EXAMPLES, 1000, CPU, shared=True)
+    table = precompute(AdapterReference(policy), EXAMPLES, 1000, CPU, shared=True)
     save_table(path, table, key)
     assert load_table(path, key).keys() == table.keys()
     others = {
@@ -146,7 +146,7 @@ def test_references_use_no_dropout_and_leave_the_policy_training(policy, random_
     batch = pack_one(EXAMPLES)
     wanted = Policy(random_model("llama"), shared=True)(batch)[0].detach()
     before = {name: p.requires_grad for name, p in policy.named_parameters()}
-    got = AdapterReference(policy, policy)(batch)
+    got = AdapterReference(policy)(batch)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
     assert not got.requires_grad and policy.training
     assert {name: p.requires_grad for name, p in policy.named_parameters()} == before
@@ -235,7 +235,7 @@ def write_texts(tmp_path):
 
 def test_a_filler_of_stored_examples_needs_no_pass_and_of_others_takes_part(policy):
     """As the processes whose micro-batches it stands beside: they read the table, or compute."""
-    live = Counted(AdapterReference(policy, policy))
+    live = Counted(AdapterReference(policy))
     batch = pack(EXAMPLES, 1000)[0]
     table = {tokens_key(e): [torch.ones(sum(c.scored or [True] * len(c.ids))) for c in e.completions] for e in EXAMPLES}
     filler = batch.unscored()
@@ -255,7 +255,7 @@ def test_a_reference_model_computes_in_mixed_precision_as_the_policy_does(random
 
 
 def test_a_data_set_is_packed_in_parts(monkeypatch, policy):
-    live = AdapterReference(policy, policy)
+    live = AdapterReference(policy)
     whole = precompute(live, EXAMPLES, 1000, CPU, shared=True)
     monkeypatch.setattr(reference, "PACKED_TOGETHER", 1)
     parts = precompute(counted := Counted(live), EXAMPLES, 1000, CPU, shared=True)

@@ -79,7 +79,7 @@ def change(policy, generator):
 def test_with_lora_the_reference_is_a_blend_of_dense_weights(name, start, alpha, random_model, tmp_path):
     """Twelve times in a row, with ranks that would grow beyond the layers' width."""
     policy = lora_policy(exact(random_model(name)), start, tmp_path)
-    reference = AdapterReference(policy, policy)
+    reference = AdapterReference(policy)
     sync, generator = ReferenceSync(policy, None, alpha=alpha, every=1), torch.Generator().manual_seed(0)
     expected = deltas(policy, REFERENCE_ADAPTER)
     assert any(d.any() for d in expected.values()) == (start == "file")
@@ -130,7 +130,7 @@ def test_alpha_0_keeps_the_reference_and_alpha_1_makes_it_the_policy(whole, rand
         reference = ModelReference(other)
     else:
         policy, other = lora_policy(random_model("llama"), "file", tmp_path).float(), None
-        reference = AdapterReference(policy, policy)
+        reference = AdapterReference(policy)
     start = reference(BATCH)
     change(policy, torch.Generator().manual_seed(0))
     ReferenceSync(policy, other, alpha=0.0, every=1).after(1)

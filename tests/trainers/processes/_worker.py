@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from logratio.losses.advantages import ADVANTAGES
@@ -25,9 +26,12 @@ from logratio.trainers import cli, loop, setup
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.memory import Memory
 from logratio.trainers.policy.reference import ModelReference
+from logratio.trainers.processes import summing
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 from logratio.trainers.processes.sharding import full_weights, load_full_weights
+from logratio.trainers.processes.summing import start_alike
 from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
 from logratio.trainers.step import Step
@@ -141,6 +145,29 @@ def compare(words: list[str], kind: str = "ddp") -> dict[str, Any]:
         compared[json.dumps(options)] = {str(i): row for i, row in zip(mine, advantages.tolist(), strict=True)}
     mean = compares.metrics(rolled, alone)["reward_std"]
     return {"advantages": compared, "reward_std": float(mean.total / mean.count)}
+
+
+def sums(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """Gradients of two processes, some of which one or both have not, added up in buckets of four values."""
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    shapes = {"both": (2, 3), "second": (1,), "none": (2,), "narrow": (2,), "after": (3,)}
+    dtypes = {"narrow": torch.bfloat16}
+    trained = {n: nn.Parameter(torch.full(s, rank + 1.0, dtype=dtypes.get(n))) for n, s in shapes.items()}
+    start_alike(list(trained.values()), accelerator)
+    begun = {name: p.detach().flatten().tolist() for name, p in trained.items()}
+    memory = Memory(accelerator, list(trained.values()), None, 100)
+
+    def passes() -> None:
+        for name, p in trained.items():
+            if name != "none" and (name != "second" or rank == 1):
+                p.grad = torch.arange(p.numel()).view_as(p).to(p.dtype) + 10 * rank
+
+    with patch.object(summing, "BUCKET_NUMEL", 4):
+        memory.together(passes, backward=True)
+        cut = [[p.numel() for p in bucket] for bucket in summing.buckets(list(trained.values()))]
+    summed = {name: None if p.grad is None else p.grad.flatten().tolist() for name, p in trained.items()}
+    return {"begun": begun, "summed": summed, "buckets": cut}
 
 
 def round_trip(words: list[str], kind: str = "ddp") -> dict[str, Any]:

@@ -111,13 +111,13 @@ def two(folder):
     for kind, setting in KEPT.items():
         whole = words_for(*setting[:2], folder, kept(folder, kind), *setting[2:])
         jobs += [{"words": whole, "kind": kind, "do": "sample"}, going_on(folder, kind, "two")]
-    jobs += [{"words": [], "do": "compare"}]
+    jobs += [{"words": [], "do": "compare"}, {"words": [], "do": "sums"}]
     done = work(2, jobs, folder / "work2")
     assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in TWO), *(f"fsdp2-{name}" for name in FSDP2)]
     names += ["sampled", "rough", "trip-lora", "trip"]
-    names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare"]
+    names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare", "sums"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
 
 
@@ -268,6 +268,20 @@ def test_rollouts_are_compared_with_those_of_all_processes(two):
         for i, row in (first | second).items():
             assert row == pytest.approx(rows[i], rel=1e-9, abs=1e-12), options
         assert any(abs(x) > 0.1 for row in rows.values() for x in row)
+
+
+def test_gradients_are_added_up_and_what_no_process_has_stays_away(two):
+    for rank in two:
+        said = rank["sums"]
+        assert set(sum(said["begun"].values(), [])) == {1.0}, "all begin with the main process's values"
+        assert said["buckets"] == [[6], [1, 2], [2], [3]], "one of a dtype, four values, or one that is larger"
+        assert said["summed"] == {
+            "both": [10.0, 12.0, 14.0, 16.0, 18.0, 20.0],
+            "second": [10.0],
+            "none": None,
+            "narrow": [10.0, 12.0],
+            "after": [10.0, 12.0, 14.0],
+        }
 
 
 @pytest.mark.parametrize("kind", KEPT)

@@ -11,7 +11,9 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from logratio.trainers.errors import UserError
+from logratio.trainers.processes import launching
 from logratio.trainers.processes.launching import (
+    check_alike,
     check_processes,
     describe_processes,
     load_everywhere,
@@ -96,3 +98,13 @@ def test_the_ready_configurations_ask_for_nothing_that_is_refused(name, monkeypa
     assert environment.get("FSDP_VERSION", "2") == "2" and environment["ACCELERATE_MIXED_PRECISION"] == "no"
     refuse_untried(environment)
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2"}
+
+
+def test_processes_with_other_weights_are_named(monkeypatch):
+    found = ["aa", "bb", "aa", "cc"]
+    monkeypatch.setattr(launching, "gather_object", lambda own: found)
+    with pytest.raises(UserError, match=r"^the model's frozen weights differ between process 0 and 1, 3: give all"):
+        check_alike(accelerator(4), "aa")
+    found[:] = ["aa"] * 4
+    check_alike(accelerator(4), "aa")
+    check_alike(accelerator(1), "aa")

@@ -51,13 +51,16 @@ def same_bits(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
+CASES = [("sft", "backward"), ("dpo", "forward"), ("kto", "backward"), ("grpo", "backward")]
+
+
 @pytest.mark.slow
 def test_all_processes_try_again_where_one_ran_out(tmp_path):
-    """Under DDP, before the last backward pass and in passes without gradient; in that one the run ends."""
+    """In a forward pass or a backward one, the last of a step among them, whose next one is packed already."""
     (tmp_path / "worker.py").write_text(WORKER)
     shared = ["--lora_r", "2", "--lora_dropout", "0.2", "--batch_size", "8", "--max_steps", "2"]
     todo = []
-    for method in ("sft", "dpo", "kto", "grpo"):
+    for method, where in CASES:
         rows = truths.random_rows(method, 7, 16)
         path = tmp_path / f"{method}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -67,12 +70,10 @@ def test_all_processes_try_again_where_one_ran_out(tmp_path):
             words += ["--num_iterations", "2", "--beta", "0.1"]
         for name, limit, budget in (("found", 70, 200), ("given", 10**6, 50)):
             folder = ["--micro_batch_tokens", str(budget), "--output_dir", str(tmp_path / f"{method}-{name}")]
-            todo.append((f"{method}-{name}", limit, "forward", [*words, *folder]))
-    last = ["train", "sft", *shared, "--dataset_name", str(tmp_path / "sft.jsonl"), "--micro_batch_tokens", "200"]
-    todo.append(("last", 10, "backward", [*last, "--output_dir", str(tmp_path / "last")]))
+            todo.append((f"{method}-{name}", limit, where, [*words, *folder]))
     done = launch(2, ["worker.py", json.dumps(todo)], tmp_path, ACCELERATE_USE_CPU="true")
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for method in ("sft", "dpo", "kto", "grpo"):
+    for method, _ in CASES:
         assert [r[f"{method}-given"] for r in ranks] == [[0, 0], [0, 0]], done.stderr
         (status, failed), (other_status, other_failed) = (r[f"{method}-found"] for r in ranks)
         assert status == other_status == failed == 0 < other_failed <= 2
@@ -80,9 +81,4 @@ def test_all_processes_try_again_where_one_ran_out(tmp_path):
             load_file(tmp_path / f"{method}-{name}" / "adapter_model.safetensors") for name in ("found", "given")
         )
         assert same_bits(found, given), method
-    assert done.returncode != 0 and ranks[1]["last"] == [1, 1] and "last" not in ranks[0]
-    assert (
-        "step 1: process 1 ran out of memory where the others wait for it, so that they cannot try again: "
-        in done.stderr
-    )
-    assert "set --micro_batch_tokens" in done.stderr and not list((tmp_path / "last").glob("*.safetensors"))
+    assert done.returncode == 0 and done.stdout.count("; 50 from here on, which changes nothing else") == len(CASES)

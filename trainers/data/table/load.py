@@ -28,6 +28,9 @@ from .mixture import DataSet, Mixture, data_sets
 from .stored import Examples, Table
 from .streaming import Stream
 
+MEASURED = 1000
+"""Examples by which the mean lengths of a data set are told."""
+
 
 @dataclass
 class Data:
@@ -42,6 +45,7 @@ class Data:
     notes: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
     fingerprint: str = ""
+    reports: list[list[dict[str, Any]]] = field(default_factory=list)  # of each split's data sets, not streamed
 
     @property
     def epoch_size(self) -> int:
@@ -52,6 +56,19 @@ class Data:
         """What to tell of rows that nobody knew before."""
         return [f"streamed {self.train.report}"] if isinstance(self.train, Stream) else []
 
+    def card(self) -> dict[str, Any]:
+        """What became of the rows, as data_card.json has it: of the splits to train and to evaluate on, how many
+        examples there are and their mean lengths, with the counts of each data set that they come from. Of a stream,
+        the counts of what was read since the run began, or last went on."""
+        reports, stream = list(self.reports), isinstance(self.train, Stream)
+        sets = [self.train.report.card(None)] if isinstance(self.train, Stream) else reports.pop(0)
+        whole = {"examples": None if stream else len(self.train), "streamed": stream, "sets": sets}
+        card: dict[str, Any] = {"train": {**whole, "epoch_size": self.epoch_size, **lengths(self.train)}}
+        if len(self.evaluation):
+            held_out = {"examples": len(self.evaluation), "sets": reports.pop(0) if reports else []}
+            card["evaluation"] = {**held_out, **lengths(self.evaluation)}
+        return card
+
 
 @dataclass(frozen=True)
 class Made:
@@ -61,6 +78,18 @@ class Made:
     name: str
     note: str
     skipped: list[dict[str, Any]]
+    card: dict[str, Any]
+
+
+def lengths(examples: Sequence[Any]) -> dict[str, float | None]:
+    """Mean tokens of a prompt, and of a completion (None: prompts alone), of at most `MEASURED` evenly spaced ones."""
+    some = [examples[i] for i in range(0, len(examples), -(-len(examples) // MEASURED) or 1)]
+    completions = [len(c.ids) for one in some for c in getattr(one, "completions", ())]
+    prompts = [len(one.prompt_ids) for one in some]
+    return {
+        "prompt_tokens": sum(prompts) / len(prompts),
+        "completion_tokens": sum(completions) / len(completions) if completions else None,
+    }
 
 
 def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
@@ -100,7 +129,7 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     said += [evaluation.fingerprint if isinstance(evaluation, Examples) else None, weights]
     fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     skipped = [entry for split in found for one in split for entry in one.skipped]
-    return Data(train, evaluation, notes, skipped, fingerprint)
+    return Data(train, evaluation, notes, skipped, fingerprint, [[one.card for one in split] for split in found])
 
 
 def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> Stream:
@@ -157,7 +186,7 @@ def made(config: RunConfig, tokenizer: Any, rows: Rows) -> Made:
     """The table of these rows."""
     num_proc = config.data.dataset_num_proc
     path, report = make_table(rows, config.loss.kind, tokenizer, num_proc=num_proc, **options_of(config))
-    return Made(path, rows.name, str(report), report.skipped)
+    return Made(path, rows.name, str(report), report.skipped, report.card(len(rows)))
 
 
 def options_of(config: RunConfig) -> dict[str, Any]:
