@@ -87,8 +87,8 @@ def make_growth(asked: int | str, memory: Memory, accelerator: Accelerator) -> t
         return Growth(memory, None), []
     if meet_inside(accelerator):
         raise UserError(
-            "--micro_batch_tokens auto: processes with sharded weights or gradients cannot try again where one runs out of memory; "
-            "give a number"
+            "--micro_batch_tokens auto: processes with sharded weights or gradients cannot try again where one runs "
+            "out of memory; give a number"
         )
     if accelerator.device.type != "cuda":
         return Growth(memory, None), [

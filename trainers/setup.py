@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from transformers import get_scheduler
 
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.output_dir import check_output, clear
@@ -23,7 +22,7 @@ from .data.table.load import Data, load_data
 from .errors import UserError
 from .growing import Growth, make_growth
 from .health import Health
-from .optimizer import make_optimizer, trained_parameters
+from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
@@ -116,8 +115,7 @@ def build(config: RunConfig) -> Run:
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
-    schedule, warmup = config.train.lr_scheduler_type, config.train.warmup_steps
-    scheduler = get_scheduler(schedule, optimizer.optimizer, warmup, total_steps)
+    scheduler = make_schedule(optimizer.optimizer, config.train, total_steps)
     return Run(
         config=config,
         accelerator=accelerator,
