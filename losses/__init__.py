@@ -5,6 +5,7 @@ from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
+from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .logps import TokenLogps, linear_logps
 from .options import Variants, variant
@@ -49,6 +50,7 @@ __all__ = [
     "dpo_type",
     "dpo_types",
     "grpo_types",
+    "hf_compute_loss",
     "linear_logps",
     "register",
     "variant",

@@ -29,6 +29,8 @@ class Kind(StrEnum):
     GROUPED = "grouped"  # a prompt and its rollouts:                loss(policy, [ref,] advantages, old, totals=...)
 
 
+IGNORED = -100
+"""Hugging Face's label of a token that is not scored."""
 OPTIONAL = ("entropy", "log_z", "log_sum_p2", "weights")
 """What `CompletionLogps` may hold beside log-probabilities."""
 
@@ -66,6 +68,34 @@ class CompletionLogps:
             raise TypeError(
                 f"per_token_logps must be floating point and completion_mask bool, got {logps.dtype} and {mask.dtype}"
             )
+
+    @staticmethod
+    def from_logits(logits: Tensor, labels: Tensor, *, stats: tuple[str, ...] = ()) -> CompletionLogps:
+        """What a model that returns logits says of labels in Hugging Face's form.
+
+        logits: [C, L, V], any floating dtype; those at t predict the token at t + 1. labels: [C, L] int64, the tokens
+        themselves, -100 where one is not scored. Returns [C, L - 1], nats, at least float32: log p of labels[:, 1:],
+        masked where these are -100; logits there are never read. stats: of "entropy" -sum p log p, "log_z"
+        logsumexp z, "log_sum_p2" log sum p^2. Raises ValueError for shapes that do not fit. `linear_logps` gives the
+        same from hidden states, without logits.
+        """
+        if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+            raise ValueError(
+                f"logits must be [C, L, V] and labels [C, L], got {list(logits.shape)} and {list(labels.shape)}"
+            )
+        mask = labels[:, 1:] != IGNORED
+        rows = logits[:, :-1][mask]  # [N, V]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        log_p = rows.log_softmax(-1)
+        made: dict[str, Callable[[], Tensor]] = {
+            "per_token_logps": lambda: log_p.gather(-1, labels[:, 1:][mask][:, None]).squeeze(-1),
+            "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
+            "log_z": lambda: rows.logsumexp(-1),
+            "log_sum_p2": lambda: (2 * log_p).logsumexp(-1).detach(),
+        }
+        empty = rows.new_zeros(mask.shape)
+        wanted = {name: empty.masked_scatter(mask, made[name]()) for name in ("per_token_logps", *stats)}
+        return CompletionLogps(completion_mask=mask, **wanted)
 
     @property
     def logps(self) -> Tensor:
@@ -202,6 +232,11 @@ class Mean(NamedTuple):
         values = values.detach()
         where = torch.ones_like(values, dtype=torch.bool) if where is None else where
         return Mean(torch.where(where, values, 0.0).sum(), where.sum())
+
+    @property
+    def value(self) -> float:
+        """total / count; NaN where nothing was counted."""
+        return float(self.total / self.count)
 
 
 class LossOutput(NamedTuple):
