@@ -1,0 +1,168 @@
+"""What is done with a trained model: eval, merge, chat and push."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logratio.trainers import cli
+from logratio.trainers.after import chat, push
+from logratio.trainers.after.trained import load_trained
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of an adapter, of one on nf4 weights, and of a whole model, trained on few rows until it shows."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ways = {"lora": ["--lora_r", "4"], "qlora": ["--lora_r", "4", "--load_in_4bit"], "full": []}
+    for name, way in ways.items():
+        words = ["train", "sft", "--dataset_name", str(folder / "rows.jsonl"), "--max_steps", "12", *way]
+        assert cli.main([*words, "--learning_rate", "1e-2", "--output_dir", str(folder / name)]) == 0
+    return folder
+
+
+def run(capsys, *words, status=0):
+    capsys.readouterr()
+    assert cli.main(list(map(str, words))) == status
+    out = capsys.readouterr()
+    return out.err.strip() if status else out.out
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_perplexity_is_that_of_transformers(name, runs, capsys):
+    """By hand: the mean of -log p over the completions' tokens and their ends."""
+    answer = json.loads(run(capsys, "eval", runs / name, "--dataset_name", runs / "rows.jsonl", "--json"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(runs / name), AutoTokenizer.from_pretrained(runs / name)
+    total, count = 0.0, 0
+    for row in map(json.loads, (runs / "rows.jsonl").read_text().splitlines()):
+        prompt = tokenizer(row["prompt"]).input_ids
+        completion = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        logps = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total -= float(logps.gather(-1, torch.tensor(completion)[:, None]).sum())
+        count += len(completion)
+    assert answer["rows"] == 8 and answer["scored_tokens"] == count
+    assert answer["nll"] == pytest.approx(total / count, rel=1e-4)
+    assert answer["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_preferences_are_counted(runs, tmp_path, capsys):
+    right = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": "x" * 9} for n in range(3)]
+    wrong = [{"prompt": f"{n}+1=", "chosen": "x" * 9, "rejected": str(n + 1)} for n in range(1)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right + wrong))
+    answer = json.loads(run(capsys, "eval", runs / "full", "--dataset_name", tmp_path / "pairs.jsonl", "--json"))
+    assert answer["accuracy_of_sums"] == answer["accuracy_of_means"] == 0.75
+    assert answer["logps/chosen"] > answer["logps/rejected"]
+
+
+def test_rewards_of_what_is_sampled(runs, tmp_path, capsys):
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", runs / "full", "--dataset_name", tmp_path / "prompts.jsonl", "--reward_funcs", "exact_answer"]
+    words += ["--max_completion_length", "6", "--temperature", "0.05", "--json"]
+    answer = json.loads(run(capsys, *words))
+    assert answer["prompts"] == 4 and answer["completions"] == 16
+    assert 0 < answer["rewards/exact_answer/mean"] <= answer["rewards/exact_answer/best_of_4"] <= 1
+    assert answer == json.loads(run(capsys, *words)), "seeded"
+    table = run(capsys, *words[:-1])
+    assert "rewards/exact_answer/mean" in table and "prompts.jsonl" in table
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_merged_model_is_the_base_with_the_adapter(name, runs, tmp_path, capsys):
+    """In float32 to rounding, on what nf4 weights stand for; W + (alpha / r) B A of a layer by hand."""
+    said = run(capsys, "merge", runs / name, "--output_dir", tmp_path / "merged")
+    answer = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert answer["largest_difference"] < 1e-3 * answer["mean_effect"] + 1e-5 and answer["mean_effect"] > 0.1
+    assert f"over {answer['tokens']} tokens the log-probabilities differ by" in said
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert getattr(merged.config, "quantization_config", None) is None
+    trained, _ = load_trained(str(runs / name), "float32", CPU, dequantize=name == "qlora")
+    layer = trained.get_base_model().model.layers[0].mlp.up_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    got = merged.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(got, layer.base_layer.weight + product, rtol=1e-5, atol=1e-6)
+    assert run(capsys, "merge", runs / name, "--output_dir", tmp_path / "merged", status=1).endswith(
+        "merged is there and not empty; name another"
+    )
+
+
+def test_in_16_bits_the_difference_is_said(runs, tmp_path, capsys):
+    run(capsys, "merge", runs / "lora", "--output_dir", tmp_path / "merged", "--dtype", "bfloat16")
+    answer = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert 1e-4 < answer["mean_difference"] < answer["mean_effect"]
+
+
+def test_there_must_be_an_adapter(runs, tmp_path, capsys):
+    said = run(capsys, "merge", runs / "full", "--output_dir", tmp_path / "out", status=1)
+    assert said == f"logratio: {runs / 'full'} holds no adapter (adapter_config.json), so there is nothing to merge"
+    assert not (tmp_path / "out").exists()
+
+
+def likeliest(folder, said, tokens=4):
+    """What the model goes on with, a token at a time. said: text, or messages."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if not isinstance(said, str):
+        said = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    begun = ids = tokenizer(said).input_ids
+    while len(ids) < len(begun) + tokens and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return tokenizer.decode(ids[len(begun) :], skip_special_tokens=True)
+
+
+def test_a_model_answers(runs, capsys, monkeypatch):
+    """In a conversation, which ends with the input; an empty line asks nothing."""
+    words = ["chat", runs / "full", "--temperature", "0", "--max_new_tokens", "4"]
+    messages, wanted = [], []
+    for text in ("3+1=", "5+1="):
+        messages.append({"role": "user", "content": text})
+        wanted.append(likeliest(runs / "full", messages))
+        messages.append({"role": "assistant", "content": wanted[-1]})
+    assert all(wanted) and run(capsys, *words, "--prompt", "3+1=").strip() == wanted[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3+1=\n\n5+1=\n"))
+    assert run(capsys, *words).split() == wanted
+
+
+def test_a_model_without_a_template_goes_on_with_text(runs):
+    model, tokenizer = load_trained(str(runs / "full"), "float32", CPU)
+    tokenizer.chat_template = None
+    options = chat.Options(model="m", temperature=0, max_new_tokens=4)
+    assert chat.answer(options, model, tokenizer, [], "3+1=") == likeliest(runs / "full", "3+1=")
+
+
+def test_messages_go_through_the_template(runs, capsys, monkeypatch):
+    model, tokenizer = load_trained(str(runs / "full"), "float32", CPU)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    options, messages = chat.Options(model="m", temperature=0, max_new_tokens=4), [{"role": "system", "content": "3"}]
+    wanted = likeliest(runs / "full", "3+1=")
+    assert chat.answer(options, model, tokenizer, messages, "+1=") == wanted
+    assert [m["content"] for m in messages] == ["3", "+1=", wanted]
+
+
+def test_what_is_pushed(runs, capsys, monkeypatch):
+    asked = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            asked.append((name, options))
+
+        def upload_folder(self, **options):
+            asked.append(options)
+            if "gone" in options["repo_id"]:
+                raise OSError("no such place")
+            return "https://example.org/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert run(capsys, "push", runs / "lora", "me/mine", "--private") == "pushed to https://example.org/commit\n"
+    assert asked[0] == ("me/mine", {"private": True, "exist_ok": True})
+    assert asked[1]["folder_path"] == runs / "lora" and asked[1]["ignore_patterns"] == push.LEFT_OUT
+    assert run(capsys, "push", runs / "lora", "me/gone", status=1).endswith("pushed to me/gone: no such place")
+    assert "holds no model" in run(capsys, "push", Path(runs) / "nothing", "me/mine", status=1)

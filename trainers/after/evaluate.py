@@ -1,0 +1,179 @@
+"""`logratio eval MODEL_OR_RUN --dataset_name FILE`: what a model makes of rows, without training on them.
+
+Rows of text, messages, or prompt and completion: nats a scored token and the perplexity, exp of it. Rows with chosen
+and rejected: how often the chosen one is more likely, by the sum over its tokens and by their mean. Prompts with
+rewards (--reward_funcs): mean rewards of sampled completions; of a reward that is 0 or 1, pass@1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from logratio.losses import CPOLoss, Kind, Loss, Mean, SFTLoss
+from logratio.losses.options import Count, Positive
+
+from ..batches.inputs import loss_inputs
+from ..batches.packing import pack
+from ..config import RolloutConfig
+from ..data.examples import prepare, prepare_prompts
+from ..data.rows import load_rows
+from ..errors import UserError
+from ..policy.policy import Policy
+from ..policy.reference import inference
+from ..policy.sharing import share_prompts
+from ..rollout.generation import numbered
+from ..rollout.rewards import load_rewards
+from ..rollout.rollouts import Rollouts
+from .trained import Dtype, device_of, load_trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is evaluated, and on what."""
+
+    model: tyro.conf.Positional[str]
+    """Hub name, folder of a model, or output_dir of a run."""
+    dataset_name: str = "arithmetic"
+    """As `logratio train` takes it."""
+    dataset_test_split: str = "test"
+    """Its split; of a single file "train", its only one."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set."""
+    reward_funcs: tuple[str, ...] = ()
+    """Sample completions and reward them: as `logratio train grpo` takes it."""
+    num_generations: Count = 4
+    """Completions of each prompt."""
+    temperature: Positive = 1.0
+    """Of sampling."""
+    max_completion_length: Count = 256
+    """Longest completion, in tokens."""
+    max_length: Count = 1024
+    """Longest prompt with one completion, in tokens."""
+    max_rows: Count | None = None
+    """The first so many rows (default: all)."""
+    micro_batch_tokens: Count = 8192
+    """Tokens of one forward pass."""
+    dtype: Dtype = "float32"
+    """Of the model's weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one."""
+    seed: int = 42
+    """Of sampling."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate a model or a run: perplexity, preference accuracy, or rewards of what it samples."""
+    options = tyro.cli(Options, args=argv, prog="logratio eval", use_underscores=True)
+    answer = evaluated(options)
+    if options.json:
+        print(json.dumps(answer))
+        return 0
+    table = Table("metric", "value", title=f"{options.model} on {answer.pop('data')}", title_justify="left")
+    for name, value in answer.items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    return 0
+
+
+def evaluated(options: Options) -> dict[str, Any]:
+    """All that is printed. Raises UserError for rows or a model that do not fit."""
+    model, tokenizer = load_trained(options.model, options.dtype, device_of(options.device))
+    policy = Policy(model, temperature=options.temperature if options.reward_funcs else 1.0)
+    share_prompts(policy)
+    by = sampled if options.reward_funcs else scored
+    return by(options, policy, tokenizer)
+
+
+def rows_of(options: Options, kind: Kind) -> Any:
+    """The rows, the first of them where so many are asked for."""
+    single = options.dataset_test_split
+    if single == Options.dataset_test_split and options.dataset_name.endswith((".jsonl", ".json", ".parquet", ".gz")):
+        single = "train"
+    rows = load_rows(options.dataset_name, kind, split=single, config=options.dataset_config, seed=options.seed)
+    if options.max_rows is None:
+        return rows
+    return dataclasses.replace(rows, rows=[row for _, row in rows.between(0, options.max_rows)])
+
+
+def scored(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+    """Of completions that the rows have."""
+    rows = rows_of(options, Kind.SEQUENCE)
+    first = next(iter(rows))
+    pairs = isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
+    loss: Loss = CPOLoss() if pairs else SFTLoss()
+    if pairs:
+        rows = rows_of(options, Kind.PAIRED)
+    examples, report = prepare(rows, loss.kind, tokenizer, max_length=options.max_length)
+    device = policy.causal_lm.device
+    sums: dict[str, Mean] = {}
+    with inference(policy):
+        for batch in pack(examples, options.micro_batch_tokens, **policy.packing):
+            moved = batch.to(device)
+            found = (preferred if pairs else likely)(loss_inputs(loss, moved, policy(moved))["policy"])
+            for name, mean in found.items():
+                before = sums.get(name, Mean(*(torch.zeros((), dtype=torch.float64, device=device),) * 2))
+                sums[name] = Mean(before.total + mean.total.double(), before.count + mean.count)
+    answer: dict[str, Any] = {
+        "data": str(report),
+        "rows": len(examples),
+        **{name: mean.value for name, mean in sums.items()},
+    }
+    if "nll" in answer:
+        answer |= {"perplexity": math.exp(min(answer["nll"], 700.0)), "scored_tokens": int(sums["nll"].count)}
+    return answer
+
+
+def likely(policy: Any) -> dict[str, Mean]:
+    """Nats a token."""
+    return {"nll": Mean.of(-policy.logps, policy.completion_mask)}
+
+
+def preferred(policy: Any) -> dict[str, Mean]:
+    """How often the chosen completion is the more likely one."""
+    chosen, rejected = policy.chosen, policy.rejected
+    return {
+        "logps/chosen": Mean.of(chosen.sums),
+        "logps/rejected": Mean.of(rejected.sums),
+        "accuracy_of_sums": Mean.of((chosen.sums > rejected.sums).double()),
+        "accuracy_of_means": Mean.of((chosen.averages > rejected.averages).double()),
+    }
+
+
+def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+    """Of completions that the model samples."""
+    prompts, report = prepare_prompts(rows_of(options, Kind.GROUPED), tokenizer, max_length=options.max_length)
+    rewards = load_rewards(options.reward_funcs, prompts[0].columns)
+    if options.num_generations < 2:
+        raise UserError("--num_generations: sample 2 at least, whose mean is closer to pass@1 than one sample is")
+    config = RolloutConfig(
+        num_generations=options.num_generations, temperature=options.temperature, reward_funcs=options.reward_funcs
+    )
+    rollouts = Rollouts(policy, tokenizer, config, rewards, options.max_completion_length, seed=options.seed)
+    rolled = rollouts(numbered(prompts), "evaluation")
+    answer: dict[str, Any] = {"data": str(report), "prompts": len(prompts), "completions": rolled.lengths.numel()}
+    for column, name in enumerate(rewards):
+        values = rolled.by_function[..., column]
+        answer[f"rewards/{name}/mean"] = float(values.nanmean())
+        answer[f"rewards/{name}/best_of_{options.num_generations}"] = best(values)
+    ended = torch.ones(1) if rolled.ended is None else rolled.ended
+    return {
+        **answer,
+        "completions/mean_length": float(rolled.lengths.double().mean()),
+        "completions/clipped_ratio": 1 - float(ended.mean()),
+    }
+
+
+def best(values: torch.Tensor) -> float:
+    """The mean over prompts of the best completion's reward."""
+    return float(values.nan_to_num(-torch.inf).amax(1).mean())

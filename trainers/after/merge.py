@@ -1,0 +1,100 @@
+"""`logratio merge RUN --output_dir DIR`: an adapter added into its base, as one model.
+
+The weights become W + (alpha / r) B A, rounded to the dtype in which they are saved. Of a run on nf4 weights W is what
+these stand for, since that is what the adapter was trained on; not the weights that they were made from. What rounding
+costs is measured on real text and said: the difference of log-probabilities before and after.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from logratio.losses import CompletionLogps
+
+from ..checkpoints.folder import write_whole
+from ..errors import UserError
+from .trained import Dtype, base_of, device_of, load_trained, was_quantized
+
+TEXT = (
+    "The sum of two and three is five. Water boils at one hundred degrees.\nQ: What is 12 + 7?\nA: 19",
+    "def square(x):\n    return x * x\n\nprint(square(4))  # 16",
+)
+"""Of which log-probabilities are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which adapter, and where to."""
+
+    run: tyro.conf.Positional[str]
+    """A run's output_dir, or any folder with an adapter of PEFT."""
+    output_dir: str
+    """Folder for the merged model; it must not exist, or be empty."""
+    dtype: Dtype = "float32"
+    """Of the merged weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Add an adapter into its base model, from nf4 too, and say what that changes."""
+    options = tyro.cli(Options, args=argv, prog="logratio merge", use_underscores=True)
+    answer = merged(options)
+    print(
+        f"merged into {options.output_dir} ({options.dtype}); over {answer['tokens']} tokens the log-probabilities "
+        f"differ by {answer['mean_difference']:.2g} in the mean and {answer['largest_difference']:.2g} at most, "
+        f"where the adapter changes them by {answer['mean_effect']:.2g}"
+    )
+    return 0
+
+
+def merged(options: Options) -> dict[str, Any]:
+    """Merge, save, and compare what is saved. UserError where there is no adapter, or the folder is used."""
+    if base_of(options.run) is None:
+        raise UserError(f"{options.run} holds no adapter (adapter_config.json), so there is nothing to merge")
+    folder = Path(options.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is there and not empty; name another")
+    device = device_of(options.device)
+    trained, tokenizer = load_trained(options.run, "float32", device)
+    before = logps(trained, tokenizer)
+    with trained.disable_adapter():
+        base = logps(trained, tokenizer)
+    model = load_trained(options.run, "float32", device, dequantize=True)[0] if was_quantized(options.run) else trained
+    whole = model.merge_and_unload().to(getattr(torch, options.dtype))
+
+    def fill(partial: Path) -> None:
+        whole.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    write_whole(folder, fill)
+    again, _ = load_trained(str(folder), options.dtype, device)
+    difference = (logps(again, tokenizer) - before).abs()
+    answer = {
+        "merged_from": options.run,
+        "base": base_of(options.run),
+        "dtype": options.dtype,
+        "tokens": len(difference),
+        "mean_difference": float(difference.mean()),
+        "largest_difference": float(difference.max()),
+        "mean_effect": float((before - base).abs().mean()),
+    }
+    (folder / "merge.json").write_text(json.dumps(answer, indent=2) + "\n")
+    return answer
+
+
+@torch.no_grad()
+def logps(model: Any, tokenizer: Any) -> Tensor:
+    """[n] float64, nats, of `TEXT`'s tokens."""
+    found = []
+    for text in TEXT:
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
+        found.append(CompletionLogps.from_logits(model(input_ids=ids).logits, ids).per_token_logps.flatten())
+    return torch.cat(found).double().cpu()

@@ -1,0 +1,67 @@
+"""A model or a run's folder, loaded as it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..policy.adapters import add_adapters
+from ..policy.load import load_model, load_tokenizer
+from ..policy.tiny import TINY
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def device_of(asked: str) -> torch.device:
+    """A GPU where there is one and nothing else is asked for."""
+    return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else asked.replace("auto", "cpu"))
+
+
+def base_of(path: str) -> str | None:
+    """The base model that a folder's adapter names; None where the folder holds no adapter."""
+    config = Path(path) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        named = json.loads(config.read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read: {error}") from error
+    if not named:
+        raise UserError(f"{config} names no base model (base_model_name_or_path)")
+    return str(named)
+
+
+def was_quantized(path: str) -> bool:
+    """Whether the run that left the folder trained on nf4 weights."""
+    settings = Path(path) / "run_config.json"
+    try:
+        return bool(json.loads(settings.read_text())["model"]["load_in_4bit"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a hub name, a folder with a model, or one with an adapter, on top of the base that it was
+    trained on: nf4 weights where the run had them. Raises UserError where there is none.
+
+    dequantize: in their place the weights that they stand for.
+    """
+    base = base_of(path)
+    config = ModelConfig(
+        model_name_or_path=base or path,
+        adapter_name_or_path=path if base else None,
+        dtype=dtype,
+        fused_lora=False,  # what is merged is PEFT's
+        load_in_4bit=base is not None and was_quantized(path),
+    )
+    model = load_model(config, device)
+    if dequantize:
+        model = model.dequantize(getattr(torch, dtype))
+    model = add_adapters(model, config, frozen_copy=False) if base else model
+    own = base is None or (Path(path) / "tokenizer_config.json").is_file()
+    return model.eval(), load_tokenizer(path if own and path != TINY else base or TINY)
