@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -77,8 +76,6 @@ def dispatch(argv: list[str]) -> int:
         for name, entry in others.items():
             print(f"{name:<15} {summary(entry)}".rstrip())
         return 0 if argv else 2
-    # PEFT's use of a name that transformers is about to drop
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     command, rest = argv[0], argv[1:]
     if command == "train":
         config = parse_train(rest)
