@@ -1,4 +1,4 @@
-"""README.md: its Python runs and prints what it says, the code that it quotes and the files that it names exist."""
+"""README.md and the documents beside it: its Python runs and prints what it says, the code that it quotes and the files that it names exist."""
 
 import contextlib
 import io
@@ -25,7 +25,15 @@ def test_its_python_runs_and_prints_what_it_says_or_is_the_sources_own() -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CONTRIBUTING.md", "docs/totals.md", "docs/own_loss.md", "docs/atlas.md", "docs/coming_from_trl.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/totals.md",
+        "docs/own_loss.md",
+        "docs/atlas.md",
+        "docs/coming_from_trl.md",
+        "docs/training.md",
+    ],
 )
 def test_what_a_document_links_to_exists(name: str) -> None:
     path = ROOT / name
@@ -34,8 +42,8 @@ def test_what_a_document_links_to_exists(name: str) -> None:
 
 
 def test_its_layout_is_the_trees() -> None:
-    layout = README[README.index("## Layout") :]
-    layout = layout[: layout.index("\n[")]
+    layout = (ROOT / "CONTRIBUTING.md").read_text()
+    layout = layout[layout.index("## Layout") :]
     folders: list[str] = []
     for indent, names in re.findall(r"^    ( *)((?:[a-z]+(?:/|\.py)(?:, )?)+)", layout, re.MULTILINE):
         if not indent:
