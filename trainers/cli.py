@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 METHODS = ("dpo", "grpo", "cpo", "tpo", "kto", "orpo", "sft")
 """Those of `logratio.losses.LOSSES`, which is not imported for their names."""
 COMMANDS = "logratio.commands"
+OURS_OF = {"rloo": "grpo"}
+"""Method of TRL -> ours, with options that `trl_names` adds."""
 CUSTOM = "custom"
 """The method of a run that is given its loss alone."""
 RUN = {"method", "loss_class"}
@@ -111,12 +114,13 @@ def parse_train(argv: list[str]) -> RunConfig:
     from logratio.losses import LOSSES
 
     from .config import RunConfig
+    from .config.files import read_entries
 
     argv = list(argv)
     custom, config_file = _take(argv, "--loss"), _take(argv, "--config")
     path = Path(config_file or "")
-    entries = read_entries(path) if config_file else {}
-    method = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    entries = read_entries(path, f"--config {path}") if config_file else {}
+    trained = method = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if method is None and custom is None and argv[:1] in (["-h"], ["--help"]):
         print(TRAIN_HELP)
         raise SystemExit(0)
@@ -125,13 +129,14 @@ def parse_train(argv: list[str]) -> RunConfig:
         entries = options_in(entries)
     if method is None and custom is None:
         raise UserError(f"train needs a method, one of: {', '.join(LOSSES)}")
-    method = method or CUSTOM
+    method = OURS_OF.get(method or CUSTOM, method or CUSTOM)
     if custom is None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
+    entries = ours(entries, trained or method, loss, f"--config {path}")
 
     every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
-    argv = [*words_of(path, entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
+    argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
     try:
         options: Any = tyro.cli(
             every,
@@ -152,14 +157,9 @@ def options_of(loss: type[Loss]) -> type[Any]:
     """The dataclass that the command line fills: one field for each configuration, whose own fields are the options."""
     import tyro
 
-    from logratio.losses import Kind
+    from .config import parts_of
 
-    from .config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
-
-    parts: dict[str, Any] = {"loss": with_readers(loss), "model": ModelConfig, "data": DataConfig}
-    parts |= {"train": TrainConfig, "save": SaveConfig}
-    if loss.kind is Kind.GROUPED:
-        parts["rollout"] = RolloutConfig
+    parts: dict[str, Any] = {**parts_of(loss), "loss": with_readers(loss)}
     return dataclasses.make_dataclass(
         "Options",
         [
@@ -205,17 +205,24 @@ def load_loss(name: str) -> type[Loss]:
     return loss
 
 
-def read_entries(path: Path) -> dict[Any, Any]:
-    """What a file of options holds: YAML, or JSON."""
-    import yaml
+def ours(entries: dict[Any, Any], method: str, loss: type[Loss], source: str) -> dict[Any, Any]:
+    """The options of a file as ours: themselves, or where one is TRL's all as `trl_names` judges and shows them. The
+    variables of its `env` are set, as TRL does."""
+    from .trl_names import is_ours, judge
+    from .trl_names.shown import show
 
-    try:
-        entries = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"--config {path} must map option names to values, got a {type(entries).__name__}")
-    return entries
+    env = entries.get("env")
+    os.environ.update({str(name): str(value) for name, value in env.items()} if isinstance(env, dict) else {})
+    if method not in OURS_OF and is_ours(entries, loss):
+        return {name: value for name, value in entries.items() if name != "env"}
+    import torch
+
+    gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    judged = judge(method, entries, loss=loss, gpu=gpu, source=source)
+    os.environ.update(judged.env)
+    if entries and os.environ.get("RANK", "0") == "0":
+        show(judged, source)
+    return judged.options
 
 
 def run_of(path: Path, entries: dict[Any, Any], method: str | None, custom: str | None) -> tuple[str, str | None]:
@@ -232,21 +239,23 @@ def options_in(entries: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for part in sections for name, value in part.items()}
 
 
-def words_of(path: Path, entries: dict[Any, Any], parts: Any) -> list[str]:
+def words_of(entries: dict[Any, Any], parts: Any) -> list[str]:
     """The file's entries as command-line words, so that types are checked in one place only."""
     known = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
     words: list[str] = []
     for key, value in entries.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise UserError(f"--config {path}: unknown option {key!r}")
         if isinstance(value, bool) and known[name] is bool:
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in value)]
+            words += [f"--{name}", *map(_word, value)]
         elif value is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", _word(value)]
     return words
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _take(argv: list[str], option: str) -> str | None:

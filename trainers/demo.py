@@ -45,7 +45,6 @@ from .setup import Run, build
 TARGET = 0.45  # SFT ends at this accuracy of the validation questions
 CHECK_EVERY = 10  # steps
 VALIDATION_SUMS = 250  # unordered pairs {a, b}, nearly two questions each
-WARMUP_STEPS = 10
 ANSWER_TOKENS = 5  # three digits, EOS, and one to spare
 
 
@@ -202,7 +201,6 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
             max_steps=method.steps,
             learning_rate=method.learning_rate,
             lr_scheduler_type="constant",
-            warmup_steps=WARMUP_STEPS,
         ),
         rollout=method.rollout,
     )

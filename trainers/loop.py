@@ -19,6 +19,7 @@ from .again import learn
 from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
+from .config.numbers import number_of
 from .data.examples import Example
 from .errors import Stopped, UserError
 from .ground.signals import Stop, stopping
@@ -76,7 +77,7 @@ def train_run(
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
             ends = step == total or (until is not None and until(run, step))
-            if run.data.evaluation and due_at(step, run.config.train.eval_steps, ends):
+            if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
             log.step(row)
@@ -134,7 +135,7 @@ def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, a
     """Where one is due. A disk that does not take it ends no run. Raises Stopped behind one that a signal asked for."""
     options, step = run.config.save, progress.step
     stops = asked and not ends
-    due = options.save_steps is not None and due_at(step, options.save_steps, ends)
+    due = options.save_steps is not None and due_at(step, number_of(options.save_steps, run.total_steps), ends)
     if not (due or stops or best_step(run, progress) == step):
         return
     try:

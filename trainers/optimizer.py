@@ -12,10 +12,17 @@ from .config import TrainConfig
 from .errors import UserError
 
 
-def adamw(parameters: Iterable[Any], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[Any],
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
     """torch's AdamW for all tensors at once, TRL's default `adamw_torch_fused` as well. By itself torch would take one
     after the other on a CPU, and on a GPU make a copy of every second moment."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -31,11 +38,12 @@ def make_optimizer(trained: Sequence[nn.Parameter], config: TrainConfig, device:
     ]
     groups = [group for group in groups if group["params"]]
     assert config.learning_rate is not None
+    options: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optim == "adamw_torch":
-        return adamw(groups, config.learning_rate)
+        return adamw(groups, config.learning_rate, **options)
     if device.type != "cuda":
         raise UserError(f"--optim {config.optim} needs a GPU; use adamw_torch on {device.type}")
     import bitsandbytes as bnb
 
     name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
-    return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate)
+    return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate, **options)

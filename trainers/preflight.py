@@ -11,6 +11,7 @@ import torch
 
 from .checkpoints.output_dir import check_room
 from .config import RunConfig
+from .config.numbers import number_of
 from .data.table.extremes import Extremes, extremes_of
 from .data.table.streaming import Stream
 from .errors import UserError
@@ -76,7 +77,7 @@ def check_before(
     """Raise UserError where a token or a position is beyond a model's tables, the warm-up beyond the last step, or the
     saved models beyond the disk. parts: examples, or prompts, of training and of evaluation. Returns what to tell."""
     warmup = config.train.warmup_steps
-    if warmup >= total_steps and warmup:
+    if warmup >= max(1, total_steps):
         raise UserError(
             f"--warmup_steps {warmup} of {total_steps} steps: the learning rate would never reach its peak; "
             "choose fewer"
@@ -112,7 +113,7 @@ def copies_of_weights(config: RunConfig, total_steps: int) -> int:
     save = config.save
     if not save.save_steps:
         return 1
-    kept = -(-total_steps // save.save_steps)
+    kept = -(-total_steps // (number_of(save.save_steps, total_steps) or 1))
     if save.resume_from_checkpoint:  # what there is has its room
         kept = 1
     return 1 + 3 * min(kept, (save.save_total_limit or kept) + 1)

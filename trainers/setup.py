@@ -18,9 +18,10 @@ from transformers import get_scheduler
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
-from .config import RunConfig
+from .config import RunConfig, TrainConfig
+from .config.numbers import number_of
 from .data.table.load import Data, load_data
-from .errors import UserError
+from .errors import UserError, first_line
 from .growing import Growth, make_growth
 from .health import Health
 from .optimizer import make_optimizer, trained_parameters
@@ -116,8 +117,7 @@ def build(config: RunConfig) -> Run:
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
-    schedule, warmup = config.train.lr_scheduler_type, config.train.warmup_steps
-    scheduler = get_scheduler(schedule, optimizer.optimizer, warmup, total_steps)
+    scheduler = make_schedule(optimizer.optimizer, config.train, total_steps)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -137,6 +137,17 @@ def build(config: RunConfig) -> Run:
         checkpoint=checkpoint,
         frozen=frozen,
     )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:
+    """The learning rate's schedule. A share of warm-up leaves the last step its rate, so that a run of one step trains.
+    UserError for options that the schedule does not have, or lacks."""
+    warmup = min(number_of(config.warmup_steps, total_steps) or 0, total_steps - 1)
+    try:
+        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, config.schedule_options)
+    except (TypeError, ValueError) as error:
+        said = first_line(error).replace("get_", "").replace("()", "")
+        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type}: {said}; see --lr_scheduler_kwargs") from error
 
 
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:

@@ -117,8 +117,8 @@ def test_yaml_gives_the_same_options_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("betta: 0.3", "unknown option 'betta'"),
-        ("num_generations: 4", "unknown option 'num_generations'"),
+        ("betta: 0.3", "betta: 0.3: no option here, nor of TRL; did you mean beta?"),
+        ("num_generations: 4", "num_generations: 4: an option of grpo"),
         ("- beta", "must map option names to values, got a list"),
         ("beta: [1", "cannot be read: while parsing a flow sequence"),
         (None, "cannot be read: [Errno 2] No such file or directory"),

@@ -3,8 +3,8 @@
 from .data import DataConfig
 from .model import ModelConfig
 from .rollout import RolloutConfig
-from .run import ONCE, RunConfig
+from .run import ONCE, RunConfig, parts_of
 from .save import SaveConfig
 from .train import TrainConfig
 
-__all__ = ["ONCE", "DataConfig", "ModelConfig", "RolloutConfig", "RunConfig", "SaveConfig", "TrainConfig"]
+__all__ = ["ONCE", "DataConfig", "ModelConfig", "RolloutConfig", "RunConfig", "SaveConfig", "TrainConfig", "parts_of"]

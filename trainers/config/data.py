@@ -8,7 +8,7 @@ from typing import Literal
 from logratio.losses.options import Count
 
 from ..errors import UserError
-from .numbers import NotNegativeCount, check_numbers
+from .numbers import NotNegativeSteps, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class DataConfig:
     """Split to train on."""
     dataset_test_split: str | None = None
     """Split to evaluate on."""
-    eval_size: NotNegativeCount = 0
-    """Rows of the train split to hold out for evaluation instead."""
+    eval_size: NotNegativeSteps = 0
+    """Rows of the train split to hold out for evaluation instead; below 1: that share of them."""
     max_length: int = 1024
     """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
     completion_only_loss: bool | None = None
@@ -50,6 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_whole(self, "eval_size")
         if isinstance(self.dataset_name, str):
             object.__setattr__(self, "dataset_name", (self.dataset_name,))
         if self.max_length < 2:

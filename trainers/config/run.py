@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from logratio.losses import LOSSES
+from logratio.losses import LOSSES, Kind, Loss
 
 from ..errors import UserError
 from .data import DataConfig
@@ -17,6 +17,15 @@ from .train import TrainConfig
 
 # Options that say how a run is begun, not what it is.
 ONCE = frozenset({"overwrite_output_dir", "resume_from_checkpoint"})
+
+
+def parts_of(loss: type[Loss]) -> dict[str, type[Any]]:
+    """The sections of a run with this loss, whose fields are its options."""
+    parts: dict[str, type[Any]] = {"loss": loss, "model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    parts["save"] = SaveConfig
+    if loss.kind is Kind.GROUPED:
+        parts["rollout"] = RolloutConfig
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,8 @@ class RunConfig:
 
     def resolved(self, num_processes: int) -> RunConfig:
         """With every default filled in that depends on other options, the method or the number of processes."""
-        train = self.train.resolved(self.method, num_processes)
+        completions = self.rollout.num_generations if self.rollout else 1
+        train = self.train.resolved(self.method, num_processes, completions)
         return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train)
 
     @property

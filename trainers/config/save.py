@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from logratio.losses.options import Count
 
 from ..errors import UserError
-from .numbers import check_numbers
+from .numbers import Steps, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig:
     """What is kept on the way, and how a run goes on from it."""
 
-    save_steps: Count | None = None
-    """Leave a checkpoint every so many steps, and at the end (default: none, the trained model alone)."""
+    save_steps: Steps | None = None
+    """Leave a checkpoint every so many steps, below 1: every such share of all, and at the end (default: none, the
+    trained model alone)."""
     save_total_limit: Count | None = None
     """Keep so many checkpoints, the latest ones, the best among them (default: all)."""
     resume_from_checkpoint: str | None = None
@@ -33,6 +34,7 @@ class SaveConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_whole(self, "save_steps")
         if self.save_total_limit and not self.save_steps and not self.load_best_model_at_end:
             raise UserError("--save_total_limit is about checkpoints, and there are none without --save_steps")
         for name in ("metric_for_best_model", "greater_is_better"):

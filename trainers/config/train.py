@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from logratio.losses.options import Count, NotNegative, Positive
+from logratio.losses.options import Count, NotNegative, Positive, Range
 
 from ..errors import UserError
-from .numbers import NotNegativeCount, Seed, check_numbers
+from .numbers import NotNegativeSteps, Seed, Steps, check_numbers, check_whole
 
 # TRL's defaults; every method but SFT starts from a model that can already speak.
 DEFAULT_LEARNING_RATE = {"sft": 2e-5}
 OTHER_LEARNING_RATE = 1e-6
 DEFAULT_BATCH_SIZE = 8
+
+Moment = Annotated[float, Range(0, 1, below=True)]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+"""transformers' schedules, but for the two that follow a metric (reduce_lr_on_plateau, greedy)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +45,8 @@ class TrainConfig:
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
     prompts for GRPO."""
     per_device_train_batch_size: Count | None = None
-    """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes."""
+    """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes; GRPO: divided by num_generations,
+    since TRL counts completions."""
     gradient_accumulation_steps: Count | None = None
     """TRL's spelling, see per_device_train_batch_size."""
     micro_batch_tokens: Count | Literal["auto"] = 8192
@@ -41,20 +58,28 @@ class TrainConfig:
     """Passes over the data."""
     learning_rate: NotNegative | None = None
     """Peak learning rate (default: 2e-5 for SFT, 1e-6 for the others)."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after the warm-up."""
-    warmup_steps: NotNegativeCount = 0
-    """Steps in which the learning rate grows from 0."""
+    lr_scheduler_type: Schedule = "linear"
+    """Learning rate after the warm-up, by transformers' names; constant has none."""
+    lr_scheduler_kwargs: str | None = None
+    """Options of that schedule, as a JSON object ({"min_lr_rate": 0.1}); in YAML a mapping."""
+    warmup_steps: NotNegativeSteps = 0
+    """Steps in which the learning rate grows from 0; below 1: that share of all steps."""
     max_grad_norm: NotNegative = 1.0
     """Clip the gradient's norm to this; 0 does not clip."""
     weight_decay: NotNegative = 0.0
     """AdamW's weight decay, of matrices only."""
+    adam_beta1: Moment = 0.9
+    """AdamW's running mean of the gradient: how much of it stays."""
+    adam_beta2: Moment = 0.999
+    """AdamW's running mean of its square: how much of it stays."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's addend in the denominator."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     """Optimizer; all but the first are bitsandbytes'."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass."""
-    eval_steps: Count | None = None
-    """Evaluate every so many steps (default: at the end only)."""
+    eval_steps: Steps | None = None
+    """Evaluate every so many steps, below 1: every such share of all (default: at the end only)."""
     ddp_timeout: Count = 1800
     """Seconds that processes wait for one that does not come, before all end. One that fails ends all at once."""
     seed: Seed = 42
@@ -62,23 +87,52 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_whole(self, "warmup_steps", "eval_steps")
+        if isinstance(self.lr_scheduler_kwargs, dict):
+            object.__setattr__(self, "lr_scheduler_kwargs", json.dumps(self.lr_scheduler_kwargs))
+        given = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if getattr(self, name)]
+        if self.lr_scheduler_type == "constant" and given:
+            raise UserError(
+                f"--{given[0]} {getattr(self, given[0])} is not read by --lr_scheduler_type constant; take "
+                "constant_with_warmup, or leave it out"
+            )
+        _ = self.schedule_options  # refused here, if at all
 
     @property
     def first_micro_batch_tokens(self) -> int:
         """What a run begins with."""
         return 8192 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
-    def resolved(self, method: str, num_processes: int) -> TrainConfig:
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """What `lr_scheduler_kwargs` says; UserError where it is no JSON object."""
+        try:
+            said = json.loads(self.lr_scheduler_kwargs or "{}")
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise UserError(f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs} is no JSON object")
+        return said
+
+    def resolved(self, method: str, num_processes: int, completions: int = 1) -> TrainConfig:
         """With every default that depends on the method or the number of processes filled in, and TRL's spelling of
-        batch_size multiplied out."""
+        batch_size multiplied out. completions: of each example, which TRL counts where it samples them."""
         per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         batch_size = self.batch_size
         if per_device is not None or accumulation is not None:
             product = (per_device or DEFAULT_BATCH_SIZE) * (accumulation or 1) * num_processes
+            if product % completions:
+                raise UserError(
+                    f"per_device_train_batch_size x gradient_accumulation_steps x processes = {product} completions, "
+                    f"as TRL counts them, are no whole number of groups of --num_generations {completions}; make it a "
+                    "multiple, or give --batch_size, the prompts of a step"
+                )
+            product //= completions
+            by = f" / num_generations {completions}" if completions > 1 else ""
             if batch_size not in (None, product):
                 raise UserError(
                     f"--batch_size {batch_size} contradicts per_device_train_batch_size x "
-                    f"gradient_accumulation_steps x processes = {product}; give one or the other"
+                    f"gradient_accumulation_steps x processes{by} = {product}; give one or the other"
                 )
             batch_size = product
         rate = self.learning_rate

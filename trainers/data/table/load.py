@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from logratio.losses import Kind
 
 from ...config import RunConfig
+from ...config.numbers import number_of
 from ...errors import UserError
 from ...processes.once import once
 from ..examples import Preparation
@@ -79,7 +80,8 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     train: Any = stream or examples.pop(0)
     evaluation: Sequence[Any] = examples[0] if examples else []
     if config.data.eval_size:
-        train, evaluation = held_out(train, config.data.eval_size, config.train.seed)
+        size = number_of(config.data.eval_size, len(train))
+        train, evaluation = held_out(train, size or 0, config.train.seed)
         notes.append(f"{len(evaluation)} examples held out for evaluation, {len(train)} left to train on")
     if config.loss.window_pass == "mismatched" and len(evaluation) == 1:
         raise UserError(

@@ -1,0 +1,203 @@
+"""Every option of a file judged at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from logratio.losses import LOSSES, Loss
+from logratio.losses.options import ranges_of
+
+from ..config import parts_of
+from . import data, model, rollouts, times, training  # noqa: F401  # they enter their rules
+from .defaults import absent_of
+from .losses import OF_RLOO
+from .rules import RULES
+from .table import ONLY, OURS, RENAMED, WITHOUT_EFFECT
+from .verdicts import Asked, Judged, Kind, Verdict, number, said
+
+REASONS = {name: reason for reason, names in WITHOUT_EFFECT.items() for name in names.split()}
+NULL_IS_SAID = ("max_length", "shuffle_dataset")
+"""Options at which null is not the same as nothing."""
+INSIDE = "model_init_kwargs"
+"""What it holds is judged as if it stood beside it."""
+
+
+def is_ours(given: Mapping[str, Any], loss: type[Loss]) -> bool:
+    """Whether all options are ours with this loss, and none has a value that only TRL knows."""
+    options = options_of(loss)
+    for name, value in ((str(key).replace("-", "_"), value) for key, value in given.items()):
+        if name == "env" and isinstance(value, Mapping):
+            continue
+        if name not in options:
+            return False
+        if name in RULES and get_origin(options[name]) is Literal and value not in (None, *get_args(options[name])):
+            return False
+    return True
+
+
+def judge(
+    method: str,
+    given: Mapping[str, Any],
+    *,
+    loss: type[Loss] | None = None,
+    gpu: bool = True,
+    source: str = "the options",
+) -> Judged:
+    """As `consider`; UserError naming all that is refused, where something is. source: what the options stand in."""
+    judged = consider(method, given, loss=loss, gpu=gpu)
+    judged.check(source)
+    return judged
+
+
+def consider(method: str, given: Mapping[str, Any], *, loss: type[Loss] | None = None, gpu: bool = True) -> Judged:
+    """What becomes of each option of a TRL user, whatever it is.
+
+    method: a registered one, or "rloo". given: option -> value, by TRL's names of any age, or ours; `env` too. loss:
+    of a method that is not registered. gpu: whether the run has one.
+    """
+    ours = "grpo" if method == "rloo" else method
+    loss = loss or LOSSES[ours]
+    file: dict[str, Any] = {}
+    verdicts: list[Verdict] = []
+    judged = Judged(ours, dict(OF_RLOO) if method == "rloo" else {}, {}, verdicts, [])
+    first: dict[str, str] = {}  # of several spellings the first that says something
+    for key, name, value in sorted(spelled_today(given), key=lambda one: one[2] is None):
+        if name in file:
+            verdicts.append(again(key, name, value, file[name]))
+        else:
+            file[name], first[name] = value, key
+    own = bool(OURS & file.keys())
+    for name, key in first.items():
+        asked = Asked(name, file[name], file, method, ours=own, gpu=gpu and not file.get("use_cpu"))
+        verdict = add(judged, checked(verdict_on(asked, loss), loss, asked))
+        renamed = verdict.kind is Kind.TAKEN and key.replace("-", "_") != name
+        verdicts.append(dataclasses.replace(verdict, key=key, kind=Kind.TRANSLATED if renamed else verdict.kind))
+    if isinstance(given.get("env"), Mapping):
+        judged.env.update({str(name): str(value) for name, value in given["env"].items()})
+        verdicts.append(Verdict("env", given["env"], Kind.TAKEN, {}, "set before anything is loaded"))
+    judged.absent.extend(absent_of(method, file))
+    return judged
+
+
+def spelled_today(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(as it was given, today's name, value) of each; what `INSIDE` holds beside the rest."""
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name == INSIDE and isinstance(value, Mapping):
+            yield from ((f"{INSIDE}.{one}", RENAMED.get(one, str(one)), inner) for one, inner in value.items())
+        elif name != "env" or not isinstance(value, Mapping):
+            yield str(key), RENAMED.get(name, name), value
+
+
+def again(key: str, name: str, value: Any, first: Any) -> Verdict:
+    """On an option that was given before under another spelling."""
+    if value is None or value == first:
+        return Verdict(key, value, Kind.NO_EFFECT, {}, f"another name of {name}")
+    return Verdict(key, value, Kind.REFUSED, {}, f"the same option as {name}, which is {said(first)}; leave one out")
+
+
+def verdict_on(a: Asked, loss: type[Loss]) -> Verdict:
+    """By its rule; else as an option of ours of the same name; else by the table."""
+    options = options_of(loss)
+    known = a.key in RULES or a.key in options or a.key in ONLY or a.key in REASONS or a.key == INSIDE
+    if known and a.value is None and a.key not in NULL_IS_SAID:
+        return a.no_effect("null is as if it were left out")
+    if a.key in RULES:
+        try:
+            return RULES[a.key](a)
+        except (TypeError, ValueError):
+            return a.refused("a value of that kind has no meaning here")
+    if a.key in options:
+        return a.taken()
+    if a.key in ONLY:
+        values, instead = ONLY[a.key]
+        return a.no_effect("as in any case") if like(a.value, values) else a.refused(instead)
+    if a.key in REASONS:
+        return a.no_effect(REASONS[a.key])
+    return a.refused(unknown(a.key, options))
+
+
+def like(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether it is one of them; numbers may be text, and an empty list is an empty tuple."""
+    return (tuple(value) if isinstance(value, list) else value) in values or str(value) in map(str, values)
+
+
+def unknown(key: str, options: Mapping[str, Any]) -> str:
+    """On an option that neither TRL nor this method has."""
+    owners = [name for name, loss in LOSSES.items() if key in options_of(loss)]
+    if owners:
+        return f"an option of {', '.join(owners)}"
+    near = difflib.get_close_matches(key, [*options, *RULES, *ONLY, *REASONS, *RENAMED], n=3, cutoff=0.75)
+    return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def options_of(loss: type[Loss]) -> dict[str, Any]:
+    """Our options with this loss -> their types."""
+    parts = parts_of(loss).values()
+    return {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
+
+
+def checked(verdict: Verdict, loss: type[Loss], a: Asked) -> Verdict:
+    """The verdict, or another where what it became is no option of this method, has no such value, or is not read."""
+    options = options_of(loss)
+    for name, value in verdict.became.items():
+        if name not in options:
+            owners = [method for method, other in LOSSES.items() if name in options_of(other)]
+            return a.refused(f"an option of {', '.join(owners)}")
+        if wrong := out_of_domain(loss, name, value, options[name]):
+            return a.refused(wrong)
+        if unread := not_read(loss, name, value, a):
+            return a.no_effect(unread)
+    return verdict
+
+
+def out_of_domain(loss: type[Loss], name: str, value: Any, hint: Any) -> str:
+    """What the value must be, "" where it is."""
+    table = getattr(loss, "option_tables", {}).get(name)
+    several = value if isinstance(value, list | tuple) else [value]
+    if table is not None and (wrong := [one for one in several if one not in table]):
+        return f"{wrong[0]} is unknown; must be one of {', '.join(table)}"
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        return f"must be one of {', '.join(get_args(hint))}"
+    within = next((found[name] for part in parts_of(loss).values() if name in (found := ranges_of(part))), None)  # type: ignore[arg-type]
+    if within is not None and not isinstance(value, bool):
+        try:
+            numbers = [number(one) for one in several]
+        except (TypeError, ValueError):
+            return "must be a number"
+        if not all(within.admits(one) for one in numbers):
+            return str(within)
+    return ""
+
+
+def not_read(loss: type[Loss], name: str, value: Any, a: Asked) -> str:
+    """Why the chosen variant of the loss does not read the option, "" where it does. TRL does not either, silently."""
+    fields = {f.name: f.default for f in dataclasses.fields(loss)}
+    if name not in fields or value == fields[name]:
+        return ""
+    for option, table in getattr(loss, "option_tables", {}).items():
+        chosen = OF_RLOO[option] if a.method == "rloo" and option in OF_RLOO else a.says(option, fields[option])
+        chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+        if not set(chosen) & set(table.readers(name)):
+            return f"{option} {', '.join(chosen)} does not read it, in TRL neither"
+    switch = getattr(loss, "option_switches", {}).get(name)
+    return f"read only where {switch} is not 0" if switch and not a.says(switch, fields[switch]) else ""
+
+
+def add(judged: Judged, verdict: Verdict) -> Verdict:
+    """Enter what became of an option; refused where another has become something else of the same name."""
+    for name, value in verdict.became.items():
+        if name in judged.options and judged.options[name] != value:
+            return Verdict(
+                verdict.key,
+                verdict.value,
+                Kind.REFUSED,
+                {},
+                f"would set {name} to {said(value)}, which another option sets to {said(judged.options[name])}",
+            )
+    judged.options.update(verdict.became)
+    judged.env.update(verdict.env)
+    return verdict

@@ -1,0 +1,70 @@
+"""Options of what GRPO and RLOO sample."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from .rules import rule
+from .verdicts import Asked, Verdict, number
+
+OWN_REWARDS = ("accuracy_reward", "exact_answer", "answer_format", "overlong")
+TRL_REWARDS = ("think_format_reward", "reasoning_accuracy_reward")
+"""Names that TRL's scripts know beside accuracy_reward, and take from trl.rewards."""
+PER_DEVICE = 8  # TRL's default of per_device_train_batch_size
+
+
+@rule("reward_funcs")
+def rewards(a: Asked) -> Verdict:
+    """accuracy_reward is ours; think_format_reward and reasoning_accuracy_reward are the installed TRL's; a dotted path
+    becomes module:function."""
+    given = [a.value] if isinstance(a.value, str) else list(a.value)
+    if not all(isinstance(name, str) for name in given):
+        return a.refused("must name functions: module:function")
+    if "get_soft_overlong_punishment" in given:
+        return a.refused("take overlong, the same with a fifth of max_completion_length as its cache")
+    wanting = [name for name in given if name in TRL_REWARDS]
+    if wanting and importlib.util.find_spec("trl") is None:
+        return a.refused(f"{wanting[0]} is TRL's, which is not installed; pip install trl, or name one of your own")
+    became = [reward_named(name) for name in given]
+    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS]
+    if unknown:
+        return a.refused(f"{unknown[0]} is unknown; name module:function, or one of {', '.join(OWN_REWARDS)}")
+    return a.taken() if became == given else a.translated(reward_funcs=became)
+
+
+def reward_named(name: str) -> str:
+    """As our command line has it."""
+    if name in TRL_REWARDS:
+        return f"trl.rewards:{name}"
+    module, _, function = name.rpartition(".")
+    return f"{module}:{function}" if module and ":" not in name else name
+
+
+@rule("scale_rewards")
+def scaled(a: Asked) -> Verdict:
+    """group, batch and none as here; true: group; false: none."""
+    if isinstance(a.value, bool):
+        return a.translated(scale_rewards="group" if a.value else "none")
+    return a.taken()
+
+
+@rule("num_generations_eval")
+def evaluated(a: Asked) -> Verdict:
+    """num_generations, if anything."""
+    if a.value == a.says("num_generations", 2 if a.method == "rloo" else 8):
+        return a.no_effect("evaluations sample num_generations in any case")
+    return a.refused("evaluations sample num_generations of each prompt; leave it out")
+
+
+@rule("steps_per_generation", "generation_batch_size")
+def generated(a: Asked) -> Verdict:
+    """What one optimizer step holds, if anything: every step samples for itself (num_iterations learns again)."""
+    accumulation = int(number(a.says("gradient_accumulation_steps", 1)))
+    step = accumulation
+    if a.key == "generation_batch_size":
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        step *= int(number(a.says("per_device_train_batch_size", PER_DEVICE))) * processes
+    if a.number() == step:
+        return a.no_effect("every optimizer step samples for itself")
+    return a.refused(f"every optimizer step samples for itself, which is {step} here; leave it out")
