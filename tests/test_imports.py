@@ -40,6 +40,7 @@ FLOORS = (
     ("trainers/resume.py",),
     ("trainers/loop.py", "trainers/trl_names"),
     ("trainers/cli.py", "trainers/demo.py", "trainers/migrate.py"),
+    ("trainers/classes",),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
     ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),

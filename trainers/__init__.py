@@ -1,6 +1,34 @@
-"""The data, the policy and the loop. Imports losses."""
+"""The data, the policy and the loop. Imports losses.
 
+Three layers of one story: `logratio.losses` (functions of log-probabilities), `Step` (a batch in, a gradient out), and
+`train` (the whole). TRL's classes (`SFTTrainer`, `DPOTrainer`, ... and their `SFTConfig`, `DPOConfig`, ...) are a thin
+layer over `train`. What is named in `__all__` is imported when it is asked for.
+"""
+
+import importlib
 import logging
+from typing import Any
+
+_METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "TPO", "GRPO", "RLOO")
+_WHERE = {
+    **{f"{method}Trainer": "classes.trainer" for method in _METHODS},
+    **{f"{method}Config": "classes.arguments" for method in _METHODS},
+    "RunConfig": "config",
+    "Step": "step",
+    "UserError": "errors",
+    "train": "loop",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _no_kernel_of_theirs(record: logging.LogRecord) -> bool:

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -77,8 +76,6 @@ def dispatch(argv: list[str]) -> int:
         for name, entry in others.items():
             print(f"{name:<15} {summary(entry)}".rstrip())
         return 0 if argv else 2
-    # PEFT's use of a name that transformers is about to drop
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     command, rest = argv[0], argv[1:]
     if command == "train":
         config = parse_train(rest)
@@ -109,11 +106,8 @@ def summary(entry: EntryPoint) -> str:
 
 def parse_train(argv: list[str]) -> RunConfig:
     """METHOD and options -> configuration. Exits with a message for options that do not parse, as argparse does."""
-    import tyro
-
     from logratio.losses import LOSSES
 
-    from .config import RunConfig
     from .config.files import read_entries
 
     argv = list(argv)
@@ -134,6 +128,14 @@ def parse_train(argv: list[str]) -> RunConfig:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
     entries = ours(entries, trained or method, loss, f"--config {path}")
+    return configured(method, loss, entries, argv)
+
+
+def configured(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:
+    """The configuration that options of ours make, on top of them what is said on the command line."""
+    import tyro
+
+    from .config import RunConfig
 
     every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
     argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]

@@ -53,12 +53,18 @@ def train(config: RunConfig) -> dict[str, float]:
 
 
 def train_run(
-    run: Run, *, until: Callable[[Run, int], bool] | None = None, quiet: bool = False, stop: Stop | None = None
+    run: Run,
+    *,
+    until: Callable[[Run, int], bool] | None = None,
+    told: Callable[[dict[str, float], bool], None] | None = None,
+    quiet: bool = False,
+    stop: Stop | None = None,
 ) -> dict[str, float]:
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's number after every step; the step for which it is true, on all
-        processes alike, is the last. quiet: nothing is shown, all is written. stop: knows whether a signal came.
+        processes alike, is the last. told: called with every step's line of the log, and whether there is a
+        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came.
     """
     progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
     began = None if run.checkpoint is None else run.checkpoint.folder.parent
@@ -76,7 +82,7 @@ def train_run(
                 raise UserError(f"step {step}: {error}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
-            ends = step == total or (until is not None and until(run, step))
+            ends = (until is not None and until(run, step)) or step == total
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
@@ -84,6 +90,8 @@ def train_run(
             for note in run.health.after(step, row, last=ends):
                 log.say(note)
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
+            if told is not None:
+                told(row, progress.saved == step)
             if ends:
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):

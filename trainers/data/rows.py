@@ -12,6 +12,7 @@ from typing import Any
 from logratio.losses import Kind
 
 from ..errors import RowError, UserError, first_line
+from ..ground.given import given
 from .arithmetic import arithmetic_rows
 from .files import FILE_TYPES, file_type, open_file
 
@@ -155,6 +156,11 @@ def load_rows(
     """
     if not dataset_name.strip():
         raise UserError("--dataset_name is empty: name a file, a folder or a data set of the Hub")
+    if (own := given(dataset_name)) is not None:
+        rows = Rows(f"{dataset_name} ({split})", own[split])
+        if not len(rows):
+            raise UserError(f"{rows.name} has no rows")
+        return rows
     path = Path(dataset_name)
     try:
         is_file, is_dir, exists = path.is_file(), path.is_dir(), path.exists()

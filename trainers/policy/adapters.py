@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import UserError, first_line
+from ..ground.given import PREFIX, given
 from .checks import check_finite, foreign
 from .dropout import switch_off
 from .policy import REFERENCE_ADAPTER
@@ -25,7 +28,8 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     """
     config = config.resolved()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with renamed_in_transformers():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.adapter_name_or_path:
         model = _load_adapter(model, config.adapter_name_or_path, config.model_name_or_path, frozen_copy)
     if config.disable_dropout:  # before there are fresh adapters, and before layers without dropout are fused
@@ -39,28 +43,38 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def renamed_in_transformers() -> Iterator[None]:
+    """Without a word on names that transformers 6 will drop: PEFT uses them too, and ours would be unknown to 5.17."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+        yield
+
+
 def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     alpha = config.lora_alpha
     assert alpha is not None and config.lora_dropout is not None and config.lora_target_modules is not None
     targets: Any = list(config.lora_target_modules)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
-    check_targets(model, targets)
+    lora = given(targets[0])  # a program's own
+    if lora is None:
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        )
+        check_targets(model, targets)
     try:
-        with warnings.catch_warnings():  # of what it then does itself, for GPT-2's transposed weights
+        with renamed_in_transformers(), warnings.catch_warnings():  # of what it then does for GPT-2's weights
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
     base: Any = wrapped.get_base_model()
-    if hasattr(base.get_output_embeddings(), "lora_A"):
+    if any(hasattr(base.get_output_embeddings(), name) for name in ("lora_A", "modules_to_save")):
         raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
     if frozen_copy:
         random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
@@ -72,7 +86,7 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
 
 def check_targets(model: Any, targets: list[str]) -> None:
     """Raise UserError where a name matches no module: PEFT is content if one of several does."""
-    if targets == ["all-linear"]:
+    if targets == ["all-linear"] or targets[0].startswith(PREFIX):
         return
     names = [name for name, _ in model.named_modules()]
     for target in targets:
@@ -104,7 +118,7 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
 
     check_adapter(path)
     names = {"default": True, **({REFERENCE_ADAPTER: False} if frozen_copy else {})}
-    with foreign(f"no adapter could be loaded from {path!r}"), warnings.catch_warnings():
+    with foreign(f"no adapter could be loaded from {path!r}"), renamed_in_transformers():
         warnings.filterwarnings("ignore", message=".*(Already found a `peft_config`|missing adapter keys)")
         config: Any = PeftConfig.from_pretrained(path)
         named = config.base_model_name_or_path

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..config import ModelConfig
 from ..errors import UserError
+from ..ground.given import given
 from ..layers.fused import fuse_layers
 from ..layers.liger import check_liger, use_liger
 from ..layers.nf4 import keep_layout
@@ -23,8 +24,15 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of `name`, with a padding token (see `pad_within` for one that the model does not know)."""
     if name == TINY:
         return tiny_tokenizer()
+    if (own := given(name)) is not None:
+        return complete(own.tokenizer, own.name)
     with foreign(f"no tokenizer could be loaded from {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
+    return complete(tokenizer, name)
+
+
+def complete(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, with a token to pad with. UserError where it has none to end with."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token_id is None:
@@ -90,6 +98,10 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(seed).save_pretrained(folder)
             return _load(config, device, seed, folder)
+    if (own := given(name)) is not None:
+        if own.model is None:
+            return _load(config, device, seed, own.name)
+        return own.take(device), []
     check_architecture(name)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
@@ -119,9 +131,15 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
 
 def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
     """The configuration of `name`; UserError unless it is one of a decoder-only language model of text."""
-    check_folder(name, option)
-    with foreign(f"no model configuration could be loaded from {name!r}"):
-        config: Any = AutoConfig.from_pretrained(name)
+    config: Any
+    own = given(name)
+    if own is not None and own.model is not None:
+        config = own.model.config
+    else:
+        name = name if own is None else own.name
+        check_folder(name, option)
+        with foreign(f"no model configuration could be loaded from {name!r}"):
+            config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:

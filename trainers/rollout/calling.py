@@ -169,6 +169,9 @@ def _taken(reward: Reward, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
+AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
+
+
 class _Stopped(Exception):
     """Carries what a coroutine raised out of the event loop's thread, which a BaseException would end."""
 
@@ -223,6 +226,7 @@ def _failed(name: str, error: BaseException, asked: Asked) -> UserError:
     return UserError(
         f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; it was called "
         f"with {len(asked.completions)} completions (rows {', '.join(map(str, rows[:16]))}{more} of the data set)"
+        + (AS_MESSAGES if isinstance(asked.completions[0], list) else "")
     )
 
 

@@ -24,6 +24,7 @@ import torch
 
 from ..data.tokenization import Text
 from ..errors import UserError
+from ..ground.given import given
 from ..ground.plugins import import_object
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
@@ -80,6 +81,8 @@ def load_rewards(specs: Sequence[str], columns: Collection[str]) -> dict[str, Re
 
 def load_reward(name: str) -> Reward:
     """The reward called `name`: one of `REWARDS`, or `module:function` (`import_object`)."""
+    if (own := given(name)) is not None:
+        return checked(own, name)
     if ":" not in name:
         if name not in REWARDS:
             raise UserError(f"the reward {name!r} is unknown, expected one of {', '.join(REWARDS)}, or module:function")
@@ -90,6 +93,11 @@ def load_reward(name: str) -> Reward:
         reward = import_object(name, "reward")
     except SystemExit as error:
         raise UserError(f"reward={name!r}: its module wanted to end the program (SystemExit: {error})") from error
+    return checked(reward, name)
+
+
+def checked(reward: Any, name: str) -> Reward:
+    """What is called, of whatever has been named. Raises UserError where that is nothing to call, or a model."""
     if isinstance(reward, torch.nn.Module) or (inspect.isclass(reward) and issubclass(reward, torch.nn.Module)):
         raise UserError(f"reward={name!r} is a model: write a function of completions that calls it")
     if inspect.isclass(reward):
@@ -102,4 +110,5 @@ def load_reward(name: str) -> Reward:
             ) from error
     if not callable(reward):
         raise UserError(f"reward={name!r} must be a function, but is {type(reward).__name__}")
-    return reward
+    called: Reward = reward
+    return called

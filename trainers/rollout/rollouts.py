@@ -75,7 +75,7 @@ class Rollouts:
         self.generation_rows = GENERATION_ROWS
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
-        self.watch = Watch(self.weights, -(-self.state.max_steps // config.num_iterations))
+        self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
         """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
@@ -211,6 +211,7 @@ class Rollouts:
         ended = torch.ones_like(lengths) if rolled.ended is None else rolled.ended
         everyone, _ = gather_rows(accelerator, torch.cat([rolled.by_function, torch.stack([lengths, ended], -1)], -1))
         by_function, (lengths, ended) = everyone[..., :-2], everyone[..., -2:].unbind(-1)
+        self.watch.clipped(self.state.global_step + 1, ended, self.max_completion_length)
         return {
             **rolled.logged,
             **completion_metrics(lengths, ended),

@@ -14,7 +14,7 @@ ALIKE = "told no completion of a prompt from another"
 
 def watched(steps, sets=0):
     """steps: (rewards [prompts, G], advantages alike); one reward function. What is told after each step."""
-    watch, told = Watch(torch.ones(1), sets), []
+    watch, told = Watch(torch.ones(1), ["one"], sets), []
     for number, (rewards, advantages) in enumerate(steps, start=1):
         watch.rollouts(number, torch.tensor(rewards)[..., None], torch.tensor(advantages))
         told.append(watch.take())
@@ -51,7 +51,7 @@ def test_unscored_completions_are_counted_once():
 
 
 def test_columns_that_go_nowhere_are_named():
-    watch = Watch(torch.ones(1))
+    watch = Watch(torch.ones(1), ["one"])
     watch.columns([])
     watch.columns(["verdict", "cost"])
     assert watch.take() == [
@@ -102,12 +102,38 @@ def test_a_run_tells_and_logs_it(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("through", range(1, 2 * FIRST))
 def test_a_run_that_goes_on_says_nothing_twice_and_counts_on(through):
-    watch, told = Watch(torch.ones(1)), []
+    watch, told = Watch(torch.ones(1), ["one"]), []
     for number in range(1, 2 * FIRST + 1):
         if number == through:
-            state, watch = json.loads(json.dumps(watch.state_dict())), Watch(torch.ones(1))
+            state, watch = json.loads(json.dumps(watch.state_dict())), Watch(torch.ones(1), ["one"])
             watch.load_state_dict(state)
         rewards, advantages = UNSCORED if number % 2 else EQUAL
         watch.rollouts(number, torch.tensor(rewards)[..., None], torch.tensor(advantages))
         told.append(len(watch.take()))
     assert told == [1] + [0] * (FIRST - 2) + [1] + [0] * FIRST
+
+
+def test_a_reward_that_says_the_same_of_everything_is_named():
+    """As one that takes the length of a list of messages for that of a text: 1 - 1 / 500."""
+    watch, told = Watch(torch.ones(3), ["format", "length", "other"]), []
+    for step in range(1, 2 * FIRST + 1):
+        other = [[0.5, 0.5], [0.5, 0.25 if step == 2 else 0.5]]
+        by_function = torch.stack([torch.eye(2), torch.full((2, 2), 0.998), torch.tensor(other)], -1)
+        watch.rollouts(step, by_function, torch.eye(2))
+        told += watch.take()
+        watch.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert told == [
+        f"up to step {FIRST} the reward 'length' gave 0.998 to every completion, so that it taught nothing: look at "
+        'what it is given (of a conversation a list of messages, whose text is completion[0]["content"])'
+    ]
+
+
+def test_completions_that_do_not_end_are_said_once():
+    watch, told = Watch(torch.ones(1), ["one"]), []
+    for step, ended in enumerate([[1] * 9 + [0], [0] * 9 + [1], [0] * 19 + [1], [0] * 10], start=1):
+        watch.clipped(step, torch.tensor(ended), 64)
+        told += watch.take()
+    assert told == [
+        "step 3: 95 % of the completions reached --max_completion_length 64 without an end: allow longer ones, or start "
+        "from a model that ends its answers"
+    ]

@@ -1,0 +1,132 @@
+"""What a trainer is given as objects, as options and as names under which the loop finds them (`ground/given.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..ground.given import PREFIX
+from ..policy.own_model import OwnModel
+
+MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
+DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
+LATER = {
+    "data_collator": "micro-batches are packed by the trainer",
+    "compute_metrics": "evaluations report the method's metrics",
+    "compute_loss_func": "a loss of your own is a class (docs/own_loss.md): `logratio train --loss module:Class`",
+    "optimizer_cls_and_kwargs": "the optimizer is AdamW, by the option optim",
+    "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
+    "formatting_func": "format the rows with train_dataset.map beforehand",
+    "reward_processing_classes": "rewards are functions, not models",
+    "rollout_func": "completions are sampled by the trainer",
+    "tools": "completions are sampled without tools",
+    "environment_factory": "completions are sampled without an environment",
+}
+"""What TRL's trainers take and ours does not -> why, and what to do."""
+
+
+class Objects:
+    """options: ours, by name. found: the objects by the names that the options say."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+        self.found: dict[str, Any] = {}
+
+    def add_model(self, model: Any, ref_model: Any, tokenizer: Any) -> None:
+        """Names, folders or models of transformers; a tokenizer that goes with them."""
+        if model is None:
+            raise UserError("model= is missing: a name, a folder, or a model of transformers")
+        self.options["model_name_or_path"] = self._model(MODEL, model, tokenizer)
+        if ref_model is not None:
+            self.options["ref_model_name_or_path"] = self._model(REFERENCE, ref_model, tokenizer)
+
+    def _model(self, name: str, model: Any, tokenizer: Any) -> str:
+        if isinstance(model, str):
+            if tokenizer is None:
+                return model
+            self.found[name] = OwnModel(model, tokenizer)
+            return name
+        if hasattr(model, "peft_config"):
+            raise UserError(
+                "the model has adapters already: give its base model with peft_config=, or, to go on training saved "
+                "adapters, the base model and adapter_name_or_path="
+            )
+        if not hasattr(model, "get_input_embeddings"):
+            raise UserError(f"model= must be a name or a model of transformers, got {type(model).__name__}")
+        self.options["dtype"] = str(model.dtype).removeprefix("torch.")
+        self.found[name] = OwnModel(model, tokenizer)
+        return name
+
+    def keep_start(self) -> None:
+        """Copy the model as it is, if it is an object: full fine-tuning is compared with it."""
+        if MODEL in self.found:
+            self.found[MODEL].keep_copy()
+
+    def add_data(self, train: Any, evaluation: Any) -> None:
+        """Data sets of `datasets`, lists of rows, or names."""
+        if isinstance(train, str) or train is None:
+            if evaluation is not None:
+                raise UserError("eval_dataset= goes with a train_dataset= of its kind; name a dataset_test_split")
+            self.options |= {} if train is None else {"dataset_name": [train]}
+            return
+        splits = {"train": rows_of(train, "train_dataset")}
+        if evaluation is not None:
+            splits["test"] = rows_of(evaluation, "eval_dataset")
+            self.options["dataset_test_split"] = "test"
+        self.found[DATA] = splits
+        self.options["dataset_name"] = [DATA]
+
+    def add_adapters(self, config: Any) -> None:
+        """A LoraConfig of PEFT, whatever in it is set."""
+        from peft import LoraConfig
+
+        if config is None:
+            return
+        if not isinstance(config, LoraConfig):
+            raise UserError(f"peft_config= must be a LoraConfig, got {type(config).__name__}")
+        if config.task_type not in (None, "CAUSAL_LM"):
+            raise UserError(f"peft_config= is for {config.task_type}, not for a causal language model")
+        self.found[PEFT] = config
+        self.options |= {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        self.options["lora_target_modules"] = [PEFT]
+
+    def add_quantization(self, config: Any) -> None:
+        """A BitsAndBytesConfig of nf4 with double quantization."""
+        if config is None:
+            return
+        if not getattr(config, "load_in_4bit", False):
+            raise UserError("quantization_config= must say load_in_4bit=True: weights are quantized to nf4 alone")
+        for name, value in {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}.items():
+            if getattr(config, name) != value:
+                raise UserError(
+                    f"quantization_config= has {name}={getattr(config, name)!r}; the trainer quantizes with {value!r}: "
+                    "say so, or load the model with yours and give the model"
+                )
+        self.options["load_in_4bit"] = True
+
+    def add_rewards(self, funcs: Any) -> None:
+        """Functions, or names as on the command line."""
+        if funcs is None:
+            return
+        each: Sequence[Any] = funcs if isinstance(funcs, list | tuple) else [funcs]
+        self.options["reward_funcs"] = [self._reward(i, one) for i, one in enumerate(each)]
+
+    def _reward(self, i: int, reward: str | Callable[..., Any]) -> str:
+        if isinstance(reward, str):
+            return reward
+        name = f"{REWARD}{i}:{getattr(reward, '__name__', type(reward).__name__)}"
+        self.found[name] = reward
+        return name
+
+
+def rows_of(data: Any, what: str) -> Any:
+    """Rows that can be taken by their number. UserError for others."""
+    if isinstance(data, Mapping):
+        raise UserError(f"{what}= must be one data set, got {len(data)} by name: {', '.join(map(str, data))}")
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise UserError(
+            f"{what}= must have a length, which {type(data).__name__} has not; to stream, give the name of the data as "
+            f"{what}= and streaming=True"
+        )
+    return data

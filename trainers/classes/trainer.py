@@ -1,0 +1,252 @@
+"""`SFTTrainer`, `DPOTrainer`, ...: TRL's classes over the one loop, without logic of their own.
+
+    trainer = DPOTrainer(model="Qwen/Qwen2.5-0.5B", args=DPOConfig("out", beta=0.1), train_dataset=rows)
+    trainer.train()
+
+A trainer turns its objects into options and names (`objects.py`), and its options into a run's configuration
+(`trl_names`); what is trained, logged and saved is what `logratio train` would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from logratio.losses import LOSSES
+
+from .. import loop
+from ..checkpoints.model import base_model, save
+from ..checkpoints.output_dir import locked
+from ..cli import configured
+from ..config import RunConfig
+from ..errors import UserError
+from ..ground.given import giving
+from ..ground.signals import stopping
+from ..processes.sharding import full_weights
+from ..processes.watching import ending_together
+from ..setup import Run, build
+from ..trl_names import Judged
+from . import arguments
+from .arguments import Arguments, arguments_of
+from .events import Events
+from .objects import LATER, Objects
+
+SHARED = (
+    *("model", "args", "train_dataset", "eval_dataset", "processing_class", "tokenizer"),
+    *("callbacks", "peft_config", "quantization_config"),
+)
+
+
+class Trainer:
+    """What TRL's trainers have in common here. Its classes differ in what they are given and in `kind`.
+
+    model: a name, a folder, or a model of transformers, which is trained in place. args: of the class's own kind.
+    train_dataset, eval_dataset: of `datasets`, lists of rows, or a name. processing_class: the tokenizer. peft_config:
+    a LoraConfig; without one the whole model is trained. Raises UserError for what cannot be done.
+    """
+
+    kind: type[Arguments]
+    order: tuple[str, ...] = ("model", "args")
+    """What may be given without a name, in TRL's order."""
+    more: tuple[str, ...] = ()
+
+    def __init__(self, *positional: Any, **objects: Any) -> None:
+        given = self._named(positional, objects)
+        self.args = arguments_of(self.kind, given.pop("args", None))
+        self.events = Events(given.pop("callbacks", None) or (), self.args)
+        self.objects = Objects()
+        tokenizer = given.pop("processing_class", None) or given.get("tokenizer")
+        self.objects.add_model(given.get("model"), given.get("ref_model"), tokenizer)
+        self.objects.add_data(given.get("train_dataset"), given.get("eval_dataset"))
+        self.objects.add_adapters(given.get("peft_config"))
+        self.objects.add_quantization(given.get("quantization_config"))
+        self.objects.add_rewards(given.get("reward_funcs"))
+        self.judged, self.config = self._configured()
+        self._trained = False
+        self.events.call("on_init_end")
+
+    def _named(self, positional: tuple[Any, ...], objects: dict[str, Any]) -> dict[str, Any]:
+        """All by name. TypeError as Python has it; UserError for what TRL takes and this does not."""
+        name = type(self).__name__
+        if len(positional) > len(self.order):
+            raise TypeError(f"{name} takes {', '.join(self.order)} without a name, and all else by its name")
+        given = dict(zip(self.order, positional, strict=False))
+        for key, value in objects.items():
+            if key in given:
+                raise TypeError(f"{name} got {key} twice")
+            if key == "optimizers" and not any(value or ()):
+                continue
+            if key in LATER and value is not None:
+                raise UserError(f"{name}: {key}= is not taken: {LATER[key]}")
+            if key not in (*SHARED, *self.more, *LATER):
+                raise TypeError(f"{name} takes no {key}")
+            given[key] = value
+        return given
+
+    def _configured(self, **more: Any) -> tuple[Judged, RunConfig]:
+        judged = self.args.judge({})
+        options = {**judged.options, **self.objects.options, **self.events.options(), **more}
+        if isinstance(self.objects.options.get("dataset_name"), list) and "datasets" in options:
+            raise UserError("train_dataset= and the option datasets both say what to train on; leave one of them out")
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                config = configured(judged.method, LOSSES[judged.method], options)
+        except SystemExit as error:  # of the command line's parser
+            lines = [line.strip(" │─╭╮╰╯") for line in said.getvalue().splitlines()]
+            raise UserError(f"{self.kind.__name__}: {' '.join(filter(None, lines))}") from error
+        return judged, config
+
+    @cached_property
+    def run(self) -> Run:
+        """Everything the loop works with, loaded when it is first asked for."""
+        if self.config.wants_reference and not self.config.model.lora_r and not self.config.model.adapter_name_or_path:
+            if self.config.model.ref_model_name_or_path is None:
+                self.objects.keep_start()
+        with giving(self.objects.found):
+            run = build(self.config)
+        run.notes += [*self._said(), *self.events.notes()]
+        epoch = -(-run.data.epoch_size // (run.config.train.batch_size or 1))
+        self.events.steps_per_epoch = epoch * (run.config.rollout.num_iterations if run.config.rollout else 1)
+        self.events.state.max_steps = run.total_steps
+        self.events.state.is_world_process_zero = run.accelerator.is_main_process
+        self.events.known = {"model": run.policy.model, "processing_class": run.tokenizer}
+        return run
+
+    def _said(self) -> list[str]:
+        """One line for each option that was given and has another form or no effect here."""
+        from ..trl_names.shown import line_of
+        from ..trl_names.verdicts import Kind
+
+        told = (Kind.TRANSLATED, Kind.NO_EFFECT)
+        given = set(self.args.given)
+        return [line_of(one).strip() for one in self.judged.verdicts if one.kind in told and one.key in given]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+        """Train, evaluate and save as the arguments say; returns transformers' TrainOutput.
+
+        resume_from_checkpoint: a folder, or True for the last one in output_dir. Raises UserError for bad input and
+        where the loss has exploded, Stopped where a signal ended the run behind a checkpoint.
+        """
+        from transformers.trainer_utils import TrainOutput
+
+        if self._trained:
+            raise UserError("this trainer has trained: make a new one, with resume_from_checkpoint to go on")
+        if resume_from_checkpoint:
+            if "run" in self.__dict__:
+                raise UserError("resume_from_checkpoint is for a trainer whose model has not been asked for yet")
+            path = "latest" if resume_from_checkpoint is True else str(resume_from_checkpoint)
+            self.judged, self.config = self._configured(resume_from_checkpoint=path)
+        main = os.environ.get("RANK", "0") == "0"
+        with ending_together(), locked(self.config.train.output_dir, main=main):
+            run = self.run
+            self._trained = True
+            self.events.call("on_train_begin")
+            self.events.call("on_epoch_begin")
+            with stopping() as stop:
+                row = loop.train_run(
+                    run, until=lambda run, step: self.events.stepped(step), told=self.events.told, stop=stop
+                )
+        self.events.call("on_train_end")
+        losses = [one["loss"] for one in self.state.log_history]
+        return TrainOutput(self.state.global_step, sum(losses) / max(1, len(losses)), row)
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and metrics of eval_dataset, as eval_loss and so on; UserError where there is none."""
+        if not self.run.data.evaluation:
+            raise UserError("there is nothing to evaluate on: give eval_dataset=")
+        metrics = {f"eval_{name}": value for name, value in loop.evaluate(self.run).items()}
+        self.events.call("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the adapter or the model, with the tokenizer, into a folder; called on every process."""
+        run, folder = self.run, Path(output_dir or self.config.train.output_dir)
+        weights = full_weights(run.policy, run.accelerator)
+        if run.accelerator.is_main_process:
+            with base_model(run.config, run.policy):
+                save(run.policy, run.tokenizer, folder, weights)
+
+    @property
+    def state(self) -> Any:
+        """transformers' TrainerState: global_step, epoch, max_steps, log_history."""
+        return self.events.state
+
+    @property
+    def model(self) -> Any:
+        """What trains: PEFT's model where there are adapters."""
+        return self.run.policy.model
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer."""
+        return self.run.tokenizer
+
+    @property
+    def accelerator(self) -> Any:
+        """accelerate's, of the run."""
+        return self.run.accelerator
+
+    def add_callback(self, callback: Any) -> None:
+        """One more callback, before training."""
+        self.events.callbacks += Events([callback], self.args).callbacks
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning."""
+
+    kind = arguments.SFTConfig
+
+
+class DPOTrainer(Trainer):
+    """Direct preference optimization. ref_model: where it is not what training starts from."""
+
+    kind = arguments.DPOConfig
+    order = ("model", "ref_model", "args")
+    more = ("ref_model",)
+
+
+class KTOTrainer(Trainer):
+    """Kahneman-Tversky optimization. ref_model: where it is not what training starts from."""
+
+    kind = arguments.KTOConfig
+    order = ("model", "ref_model", "args")
+    more = ("ref_model",)
+
+
+class ORPOTrainer(Trainer):
+    """Odds-ratio preference optimization."""
+
+    kind = arguments.ORPOConfig
+
+
+class CPOTrainer(Trainer):
+    """Contrastive preference optimization, and SimPO."""
+
+    kind = arguments.CPOConfig
+
+
+class TPOTrainer(Trainer):
+    """Triple preference optimization."""
+
+    kind = arguments.TPOConfig
+
+
+class GRPOTrainer(Trainer):
+    """Group relative policy optimization. reward_funcs: functions as TRL calls them, or names of ours."""
+
+    kind = arguments.GRPOConfig
+    order = ("model", "reward_funcs", "args")
+    more = ("reward_funcs",)
+
+
+class RLOOTrainer(Trainer):
+    """REINFORCE leave-one-out. reward_funcs: functions as TRL calls them, or names of ours."""
+
+    kind = arguments.RLOOConfig
+    order = ("model", "reward_funcs", "args")
+    more = ("reward_funcs",)
