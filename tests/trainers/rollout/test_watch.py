@@ -134,6 +134,6 @@ def test_completions_that_do_not_end_are_said_once():
         watch.clipped(step, torch.tensor(ended), 64)
         told += watch.take()
     assert told == [
-        "step 3: 95 % of the completions reached --max_completion_length 64 without an end: allow longer ones, or start "
-        "from a model that ends its answers"
+        "step 3: 95 % of the completions reached --max_completion_length 64 without an end: allow longer ones, or "
+        "start from a model that ends its answers"
     ]

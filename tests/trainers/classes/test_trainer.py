@@ -1,0 +1,263 @@
+"""TRL's classes train what the command line trains, with objects in the place of names."""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
+
+import logratio.trainers
+from logratio.benchmarks.peers import truths
+from logratio.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOTrainer,
+    ORPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    UserError,
+    cli,
+)
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
+
+PLAIN = {"gradient_checkpointing": False, "save_strategy": "no", "max_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+ADAPTERS = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model(3).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return tmp_path
+
+
+def rows(method="dpo", n=12):
+    return truths.random_rows(method, 7, n)
+
+
+def trained(folder):
+    (path,) = [
+        p for p in (Path(folder) / "adapter_model.safetensors", Path(folder) / "model.safetensors") if p.exists()
+    ]
+    return load_file(path)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    assert "DPOTrainer" in dir(logratio.trainers) and "train" in dir(logratio.trainers)
+    assert all(inspect.getdoc(getattr(logratio.trainers, name)) for name in dir(logratio.trainers))
+    with pytest.raises(AttributeError, match="has no 'PPOTrainer'; it has CPOConfig, CPOTrainer"):
+        logratio.trainers.PPOTrainer  # noqa: B018
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("given", ["name", "model"])
+def test_a_trainer_trains_what_the_command_line_does(given, adapters, here):
+    """To the bit, with a reference that is where it started; a model that was given is the one that is trained."""
+    data = datasets.Dataset.from_list(rows())
+    data.to_json("rows.jsonl")
+    words = "train dpo --model_name_or_path model --dataset_name rows.jsonl --output_dir cli --max_steps 3".split()
+    words += ["--batch_size", "4", "--learning_rate", "1e-3"]
+    words += ["--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "q_proj"] if adapters else []
+    assert cli.main(words) == 0
+    model = "model" if given == "name" else AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+    peft = LoraConfig(target_modules=["q_proj"], **ADAPTERS) if adapters else None
+    trainer = DPOTrainer(model, None, DPOConfig("class", **PLAIN), train_dataset=data, peft_config=peft)
+    result = trainer.train()
+    assert_same(trained("cli"), trained("class"))
+    log = trainer.state.log_history
+    assert result.global_step == len(log) == 3 and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result.training_loss == pytest.approx(sum(row["loss"] for row in log) / 3)
+    assert [row["epoch"] for row in log] == pytest.approx([1 / 3, 2 / 3, 1])
+    if given == "model":
+        assert trainer.model is model if not adapters else trainer.model.get_base_model() is model
+    with pytest.raises(UserError, match="this trainer has trained"):
+        trainer.train()
+
+
+def test_a_model_that_was_given_keeps_its_type(here):
+    model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
+    trainer = SFTTrainer(model, SFTConfig("out", **PLAIN), train_dataset=rows("sft"), processing_class=tiny_tokenizer())
+    trainer.train()
+    assert trainer.config.model.dtype == "bfloat16" and next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_tokenizer_goes_with_a_name(here):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+    data = [{"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}] * 4
+    SFTTrainer("model", SFTConfig("out", **PLAIN), train_dataset=data, processing_class=tokenizer).train()
+    assert Path("out/chat_template.jinja").read_text() == tokenizer.chat_template
+
+
+def test_adapters_of_peft_as_they_are(here):
+    """DoRA, rsLoRA, a pattern of names, a module that is trained whole."""
+    peft = LoraConfig(use_dora=True, use_rslora=True, target_modules=r".*\.[qv]_proj", **ADAPTERS)
+    SFTTrainer("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft"), peft_config=peft).train()
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert config["use_dora"] and config["use_rslora"] and config["target_modules"] == r".*\.[qv]_proj"
+    assert any("lora_magnitude_vector" in name for name in trained("out"))
+
+
+def test_quantized_adapters(here):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    shared = {"train_dataset": rows("kto"), "peft_config": LoraConfig(**ADAPTERS)}
+    trainer = KTOTrainer(
+        model="model", quantization_config=nf4, args=logratio.trainers.KTOConfig("out", **PLAIN), **shared
+    )
+    trainer.train()
+    assert trainer.model.get_base_model().is_loaded_in_4bit
+    with pytest.raises(UserError, match="bnb_4bit_quant_type='fp4'; the trainer quantizes with 'nf4'"):
+        KTOTrainer(model="model", quantization_config=BitsAndBytesConfig(load_in_4bit=True), **shared)
+
+
+class Told(TrainerCallback):
+    def __init__(self, until=None):
+        self.events, self.until = [], until
+
+    def on_train_begin(self, args, state, control, model, processing_class, **_):
+        self.events.append(("begin", args.learning_rate, state.max_steps, type(model).__name__))
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.until
+        return control
+
+    def on_epoch_end(self, args, state, control, **_):
+        self.events.append(("epoch", state.global_step))
+
+    def on_log(self, args, state, control, logs, **_):
+        self.events.append(("log", state.global_step, "loss" in logs))
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.events.append(("evaluate", "eval_loss" in metrics))
+
+    def on_save(self, args, state, control, **_):
+        self.events.append(("save", Path(args.output_dir, f"checkpoint-{state.global_step}").exists()))
+
+    def on_train_end(self, *_, **__):
+        self.events.append(("end",))
+
+
+class Inside(TrainerCallback):
+    def on_substep_end(self, *_, **__):
+        raise AssertionError
+
+
+def test_callbacks_are_told_and_may_end_it(here, capsys):
+    told = Told(until=4)
+    args = SFTConfig("out", **PLAIN | {"max_steps": 9, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2})
+    data = {"train_dataset": rows("sft"), "eval_dataset": rows("sft", 3)}
+    trainer = SFTTrainer("model", args, callbacks=[told, Inside], **data)
+    trainer.train()
+    assert told.events == [
+        ("begin", 1e-3, 9, "LlamaForCausalLM"),
+        ("log", 1, True),
+        ("evaluate", True),
+        ("log", 2, True),
+        ("save", True),
+        ("epoch", 3),
+        ("log", 3, True),
+        ("evaluate", True),
+        ("log", 4, True),
+        ("save", True),
+        ("end",),
+    ]
+    assert "the callback Inside has on_substep_end, which never comes" in capsys.readouterr().out
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.log_history[-1]["eval_loss"], rel=1e-5)
+    trainer.save_model("elsewhere")
+    assert_same(trained("out"), trained("elsewhere"))
+
+
+def test_transformers_own_early_stopping(here):
+    early = EarlyStoppingCallback(early_stopping_patience=1)
+    args = SFTConfig(
+        "out", **PLAIN | {"max_steps": 30, "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1}
+    )
+    trainer = SFTTrainer("model", args, train_dataset=rows("sft"), eval_dataset=rows("sft", 3), callbacks=[early])
+    assert trainer.train().global_step == 2
+
+
+def test_it_goes_on_from_its_checkpoint(here):
+    args = PLAIN | {"save_strategy": "steps", "save_steps": 1}
+    SFTTrainer("model", SFTConfig("whole", **args), train_dataset=rows("sft")).train()
+    short = SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft"), callbacks=[Told(until=2)])
+    assert short.train().global_step == 2
+    SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft")).train(resume_from_checkpoint=True)
+    assert_same(trained("whole"), trained("out"))
+
+
+def test_rewards_are_functions(here):
+    def longer(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    args = GRPOConfig("out", **PLAIN | {"batch_size": 2, "num_generations": 4, "max_completion_length": 6})
+    trainer = GRPOTrainer("model", longer, args, train_dataset=rows("grpo"), peft_config=LoraConfig(**ADAPTERS))
+    trainer.train()
+    assert "rewards/longer/mean" in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+def test_what_trl_takes_without_a_name_comes_in_its_order(name):
+    """And whatever else its trainers take by name is taken or refused with a reason here."""
+    theirs = list(inspect.signature(getattr(trl, f"{name}Trainer").__init__).parameters)[1:]
+    ours = getattr(logratio.trainers, f"{name}Trainer")
+    assert tuple(theirs[: len(ours.order)]) == ours.order
+    from logratio.trainers.classes.objects import LATER
+    from logratio.trainers.classes.trainer import SHARED
+
+    assert set(theirs) - {"optimizers"} <= {*SHARED, *ours.more, *LATER, "ref_model"}
+
+
+REFUSED = {
+    "no model": (lambda: SFTTrainer(train_dataset=[]), UserError, "model= is missing: a name, a folder"),
+    "TRL's arguments": (
+        lambda: SFTTrainer("model", trl.SFTConfig("out", use_cpu=True, bf16=False)),
+        UserError,
+        "args must be a logratio.trainers.SFTConfig, got trl.trainer.sft_config.SFTConfig: import it from where",
+    ),
+    "an option": (lambda: SFTConfig(bata=0.1), UserError, "SFTConfig: bata: 0.1: "),
+    "two options": (lambda: SFTConfig(neftune_noise_alpha=5, bata=1), UserError, "SFTConfig: 2 options refused"),
+    "a type": (lambda: SFTTrainer("model", SFTConfig(learning_rate="quick")), UserError, "learning_rate"),
+    "a keyword": (lambda: SFTTrainer("model", traindata=[]), TypeError, "SFTTrainer takes no traindata"),
+    "a collator": (lambda: SFTTrainer("model", data_collator=len), UserError, "data_collator= is not taken: micro-"),
+    "a reference": (lambda: ORPOTrainer("model", ref_model="m"), TypeError, "ORPOTrainer takes no ref_model"),
+    "several sets": (lambda: SFTTrainer("model", train_dataset={"a": []}), UserError, "must be one data set, got 1"),
+    "a stream": (
+        lambda: SFTTrainer("model", train_dataset=(x for x in ())),
+        UserError,
+        "must have a length, which generator has not; to stream, give the name of the data",
+    ),
+    "prompt learning": (lambda: SFTTrainer("model", peft_config={}), UserError, "must be a LoraConfig, got dict"),
+    "callback": (lambda: SFTTrainer("model", callbacks=[len]), UserError, "must be TrainerCallbacks of transformers"),
+    "too many": (lambda: SFTTrainer("model", SFTConfig(), []), TypeError, "takes model, args without a name"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(what, here):
+    make, kind, message = REFUSED[what]
+    with pytest.raises(kind) as told:
+        make()
+    assert message in str(told.value), str(told.value)
+    assert [path.name for path in here.iterdir()] == ["model"]
+
+
+def test_an_object_that_has_gone_is_named(here, capsys):
+    SFTTrainer("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft")).train()
+    words = ["train", "--config", "out/run_config.json", "--output_dir", "again"]
+    assert cli.main(words) == 1
+    assert "object:dataset was an object of the program that trained with it" in capsys.readouterr().err
+    assert cli.main([*words, "--dataset_name", "arithmetic"]) == 0
