@@ -24,7 +24,8 @@ def test_its_python_runs_and_prints_what_it_says_or_is_the_sources_own() -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/totals.md", "docs/own_loss.md", "docs/atlas.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/totals.md", "docs/own_loss.md", "docs/atlas.md", "docs/coming_from_trl.md"],
 )
 def test_what_a_document_links_to_exists(name: str) -> None:
     path = ROOT / name

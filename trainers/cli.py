@@ -127,12 +127,12 @@ def parse_train(argv: list[str]) -> RunConfig:
     if custom is None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
-    entries = ours(entries, trained or method, loss, f"--config {path}")
-    return configured(method, loss, entries, argv)
+    entries = ours(entries, trained or method, loss, options_among(argv), f"--config {path}")
+    return config_of(method, loss, entries, argv)
 
 
-def configured(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:
-    """The configuration that options of ours make, on top of them what is said on the command line."""
+def config_of(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:
+    """The run of these options by our names, and of the words of a command line, which go before them."""
     import tyro
 
     from .config import RunConfig
@@ -207,7 +207,17 @@ def load_loss(name: str) -> type[Loss]:
     return loss
 
 
-def ours(entries: dict[Any, Any], method: str, loss: type[Loss], source: str) -> dict[Any, Any]:
+def options_among(argv: list[str]) -> dict[str, str]:
+    """Option -> its first value, of words that no type was checked of yet."""
+    found: dict[str, str] = {}
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
+        if word.startswith("--"):
+            name, given, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if given else after
+    return found
+
+
+def ours(entries: dict[Any, Any], method: str, loss: type[Loss], words: dict[str, str], source: str) -> dict[Any, Any]:
     """The options of a file as ours: themselves, or where one is TRL's all as `trl_names` judges and shows them. The
     variables of its `env` are set, as TRL does."""
     from .trl_names import is_ours, judge
@@ -220,7 +230,7 @@ def ours(entries: dict[Any, Any], method: str, loss: type[Loss], source: str) ->
     import torch
 
     gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    judged = judge(method, entries, loss=loss, gpu=gpu, source=source)
+    judged = judge(method, entries, loss=loss, gpu=gpu, words=words, source=source)
     os.environ.update(judged.env)
     if entries and os.environ.get("RANK", "0") == "0":
         show(judged, source)

@@ -1,4 +1,4 @@
-"""AdamW over what a run trains: which tensors, in which groups, by which implementation."""
+"""AdamW over what a run trains: which tensors, in which groups, by which implementation; and its learning rate."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from .config import TrainConfig
-from .errors import UserError
+from .config.numbers import number_of
+from .errors import UserError, first_line
 
 
 def adamw(
@@ -47,3 +49,14 @@ def make_optimizer(trained: Sequence[nn.Parameter], config: TrainConfig, device:
 
     name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
     return getattr(bnb.optim, name[config.optim])(groups, lr=config.learning_rate, **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:
+    """The learning rate's schedule. A share of warm-up leaves the last step its rate, so that a run of one step trains.
+    UserError for options that the schedule does not have, or lacks."""
+    warmup = min(number_of(config.warmup_steps, total_steps) or 0, total_steps - 1)
+    try:
+        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, config.schedule_options)
+    except (TypeError, ValueError) as error:
+        said = first_line(error).replace("get_", "").replace("()", "")
+        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type}: {said}; see --lr_scheduler_kwargs") from error

@@ -13,18 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from transformers import get_scheduler
 
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
-from .config import RunConfig, TrainConfig
-from .config.numbers import number_of
+from .config import RunConfig
 from .data.table.load import Data, load_data
-from .errors import UserError, first_line
+from .errors import UserError
 from .growing import Growth, make_growth
 from .health import Health
-from .optimizer import make_optimizer, trained_parameters
+from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
@@ -137,17 +135,6 @@ def build(config: RunConfig) -> Run:
         checkpoint=checkpoint,
         frozen=frozen,
     )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:
-    """The learning rate's schedule. A share of warm-up leaves the last step its rate, so that a run of one step trains.
-    UserError for options that the schedule does not have, or lacks."""
-    warmup = min(number_of(config.warmup_steps, total_steps) or 0, total_steps - 1)
-    try:
-        return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps, config.schedule_options)
-    except (TypeError, ValueError) as error:
-        said = first_line(error).replace("get_", "").replace("()", "")
-        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type}: {said}; see --lr_scheduler_kwargs") from error
 
 
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:

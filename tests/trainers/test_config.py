@@ -241,6 +241,7 @@ def test_two_different_batch_sizes_contradict_each_other():
 
 def test_learning_rates_default_to_trls_by_method_and_zero_is_a_rate():
     assert TrainConfig().resolved("sft", 1).learning_rate == 2e-5
+    assert TrainConfig().resolved("tpo", 1).learning_rate == 5e-7
     for method in ("dpo", "kto", "orpo", "grpo", "custom"):
         assert TrainConfig().resolved(method, 1).learning_rate == 1e-6
     assert TrainConfig(learning_rate=0.0).resolved("sft", 1).learning_rate == 0.0

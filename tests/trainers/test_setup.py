@@ -153,6 +153,11 @@ def test_learning_rates_warm_up_and_fall(rows):
     assert rates == pytest.approx([0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
+def test_a_share_of_the_rows_is_held_out(rows):
+    data = build(config_of("dpo", rows, "--eval_size", "0.3")).data  # of 7: 2.1, and 3 rounded up
+    assert len(data.evaluation) == 3 and len(data.train) == 4
+
+
 def test_held_out_rows_are_not_trained_on(rows):
     data = build(config_of("dpo", rows, "--eval_size", "3")).data
     held, kept = ({e.row for e in part} for part in (data.evaluation, data.train))

@@ -21,7 +21,7 @@ from logratio.losses import LOSSES
 from .. import loop
 from ..checkpoints.model import base_model, save
 from ..checkpoints.output_dir import locked
-from ..cli import configured
+from ..cli import config_of
 from ..config import RunConfig
 from ..errors import UserError
 from ..ground.given import giving
@@ -95,7 +95,7 @@ class Trainer:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                config = configured(judged.method, LOSSES[judged.method], options)
+                config = config_of(judged.method, LOSSES[judged.method], options)
         except SystemExit as error:  # of the command line's parser
             lines = [line.strip(" │─╭╮╰╯") for line in said.getvalue().splitlines()]
             raise UserError(f"{self.kind.__name__}: {' '.join(filter(None, lines))}") from error

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .numbers import NotNegativeSteps, Seed, Steps, check_numbers, check_whole
 
 # TRL's defaults; every method but SFT starts from a model that can already speak.
-DEFAULT_LEARNING_RATE = {"sft": 2e-5}
+DEFAULT_LEARNING_RATE = {"sft": 2e-5, "tpo": 5e-7}
 OTHER_LEARNING_RATE = 1e-6
 DEFAULT_BATCH_SIZE = 8
 
@@ -57,7 +57,7 @@ class TrainConfig:
     num_train_epochs: Positive = 3.0
     """Passes over the data."""
     learning_rate: NotNegative | None = None
-    """Peak learning rate (default: 2e-5 for SFT, 1e-6 for the others)."""
+    """Peak learning rate (default: 2e-5 for SFT, 5e-7 for TPO, 1e-6 for the others)."""
     lr_scheduler_type: Schedule = "linear"
     """Learning rate after the warm-up, by transformers' names; constant has none."""
     lr_scheduler_kwargs: str | None = None

@@ -25,6 +25,8 @@ def several(a: Asked) -> Verdict:
 @rule("dataset_test_split")
 def evaluated_on(a: Asked) -> Verdict:
     """As here, with eval_strategy steps or epoch; without it TRL does not evaluate, and nor does this run."""
+    if splits(a):
+        return a.no_effect("test_split_size says what to evaluate on")
     if evaluates(a):
         return a.taken()
     return a.no_effect("TRL evaluates only with eval_strategy: steps or epoch, and so does this run")
@@ -37,8 +39,15 @@ def evaluates(a: Asked) -> bool:
 
 @rule("test_split_size")
 def held_out(a: Asked) -> Verdict:
-    """eval_size: rows, or below 1 a share of them."""
+    """With datasets: eval_size, rows or below 1 a share of them; else without effect, as in TRL."""
+    if not splits(a):
+        return a.no_effect("TRL reads it only with datasets; eval_size holds rows out")
     return a.translated(eval_size=a.number())
+
+
+def splits(a: Asked) -> bool:
+    """Whether rows of the training data are held out."""
+    return bool(a.says("datasets") and a.says("test_split_size"))
 
 
 @rule("max_length")

@@ -21,7 +21,7 @@ TRL_DEFAULTS: dict[str, dict[str, Any]] = {
     "kto": {**_ALL, "train_sampling_strategy": "sequential"},
     "orpo": _ALL,
     "cpo": _ALL,
-    "tpo": {**_ALL, "learning_rate": 5e-7},
+    "tpo": _ALL,
     "grpo": _SAMPLED,
     "rloo": {**_SAMPLED, "num_generations": 2, "beta": 0.05},
 }
@@ -30,12 +30,12 @@ TRL_DEFAULTS: dict[str, dict[str, Any]] = {
 
 class Here(NamedTuple):
     """What is done here where a file leaves an option out. unless: options that decide it too. methods: TRL's that it
-    is told for, all of them where empty; needs: an option without which it is not told."""
+    is told for, all of them where empty; needs: an option and its value, without which it is not."""
 
     here: str
     unless: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
-    needs: str | None = None
+    needs: tuple[str, Any] | None = None
 
 
 HERE = {
@@ -45,8 +45,7 @@ HERE = {
         unless=("batch_size", "gradient_accumulation_steps"),
         methods=("grpo", "rloo"),
     ),
-    "learning_rate": Here("1e-6"),
-    "train_sampling_strategy": Here("rows are shuffled", unless=("shuffle",)),
+    "train_sampling_strategy": Here("rows are shuffled", unless=("shuffle", "no_shuffle")),
     "disable_dropout": Here("true: without the model's own dropout"),
     "num_generations": Here("8"),
     "beta": Here("no divergence is taken off the reward", unless=("reward_kl_coef",)),
@@ -56,10 +55,14 @@ HERE = {
 }
 """The options of `TRL_DEFAULTS` on which a run's result, or what it leaves, depends."""
 ALSO = {
-    "lora_target_modules": ("PEFT's choice for the architecture", Here("all-linear", needs="use_peft")),
-    "use_bnb_nested_quant": (False, Here("true", needs="load_in_4bit", unless=("bnb_4bit_use_double_quant",))),
+    "lora_target_modules": ("PEFT's choice for the architecture", Here("all-linear", needs=("use_peft", True))),
+    "use_bnb_nested_quant": (False, Here("true", needs=("load_in_4bit", True), unless=("bnb_4bit_use_double_quant",))),
+    "epsilon_high": (
+        "epsilon's 0.2, as a cap",
+        Here("5", needs=("loss_type", "cispo"), unless=("epsilon",)),
+    ),
 }
-"""The same for options of TRL's scripts: option -> (TRL's default, ours)."""
+"""The same for options of TRL's scripts and of one loss: option -> (TRL's default, ours)."""
 
 
 def absent_of(method: str, file: Mapping[str, Any]) -> list[Verdict]:
@@ -70,7 +73,7 @@ def absent_of(method: str, file: Mapping[str, Any]) -> list[Verdict]:
         given = {key for key, one in file.items() if one is not None}
         if given & {name, *here.unless} or (here.methods and method not in here.methods):
             continue
-        if here.needs and not file.get(here.needs):
+        if here.needs and file.get(here.needs[0]) != here.needs[1]:
             continue
         verdicts.append(Verdict(name, value, Kind.ABSENT, {}, f"TRL's default is {said(value)}, here {here.here}"))
     return verdicts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from logratio.losses import LOSSES, Loss
@@ -13,7 +15,7 @@ from logratio.losses.options import ranges_of
 from ..config import parts_of
 from . import data, model, rollouts, times, training  # noqa: F401  # they enter their rules
 from .defaults import absent_of
-from .losses import OF_RLOO
+from .losses import OF_RLOO, OLDER
 from .rules import RULES
 from .table import ONLY, OURS, RENAMED, WITHOUT_EFFECT
 from .verdicts import Asked, Judged, Kind, Verdict, number, said
@@ -33,7 +35,7 @@ def is_ours(given: Mapping[str, Any], loss: type[Loss]) -> bool:
             continue
         if name not in options:
             return False
-        if name in RULES and get_origin(options[name]) is Literal and value not in (None, *get_args(options[name])):
+        if name in RULES and value is not None and out_of_domain(loss, name, value, options[name]):
             return False
     return True
 
@@ -44,19 +46,27 @@ def judge(
     *,
     loss: type[Loss] | None = None,
     gpu: bool = True,
+    words: Mapping[str, Any] | None = None,
     source: str = "the options",
 ) -> Judged:
     """As `consider`; UserError naming all that is refused, where something is. source: what the options stand in."""
-    judged = consider(method, given, loss=loss, gpu=gpu)
+    judged = consider(method, given, loss=loss, gpu=gpu, words=words)
     judged.check(source)
     return judged
 
 
-def consider(method: str, given: Mapping[str, Any], *, loss: type[Loss] | None = None, gpu: bool = True) -> Judged:
+def consider(
+    method: str,
+    given: Mapping[str, Any],
+    *,
+    loss: type[Loss] | None = None,
+    gpu: bool = True,
+    words: Mapping[str, Any] | None = None,
+) -> Judged:
     """What becomes of each option of a TRL user, whatever it is.
 
     method: a registered one, or "rloo". given: option -> value, by TRL's names of any age, or ours; `env` too. loss:
-    of a method that is not registered. gpu: whether the run has one.
+    of a method that is not registered. gpu: whether the run has one. words: what goes before them, by our names.
     """
     ours = "grpo" if method == "rloo" else method
     loss = loss or LOSSES[ours]
@@ -66,45 +76,49 @@ def consider(method: str, given: Mapping[str, Any], *, loss: type[Loss] | None =
     first: dict[str, str] = {}  # of several spellings the first that says something
     for key, name, value in sorted(spelled_today(given), key=lambda one: one[2] is None):
         if name in file:
-            verdicts.append(again(key, name, value, file[name]))
+            verdicts.append(again(key, first[name], value, file[name]))
         else:
             file[name], first[name] = value, key
     own = bool(OURS & file.keys())
     for name, key in first.items():
-        asked = Asked(name, file[name], file, method, ours=own, gpu=gpu and not file.get("use_cpu"))
+        has_gpu = gpu and not file.get("use_cpu")
+        asked = Asked(name, file[name], file, method, ours=own, gpu=has_gpu, words=words or {})
         verdict = add(judged, checked(verdict_on(asked, loss), loss, asked))
         renamed = verdict.kind is Kind.TAKEN and key.replace("-", "_") != name
         verdicts.append(dataclasses.replace(verdict, key=key, kind=Kind.TRANSLATED if renamed else verdict.kind))
     if isinstance(given.get("env"), Mapping):
         judged.env.update({str(name): str(value) for name, value in given["env"].items()})
         verdicts.append(Verdict("env", given["env"], Kind.TAKEN, {}, "set before anything is loaded"))
-    judged.absent.extend(absent_of(method, file))
+    judged.absent.extend(absent_of(method, {**file, **(words or {})}))
     return judged
 
 
 def spelled_today(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """(as it was given, today's name, value) of each; what `INSIDE` holds beside the rest."""
-    for key, value in given.items():
-        name = str(key).replace("-", "_")
+    for key, one in given.items():
+        name, value = str(key).replace("-", "_"), one.value if isinstance(one, Enum) else one
         if name == INSIDE and isinstance(value, Mapping):
-            yield from ((f"{INSIDE}.{one}", RENAMED.get(one, str(one)), inner) for one, inner in value.items())
+            yield from ((f"{INSIDE}.{own}", RENAMED.get(own, str(own)), inner) for own, inner in value.items())
         elif name != "env" or not isinstance(value, Mapping):
             yield str(key), RENAMED.get(name, name), value
 
 
-def again(key: str, name: str, value: Any, first: Any) -> Verdict:
+def again(key: str, other: str, value: Any, first: Any) -> Verdict:
     """On an option that was given before under another spelling."""
     if value is None or value == first:
-        return Verdict(key, value, Kind.NO_EFFECT, {}, f"another name of {name}")
-    return Verdict(key, value, Kind.REFUSED, {}, f"the same option as {name}, which is {said(first)}; leave one out")
+        return Verdict(key, value, Kind.NO_EFFECT, {}, f"another name of {other}")
+    return Verdict(key, value, Kind.REFUSED, {}, f"another name of {other}, which is {said(first)}; leave one out")
 
 
 def verdict_on(a: Asked, loss: type[Loss]) -> Verdict:
     """By its rule; else as an option of ours of the same name; else by the table."""
     options = options_of(loss)
-    known = a.key in RULES or a.key in options or a.key in ONLY or a.key in REASONS or a.key == INSIDE
+    mapping = a.key in (INSIDE, "env")
+    known = a.key in RULES or a.key in options or a.key in ONLY or a.key in REASONS or mapping
     if known and a.value is None and a.key not in NULL_IS_SAID:
         return a.no_effect("null is as if it were left out")
+    if mapping:
+        return a.refused("must be a mapping of names to values")
     if a.key in RULES:
         try:
             return RULES[a.key](a)
@@ -136,6 +150,11 @@ def unknown(key: str, options: Mapping[str, Any]) -> str:
 
 def options_of(loss: type[Loss]) -> dict[str, Any]:
     """Our options with this loss -> their types."""
+    return _options_of(loss)  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _options_of(loss: type[Loss]) -> dict[str, Any]:
     parts = parts_of(loss).values()
     return {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
 
@@ -158,7 +177,7 @@ def out_of_domain(loss: type[Loss], name: str, value: Any, hint: Any) -> str:
     """What the value must be, "" where it is."""
     table = getattr(loss, "option_tables", {}).get(name)
     several = value if isinstance(value, list | tuple) else [value]
-    if table is not None and (wrong := [one for one in several if one not in table]):
+    if table is not None and (wrong := [one for one in several if one not in list(table)]):
         return f"{wrong[0]} is unknown; must be one of {', '.join(table)}"
     if get_origin(hint) is Literal and value not in get_args(hint):
         return f"must be one of {', '.join(get_args(hint))}"
@@ -178,10 +197,11 @@ def not_read(loss: type[Loss], name: str, value: Any, a: Asked) -> str:
     fields = {f.name: f.default for f in dataclasses.fields(loss)}
     if name not in fields or value == fields[name]:
         return ""
-    for option, table in getattr(loss, "option_tables", {}).items():
+    tables = getattr(loss, "option_tables", {})
+    for option, table in tables.items() if name not in tables else ():
         chosen = OF_RLOO[option] if a.method == "rloo" and option in OF_RLOO else a.says(option, fields[option])
         chosen = [chosen] if isinstance(chosen, str) else list(chosen)
-        if not set(chosen) & set(table.readers(name)):
+        if not {OLDER.get(one, one) for one in chosen} & set(table.readers(name)):
             return f"{option} {', '.join(chosen)} does not read it, in TRL neither"
     switch = getattr(loss, "option_switches", {}).get(name)
     return f"read only where {switch} is not 0" if switch and not a.says(switch, fields[switch]) else ""

@@ -15,6 +15,8 @@ OF_RLOO = {"loss_type": "rloo", "advantage_type": "rloo"}
 def loss_type(a: Asked) -> Verdict:
     """As here; chunked_nll is nll, aot_pair is aot. kto_pair is refused: take kto."""
     given = [a.value] if isinstance(a.value, str) else list(a.value)
+    if not given:
+        return a.refused("names no loss; leave it out for the default")
     if "kto_pair" in given:
         return a.refused("it left TRL long ago; train kto")
     if a.method == "rloo":

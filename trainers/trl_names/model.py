@@ -59,7 +59,7 @@ def lora(a: Asked) -> dict[str, Any]:
 
 
 def trains_adapters(a: Asked) -> bool:
-    return bool(a.says("use_peft")) or a.ours
+    return bool(a.says("use_peft")) or a.ours or "lora_r" in a.words
 
 
 @rule("lora_r", "lora_alpha", "lora_dropout")

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .verdicts import Judged, Kind, Verdict, said
 
-STYLES = {Kind.REFUSED: "bold red", Kind.TRANSLATED: "cyan", Kind.NO_EFFECT: "dim", Kind.ABSENT: "yellow"}
-"""Kinds that have a row each, in this order; what is taken as it stands is one line."""
+STYLES = {Kind.REFUSED: "red", Kind.TRANSLATED: "cyan", Kind.NO_EFFECT: "blue", Kind.ABSENT: "yellow"}
+"""Kinds whose options have a row each, in this order; what is taken as it stands is one row."""
 
 
 def show(judged: Judged, source: str, file: TextIO | None = None) -> None:
@@ -27,16 +28,20 @@ def show(judged: Judged, source: str, file: TextIO | None = None) -> None:
             lines.append(f"  taken: {', '.join(one(verdict) for verdict in taken)}")
         print("\n".join(lines), file=console.file, flush=True)
         return
-    table = Table(title=escape(title), title_justify="left", header_style="bold", pad_edge=False)
-    for name in ("option", "", "here", "why"):
-        table.add_column(name, overflow="fold")
-    for verdict in rows_of(judged):
-        cells = (one(verdict), verdict.kind.value, became(verdict.became), verdict.reason)
-        table.add_row(*map(escape, cells), style=STYLES[verdict.kind])
-    if table.row_count:
-        console.print(table)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False, box=SIMPLE_HEAD)
+    table.add_column(overflow="fold", ratio=2)
+    table.add_column(overflow="fold", ratio=3)
+    for kind, style in STYLES.items():
+        rows = [verdict for verdict in rows_of(judged) if verdict.kind is kind]
+        if rows:
+            table.add_row(kind.value, style=f"bold {style}")
+        for verdict in rows:
+            table.add_row(escape(named(verdict)), escape(f"{became(verdict.became)}  {verdict.reason}".strip()))
+        if rows:
+            table.add_section()
     if taken:
-        console.print(escape(f"taken as they stand: {', '.join(one(verdict) for verdict in taken)}"), highlight=False)
+        table.add_row(Kind.TAKEN.value, escape(", ".join(map(one, taken))))
+    console.print(table, highlight=False)
 
 
 def rows_of(judged: Judged) -> list[Verdict]:
@@ -47,8 +52,11 @@ def rows_of(judged: Judged) -> list[Verdict]:
 
 def line_of(verdict: Verdict) -> str:
     arrow = f" -> {became(verdict.became)}" if verdict.kind is Kind.TRANSLATED and verdict.became else ""
-    key = verdict.key if verdict.kind is Kind.ABSENT else one(verdict)
-    return f"  {verdict.kind}: {key}{arrow}{f' ({verdict.reason})' if verdict.reason else ''}"
+    return f"  {verdict.kind}: {named(verdict)}{arrow}{f' ({verdict.reason})' if verdict.reason else ''}"
+
+
+def named(verdict: Verdict) -> str:
+    return verdict.key if verdict.kind is Kind.ABSENT else one(verdict)
 
 
 def one(verdict: Verdict) -> str:

@@ -45,7 +45,7 @@ WITHOUT_EFFECT = {
         "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision push_to_hub_model_id "
         "push_to_hub_organization push_to_hub_token"
     ),
-    "rows are tokenized once, into a memory-mapped table, so there is nothing to wait for": (
+    "rows come from a memory-mapped table, or are read as they are needed, without workers": (
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order"
     ),
@@ -66,7 +66,7 @@ WITHOUT_EFFECT = {
     "nothing here is compiled by torch.compile: a question of speed": (
         "torch_compile torch_compile_backend torch_compile_mode torchdynamo use_ipex jit_mode_eval"
     ),
-    "float32 is multiplied as float32, never as TF32": "tf32",
+    "torch's own setting stands: float32 is multiplied as float32, not as TF32": "tf32",
     "autocast is accelerate's": "fp16_backend half_precision_backend fp16_opt_level",
     "an evaluation is computed as training is": "bf16_full_eval fp16_full_eval",
     "there is no evaluation before the first step": "eval_on_start",
@@ -161,7 +161,7 @@ ONLY = {
     "vllm_structured_outputs_regex": Only(NOTHING, "completions are not held to a pattern; reward it instead"),
     "top_k": Only((*NOTHING, -1), "sampling is cut by top_p; leave it out"),
     "min_p": Only(NOTHING, "sampling is cut by top_p; leave it out"),
-    "repetition_penalty": Only((None, 1), "what is sampled is the policy's own distribution; leave it out"),
+    "repetition_penalty": Only((1, None), "what is sampled is the policy's own distribution; leave it out"),
     "generation_kwargs": Only((*NOTHING, {}), "sampling has temperature, top_p and max_completion_length"),
     "reward_model_name_or_path": Only(NOTHING, "write a function that calls the model, and name it in reward_funcs"),
     "reward_clip_range": Only(NOTHING, "clip in the reward function itself"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .data import evaluates
+from .data import evaluates, splits
 from .rules import rule
 from .verdicts import Asked, Verdict, number
 
@@ -18,7 +18,7 @@ def share_of_epoch(a: Asked) -> float | None:
     return None if steps and number(steps) > 0 else 1 / number(a.says("num_train_epochs", EPOCHS))
 
 
-STEPS_KNOWN = "with max_steps it is not known when an epoch ends; say steps, and {}"
+UNKNOWN = "with max_steps it is not known when an epoch ends: at the end of the run alone; {} says otherwise"
 
 
 @rule("eval_strategy")
@@ -31,16 +31,17 @@ def evaluation(a: Asked) -> Verdict:
     if strategy not in ("steps", "epoch"):
         return a.refused("must be no, steps or epoch")
     became: dict[str, Any] = {}
-    if strategy == "epoch":
-        share = share_of_epoch(a)
-        if share is None:
-            return a.refused(STEPS_KNOWN.format("eval_steps"))
-        became = {"eval_steps": share} if share < 1 else {}
-    else:
+    reason = ""
+    if strategy == "steps":
         became = {"eval_steps": number(a.says("eval_steps", a.says("logging_steps", LOGGING_STEPS)))}
-    if not any(a.says(name) for name in ("eval_size", "test_split_size", "dataset_test_split")):
+    elif (share := share_of_epoch(a)) is None:
+        reason = UNKNOWN.format("eval_strategy: steps")
+    else:
+        became = {"eval_steps": share} if share < 1 else {}
+        reason = "at the end of each epoch, and of the run"
+    if not (a.says("eval_size") or a.says("dataset_test_split") or splits(a)):
         became["dataset_test_split"] = "test"
-    return a.translated("at the end of each epoch, and of the run" if strategy == "epoch" else "", **became)
+    return a.translated(reason, **became)
 
 
 @rule("eval_steps")
@@ -65,7 +66,7 @@ def saving(a: Asked) -> Verdict:
         return a.refused("must be no, steps or epoch")
     share = share_of_epoch(a)
     if share is None:
-        return a.refused(STEPS_KNOWN.format("save_steps"))
+        return a.no_effect(UNKNOWN.format("save_strategy: steps"))
     if share >= 1:
         return a.no_effect("the only epoch ends with the run, whose trained model is saved")
     return a.translated("at the end of each epoch", save_steps=share)

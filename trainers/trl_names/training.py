@@ -20,8 +20,6 @@ def bf16(a: Asked) -> Verdict:
     """mixed_precision bf16."""
     if not a.value:
         return a.no_effect("no autocast unless it is asked for")
-    if a.says("fp16"):
-        return a.refused("fp16 is asked for too; leave one of them out")
     return a.translated(mixed_precision="bf16")
 
 
@@ -74,6 +72,8 @@ def schedule_options(a: Asked) -> Verdict:
 @rule("warmup_steps")
 def warmup(a: Asked) -> Verdict:
     """As here, below 1 a share of all steps; with lr_scheduler_type constant without effect, as in TRL."""
+    if a.says("warmup_ratio") and not a.number():
+        return a.no_effect("warmup_ratio says how long")
     return _warmup(a)
 
 

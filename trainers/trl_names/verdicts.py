@@ -66,7 +66,8 @@ class Asked:
     """One option, with what its verdict may depend on.
 
     file: all that was given, by today's names. method: TRL's, "rloo" among them. ours: the file has options that TRL
-    has not, so what both have is meant as here. gpu: whether the run has one.
+    has not, so what both have is meant as here. gpu: whether the run has one. words: options of the command line, by
+    our names, which go before the file's.
     """
 
     key: str
@@ -75,6 +76,7 @@ class Asked:
     method: str
     ours: bool = False
     gpu: bool = True
+    words: Mapping[str, Any] = field(default_factory=dict)
 
     def taken(self, reason: str = "") -> Verdict:
         return Verdict(self.key, self.value, Kind.TAKEN, {self.key: self.value}, reason)
@@ -89,8 +91,8 @@ class Asked:
         return Verdict(self.key, self.value, Kind.REFUSED, {}, reason)
 
     def says(self, key: str, default: Any = None) -> Any:
-        """What the file says of another option; the default where it does not, or null."""
-        value = self.file.get(key)
+        """What the command line or the file says of an option; the default where they do not, or null."""
+        value = self.words.get(key, self.file.get(key))
         return default if value is None else value
 
     def number(self) -> float:
