@@ -83,6 +83,8 @@ def train_run(
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.say(note)
             ends = (until is not None and until(run, step)) or step == total
+            if run.rollouts is not None:
+                log.completions(run.rollouts.taken(), number_of(run.rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, skipped_rows.jsonl, a progress line."""
+"""What a run leaves behind while it runs: metrics.jsonl, completions.parquet, run_config.json, skipped_rows.jsonl."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .completions import FOLDER, CompletionParts, copy_parts
 from .journal import Journal
+from .samples import best_and_worst
 from .streams import Lasting
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
@@ -50,17 +53,21 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
         if after is None:
-            for name in (log.name, "run_config.json", SKIPPED):
+            for name in (log.name, FOLDER, "run_config.json", SKIPPED):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
-            keep_earlier(log)
+            for path in (log, self.folder / FOLDER):
+                keep_earlier(path)
             shutil.copyfile(began / log.name, log)
+            copy_parts(began, self.folder)
         self.journal = Journal(log, after)
+        self.parts = CompletionParts(self.folder, after[0] if after else None)
         settings = self.folder / "run_config.json"
         if not settings.exists() or settings.read_text() != text:
             keep_earlier(settings)
             settings.write_text(text)
-        self.waits = False  # whether it was said that lines wait
+        self.waiting: set[Path] = set()  # of which it was said that it waits
+        self.shown = self.first  # the last step of which completions were
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -102,6 +109,7 @@ class RunLog:
         if not self.main:
             return ""
         self.journal.flush()
+        self.parts.flush()
         return self.journal.hash
 
     def step(self, row: dict[str, Any]) -> None:
@@ -109,9 +117,7 @@ class RunLog:
         if not self.main:
             return
         self.journal.append(row)
-        if self.journal.problem and not self.waits:
-            self.say(f"{self.journal.path} cannot be written ({self.journal.problem}): its lines wait")
-        self.waits = self.journal.problem is not None
+        self._tell_of(self.journal.path, self.journal.problem, "its lines wait")
         figures = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
         step, total = row["step"], self.total_steps
         if self.console.is_terminal:
@@ -119,6 +125,26 @@ class RunLog:
         elif step in (self.first + 1, total) or step % max(1, total // 20) == 0:
             left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
             self.say(f"step {step}/{total}  {figures}  {left:.0f} s left")
+
+    def completions(self, rows: Sequence[dict[str, Any]], every: int) -> None:
+        """Keep what a step has sampled, and show two of it every so many steps; 0: never."""
+        if not (self.main and rows):
+            return
+        step = rows[0]["step"]
+        self.parts.add(step, rows)
+        self._tell_of(self.parts.path, self.parts.problem, "completions wait")
+        if every and step - self.shown >= every:
+            self.shown = step
+            for line in best_and_worst(rows, self.console.width):
+                self.say(line)
+
+    def _tell_of(self, path: Path, problem: str | None, what: str) -> None:
+        """Once, that a file cannot be written; again, when it could be in between."""
+        if problem is None:
+            self.waiting.discard(path)
+        elif path not in self.waiting:
+            self.waiting.add(path)
+            self.say(f"{path} cannot be written ({problem}): {what}")
 
 
 def keep_earlier(path: Path) -> None:

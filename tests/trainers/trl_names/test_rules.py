@@ -150,7 +150,8 @@ BECOMES = [
         {"generation_batch_size": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
-    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server", "log_completions": True}, {}),
+    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server"}, {}),
+    ("grpo", {"log_completions": False, "num_completions_to_print": 4}, {"log_completions": False}),
 ]
 
 
