@@ -81,7 +81,7 @@ def train_run(
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
-                log.say(note)
+                log.alarm(note)
             ends = (until is not None and until(run, step)) or step == total
             if run.rollouts is not None:
                 log.completions(run.rollouts.taken(), number_of(run.rollouts.config.log_completions_steps, total) or 0)
@@ -90,7 +90,7 @@ def train_run(
                 ends |= compared(run, progress, row, log)
             log.step(row)
             for note in run.health.after(step, row, last=ends):
-                log.say(note)
+                log.alarm(note)
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
             if told is not None:
                 told(row, progress.saved == step)

@@ -7,7 +7,6 @@ import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +14,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
 from .completions import FOLDER, CompletionParts, copy_parts
 from .journal import Journal
 from .samples import best_and_worst
+from .screen import Screen, figures_of
 from .streams import Lasting
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
 SKIPPED = "skipped_rows.jsonl"
 
 
@@ -47,7 +46,7 @@ class RunLog:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
         self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
-        self.started, self.first = time.perf_counter(), after[0] if after else 0
+        self.first = after[0] if after else 0
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,25 +67,17 @@ class RunLog:
             settings.write_text(text)
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.screen = Screen(total_steps, self.first)
+        self.live = Live(console=self.console, get_renderable=lambda: self.screen)
 
     def __enter__(self) -> RunLog:
-        if self.main:
-            self.progress.start()
-            self.task = self.progress.add_task("step", total=self.total_steps, completed=self.first, figures="")
+        if self.main and self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.main:
-            self.progress.stop()
+            self.live.stop()
             self.journal.close()
 
     @property
@@ -96,6 +87,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
+
+    def alarm(self, text: str) -> None:
+        """Say what may be wrong, and leave it on the screen until there is another."""
+        self.say(text)
+        if self.main:
+            self.screen.alarm = text
 
     def list_skipped(self, rows: list[dict[str, Any]]) -> None:
         """One line of skipped_rows.jsonl for each; no file where there are none."""
@@ -118,13 +115,13 @@ class RunLog:
             return
         self.journal.append(row)
         self._tell_of(self.journal.path, self.journal.problem, "its lines wait")
-        figures = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+        self.screen.add(row)
         step, total = row["step"], self.total_steps
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=step, figures=figures)
-        elif step in (self.first + 1, total) or step % max(1, total // 20) == 0:
-            left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
-            self.say(f"step {step}/{total}  {figures}  {left:.0f} s left")
+            return
+        if step in (self.first + 1, total) or step % max(1, total // 20) == 0:
+            figures = "  ".join(f"{name} {row[name]:.4g}" for name in (*figures_of(row), "tokens_per_s") if name in row)
+            self.say(f"step {step}/{total}  {figures}  {self.screen.left or 0:.0f} s left")
 
     def completions(self, rows: Sequence[dict[str, Any]], every: int) -> None:
         """Keep what a step has sampled, and show two of it every so many steps; 0: never."""
