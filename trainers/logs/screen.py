@@ -28,6 +28,11 @@ FIGURES = (
 )
 """(a metric that tells the method; of these the first two that the log has; and this one): what is shown of a step."""
 CURVES = ("loss", "reward", "rewards/margins", "kl", "grad_norm", "learning_rate")
+MACHINE = {
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "step_ms": "{:,.0f} ms a step",
+    "peak_mem_mib": "memory {:,.0f} MiB at its peak",
+}
 SHORT = {"mean_token_accuracy": "accuracy", "learning_rate": "rate"}
 """Metrics whose last part is too long, or says too little."""
 
@@ -120,15 +125,15 @@ class Screen:
     def _wide(self, width: int, plain: bool) -> Iterator[Any]:
         figures, curves = figures_of(self.row), [name for name in CURVES if known(self.row, name)]
         alone = [name for name in figures if name not in curves]
-        yield pairs([(name, self.row[name]) for name in (*alone, "tokens_per_s", "step_ms") if name in self.row])
+        machine = [text.format(self.row[name]) for name, text in MACHINE.items() if name in self.row]
+        line = pairs([(name, self.row[name]) for name in alone])
+        yield line.append("  ".join(["", *machine] if alone else machine), style="dim")
         yield from self._curves(curves, width, plain)
         if self.evaluation:
             step, *rest = self.evaluation.items()
             wanted = figures_of({name.removeprefix("eval_"): value for name, value in rest})
             chosen = [(name, self.evaluation[f"eval_{name}"]) for name in wanted]
             yield Text(f"evaluation of step {step[1]}  ", style="dim") + pairs(chosen)
-        if "peak_mem_mib" in self.row:
-            yield Text(f"memory at its peak {self.row['peak_mem_mib']:,.0f} MiB", style="dim")
         if self.alarm:
             yield Text(" ".join(self.alarm.split()), style="yellow")
 

@@ -49,7 +49,9 @@ def test_it_fits_and_has_all_figures(method, width):
     else:
         assert "evaluation of step 999999" in text and "81,234 MiB" in text and ALARM[:80] in text
         assert lines[-1].startswith("step 7") and lines[-1].endswith("…")
-        assert all(name in text for name in ("grad_norm", "learning_rate 1e-12", "tokens_per_s 1.235e+05"))
+        assert all(
+            name in text for name in ("grad_norm", "learning_rate 1e-12", "123,457 tokens/s", "98,765 ms a step")
+        )
 
 
 def test_eighty_columns_name_the_metrics_as_the_log_does():
@@ -93,7 +95,7 @@ def test_a_terminal_of_ascii_gets_ascii():
     screen.alarm = ALARM
     console.print(screen)  # would raise where a character has no bytes
     text.flush()
-    assert text.buffer.getvalue().count(b"\n") >= 6
+    assert text.buffer.getvalue().count(b"\n") == 5
 
 
 def test_time_is_read_as_a_clock():
