@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +79,6 @@ class CompletionParts:
     def parts(self) -> list[Path]:
         """In the order of their steps, which is that of their names as long as these are equally long."""
         return sorted(path for path in self.path.glob("*.parquet") if NAME.fullmatch(path.name))
-
-
-def copy_parts(began: Path, folder: Path) -> None:
-    """The parts of a run that goes on in another folder."""
-    if (began / FOLDER).is_dir():
-        shutil.copytree(began / FOLDER, folder / FOLDER)
 
 
 def _type(name: str) -> Any:

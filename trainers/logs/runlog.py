@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
-from .completions import FOLDER, CompletionParts, copy_parts
+from .completions import FOLDER, CompletionParts
 from .journal import Journal
 from .samples import best_and_worst
 from .screen import Screen, figures_of
 from .streams import Lasting
+from .trackers import TENSORBOARD, Trackers
 
 SKIPPED = "skipped_rows.jsonl"
 
@@ -29,7 +30,8 @@ class RunLog:
     """Writes one JSON line a step and shows progress; silent on all processes but the main one.
 
     quiet: writes the files, but shows nothing. after: (step, hash) of the line of metrics.jsonl behind which the run
-        goes on, in the folder `began`, where that is another than its own; None: it begins.
+        goes on, in the folder `began`, where that is another than its own; None: it begins. report_to: trackers, see
+        `trackers.chosen`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class RunLog:
         quiet: bool = False,
         after: tuple[int, str] | None = None,
         began: Path | None = None,
+        report_to: Sequence[str] = (),
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
@@ -52,13 +55,15 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
         if after is None:
-            for name in (log.name, FOLDER, "run_config.json", SKIPPED):
+            for name in (log.name, FOLDER, "run_config.json", SKIPPED, TENSORBOARD):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
-            for path in (log, self.folder / FOLDER):
-                keep_earlier(path)
+            keep_earlier(log)
             shutil.copyfile(began / log.name, log)
-            copy_parts(began, self.folder)
+            for name in (FOLDER, TENSORBOARD):
+                keep_earlier(self.folder / name)
+                if (began / name).is_dir():
+                    shutil.copytree(began / name, self.folder / name)
         self.journal = Journal(log, after)
         self.parts = CompletionParts(self.folder, after[0] if after else None)
         settings = self.folder / "run_config.json"
@@ -67,16 +72,20 @@ class RunLog:
             settings.write_text(text)
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
+        self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
         self.screen = Screen(total_steps, self.first)
         self.live = Live(console=self.console, get_renderable=lambda: self.screen)
 
     def __enter__(self) -> RunLog:
-        if self.main and self.console.is_terminal:
-            self.live.start()
+        if self.main:
+            if self.console.is_terminal:
+                self.live.start()
+            self._say_all(self.trackers.start())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.main:
+            self._say_all(self.trackers.close())
             self.live.stop()
             self.journal.close()
 
@@ -87,6 +96,10 @@ class RunLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
+
+    def _say_all(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.say(note)
 
     def alarm(self, text: str) -> None:
         """Say what may be wrong, and leave it on the screen until there is another."""
@@ -115,6 +128,7 @@ class RunLog:
             return
         self.journal.append(row)
         self._tell_of(self.journal.path, self.journal.problem, "its lines wait")
+        self._say_all(self.trackers.log(row))
         self.screen.add(row)
         step, total = row["step"], self.total_steps
         if self.console.is_terminal:

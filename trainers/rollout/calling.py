@@ -35,7 +35,7 @@ GIVEN = (
 LARGEST = torch.finfo(torch.float32).max
 _FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
-_TAKEN = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
+_TAKEN = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
 _TAKEN |= {"peak_mem_mib", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"}
 _TAKEN_PREFIXES = ("rewards/", "completions/", "clip_ratio/", "eval_")
 

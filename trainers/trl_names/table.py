@@ -35,8 +35,8 @@ WITHOUT_EFFECT = {
         "log_level_replica log_on_each_node disable_tqdm include_num_input_tokens_seen include_tokens_per_second "
         "skip_memory_metrics include_inputs_for_metrics include_for_metrics"
     ),
-    "the run is logged in metrics.jsonl alone, and its name is its output_dir": (
-        "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    "trackers (report_to) know a run by its output_dir, in the project logratio": (
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
     ),
     "completions are kept in completions.parquet, and two of them shown every log_completions_steps": (
         "num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo"

@@ -53,6 +53,7 @@ def test_a_run_keeps_what_its_rewards_saw(rows, tmp_path, monkeypatch, capsys):
         assert row["finish_reason"] == ("length" if row["completion_length"] == 3 else "stop") or not row["completion"]
         assert row["tokens"] == str(row["completion_length"]) and row["row"] in (0, 1, 2)
     log = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert [row["epoch"] for row in log] == [1.0, 2.0], "a step is a pass over the two prompts that train"
     for step in (1, 2):
         rewards = [row["reward"] for row in table if row["step"] == step]
         assert log[step - 1]["reward"] == pytest.approx(sum(rewards) / 4, abs=1e-12)
