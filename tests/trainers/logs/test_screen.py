@@ -17,7 +17,7 @@ COMMON |= {"step_ms": 98765.4321, "peak_mem_mib": 81234.5}
 ROWS = {
     "sft": {"loss": -12345.678, "mean_token_accuracy": 1e-12, "grad_norm": 1e-12},
     "plain sft": {"loss": 2.5, "nll": -1.2345e-10, "grad_norm": -9.8765e-100},
-    "dpo": {"loss": -1.2345e-12, "rewards/accuracies": -12345.678, "rewards/margins": -1.2345e-12},
+    "dpo": {"loss": -1.2345e-12, "rewards/accuracies": -12345.678, "rewards/margins": -6.789e-11},
     "kto": {"loss": -12345.678, "kl": -1.2345e-12, "rewards/margins": -12345.678},
     "grpo": {"reward": -12345.678, "kl": -1.2345e-12, "completions/mean_length": 12345.678},
 }

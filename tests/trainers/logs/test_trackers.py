@@ -72,7 +72,7 @@ class Failing:
         json.dumps(values)
 
     def log(self, values, step):
-        if step == 2:
+        if step >= 2:
             raise ConnectionError("the network is gone")
 
     def finish(self):
@@ -93,6 +93,7 @@ def test_one_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert said.count("--report_to mine: the network is gone; the run goes on without") == 1
     assert said.count("--report_to shut: no key; the run goes on without") == 1
+    assert said.count("the run goes on without") == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
