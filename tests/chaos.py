@@ -5,7 +5,7 @@
 Every run is a fork of this process, which has imported what it needs; SIGKILL ends it in a step, in a rollout or in a
 save, after a random time in there or before a random one of its file operations. A run goes on with
 `--resume_from_checkpoint latest` until it is done, and is compared then: the trained weights, and the hash of the last
-line of metrics.jsonl, which covers all lines.
+line of metrics.jsonl, which covers all lines, and completions.parquet.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 # what training imports on its way, once for all forks
 import datasets  # noqa: F401
 import peft  # noqa: F401
+import pyarrow.parquet as pq
 import rich.progress  # noqa: F401
 import torch
 import tyro  # noqa: F401
@@ -181,13 +182,15 @@ def run(case: str, argv: list[str], kill: Kill | None, told: Path) -> tuple[int,
     return status, json.loads(times.read_text()) if status == 0 else {}
 
 
-def result(output: Path, count: int) -> tuple[dict[str, torch.Tensor], str]:
-    """(the trained weights, the last line's hash); every step has its line, once."""
+def result(output: Path, count: int) -> tuple[dict[str, torch.Tensor], str, Any]:
+    """(the trained weights, the last line's hash, all that was sampled); every step has its line, once."""
     lines = [row for row, _ in read_chain(output / "metrics.jsonl")]
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == [row["step"] for row in lines] == list(range(1, count + 1)), steps
     name = "adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"
-    return load_file(output / name), lines[-1]["hash"]
+    sampled = output / "completions.parquet"
+    table = pq.read_table(sampled).to_pylist() if sampled.exists() else None
+    return load_file(output / name), lines[-1]["hash"], table
 
 
 def differing_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
@@ -214,7 +217,7 @@ def torment(case: str, folder: Path, kills: int, steps: int, generator: random.R
     data.write_text("".join(json.dumps({name: row[name] for name in names}) + "\n" for row in rows(14)))
     told = folder / f"{case}.killed"
     _, times = run(case, words(case, data, folder / f"{case}-whole", steps), None, told)
-    weights, line = result(folder / f"{case}-whole", steps)
+    weights, line, sampled = result(folder / f"{case}-whole", steps)
     phases = [phase for phase in PHASES if times[phase]]
     done: collections.Counter[str] = collections.Counter()
     number = 0
@@ -227,9 +230,10 @@ def torment(case: str, folder: Path, kills: int, steps: int, generator: random.R
             if status == 0:
                 break
             done[told.read_text()] += 1
-        found, last = result(output, steps)
+        found, last, table = result(output, steps)
         assert differing_bits(weights, found) == 0, f"{case}: weights differ in {output}"
         assert last == line, f"{case}: the logs differ in {output}"
+        assert table == sampled, f"{case}: the completions differ in {output}"
         shutil.rmtree(output)
     return done
 

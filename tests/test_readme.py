@@ -1,4 +1,4 @@
-"""README.md and the documents beside it: its Python runs and prints what it says, the code that it quotes and the files that it names exist."""
+"""README.md and its like: Python runs and prints what it says, quoted code and named files exist."""
 
 import contextlib
 import io

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from .data.examples import Example
 from .errors import Stopped, UserError
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
+from .logs.trackers import chosen
 from .memory import no_room
 from .policy.load import describe
 from .processes.dealing import largest
@@ -70,7 +72,8 @@ def train_run(
     began = None if run.checkpoint is None else run.checkpoint.folder.parent
     after = (progress.step, progress.log_hash) if began else None
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
-    with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, after=after, began=began) as log:
+    where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
+    with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         log.list_skipped(run.data.skipped)
@@ -82,14 +85,16 @@ def train_run(
             except UserError as error:
                 raise UserError(f"step {step}: {error}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
-                log.say(note)
+                log.alarm(note)
             ends = (until is not None and until(run, step)) or step == total
+            if run.rollouts is not None:
+                log.completions(run.rollouts.taken(), number_of(run.rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
             log.step(row)
             for note in run.health.after(step, row, last=ends):
-                log.say(note)
+                log.alarm(note)
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
             if told is not None:
                 told(row, progress.saved == step)
@@ -123,6 +128,7 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     progress.window = window if window.taken < iterations(run) else None
     stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
+    row["epoch"] = step / run.steps_per_epoch
     step_ms = (time.perf_counter() - started) * 1e3
     row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
     row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))

@@ -22,6 +22,7 @@ from .data.table.load import Data, load_data
 from .errors import UserError
 from .growing import Growth, make_growth
 from .health import Health
+from .logs.trackers import chosen as chosen_trackers
 from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters
 from .policy.dropout import describe as describe_dropout
@@ -69,9 +70,15 @@ class Run:
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a pass over the data."""
+        return epoch_steps(self.data.epoch_size, self.config)
+
 
 def build(config: RunConfig) -> Run:
     """Raises UserError for whatever in the configuration, the data or the model does not fit."""
+    chosen_trackers(config.train.report_to)  # refused here, if at all
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
@@ -104,8 +111,7 @@ def build(config: RunConfig) -> Run:
     growth, growth_notes = make_growth(config.train.micro_batch_tokens, step.memory, accelerator)
     rollouts = None
     if config.rollout:
-        per_epoch = -(-data.epoch_size // (config.train.batch_size or 1)) * config.rollout.num_iterations
-        state = TrainerState(max_steps=total_steps, steps_per_epoch=per_epoch)
+        state = TrainerState(max_steps=total_steps, steps_per_epoch=epoch_steps(data.epoch_size, config))
         limit = config.loss.max_completion_length
         shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
@@ -169,9 +175,12 @@ def count_steps(num_examples: int, config: RunConfig, num_processes: int = 1) ->
         )
     if config.rollout and smallest < num_processes:
         raise UserError(f"{made}, which cannot be dealt to {num_processes} processes; choose another batch_size")
-    per_epoch = -(-num_examples // batch_size)
-    iterations = config.rollout.num_iterations if config.rollout else 1
-    return config.train.max_steps or max(1, round(per_epoch * config.train.num_train_epochs * iterations))
+    return config.train.max_steps or max(1, round(epoch_steps(num_examples, config) * config.train.num_train_epochs))
+
+
+def epoch_steps(num_examples: int, config: RunConfig) -> int:
+    """Optimizer steps of a pass over so many examples."""
+    return -(-num_examples // (config.train.batch_size or 1)) * (config.rollout.num_iterations if config.rollout else 1)
 
 
 def batches(

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
@@ -53,11 +54,18 @@ def log(folder):
     return rows
 
 
+def completions(folder):
+    """What a run has sampled, as one reads it."""
+    path = Path(folder, "completions.parquet")
+    return pq.read_table(path).to_pylist() if path.exists() else None
+
+
 def assert_same(one, other):
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log(one)[-1]["hash"] == log(other)[-1]["hash"]
     assert [row["step"] for row in log(other)] == list(range(1, 7))
+    assert completions(one) == completions(other)
 
 
 def back_to(step, folder="out"):

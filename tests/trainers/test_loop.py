@@ -134,6 +134,9 @@ class GivenRollouts:
     def after(self, step: int) -> list[str]:
         return []
 
+    def taken(self) -> list[Any]:
+        return []
+
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:
     """Examples in place of prompts, and their old log-probs in place of the policy's."""

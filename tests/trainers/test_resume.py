@@ -15,7 +15,7 @@ from logratio.trainers.checkpoints import checkpoint
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
 from logratio.trainers.policy.policy import Policy
 
-from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, log, train, weights
+from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, completions, log, train, weights
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -50,6 +50,9 @@ def test_it_ends_with_the_same_bits(case):
     assert_same("whole", "out")
     assert log("out")[:3] == before
     state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
+    if method == "grpo":
+        steps = [row["step"] for row in completions("out")]
+        assert steps == [1] * 12 + [3] * 12 + [5] * 6, "of 4, 4 and 2 prompts"
     assert bool(state["loss_state"]) == (case in ("kto", "dpo full"))
     assert Path("out/checkpoint-3/rollouts.json").exists() == (method == "grpo")
     assert Path("out/checkpoint-3/reference.safetensors").exists() == ("--sync_ref_model" in CASES[case])
@@ -125,8 +128,9 @@ def test_what_was_said_of_a_run_is_not_said_again(monkeypatch, capsys):
     assert capsys.readouterr().out.count("the rewards told no completion") == 1
     for step, folder in checkpoints_in(Path("alike")):
         state = json.loads((folder / "trainer_state.json").read_text())
-        told = ["alike"] if step == 12 else []
-        assert state["rollouts"] == {"generation_rows": 256, "watch": {"alike": step // 2, "told": told}}
+        told = ["alike", "clipped"] if step == 12 else ["clipped"]
+        watch = {"alike": step // 2, "constant": {"same": [1.0, step // 2]}, "told": told}
+        assert state["rollouts"] == {"generation_rows": 256, "watch": watch}
 
 
 def test_another_folder_goes_on_with_a_copy_of_the_log():
@@ -135,6 +139,14 @@ def test_another_folder_goes_on_with_a_copy_of_the_log():
     train("orpo", *LORA, "--resume_from_checkpoint", "start/checkpoint-3", output="out")
     assert_same("whole", "out")
     assert len(log("start")) == 6 and not Path("out/checkpoint-3").exists()
+
+
+def test_completions_are_copied_into_another_folder_up_to_where_it_goes_on():
+    train("grpo", *LORA, *ROLL, output="whole")
+    shutil.copytree("whole", "start")
+    train("grpo", *LORA, *ROLL, "--resume_from_checkpoint", "start/checkpoint-3", output="out")
+    assert_same("whole", "out")
+    assert completions("start") == completions("whole") != None  # noqa: E711
 
 
 def test_a_run_that_was_done_only_saves_again(capsys):

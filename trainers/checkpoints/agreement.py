@@ -11,7 +11,8 @@ from ..errors import UserError
 MAY_CHANGE = frozenset(
     {
         *("output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"),
-        *("ddp_timeout", "dataset_num_proc"),
+        *("ddp_timeout", "dataset_num_proc", "log_completions", "log_completions_steps"),
+        "report_to",
     }
 )
 """Options that a run may go on with changed."""

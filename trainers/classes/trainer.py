@@ -110,8 +110,7 @@ class Trainer:
         with giving(self.objects.found):
             run = build(self.config)
         run.notes += [*self._said(), *self.events.notes()]
-        epoch = -(-run.data.epoch_size // (run.config.train.batch_size or 1))
-        self.events.steps_per_epoch = epoch * (run.config.rollout.num_iterations if run.config.rollout else 1)
+        self.events.steps_per_epoch = run.steps_per_epoch
         self.events.state.max_steps = run.total_steps
         self.events.state.is_world_process_zero = run.accelerator.is_main_process
         self.events.known = {"model": run.policy.model, "processing_class": run.tokenizer}

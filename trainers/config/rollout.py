@@ -10,7 +10,7 @@ from logratio.losses.advantages import ADVANTAGES
 from logratio.losses.options import Count, NotNegative, Positive, Range
 
 from ..errors import UserError
-from .numbers import check_numbers
+from .numbers import NotNegativeSteps, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,16 @@ class RolloutConfig:
     REINFORCE++)."""
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
+    log_completions: bool = True
+    """Keep every completion in completions.parquet: prompt, text, each reward, advantage, length, why it ended, and
+    what rewards give to log_extra."""
+    log_completions_steps: NotNegativeSteps = 0.1
+    """Show the best and the worst of a prompt's completions every so many steps, below 1: every such share of all;
+    0: never."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        check_whole(self, "log_completions_steps")
         if self.advantage_type not in ADVANTAGES:
             raise UserError(
                 f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"

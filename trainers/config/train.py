@@ -31,6 +31,8 @@ Schedule = Literal[
     "warmup_stable_decay",
 ]
 """transformers' schedules, but for the two that follow a metric (reduce_lr_on_plateau, greedy)."""
+Tracker = Literal["none", "all", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "aim", "clearml"]
+"""Of accelerate's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class TrainConfig:
     """Autocast of the forward pass."""
     eval_steps: Steps | None = None
     """Evaluate every so many steps, below 1: every such share of all (default: at the end only)."""
+    report_to: tuple[Tracker, ...] = ("none",)
+    """Trackers that each line of the log goes to as well; all: every one that is installed."""
     ddp_timeout: Count = 1800
     """Seconds that processes wait for one that does not come, before all end. One that fails ends all at once."""
     seed: Seed = 42

@@ -1,5 +1,5 @@
-"""What a run leaves behind while it runs: metrics.jsonl, run_config.json, data_card.json, skipped_rows.jsonl, and a
-progress line."""
+"""What a run leaves behind while it runs: metrics.jsonl, completions.parquet, run_config.json, data_card.json and
+skipped_rows.jsonl."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import json
 import resource
 import shutil
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
+from .completions import FOLDER, CompletionParts
 from .journal import Journal
+from .samples import best_and_worst
+from .screen import Screen, figures_of
 from .streams import Lasting
+from .trackers import TENSORBOARD, Trackers
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "kl", "reward", "tokens_per_s")
 SKIPPED, DATA_CARD = "skipped_rows.jsonl", "data_card.json"
 
 
@@ -28,7 +31,8 @@ class RunLog:
     """Writes one JSON line a step and shows progress; silent on all processes but the main one.
 
     quiet: writes the files, but shows nothing. after: (step, hash) of the line of metrics.jsonl behind which the run
-        goes on, in the folder `began`, where that is another than its own; None: it begins.
+        goes on, in the folder `began`, where that is another than its own; None: it begins. report_to: trackers, see
+        `trackers.chosen`.
     """
 
     def __init__(
@@ -41,46 +45,49 @@ class RunLog:
         quiet: bool = False,
         after: tuple[int, str] | None = None,
         began: Path | None = None,
+        report_to: Sequence[str] = (),
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
         self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
-        self.started, self.first = time.perf_counter(), after[0] if after else 0
+        self.first = after[0] if after else 0
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
         if after is None:
-            for name in (log.name, "run_config.json", SKIPPED, DATA_CARD):
+            for name in (log.name, FOLDER, "run_config.json", SKIPPED, DATA_CARD, TENSORBOARD):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
             keep_earlier(log)
             shutil.copyfile(began / log.name, log)
+            for name in (FOLDER, TENSORBOARD):
+                keep_earlier(self.folder / name)
+                if (began / name).is_dir():
+                    shutil.copytree(began / name, self.folder / name)
         self.journal = Journal(log, after)
+        self.parts = CompletionParts(self.folder, after[0] if after else None)
         settings = self.folder / "run_config.json"
         if not settings.exists() or settings.read_text() != text:
             keep_earlier(settings)
             settings.write_text(text)
-        self.waits = False  # whether it was said that lines wait
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.waiting: set[Path] = set()  # of which it was said that it waits
+        self.shown = self.first  # the last step of which completions were
+        self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
+        self.screen = Screen(total_steps, self.first)
+        self.live = Live(console=self.console, get_renderable=lambda: self.screen)
 
     def __enter__(self) -> RunLog:
         if self.main:
-            self.progress.start()
-            self.task = self.progress.add_task("step", total=self.total_steps, completed=self.first, figures="")
+            if self.console.is_terminal:
+                self.live.start()
+            self._say_all(self.trackers.start())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.main:
-            self.progress.stop()
+            self._say_all(self.trackers.close())
+            self.live.stop()
             self.journal.close()
 
     @property
@@ -90,6 +97,16 @@ class RunLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
+
+    def _say_all(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.say(note)
+
+    def alarm(self, text: str) -> None:
+        """Say what may be wrong, and leave it on the screen until there is another."""
+        self.say(text)
+        if self.main:
+            self.screen.alarm = text
 
     def list_skipped(self, rows: list[dict[str, Any]]) -> None:
         """One line of skipped_rows.jsonl for each; no file where there are none."""
@@ -116,6 +133,7 @@ class RunLog:
         if not self.main:
             return ""
         self.journal.flush()
+        self.parts.flush()
         return self.journal.hash
 
     def step(self, row: dict[str, Any]) -> None:
@@ -123,16 +141,35 @@ class RunLog:
         if not self.main:
             return
         self.journal.append(row)
-        if self.journal.problem and not self.waits:
-            self.say(f"{self.journal.path} cannot be written ({self.journal.problem}): its lines wait")
-        self.waits = self.journal.problem is not None
-        figures = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+        self._tell_of(self.journal.path, self.journal.problem, "its lines wait")
+        self._say_all(self.trackers.log(row))
+        self.screen.add(row)
         step, total = row["step"], self.total_steps
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=step, figures=figures)
-        elif step in (self.first + 1, total) or step % max(1, total // 20) == 0:
-            left = (time.perf_counter() - self.started) / (step - self.first) * (total - step)
-            self.say(f"step {step}/{total}  {figures}  {left:.0f} s left")
+            return
+        if step in (self.first + 1, total) or step % max(1, total // 20) == 0:
+            figures = "  ".join(f"{name} {row[name]:.4g}" for name in (*figures_of(row), "tokens_per_s") if name in row)
+            self.say(f"step {step}/{total}  {figures}  {self.screen.left or 0:.0f} s left")
+
+    def completions(self, rows: Sequence[dict[str, Any]], every: int) -> None:
+        """Keep what a step has sampled, and show two of it every so many steps; 0: never."""
+        if not (self.main and rows):
+            return
+        step = rows[0]["step"]
+        self.parts.add(step, rows)
+        self._tell_of(self.parts.path, self.parts.problem, "completions wait")
+        if every and step - self.shown >= every:
+            self.shown = step
+            for line in best_and_worst(rows, self.console.width):
+                self.say(line)
+
+    def _tell_of(self, path: Path, problem: str | None, what: str) -> None:
+        """Once, that a file cannot be written; again, when it could be in between."""
+        if problem is None:
+            self.waiting.discard(path)
+        elif path not in self.waiting:
+            self.waiting.add(path)
+            self.say(f"{path} cannot be written ({problem}): {what}")
 
 
 def keep_earlier(path: Path) -> None:

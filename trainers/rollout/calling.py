@@ -17,6 +17,7 @@ import torch
 
 from ..data.tokenization import Text, shown
 from ..errors import UserError
+from .kept import check_extra
 
 Reward = Callable[..., Any]
 
@@ -34,7 +35,7 @@ GIVEN = (
 LARGEST = torch.finfo(torch.float32).max
 _FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
-_TAKEN = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
+_TAKEN = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
 _TAKEN |= {"peak_mem_mib", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"}
 _TAKEN_PREFIXES = ("rewards/", "completions/", "clip_ratio/", "eval_")
 
@@ -57,11 +58,12 @@ class TrainerState:
 
 @dataclass
 class RewardLog:
-    """What rewards log beside what they return. metrics: the values of each name. columns: that were given to
-    log_extra; there is no table of completions for them."""
+    """What rewards log beside what they return. metrics: the values of each name. columns: of the table of completions,
+    a text or None for each of the `completions` that the rewards are asked about."""
 
+    completions: int = 0
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    columns: set[str] = field(default_factory=set)
+    columns: dict[str, list[str | None]] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: Any) -> None:
         """Add a value to the metric, whose mean over the step's values on all processes is logged."""
@@ -73,7 +75,10 @@ class RewardLog:
         self.metrics[name].append(number)
 
     def log_extra(self, column: str, values: Any) -> None:
-        self.columns.add(str(column))
+        """Add a column to the table of completions, with a value for each of them."""
+        name, texts = check_extra(column, values, self.completions)
+        if self.columns.setdefault(name, texts) != texts:
+            raise UserError(f"log_extra({name!r}, ...) was given other values before: choose another name")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ number for each of them, or None where it has no opinion:
 
 prompts and completions are as in the data set: text, or messages. completion_ids are the generated tokens, without
 padding. Every further column of the data set comes as a list by its own name. trainer_state has global_step,
-max_steps and epoch. log_metric(name, value) adds a metric to the step's; log_extra(column, values) is taken, but there
-is no table of completions to put a column into. A reward takes what it needs by name. It may be an async function, an
+max_steps and epoch. log_metric(name, value) adds a metric to the step's, log_extra(column, values) a column to the
+table of completions. A reward takes what it needs by name. It may be an async function, an
 object that can be called, or a class of such objects that is made without arguments.
 """
 

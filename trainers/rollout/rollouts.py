@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
+from ..data.tokenization import Text
 from ..errors import UserError
 from ..memory import REMEDIES, free
 from ..policy.policy import Policy
@@ -23,6 +24,7 @@ from ..processes.dealing import gather_rows
 from ..processes.sharding import gathered
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
 from .generation import GENERATION_ROWS, Purpose, Sampled, completion_seed, generate
+from .kept import kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics
 from .watch import Watch
 
@@ -36,6 +38,7 @@ class Rolled:
     baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
     ended: [prompts, G], False where the length limit cut a completion; None: all ended.
     logged: the metrics that the rewards logged themselves.
+    prompts, texts, extra: as the rewards saw each completion, and the columns that they gave to log_extra.
     """
 
     examples: list[Example]
@@ -43,12 +46,25 @@ class Rolled:
     baseline: Tensor | None = None
     ended: Tensor | None = None
     logged: dict[str, Mean] = field(default_factory=dict)
+    prompts: Sequence[Text] = ()
+    texts: Sequence[str] = ()
+    extra: dict[str, list[str | None]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Tensor:
         """[prompts, G] float64, tokens of each completion."""
         lengths = [len(c.ids) for e in self.examples for c in e.completions]
         return torch.tensor(lengths, dtype=torch.float64).reshape(self.by_function.shape[:2])
+
+
+class Scored(NamedTuple):
+    """rewards: [completions, functions] float64, NaN where a reward function returned None. texts: of the completions.
+    logged, extra: what the rewards logged, as metrics and as columns."""
+
+    rewards: Tensor
+    texts: list[str]
+    logged: dict[str, Mean]
+    extra: dict[str, list[str | None]]
 
 
 class Rollouts:
@@ -75,6 +91,7 @@ class Rollouts:
         self.generation_rows = GENERATION_ROWS
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
+        self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
@@ -92,12 +109,12 @@ class Rollouts:
         ]
         options = {"temperature": self.config.temperature, "top_p": self.config.top_p}
         sampled = self.generate(repeated, seeds=seeds, **options)
-        scores, logged = self.score(repeated, sampled)
-        by_function = scores.reshape(len(prompts), group, len(self.rewards))
+        scored = self.score(repeated, sampled)
+        by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
         baseline = None
         if purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy:
-            scores, _ = self.score(prompts, self.generate(prompts))
-            baseline = sum_then_normalize(scores[:, None], self.weights)
+            greedy = self.score(prompts, self.generate(prompts)).rewards
+            baseline = sum_then_normalize(greedy[:, None], self.weights)
         examples = [
             Example(
                 prompt.prompt_ids,
@@ -107,7 +124,8 @@ class Rollouts:
             for i, prompt in enumerate(prompts)
         ]
         ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
-        return Rolled(examples, by_function, baseline, ended, logged)
+        texts = [prompt.prompt for prompt in repeated]
+        return Rolled(examples, by_function, baseline, ended, scored.logged, texts, scored.texts, scored.extra)
 
     def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
         """As many at a time as fit into memory. Raises UserError where one alone does not."""
@@ -134,12 +152,9 @@ class Rollouts:
         cut = self.config.mask_truncated_completions and not sampled.ended
         return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None)
 
-    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> tuple[Tensor, dict[str, Mean]]:
-        """[completions, functions] float64, NaN where a reward function returned None; and what rewards logged.
-
-        Raises UserError on all processes where a reward fails on one of them.
-        """
-        log, error = RewardLog(), None
+    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> Scored:
+        """What the rewards say. Raises UserError on all processes where a reward fails on one of them."""
+        log, error, texts = RewardLog(len(sampled)), None, []
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
         if sampled:
             texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
@@ -162,8 +177,10 @@ class Rollouts:
             except UserError as failed:
                 error = failed
         names = self._agree(error, sorted(log.metrics))
-        self.watch.columns(log.columns)
-        return scores, {name: Mean.of(torch.tensor(log.metrics[name], dtype=torch.float64)) for name in names}
+        if not self.config.log_completions:
+            self.watch.columns(log.columns)
+        logged = {name: Mean.of(torch.tensor(log.metrics[name], dtype=torch.float64)) for name in names}
+        return Scored(scores, texts, logged, log.columns)
 
     def _agree(self, error: UserError | None, names: list[str]) -> list[str]:
         """The names that any process has; where one has an error, all raise it: none waits for one that has gone."""
@@ -202,7 +219,32 @@ class Rollouts:
             normalize_advantages=config.normalize_advantages,
         )
         self.watch.rollouts(self.state.global_step + 1, by_function, advantages)
+        if self.config.log_completions:
+            self._keep(rolled, advantages[own], accelerator)
         return advantages[own]
+
+    def _keep(self, rolled: Rolled, advantages: Tensor, accelerator: Accelerator) -> None:
+        """Let `taken` have the completions of all processes."""
+        group, lengths = rolled.by_function.shape[1], rolled.lengths
+        rows = kept_rows(
+            self.state.global_step + 1,
+            prompts=rolled.prompts,
+            rows=[example.row for example in rolled.examples for _ in range(group)],
+            completions=rolled.texts,
+            lengths=lengths.flatten(),
+            ended=(torch.ones_like(lengths) if rolled.ended is None else rolled.ended).flatten(),
+            by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
+            rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
+            advantages=advantages.flatten(),
+            extra=rolled.extra,
+        )
+        self._kept += of_all(accelerator, [rows[i : i + group] for i in range(0, len(rows), group)])
+
+    def taken(self) -> list[dict[str, Any]]:
+        """The completions that were sampled for training since the last time, of all processes; none on others than the
+        main one, or where they are not kept."""
+        kept, self._kept = self._kept, []
+        return kept
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
         """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of

@@ -51,7 +51,7 @@ class Watch:
         if names:
             self.note(
                 "columns",
-                "there is no table of completions, so what rewards give to log_extra is not kept: "
+                "completions are not kept (--no_log_completions), nor what rewards give to log_extra: "
                 + ", ".join(sorted(names)),
             )
 

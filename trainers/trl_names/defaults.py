@@ -14,7 +14,7 @@ _ALL = {
     "gradient_checkpointing": True,
     "save_steps": 500,
 }
-_SAMPLED = {**_ALL, "disable_dropout": False}
+_SAMPLED = {**_ALL, "disable_dropout": False, "log_completions": False}
 TRL_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": _ALL,
     "dpo": _ALL,
@@ -48,6 +48,7 @@ HERE = {
     "train_sampling_strategy": Here("rows are shuffled", unless=("shuffle", "no_shuffle")),
     "disable_dropout": Here("true: without the model's own dropout"),
     "num_generations": Here("8"),
+    "log_completions": Here("true: they are kept in completions.parquet", unless=("log_completions_steps",)),
     "beta": Here("no divergence is taken off the reward", unless=("reward_kl_coef",)),
     "save_steps": Here(
         "the trained model alone is saved", unless=("save_strategy", "save_total_limit", "load_best_model_at_end")

@@ -35,11 +35,11 @@ WITHOUT_EFFECT = {
         "log_level_replica log_on_each_node disable_tqdm include_num_input_tokens_seen include_tokens_per_second "
         "skip_memory_metrics include_inputs_for_metrics include_for_metrics"
     ),
-    "the run is logged in metrics.jsonl alone, and its name is its output_dir": (
-        "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    "trackers (report_to) know a run by its output_dir, in the project logratio": (
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
     ),
-    "completions are neither shown nor kept": (
-        "log_completions num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo"
+    "completions are kept in completions.parquet, and two of them shown every log_completions_steps": (
+        "num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo"
     ),
     "nothing is pushed to the Hub": (
         "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision push_to_hub_model_id "
@@ -174,6 +174,6 @@ OURS = frozenset(
     "batch_size micro_batch_tokens mixed_precision shuffle eval_size on_bad_row streaming_buffer "
     "dataset_weights fused_lora fused_layers adapter_name_or_path ref_model_name_or_path early_stopping_patience "
     "z_loss_coef irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
-    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator".split()
+    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator log_completions_steps".split()
 )
 """Options that TRL has not: a file with one of them is ours, and what TRL has too is meant as here."""

@@ -91,6 +91,15 @@ def _warmup(a: Asked) -> Verdict:
     return a.taken() if a.key == "warmup_steps" else a.translated(warmup_steps=a.number())
 
 
+@rule("report_to")
+def trackers(a: Asked) -> Verdict:
+    """As here: names of trackers, or all; none: metrics.jsonl alone."""
+    names = [a.value] if isinstance(a.value, str) else list(a.value)
+    if all(name == "none" for name in names):
+        return a.no_effect("every step is a line of metrics.jsonl")
+    return a.taken() if isinstance(a.value, list) else a.translated(report_to=names)
+
+
 @rule("data_seed")
 def data_seed(a: Asked) -> Verdict:
     """The seed, if anything."""

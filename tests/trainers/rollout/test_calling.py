@@ -73,16 +73,35 @@ def test_what_a_reward_does_to_its_lists_changes_nothing():
 
 
 def test_a_reward_logs_metrics():
-    log = RewardLog()
+    log = RewardLog(completions=3)
 
     def reward(log_metric, log_extra, **_):
         log_metric("judge/tokens", 3)
         log_metric("judge/tokens", torch.tensor(5.0))
-        log_extra("verdict", ["a", "b", "c"])
+        log_extra("verdict", ["a", None, torch.tensor(2.0).item()])
+        log_extra("verdict", iter(["a", None, 2.0]))
         return [0.0] * 3
 
     called(reward, log=log)
-    assert log.metrics == {"judge/tokens": [3.0, 5.0]} and log.columns == {"verdict"}
+    assert log.metrics == {"judge/tokens": [3.0, 5.0]} and log.columns == {"verdict": ["a", None, "2.0"]}
+
+
+@pytest.mark.parametrize(
+    "column, values, message",
+    [
+        ("rewards/x", [1, 2, 3], "log_extra cannot take the name 'rewards/x', a column of the table itself"),
+        ("completion", [1, 2, 3], "log_extra cannot take the name 'completion'"),
+        (None, [1, 2, 3], "log_extra cannot take the name None"),
+        ("verdict", [1, 2], "log_extra('verdict', ...) got 2 values for 3 completions"),
+        ("verdict", "yes", "log_extra('verdict', ...) takes a list with a value for each completion"),
+        ("taken", [1, 2, 4], "log_extra('taken', ...) was given other values before: choose another name"),
+    ],
+)
+def test_a_column_of_the_table_has_a_name_of_its_own_and_a_value_for_each(column, values, message):
+    log = RewardLog(completions=3, columns={"taken": ["1", "2", "3"]})
+    with pytest.raises(UserError) as caught:
+        called(lambda log_extra, **_: log_extra(column, values), log=log)
+    assert str(caught.value).startswith(f"the reward 'mine': {message}")
 
 
 @pytest.mark.parametrize("name", ["loss", "reward", "kl", "rewards/x/mean", "completions/x", "tokens_per_s", 3])

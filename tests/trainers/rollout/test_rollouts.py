@@ -81,8 +81,8 @@ def test_rollouts_are_sampled_as_configured(policy, tokenizer):
 def test_rewards_see_no_special_tokens(policy, tokenizer):
     seen = []
     judge = rollouts(policy, tokenizer, {"watch": lambda completions, **_: seen.extend(completions) or [0.5]})
-    scores, _ = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
-    assert seen == ["BC"] and scores.tolist() == [[0.5]]
+    scored = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
+    assert seen == scored.texts == ["BC"] and scored.rewards.tolist() == [[0.5]]
 
 
 def test_conversations_get_messages_back(policy, tokenizer):
@@ -218,8 +218,8 @@ def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch
         raise ValueError("no")
 
     elsewhere = (None, ["a", "b"])
-    scores, logged = score(logs)
-    assert scores.tolist() == [[1.0]] and {k: tuple(map(float, v)) for k, v in logged.items()} == {
+    scored = score(logs)
+    assert scored.rewards.tolist() == [[1.0]] and {k: tuple(map(float, v)) for k, v in scored.logged.items()} == {
         "a": (0, 0),
         "b": (3, 1),
     }

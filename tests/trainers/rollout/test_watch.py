@@ -55,7 +55,7 @@ def test_columns_that_go_nowhere_are_named():
     watch.columns([])
     watch.columns(["verdict", "cost"])
     assert watch.take() == [
-        "there is no table of completions, so what rewards give to log_extra is not kept: cost, verdict"
+        "completions are not kept (--no_log_completions), nor what rewards give to log_extra: cost, verdict"
     ]
 
 

@@ -20,6 +20,7 @@ METHODS = list(CLASSES)
 SAME = {
     # None here is filled in with the same number where it is read
     *("cpo_alpha", "epsilon", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    "report_to",  # "none", alone or in a tuple
     "optim",  # the same algorithm
     "loss_type",  # a list there, a tuple here; RLOO's is chosen
     *("max_steps", "dataset_num_proc", "gradient_accumulation_steps"),  # -1, None and 1 say what None, 1 and None do

@@ -155,7 +155,8 @@ BECOMES = [
         {"generation_batch_size": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
-    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server", "log_completions": True}, {}),
+    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server"}, {}),
+    ("grpo", {"log_completions": False, "num_completions_to_print": 4}, {"log_completions": False}),
 ]
 
 
@@ -392,9 +393,11 @@ def test_what_trl_would_have_done_by_default_is_said():
         ),
         "disable_dropout": "TRL's default is false, here true: without the model's own dropout",
         "num_generations": "TRL's default is 2, here 8",
+        "log_completions": "TRL's default is false, here true: they are kept in completions.parquet",
         "beta": "TRL's default is 0.05, here no divergence is taken off the reward",
     }
     rest = {"bf16": True, "save_steps": 5, "gradient_accumulation_steps": 8, "disable_dropout": True}
+    rest["log_completions"] = True
     assert absent("grpo", **rest) == absent("grpo", **rest, loss_type="cispo", epsilon=0.3) == {}
     assert absent("grpo", **rest, loss_type="cispo") == {
         "epsilon_high": "TRL's default is epsilon's 0.2, as a cap, here 5"

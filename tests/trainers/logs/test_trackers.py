@@ -1,0 +1,112 @@
+"""Trackers get each line of the log once, and cost no run where they fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from logratio.trainers.errors import UserError
+from logratio.trainers.logs import trackers
+from logratio.trainers.logs.runlog import RunLog
+from logratio.trainers.logs.trackers import chosen, flat
+
+from .._runs import LATEST, back_to, log, train
+
+BOARD = ["--report_to", "tensorboard"]
+
+
+def scalars(folder):
+    """{metric: [(step, value), ...]} as TensorBoard reads them, without what a run that went on has overwritten."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reading.EventAccumulator(str(folder)).Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.usefixtures("workspace")
+def test_tensorboard_has_the_log_and_goes_on_with_it(capsys):
+    pytest.importorskip("tensorboard")
+    train("sft", *BOARD)
+    back_to(3)
+    train("sft", *BOARD, *LATEST)
+    rows, found = log("out"), scalars("out/tensorboard")
+    assert found.keys() == rows[0].keys() - {"step", "hash"}
+    for name, values in found.items():
+        assert [step for step, _ in values] == [1, 2, 3, 4, 5, 6], name
+        assert [value for _, value in values] == pytest.approx([row[name] for row in rows], rel=1e-6), name
+    shutil.copytree("out", "start")
+    train("sft", *BOARD, "--resume_from_checkpoint", "start/checkpoint-3", output="other")
+    assert scalars("other/tensorboard").keys() == found.keys()
+    assert [step for step, _ in scalars("other/tensorboard")["loss"]] == [1, 2, 3, 4, 5, 6]
+    (settings,) = Path("out/tensorboard").rglob("hparams.yml")
+    assert "train/batch_size: 4" in settings.read_text()
+    capsys.readouterr()
+    train("sft", *BOARD, "--overwrite_output_dir", "--max_steps", "2", "--save_steps", "2")
+    assert [step for step, _ in scalars("out/tensorboard")["loss"]] == [1, 2], "another run's are moved aside"
+    assert len(scalars("out/tensorboard.1")["loss"]) == 6
+
+
+def test_one_that_is_not_installed_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    assert chosen(["none"]) == [] and chosen(["all"]) == chosen(["tensorboard", "none"]) == ["tensorboard"]
+    with pytest.raises(UserError) as caught:
+        chosen(["tensorboard", "comet_ml"])
+    message = "--report_to comet_ml: comet-ml is not installed; pip install comet-ml, or leave it out"
+    assert str(caught.value) == message
+    from logratio.trainers import cli
+
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "sft", "--model_name_or_path", "no/such", "--report_to", "comet_ml", "--output_dir", "out"]
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err == f"logratio: {message}\n" and list(tmp_path.iterdir()) == []
+
+
+class Failing:
+    requires_logging_directory = False
+    name = "mine"
+
+    def __init__(self, project, **options):
+        self.seen = []
+
+    def store_init_configuration(self, values):
+        json.dumps(values)
+
+    def log(self, values, step):
+        if step >= 2:
+            raise ConnectionError("the network is gone")
+
+    def finish(self):
+        raise AssertionError("it was given up")
+
+
+class Closed(Failing):
+    def store_init_configuration(self, values):
+        raise PermissionError("no key")
+
+
+def test_one_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    known = {"mine": Failing, "shut": Closed}
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", known)
+    with RunLog(str(tmp_path), {"a": {"b": None}}, total_steps=3, report_to=["shut", "mine"]) as log:
+        for step in (1, 2, 3):
+            log.step({"step": step, "loss": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("--report_to mine: the network is gone; the run goes on without") == 1
+    assert said.count("--report_to shut: no key; the run goes on without") == 1
+    assert said.count("the run goes on without") == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_other_processes_report_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers.Trackers, "start", lambda self: pytest.fail("not on this process"))
+    with RunLog(str(tmp_path / "run"), {}, total_steps=1, main=False, report_to=["tensorboard"]) as log:
+        log.step({"step": 1, "loss": 1.0})
+
+
+def test_options_are_one_level_and_numbers_stay_numbers():
+    assert flat({"loss": {"beta": 0.1, "types": ("a", "b")}, "method": "dpo", "x": None}) == {
+        "loss/beta": 0.1,
+        "loss/types": "('a', 'b')",
+        "method": "dpo",
+        "x": "None",
+    }

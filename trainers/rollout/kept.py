@@ -1,0 +1,83 @@
+"""What is kept of a step's completions: a row each, of all processes, in the order that one process would have."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..data.tokenization import Text
+from ..errors import UserError
+
+COLUMNS = ("step", "row", "prompt", "completion", "reward", "advantage", "completion_length", "finish_reason")
+
+
+def check_extra(column: Any, values: Any, completions: int) -> tuple[str, list[str | None]]:
+    """What a reward gives to log_extra, as text: strings as they are, all else as JSON or Python has it.
+
+    Raises UserError where it is no list with a value for each completion, or the column has a name of the table's own.
+    """
+    if not isinstance(column, str) or column in COLUMNS or column.startswith("rewards/"):
+        raise UserError(f"log_extra cannot take the name {column!r}, a column of the table itself: choose another")
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise UserError(f"log_extra({column!r}, ...) takes a list with a value for each completion")
+    given = [value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values]
+    if len(given) != completions:
+        raise UserError(f"log_extra({column!r}, ...) got {len(given)} values for {completions} completions")
+    return column, given
+
+
+def kept_rows(
+    step: int,
+    *,
+    prompts: Sequence[Text],
+    rows: Sequence[int],
+    completions: Sequence[str],
+    lengths: Tensor,
+    ended: Tensor,
+    by_function: Mapping[str, Tensor],
+    rewards: Tensor,
+    advantages: Tensor,
+    extra: Mapping[str, Sequence[str | None]],
+) -> list[dict[str, Any]]:
+    """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
+    one that nobody gave."""
+    return [
+        {
+            "step": step,
+            "row": rows[i],
+            "prompt": prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], ensure_ascii=False),
+            "completion": completions[i],
+            **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
+            "reward": known(rewards[i]),
+            "advantage": float(advantages[i]),
+            "completion_length": int(lengths[i]),
+            "finish_reason": "stop" if ended[i] else "length",
+            **{column: values[i] for column, values in extra.items()},
+        }
+        for i in range(len(completions))
+    ]
+
+
+def known(value: Tensor) -> float | None:
+    number = float(value)
+    return None if math.isnan(number) else number
+
+
+def of_all(accelerator: Accelerator, groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all processes, whose prompts were dealt to them in turn; for the main process, [] on the others.
+
+    groups: this process's rows, by prompt.
+    """
+    shares = [groups] if accelerator.num_processes == 1 else gather_object([groups])
+    if not accelerator.is_main_process:
+        return []
+    in_turn = chain.from_iterable(zip_longest(*shares, fillvalue=[]))
+    return list(chain.from_iterable(in_turn))
