@@ -47,7 +47,7 @@ KEPT = {
     "ddp": ("grpo", "lora", "--num_iterations", "2", "--beta", "0.1", "--save_steps", "3"),
     "fsdp2": ("dpo", "full", "--save_steps", "2"),
 }
-LONG = {f"{method}-{way}": (method, way) for method in METHODS for way in WAYS}
+LONG = {f"every-{method}-{way}": (method, way) for method in METHODS for way in WAYS}
 MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "hash"}
 
 
