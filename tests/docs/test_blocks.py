@@ -22,8 +22,12 @@ from logratio.trainers.config import RunConfig
 from ._pages import PAGES, ROOT, blocks, text_of
 
 LANGUAGES = {"python", "json", "yaml", "sh", "console", "text"}
-SAVED = {"quickstart.md": "40 steps done; saved in runs/capitals"}
 INSTALLING = {"make install", "source .venv/bin/activate"}
+
+
+def lines_of(text):
+    """Commands, those that go on behind a backslash whole."""
+    return text.replace("\\\n", " ").splitlines()
 
 
 def runs(page):
@@ -47,7 +51,7 @@ def test_what_can_run_runs(page, tmp_path, monkeypatch, capsys):
         if language == "json":
             assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
         elif language == "sh":
-            for line in text.splitlines():
+            for line in lines_of(text):
                 program, *words = shlex.split(line)
                 assert program == "logratio" and cli.main(words) == 0, line
         elif language == "python":
@@ -86,7 +90,7 @@ CONSOLE = [
     for page in PAGES
     for block in blocks(page)
     if block.language == "console"
-    for line in block.text.splitlines()
+    for line in lines_of(block.text)
 ]
 
 
