@@ -14,7 +14,7 @@ pytest.importorskip("material")
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     told = [line for line in done.stderr.splitlines() if re.match("WARNING|ERROR|Aborted", line)]
     assert (done.returncode, told) == (0, []), done.stderr
