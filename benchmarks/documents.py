@@ -1,0 +1,214 @@
+"""The generated parts of docs/: `python -m logratio.benchmarks.documents` writes them, from the root of a checkout.
+
+Each lies between two comments in a page that is else written by hand. Memory and time are `logratio plan`'s; options
+are the dataclasses' own fields, defaults and docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from logratio.losses import LOSSES
+from logratio.losses.options import readers_said
+from logratio.trainers.cli import parse_train
+from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
+
+from .plan import Options, planned
+from .reporting.records import read
+
+RECIPES = ("sft", "dpo", "kto", "orpo", "grpo")
+WAYS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_r": 16}, "qlora": {"lora_r": 16, "load_in_4bit": True}}
+TITLES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+ORDER = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
+
+
+def recipe(folder: Path, method: str, way: str, gpu: str = "RTX4090") -> dict[str, Any]:
+    """What `logratio plan` says of a recipe where every example is as long as it allows: 512 + 512 tokens."""
+    run = parse_train([method, "--config", str(folder / method / f"{way}.yaml")])
+    options = Options(
+        model_name_or_path=run.model.model_name_or_path,
+        method=method,
+        gpu=gpu,
+        dtype=run.model.dtype,
+        lora_r=run.model.lora_r,
+        fused_lora=not run.model.lora_dropout,  # with dropout PEFT's own forward runs
+        load_in_4bit=run.model.load_in_4bit,
+        gradient_checkpointing=run.model.gradient_checkpointing,
+        micro_batch_tokens=run.train.first_micro_batch_tokens,
+        batch_size=run.resolved(1).train.batch_size or 0,
+        prompt_tokens=run.data.max_length // 2,
+        completion_tokens=run.data.max_length // 2,
+        num_generations=run.rollout.num_generations if run.rollout else 1,
+    )
+    return planned(options)
+
+
+def recipes() -> str:
+    """A row for each recipe."""
+    found = {(method, way): recipe(Path("configs/recipes"), method, way) for method in RECIPES for way in WAYS}
+    return table(
+        ("recipe", "memory, MiB", "step on an RTX4090, ms"),
+        (
+            (f"`{method}/{way}.yaml`", mib(told["needed_mib"]), f"{told['predicted_step_ms']:,.0f}")
+            for (method, way), told in found.items()
+        ),
+    )
+
+
+def models(model: str) -> str:
+    """What a step takes by method and by what is trained, and of it the reference."""
+    rows = []
+    for method in ORDER:
+        told = {way: planned(Options(model_name_or_path=model, method=method, **how)) for way, how in WAYS.items()}
+        copies = 2 if LOSSES[method]().wants_reference else 1
+        cells = [mib(one["needed_mib"]) for one in told.values()]
+        references = [mib(told[way]["parts_mib"]["reference"]) for way in ("full", "lora")]
+        rows.append((f"`{method}`", str(copies), *cells, *references))
+    heads = [TITLES[way] for way in WAYS]
+    return table(("method", "models", *heads, "of full: the reference", "of LoRA: the reference"), rows)
+
+
+def measured() -> str:
+    """The last lines of each method's steps on an H200, ours and TRL's."""
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in read(Path("benchmarks/results/nvidia-h200.jsonl")):
+        if row["suite"] == "step" and row["model"] == "Qwen2.5-0.5B" and row["status"] == "ok":
+            last[row["method"], row["contestant"]] = row
+    rows = []
+    for method in RECIPES:
+        ours, theirs = last[method, "logratio"], last[method, "trl"]
+        cells = []
+        for name in ("step_ms_p50", "peak_mem_mib"):
+            cells += [f"{ours[name]:,.0f}", f"{ours[name] / theirs[name]:.2f}"]
+        rows.append((f"`{method}`", *cells))
+    return table(("method", "step here, ms", "of TRL's time", "peak here, MiB", "of TRL's peak"), rows)
+
+
+def variants(loss: Any, weights: bool = False) -> str:
+    """loss_type -> its formula, from the docstring. weights: it has a normaliser beside."""
+    rows = []
+    for name, entry in loss.option_tables["loss_type"].items():
+        cells = [formula(entry)] + ([first_sentence(entry.weight)] if weights else [])
+        rows.append((f"`{name}`", *cells))
+    return table(("`loss_type`", "formula", *(["normaliser"] if weights else [])), rows)
+
+
+def formula(entry: Any) -> str:
+    made = next((getattr(entry, name) for name in ("formula", "surrogate", "value") if hasattr(entry, name)), entry)
+    shift = f"; shift: {first_sentence(entry.shift)}" if hasattr(entry, "shift") else ""
+    return first_sentence(made) + shift
+
+
+def first_sentence(made: Any) -> str:
+    """The first paragraph of a docstring, as a table takes it."""
+    text = " ".join((inspect.getdoc(made) or "").split("\n\n")[0].split())
+    return text.rstrip(".").replace("|", "\\|")
+
+
+def differences(loss: type[Any]) -> str:
+    """What the module of a loss says of TRL and the papers, a line for each."""
+    text = inspect.getdoc(sys.modules[loss.__module__]) or ""
+    lines: list[str] = []
+    for part in re.split(r"(?m)(?=^Differs from |^As in )", text)[1:]:
+        whose, _, rest = part.partition(":") if part.startswith("Differs") else ("", "", "")
+        each = [one for one in re.split(r"\(\d+\)\s", rest) if one.strip()]
+        lines += ["", f"{' '.join(whose.split())}:" if whose else " ".join(part.split()), ""]
+        lines += [f"- {' '.join(one.split()).rstrip(';.')}." for one in each]
+    return "\n".join(lines).strip()
+
+
+def mib(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def documented(part: type[Any]) -> dict[str, str]:
+    """field -> the docstring behind it."""
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+    assert isinstance(made, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in zip(made.body, made.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def options_of(part: type[Any]) -> str:
+    """A row for each field of a dataclass."""
+    docs, rows = documented(part), []
+    for f in dataclasses.fields(part):
+        readers = readers_said(part, f.name) if hasattr(part, "option_tables") else ""
+        said = docs[f.name] + (f" ({readers})" if readers else "")
+        rows.append((f"`{f.name}`", shown(f.default), said.replace("|", "\\|")))
+    return table(("option", "default", "what it says"), rows)
+
+
+def shown(default: Any) -> str:
+    if default is None:
+        return ""
+    return f"`{' '.join(map(str, default)) if isinstance(default, tuple) else default}`"
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def of_method(method: str, loss: Any) -> dict[str, Callable[[], str]]:
+    """What is generated in the page of a method."""
+    parts: dict[str, Callable[[], str]] = {
+        "options": partial(options_of, loss),
+        "differences": partial(differences, loss),
+    }
+    if "loss_type" in loss.option_tables:
+        parts["variants"] = partial(variants, loss, weights=method == "grpo")
+    if method == "grpo":
+        parts["rollout"] = partial(options_of, RolloutConfig)
+    return parts
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "start/recipes.md": {"recipes": recipes},
+    "start/which_method.md": {
+        "Qwen2.5-0.5B": partial(models, "Qwen2.5-0.5B"),
+        "measured": measured,
+        "Llama-3.1-8B": partial(models, "Llama-3.1-8B"),
+    },
+    "start/options.md": {
+        part.__name__: partial(options_of, part) for part in (ModelConfig, DataConfig, TrainConfig, SaveConfig)
+    },
+    **{f"methods/{method}.md": of_method(method, loss) for method, loss in LOSSES.items()},
+}
+"""page -> what is generated in it, by the name in its comments."""
+
+
+def filled(page: str, text: str) -> str:
+    """The page's text with its generated parts made anew. ValueError where a part has no place."""
+    for name, make in PARTS[page].items():
+        begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"docs/{page} has no place for {name!r}")
+        part = f"{begin}\n{make()}\n\n{end}"
+        text = pattern.sub(lambda _, part=part: part, text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    for page in PARTS:
+        path = Path("docs") / page
+        path.write_text(filled(page, path.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
