@@ -202,7 +202,7 @@ def test_a_run_computes_the_table_once_and_reads_it_again(pairs, tmp_path, metho
     again = run_of(method, pairs, tmp_path, *options)
     assert f"reference log-probs read from {path}" in again.notes
     for batch in pack(again.data.train, 30, shared=True):
-        live = AdapterReference(again.policy, again.policy)(batch)
+        live = AdapterReference(again.policy)(batch)
         torch.testing.assert_close(again.step.reference(batch), live, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="holds reference log-probs for other tokens than this run's"):
         run_of(method, pairs, tmp_path, *options, "--max_length", "5")
