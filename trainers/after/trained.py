@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils import logging
 
 from ..config import ModelConfig
 from ..errors import UserError
@@ -51,6 +52,7 @@ def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: b
 
     dequantize: in their place the weights that they stand for.
     """
+    logging.disable_progress_bar()  # of reading and writing weights, in the middle of what a command prints
     base = base_of(path)
     config = ModelConfig(
         model_name_or_path=base or path,
