@@ -253,10 +253,8 @@ def load_best(run: Run, progress: Progress) -> list[str]:
     step = best_step(run, progress)
     if step is None:
         return []
-    folder, best = (
-        Path(run.config.train.output_dir) / name_of(step),
-        f"{run.config.save.metric} {progress.best.value:.4g}",
-    )
+    folder = Path(run.config.train.output_dir) / name_of(step)
+    best = f"{run.config.save.metric} {progress.best.value:.4g}"
     if not folder.is_dir():  # the disk did not take it, or the run began in another folder
         return [f"the best weights, of step {step} with {best}, are not in {folder}: saved are the last ones"]
     load_weights(run.config, run.policy, folder, run.accelerator)

@@ -33,6 +33,7 @@ from ..policy.sharing import share_prompts
 from ..rollout.generation import numbered
 from ..rollout.rewards import load_rewards
 from ..rollout.rollouts import Rollouts
+from ..step import StepResult
 from .trained import Dtype, device_of, load_trained
 
 
@@ -112,25 +113,22 @@ def scored(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     first = next(iter(rows))
     pairs = isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
     loss: Loss = CPOLoss() if pairs else SFTLoss()
-    if pairs:
-        rows = rows_of(options, Kind.PAIRED)
     examples, report = prepare(rows, loss.kind, tokenizer, max_length=options.max_length)
     device = policy.causal_lm.device
-    sums: dict[str, Mean] = {}
+    nothing = torch.zeros((), dtype=torch.float64, device=device)
+    result = StepResult(nothing)
     with inference(policy):
         for batch in pack(examples, options.micro_batch_tokens, **policy.packing):
             moved = batch.to(device)
             found = (preferred if pairs else likely)(loss_inputs(loss, moved, policy(moved))["policy"])
-            for name, mean in found.items():
-                before = sums.get(name, Mean(*(torch.zeros((), dtype=torch.float64, device=device),) * 2))
-                sums[name] = Mean(before.total + mean.total.double(), before.count + mean.count)
+            result.add(nothing, {name: Mean(mean.total.double(), mean.count) for name, mean in found.items()})
     answer: dict[str, Any] = {
         "data": str(report),
         "rows": len(examples),
-        **{name: mean.value for name, mean in sums.items()},
+        **{name: mean.value for name, mean in result.metrics.items()},
     }
     if "nll" in answer:
-        answer |= {"perplexity": math.exp(min(answer["nll"], 700.0)), "scored_tokens": int(sums["nll"].count)}
+        answer |= {"perplexity": math.exp(min(answer["nll"], 700.0)), "scored_tokens": int(result.metrics["nll"].count)}
     return answer
 
 
@@ -175,5 +173,6 @@ def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
 
 
 def best(values: torch.Tensor) -> float:
-    """The mean over prompts of the best completion's reward."""
-    return float(values.nan_to_num(-torch.inf).amax(1).mean())
+    """The mean over prompts of the best completion's reward, of those of which any was rewarded."""
+    known = values[~values.isnan().all(1)]
+    return float(known.nan_to_num(-torch.inf).amax(1).mean())

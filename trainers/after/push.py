@@ -11,8 +11,16 @@ from ..checkpoints.output_dir import model_files
 from ..errors import UserError
 from ..policy.checks import foreign
 
-LEFT_OUT = ["checkpoint-*", ".*", "*.lock", "ref_log_probs.safetensors", "skipped_rows*", "completions.parquet*"]
-"""What of a run is not for others: states, reference log-probs, and rows of the data."""
+LEFT_OUT = [
+    "checkpoint-*",
+    ".*",
+    "ref_log_probs.safetensors",
+    "skipped_rows*",
+    "completions*",
+    "metrics*",
+    "tensorboard*",
+]
+"""What of a run is not for others: states, logs, reference log-probs, and rows of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

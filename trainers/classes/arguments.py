@@ -6,7 +6,6 @@ reason. What is not given has TRL's default, where TRL has the option; the verdi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,12 +23,9 @@ class Arguments:
         if output_dir is not None:
             options["output_dir"] = output_dir
         self.given: dict[str, Any] = options
-        self.judged = self.judge({})
-
-    def judge(self, more: Mapping[str, Any]) -> Judged:
-        """Verdicts on all options and defaults, with `more` that a trainer knows. UserError where one is refused."""
-        given = {**self.defaults(), **self.given, **more}
-        return judge(self.method, given, gpu=torch.cuda.is_available(), source=type(self).__name__)
+        self.judged: Judged = judge(
+            self.method, self.to_dict(), gpu=torch.cuda.is_available(), source=type(self).__name__
+        )
 
     def defaults(self) -> dict[str, Any]:
         """TRL's, of what is not given: bf16 where the GPU has it and fp16 is not asked for."""

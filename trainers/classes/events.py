@@ -70,11 +70,10 @@ class Events:
 
     def told(self, row: dict[str, float], saved: bool) -> None:
         """Its line of the log is written, and perhaps a checkpoint."""
-        said = {**row, "epoch": self.state.epoch}
-        self.state.log_history.append(said)
-        evaluation = {name: value for name, value in said.items() if name.startswith("eval_")}
+        self.state.log_history.append(dict(row))
+        evaluation = {name: value for name, value in row.items() if name.startswith("eval_")}
         if evaluation:
-            self.call("on_evaluate", metrics={**evaluation, "epoch": self.state.epoch})
-        self.call("on_log", logs=said)
+            self.call("on_evaluate", metrics={**evaluation, "epoch": row["epoch"]})
+        self.call("on_log", logs=dict(row))
         if saved:
             self.call("on_save")

@@ -11,7 +11,7 @@ from ..policy.own_model import OwnModel
 
 MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
-LATER = {
+NOT_TAKEN = {
     "data_collator": "micro-batches are packed by the trainer",
     "compute_metrics": "evaluations report the method's metrics",
     "compute_loss_func": "a loss of your own is a class (docs/own_loss.md): `logratio train --loss module:Class`",

@@ -29,11 +29,10 @@ from ..ground.signals import stopping
 from ..processes.sharding import full_weights
 from ..processes.watching import ending_together
 from ..setup import Run, build
-from ..trl_names import Judged
 from . import arguments
 from .arguments import Arguments, arguments_of
 from .events import Events
-from .objects import LATER, Objects
+from .objects import NOT_TAKEN, Objects
 
 SHARED = (
     *("model", "args", "train_dataset", "eval_dataset", "processing_class", "tokenizer"),
@@ -65,7 +64,7 @@ class Trainer:
         self.objects.add_adapters(given.get("peft_config"))
         self.objects.add_quantization(given.get("quantization_config"))
         self.objects.add_rewards(given.get("reward_funcs"))
-        self.judged, self.config = self._configured()
+        self.config = self._configured()
         self._trained = False
         self.events.call("on_init_end")
 
@@ -80,33 +79,35 @@ class Trainer:
                 raise TypeError(f"{name} got {key} twice")
             if key == "optimizers" and not any(value or ()):
                 continue
-            if key in LATER and value is not None:
-                raise UserError(f"{name}: {key}= is not taken: {LATER[key]}")
-            if key not in (*SHARED, *self.more, *LATER):
+            if key in NOT_TAKEN and value is not None:
+                raise UserError(f"{name}: {key}= is not taken: {NOT_TAKEN[key]}")
+            if key not in (*SHARED, *self.more, *NOT_TAKEN):
                 raise TypeError(f"{name} takes no {key}")
             given[key] = value
         return given
 
-    def _configured(self, **more: Any) -> tuple[Judged, RunConfig]:
-        judged = self.args.judge({})
+    def _configured(self, **more: Any) -> RunConfig:
+        """By the arguments, the objects, and `more`; UserError for what does not fit."""
+        judged = self.args.judged
         options = {**judged.options, **self.objects.options, **self.events.options(), **more}
         if isinstance(self.objects.options.get("dataset_name"), list) and "datasets" in options:
             raise UserError("train_dataset= and the option datasets both say what to train on; leave one of them out")
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                config = config_of(judged.method, LOSSES[judged.method], options)
+                return config_of(judged.method, LOSSES[judged.method], options)
         except SystemExit as error:  # of the command line's parser
             lines = [line.strip(" │─╭╮╰╯") for line in said.getvalue().splitlines()]
             raise UserError(f"{self.kind.__name__}: {' '.join(filter(None, lines))}") from error
-        return judged, config
 
     @cached_property
     def run(self) -> Run:
         """Everything the loop works with, loaded when it is first asked for."""
-        if self.config.wants_reference and not self.config.model.lora_r and not self.config.model.adapter_name_or_path:
-            if self.config.model.ref_model_name_or_path is None:
-                self.objects.keep_start()
+        model = self.config.model
+        if self.config.wants_reference and not (
+            model.lora_r or model.adapter_name_or_path or model.ref_model_name_or_path
+        ):
+            self.objects.keep_start()
         with giving(self.objects.found):
             run = build(self.config)
         run.notes += [*self._said(), *self.events.notes()]
@@ -123,7 +124,7 @@ class Trainer:
 
         told = (Kind.TRANSLATED, Kind.NO_EFFECT)
         given = set(self.args.given)
-        return [line_of(one).strip() for one in self.judged.verdicts if one.kind in told and one.key in given]
+        return [line_of(one).strip() for one in self.args.judged.verdicts if one.kind in told and one.key in given]
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train, evaluate and save as the arguments say; returns transformers' TrainOutput.
@@ -139,7 +140,7 @@ class Trainer:
             if "run" in self.__dict__:
                 raise UserError("resume_from_checkpoint is for a trainer whose model has not been asked for yet")
             path = "latest" if resume_from_checkpoint is True else str(resume_from_checkpoint)
-            self.judged, self.config = self._configured(resume_from_checkpoint=path)
+            self.config = self._configured(resume_from_checkpoint=path)
         main = os.environ.get("RANK", "0") == "0"
         with ending_together(), locked(self.config.train.output_dir, main=main):
             run = self.run

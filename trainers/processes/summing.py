@@ -39,12 +39,13 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """The parameters in order, as many of one dtype at a time as make up BUCKET_NUMEL, or one that is larger."""
     bucket: list[nn.Parameter] = []
+    filled = 0
     for p in parameters:
-        full = sum(q.numel() for q in bucket) + p.numel() > BUCKET_NUMEL
-        if bucket and (full or p.dtype != bucket[0].dtype):
+        if bucket and (filled + p.numel() > BUCKET_NUMEL or p.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, filled = [], 0
         bucket.append(p)
+        filled += p.numel()
     if bucket:
         yield bucket
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logratio.trainers import cli
-from logratio.trainers.after import chat, push
+from logratio.trainers.after import chat
 from logratio.trainers.after.trained import load_trained
 
 CPU = torch.device("cpu")
@@ -163,6 +164,11 @@ def test_what_is_pushed(runs, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert run(capsys, "push", runs / "lora", "me/mine", "--private") == "pushed to https://example.org/commit\n"
     assert asked[0] == ("me/mine", {"private": True, "exist_ok": True})
-    assert asked[1]["folder_path"] == runs / "lora" and asked[1]["ignore_patterns"] == push.LEFT_OUT
+    assert asked[1]["folder_path"] == runs / "lora"
+    more = ["checkpoint-4/model.safetensors", "completions.parquet/step-1.parquet", "skipped_rows.1.jsonl", ".lock"]
+    files = [path.name for path in (runs / "lora").iterdir() if path.is_file()] + more
+    sent = set(filter_repo_objects(files, ignore_patterns=asked[1]["ignore_patterns"]))
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run_config.json"} <= sent
+    assert not sent & {*more, "metrics.jsonl"} and "metrics.jsonl" in files
     assert run(capsys, "push", runs / "lora", "me/gone", status=1).endswith("pushed to me/gone: no such place")
     assert "holds no model" in run(capsys, "push", Path(runs) / "nothing", "me/mine", status=1)

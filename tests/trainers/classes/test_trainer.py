@@ -215,10 +215,10 @@ def test_what_trl_takes_without_a_name_comes_in_its_order(name):
     theirs = list(inspect.signature(getattr(trl, f"{name}Trainer").__init__).parameters)[1:]
     ours = getattr(logratio.trainers, f"{name}Trainer")
     assert tuple(theirs[: len(ours.order)]) == ours.order
-    from logratio.trainers.classes.objects import LATER
+    from logratio.trainers.classes.objects import NOT_TAKEN
     from logratio.trainers.classes.trainer import SHARED
 
-    assert set(theirs) - {"optimizers"} <= {*SHARED, *ours.more, *LATER, "ref_model"}
+    assert set(theirs) - {"optimizers"} <= {*SHARED, *ours.more, *NOT_TAKEN, "ref_model"}
 
 
 REFUSED = {

@@ -1,27 +1,22 @@
 """Two and three processes train as one does, with whole weights (DDP) and sharded ones (FSDP2)."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.trainers import cli, loop
+from logratio.trainers import loop
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 
 from . import _worker
-from ._jobs import METHODS, STEPS, WAYS, make_model, words_for
-from ._launch import HERE, differences, launch, log_of, said_by, work
+from ._compared import FAR, assert_alike, assert_equal, jobs_of
+from ._jobs import METHODS, STEPS, WAYS, words_for
+from ._launch import differences, log_of, said_by, work
 
 # Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
 STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")
 SYNC = ("--sync_ref_model", "--ref_model_sync_steps", "1")
-CLOSE = 2e-6  # of weights that a step moves by 1e-4
-# Of whole models a weight in 10,000 may differ by more, by a tenth of a step: where a gradient is about AdamW's epsilon
-# (1e-8) its rounding error moves a weight as far as others their gradient.
-FAR, RARE = 1e-5, 1e-4
-ROUNDING = 1e-5  # of figures: a log-ratio is the difference of two log-probabilities near -40 in float32
 DDP = {
     "sft": ("sft", "qlora"),
     "dpo": ("dpo", "lora", *STORED),
@@ -48,14 +43,6 @@ KEPT = {
     "fsdp2": ("dpo", "full", "--save_steps", "2"),
 }
 LONG = {f"every-{method}-{way}": (method, way) for method in METHODS for way in WAYS}
-MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "hash"}
-
-
-def jobs_of(settings, folder, kind, world):
-    return [
-        {"words": words_for(*s[:2], folder, folder / f"{kind}{world}" / name / "out", *s[2:]), "kind": kind}
-        for name, s in settings.items()
-    ]
 
 
 def kept(folder, kind, name="whole"):
@@ -67,34 +54,6 @@ def going_on(folder, kind, name):
     checkpoint = kept(folder, kind) / f"checkpoint-{KEPT[kind][-1]}"
     words = words_for(*KEPT[kind][:2], folder, kept(folder, kind, name), *KEPT[kind][2:])
     return {"words": [*words, "--resume_from_checkpoint", str(checkpoint)], "kind": kind, "do": "sample"}
-
-
-class Truth:
-    """What one process makes of a setting, once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, set()
-
-    def __call__(self, name, setting):
-        output = self.folder / "one" / name / "out"
-        if name not in self.known:
-            self.known.add(name)
-            _worker.train(words_for(*setting[:2], self.folder, output, *setting[2:]))
-        return output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))  # for the reward
-        folder = tmp_path_factory.mktemp("processes")
-        make_model(folder / "model")
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    return Truth(folder)
 
 
 @pytest.fixture(scope="module")
@@ -134,26 +93,6 @@ def three_done(folder, two):
 def three(three_done, folder):
     names = [*THREE, "going on"]
     return [dict(zip(names, said, strict=True)) for said in said_by(three_done, 3, folder / "work3")]
-
-
-def assert_equal(one: Path, other: Path) -> None:
-    """The logs of two runs and what they have saved."""
-    alone, together = log_of(one), log_of(other)
-    assert len(alone) == len(together) == STEPS
-    for mine, theirs in zip(alone, together, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine.keys() - MEASURED:
-            assert theirs[name] == pytest.approx(mine[name], rel=5e-5, abs=ROUNDING), (mine["step"], name)
-    differ = differences(one, other)
-    assert differ.max() < FAR and (differ >= CLOSE).float().mean() < RARE
-
-
-def assert_alike(ranks, name) -> None:
-    """What the processes themselves say of a run."""
-    cuts = [rank[name]["cut"] for rank in ranks]
-    assert len({tuple(count for count, _ in cut) for cut in cuts}) == 1, "or a collective would hang"
-    rows = [{k: v for k, v in rank[name]["row"].items() if k not in MEASURED - {"peak_mem_mib"}} for rank in ranks]
-    assert all(row == rows[0] for row in rows), "every process knows the metrics of all"
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -328,25 +267,3 @@ def test_every_method_in_every_way(kind, world, alone, folder):
     for name, said in zip(LONG, zip(*ranks, strict=True), strict=True):
         assert_equal(alone(name, LONG[name]), folder / f"{kind}{world}" / name / "out")
         assert_alike([{name: one} for one in said], name)
-
-
-REFUSED = (
-    "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
-    "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
-)
-
-
-def test_a_process_that_would_train_alone_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["train", *words_for("dpo", "lora", folder, folder / "alone")]) == 1
-    assert REFUSED in capsys.readouterr().err and not (folder / "alone").exists()
-
-
-@pytest.mark.slow
-def test_processes_that_would_train_alone_are_refused(folder):
-    """torchrun without ACCELERATE_USE_CPU: accelerate takes each process for the only one."""
-    words = ["-m", "logratio.trainers.cli", "train", *words_for("dpo", "lora", folder, folder / "alone")]
-    done = launch(2, words, folder, ACCELERATE_USE_CPU="false")
-    assert done.returncode != 0
-    assert REFUSED in done.stderr and "saved in" not in done.stdout
-    assert not (folder / "alone").exists()

@@ -10,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from logratio.trainers import cli
 from logratio.trainers.errors import UserError
 from logratio.trainers.processes import launching
 from logratio.trainers.processes.launching import (
@@ -19,6 +20,9 @@ from logratio.trainers.processes.launching import (
     load_everywhere,
     refuse_untried,
 )
+
+from ._jobs import words_for
+from ._launch import launch
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "accelerate"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -147,3 +151,25 @@ def test_processes_with_other_weights_are_named(monkeypatch):
     found[:] = ["aa"] * 4
     check_alike(accelerator(4), "aa")
     check_alike(accelerator(1), "aa")
+
+
+REFUSED = (
+    "logratio: the launcher started 2 processes but accelerate sees 1: each would train alone; "
+    "on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
+)
+
+
+def test_a_process_that_would_train_alone_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", *words_for("dpo", "lora", folder, folder / "alone")]) == 1
+    assert REFUSED in capsys.readouterr().err and not (folder / "alone").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_would_train_alone_are_refused(folder):
+    """torchrun without ACCELERATE_USE_CPU: accelerate takes each process for the only one."""
+    words = ["-m", "logratio.trainers.cli", "train", *words_for("dpo", "lora", folder, folder / "alone")]
+    done = launch(2, words, folder, ACCELERATE_USE_CPU="false")
+    assert done.returncode != 0
+    assert REFUSED in done.stderr and "saved in" not in done.stdout
+    assert not (folder / "alone").exists()

@@ -14,9 +14,10 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.processes.sharding import wrap
 
 from . import _worker
-from ._jobs import make_model, words_for
-from ._launch import HERE, differences, log_of, said_by, work
-from .test_equal import LONG, STORED, SYNC, Truth, assert_alike, assert_equal, jobs_of
+from ._compared import assert_alike, assert_equal, jobs_of
+from ._jobs import words_for
+from ._launch import differences, log_of, said_by, work
+from .test_equal import LONG, STORED, SYNC
 
 ZERO2 = {
     "sft": ("sft", "full", "--gradient_checkpointing"),
@@ -42,20 +43,6 @@ def zero_work(world, jobs, folder):
 def words_to_go_on(name, folder, output):
     words = words_for(*ZERO2[name][:2], folder, output, *ZERO2[name][2:])
     return [*words, "--resume_from_checkpoint", str(folder / "zero22" / name / "out" / GO_ON[name])]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(HERE))  # for the reward
-        folder = tmp_path_factory.mktemp("zero")
-        make_model(folder / "model")
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    return Truth(folder)
 
 
 @pytest.fixture(scope="module")
