@@ -17,7 +17,7 @@ from logratio.trainers.data.rows import Rows
 from logratio.trainers.demo import METHODS, START, Method, Result, Score
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.rollout.generation import Sampled
+from logratio.trainers.rollout.engines.protocol import Sample
 
 TOKENIZER = tiny_tokenizer()
 RUN = SimpleNamespace(policy=None, tokenizer=TOKENIZER)
@@ -61,7 +61,7 @@ def test_accuracy_is_that_of_greedy_answers(monkeypatch):
 
     def generate(policy, tokenizer, asked, *, max_new_tokens, **sampling):
         assert sampling == {"seeds": None} and max_new_tokens > len(TOKENIZER("100<|im_end|>")["input_ids"])
-        return [Sampled(TOKENIZER(said[p.prompt] + "<|im_end|>")["input_ids"], True) for p in asked]
+        return [Sample(TOKENIZER(said[p.prompt] + "<|im_end|>")["input_ids"], "stop", []) for p in asked]
 
     monkeypatch.setattr(demo, "generate", generate)
     score = demo.score(RUN, prompts)

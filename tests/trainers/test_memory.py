@@ -273,7 +273,7 @@ def test_completions_are_generated_in_as_many_as_fit(tmp_path, monkeypatch, caps
     room = 3
     got = run.rollouts(run.data.train[:4])
     assert [e.completions for e in got.examples] == [e.completions for e in wanted.examples]
-    assert asked == [12, 6, 3, 3, 3, 3] and run.rollouts.generation_rows == 3
+    assert asked == [12, 6, 3, 3, 3, 3] and run.rollouts.engine.rows == 3
     assert run.rollouts.after(1) == [
         "out of memory with 12 completions generated at a time; 6 from here on",
         "out of memory with 6 completions generated at a time; 3 from here on",

@@ -10,7 +10,7 @@ from logratio.losses.advantages import ADVANTAGES
 from logratio.losses.options import Count, NotNegative, Positive, Range
 
 from ..errors import UserError
-from .numbers import NotNegativeSteps, check_numbers, check_whole
+from .numbers import NotNegativeCount, NotNegativeSteps, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,14 @@ class RolloutConfig:
     """Of sampling, and of the log-probs that are trained."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Sample from the smallest set of tokens that holds this probability."""
+    top_k: NotNegativeCount = 0
+    """Sample from so many of the likeliest tokens; 0: from all."""
+    min_p: Annotated[float, Range(0, 1)] = 0.0
+    """Sample from the tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: Positive = 1.0
+    """Divide the positive logits of tokens that prompt and completion hold already by this, multiply the negative."""
+    stop_strings: tuple[str, ...] = ()
+    """End a completion with the token that completes one of these, too."""
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)

@@ -14,11 +14,13 @@ class Completion:
     """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
 
     weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    behavior: the log-probability of each, in nats, in the distribution that it was sampled from (GRPO), same length.
     """
 
     ids: list[int]
     scored: list[bool] | None = None
     weights: list[float] | None = None
+    behavior: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .nf4 import is_repacked, refuse_repacked
+from .packed_weights import has_packed
 from .swiglu import product
 
 
@@ -153,6 +154,8 @@ def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
 
 def _dense(base: nn.Linear, x: Tensor, rows: Tensor) -> Tensor:
     """x W^T + b in x's dtype, which autocast may have chosen. rows: x as a matrix. [..., out]"""
+    if has_packed(base):
+        return base(x)  # type: ignore[no-any-return]
     weight, bias = _to(base.weight, x.dtype), base.bias
     width = weight.shape[0]
     y = x.new_empty(*x.shape[:-1], width)

@@ -6,6 +6,7 @@ mask as 0 and 1; a short trial does not reach a chunk boundary or the length fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,13 +84,14 @@ def why_not_shared(policy: Policy, autocast: torch.dtype | None = None) -> str:
     return configured_obstacle(policy.causal_lm.config) or changed
 
 
-def configured_obstacle(config: Any) -> str:
-    """Why the configuration rules a shared prompt out, or ""."""
+def configured_obstacle(config: Any, masked: Sequence[str] = MASKED_ATTENTION) -> str:
+    """Why the configuration rules out that a mask of ours says what is seen, or "". masked: the attention
+    implementations that take it."""
     config = config.get_text_config()
     foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if foreign:
         return f"it has layers of type {', '.join(sorted(foreign))}"
-    if config._attn_implementation not in MASKED_ATTENTION:
+    if config._attn_implementation not in masked:
         return f"its attention implementation {config._attn_implementation!r} does not take the mask that this needs"
     rope = getattr(config, "rope_parameters", None) or {}
     # one set of parameters, or one for each type of layer

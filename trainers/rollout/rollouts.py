@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
 from ..data.tokenization import Text
 from ..errors import UserError
-from ..memory import REMEDIES, free
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
 from ..processes.sharding import gathered
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
-from .generation import GENERATION_ROWS, Purpose, Sampled, completion_seed, generate
+from .engines.in_process import InProcess
+from .engines.protocol import Request, Sample, Sampling
+from .generation import Purpose, completion_seed, stop_ids
 from .kept import kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics
 from .watch import Watch
@@ -88,11 +90,11 @@ class Rollouts:
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length, self.seed = max_completion_length, seed
-        self.generation_rows = GENERATION_ROWS
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
+        self.engine = InProcess(policy, tokenizer, tell=self.watch.note)
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
         """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
@@ -101,20 +103,27 @@ class Rollouts:
         prompts: this process's part of the step's `numbered` ones.
         """
         group = self.config.num_generations
-        repeated = [prompt for prompt in prompts for _ in range(group)]
+        greedy = purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
         seeds = [
-            completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
+            [
+                completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
+                for k in range(group)
+            ]
             for prompt in prompts
-            for k in range(group)
         ]
-        options = {"temperature": self.config.temperature, "top_p": self.config.top_p}
-        sampled = self.generate(repeated, seeds=seeds, **options)
+        asked = [
+            Request(prompt.prompt_ids, [*own, None] if greedy else own)
+            for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        said = self.sample(asked, prompts)
+        repeated = [prompt for prompt in prompts for _ in range(group)]
+        sampled = [sample for samples in said for sample in samples[:group]]
         scored = self.score(repeated, sampled)
         by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
         baseline = None
-        if purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy:
-            greedy = self.score(prompts, self.generate(prompts)).rewards
-            baseline = sum_then_normalize(greedy[:, None], self.weights)
+        if greedy:
+            rewards = self.score(prompts, [samples[-1] for samples in said]).rewards
+            baseline = sum_then_normalize(rewards[:, None], self.weights)
         examples = [
             Example(
                 prompt.prompt_ids,
@@ -127,32 +136,29 @@ class Rollouts:
         texts = [prompt.prompt for prompt in repeated]
         return Rolled(examples, by_function, baseline, ended, scored.logged, texts, scored.texts, scored.extra)
 
-    def generate(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Sampled]:
-        """As many at a time as fit into memory. Raises UserError where one alone does not."""
-        limit = self.max_completion_length
-        with gathered(self.policy, self.accelerator):
-            while True:
-                rows = min(self.generation_rows, max(1, len(prompts)))
-                try:
-                    return generate(self.policy, self.tokenizer, prompts, max_new_tokens=limit, rows=rows, **sampling)
-                except torch.OutOfMemoryError:
-                    self.generation_rows = rows // 2
-                free()
-                if not self.generation_rows:
-                    raise UserError(
-                        f"generating one completion of up to {limit} tokens does not fit into memory: lower "
-                        f"--max_completion_length, {REMEDIES}"
-                    )
-                self.watch.note(
-                    f"rows {self.generation_rows}",
-                    f"out of memory with {rows} completions generated at a time; {self.generation_rows} from here on",
-                )
+    def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[list[Sample]]:
+        """What the engine says to the requests, which are of these prompts."""
+        config = self.config
+        sampling = Sampling(
+            max_new_tokens=self.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
+            stop_strings=config.stop_strings,
+        )
+        mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
+        with gathered(self.policy, self.accelerator), mixed:
+            self.engine.sync(self.state.global_step)
+            return self.engine.sample(requests, sampling)
 
-    def completion(self, sampled: Sampled) -> Completion:
+    def completion(self, sampled: Sample) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended
-        return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None)
+        return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None, behavior=sampled.logps)
 
-    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sampled]) -> Scored:
+    def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:
         """What the rewards say. Raises UserError on all processes where a reward fails on one of them."""
         log, error, texts = RewardLog(len(sampled)), None, []
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
@@ -262,10 +268,10 @@ class Rollouts:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, in JSON's types; the number of steps done is told to `after`."""
-        return {"generation_rows": self.generation_rows, "watch": self.watch.state_dict()}
+        return {"generation_rows": self.engine.rows, "watch": self.watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.generation_rows = state["generation_rows"]
+        self.engine.rows = state["generation_rows"]
         self.watch.load_state_dict(state["watch"])
 
     def after(self, step: int) -> list[str]:

@@ -35,7 +35,9 @@ from logratio.trainers.processes.sharding import full_weights, load_full_weights
 from logratio.trainers.processes.summing import start_alike
 from logratio.trainers.processes.watching import ending_together
 from logratio.trainers.rollout import rollouts
-from logratio.trainers.rollout.rollouts import Rolled, Rollouts, Sampled
+from logratio.trainers.rollout.engines.in_process import InProcess
+from logratio.trainers.rollout.engines.protocol import Sample
+from logratio.trainers.rollout.rollouts import Rolled, Rollouts
 from logratio.trainers.step import Step
 
 TYPES = {"ddp": DistributedType.MULTI_CPU, "fsdp2": DistributedType.FSDP, "zero2": DistributedType.DEEPSPEED}
@@ -118,14 +120,14 @@ def built(words: list[str]) -> Any:
 
 def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     """Training, in which every other process takes longer over its rollouts, in more passes."""
-    once = rollouts.generate
+    once = InProcess.sample
 
-    def slower(*args: Any, **kwargs: Any) -> list[Sampled]:
+    def slower(*args: Any, **kwargs: Any) -> list[list[Sample]]:
         for _ in range(PartialState().process_index % 2):
             once(*args, **kwargs)
         return once(*args, **kwargs)
 
-    with patch.object(rollouts, "generate", slower):
+    with patch.object(InProcess, "sample", slower):
         return train(words, kind)
 
 

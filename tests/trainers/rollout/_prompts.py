@@ -3,7 +3,7 @@
 import torch
 
 from logratio.trainers.data.examples import Prompt
-from logratio.trainers.rollout.generation import Sampled
+from logratio.trainers.rollout.engines.protocol import Sample
 
 
 def prompts_of(tokenizer, *texts, columns=None):
@@ -16,8 +16,17 @@ def argmax_loop(model, ids, stops, limit):
     while len(done) < limit:
         done.append(int(model(torch.tensor([[*ids, *done]])).logits[0, -1].argmax()))
         if done[-1] in stops:
-            return Sampled(done, True)
-    return Sampled(done, False)
+            return done, True
+    return done, False
+
+
+def sample_of(ids, ended):
+    return Sample(ids, "stop" if ended else "length", [0.0] * len(ids))
+
+
+def said(samples):
+    """(ids, ended) of each."""
+    return [(s.ids, s.ended) for s in samples]
 
 
 TEXTS = ("a", "some longer prompt", "12+34=", "zz9")

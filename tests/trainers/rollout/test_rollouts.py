@@ -15,11 +15,10 @@ from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_model
 from logratio.trainers.rollout import rollouts as rollouts_module
-from logratio.trainers.rollout.generation import Sampled
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.rollout.windows import give_advantages
 
-from ._prompts import TEXTS, argmax_loop, prompts_of
+from ._prompts import TEXTS, argmax_loop, prompts_of, sample_of
 
 
 def rollouts(policy, tokenizer, rewards, **options):
@@ -70,7 +69,7 @@ def test_rewards_are_called_in_trls_form(policy, tokenizer):
 def test_rollouts_are_sampled_as_configured(policy, tokenizer):
     """Next to temperature 0, and with next to no probability allowed, only the likeliest tokens are left."""
     prompts = prompts_of(tokenizer, *TEXTS)
-    greedy = [argmax_loop(policy.model, p.prompt_ids, {tokenizer.eos_token_id}, 6).ids for p in prompts]
+    greedy = [argmax_loop(policy.model, p.prompt_ids, {tokenizer.eos_token_id}, 6)[0] for p in prompts]
     for options in ({"temperature": 1e-4}, {"top_p": 1e-4}):
         examples, _ = rolled_out(policy, tokenizer, {"none": lambda prompts, **_: [0.0] * len(prompts)}, **options)(
             prompts
@@ -81,7 +80,7 @@ def test_rollouts_are_sampled_as_configured(policy, tokenizer):
 def test_rewards_see_no_special_tokens(policy, tokenizer):
     seen = []
     judge = rollouts(policy, tokenizer, {"watch": lambda completions, **_: seen.extend(completions) or [0.5]})
-    scored = judge.score([Prompt([65], "A", {}, 0)], [Sampled([66, 67, tokenizer.eos_token_id], True)])
+    scored = judge.score([Prompt([65], "A", {}, 0)], [sample_of([66, 67, tokenizer.eos_token_id], True)])
     assert seen == scored.texts == ["BC"] and scored.rewards.tolist() == [[0.5]]
 
 
@@ -107,7 +106,8 @@ def given_rollouts(tokenizer, scores, lengths, group, **options):
     rewards = {f"reward_{k}": lambda k=k, **_: [row[k] for row in scores] for k in range(len(scores[0]))}
     config = RolloutConfig(num_generations=group, reward_funcs=tuple(rewards), **options)
     each, alone = Rollouts(None, tokenizer, config, rewards, max_completion_length=4), Accelerator()
-    each.generate = lambda prompts, **_: [Sampled(i, e) for i, e in zip(ids, ended, strict=True)]
+    said = [sample_of(i, e) for i, e in zip(ids, ended, strict=True)]
+    each.sample = lambda requests, prompts: [said[i : i + group] for i in range(0, len(said), group)]
     rolled = each(prompts_of(tokenizer, *map(str, range(len(ids) // group))))
     advantages = each.advantages(rolled, alone).flatten().tolist()
     means = {name: m.total.item() / m.count.item() for name, m in each.metrics(rolled, alone).items() if m.count}
@@ -196,7 +196,7 @@ def test_what_rewards_log_is_a_metric_of_the_step(policy, tokenizer):
 def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch):
     """And a metric that only one process logs is one of all: they are added up in order."""
     prompts = [Prompt([65], "A", {}, 0)]
-    sampled = [Sampled([66], True)]
+    sampled = [sample_of([66], True)]
     said = []
 
     def gathered(mine):
@@ -272,7 +272,7 @@ def test_remax_compares_with_the_greedy_answer(policy, tokenizer):
         return 2.0 * len(ids) + (0.0 if len(text) % 2 else 0.75)
 
     for prompt, example in zip(prompts, examples, strict=True):
-        greedy = argmax_loop(policy.model, prompt.prompt_ids, {tokenizer.eos_token_id}, 6).ids
+        greedy = argmax_loop(policy.model, prompt.prompt_ids, {tokenizer.eos_token_id}, 6)[0]
         assert list(example.advantages) == pytest.approx([worth(c.ids) - worth(greedy) for c in example.completions])
     assert any(a != 0 for e in examples for a in e.advantages)
     assert rollouts(policy, tokenizer, rewards, **options)(prompts, "evaluation").baseline is None

@@ -1,0 +1,114 @@
+"""Tokens drawn by the inverse of the distribution: exact, the same in any company, and with the right log-probability."""
+
+import math
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from logratio.trainers.rollout.engines.drawing import Drawing, inverse, uniforms
+from logratio.trainers.rollout.engines.protocol import Sampling
+
+SCORES = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -torch.inf])
+
+
+def kept(**options):
+    """The distribution by hand, float64: sorted, cut, and divided by what is left."""
+    z = SCORES.double() / options.get("temperature", 1.0)
+    p = z.softmax(-1)
+    order = p.argsort(descending=True)
+    if k := options.get("top_k"):
+        p[order[k:]] = 0
+        p /= p.sum()
+    if (top := options.get("top_p", 1.0)) < 1:
+        before = p[order].cumsum(-1) - p[order]
+        p[order[before >= top]] = 0
+        p /= p.sum()
+    if least := options.get("min_p"):
+        p[p < least * p.max()] = 0
+        p /= p.sum()
+    return p
+
+
+CUTS = [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_p": 0.75}, {"top_k": 3}, {"min_p": 0.2}]
+CUTS += [{"top_k": 4, "top_p": 0.8, "min_p": 0.3, "temperature": 1.3}]
+
+
+@pytest.mark.parametrize("options", CUTS)
+def test_a_sample_is_exact(options):
+    """Counts of 20,000 draws against the distribution by hand: chi-square below its 1e-6 quantile; and every token's
+    log-probability is that distribution's."""
+    p, n = kept(**options), 20_000
+    numbers = torch.cat([uniforms(seed, 1) for seed in range(n)])
+    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(SCORES.repeat(n, 1), numbers)
+    seen = tokens.bincount(minlength=len(p)).double()
+    assert (seen[p == 0] == 0).all()
+    degrees = int((p > 0).sum()) - 1
+    chi_square = ((seen - n * p).square() / (n * p))[p > 0].sum()
+    assert chi_square < {4: 33.4, 3: 30.7, 2: 27.7, 1: 23.9}[degrees]
+    assert torch.allclose(logps.double(), p[tokens].log(), atol=1e-6)
+
+
+def test_a_greedy_row_takes_the_likeliest_token_of_all():
+    """Beside a drawn one, with the model's own log-probability."""
+    numbers = torch.tensor([math.nan, 0.999999])
+    tokens, logps = Drawing(Sampling(max_new_tokens=1, top_p=0.9))(SCORES.repeat(2, 1), numbers)
+    assert tokens.tolist() == [0, 4]
+    wanted = [SCORES.log_softmax(-1)[0].item(), kept(top_p=0.9)[4].log().item()]
+    assert logps.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_cuts_and_penalty_are_those_of_transformers():
+    """In its order: the penalty on raw logits, then the temperature, top_k, top_p and min_p."""
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50, 40, generator=draw)
+    history = torch.randint(0, 40, (50, 7), generator=draw)
+    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.7}
+    theirs = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.7), TemperatureLogitsWarper(0.8), TopKLogitsWarper(12),
+         TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
+    )  # fmt: skip
+    wanted = theirs(history, logits).log_softmax(-1)
+    numbers = torch.rand(50, generator=draw, dtype=torch.float64)
+    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(logits, numbers, history)
+    assert torch.allclose(logps, wanted.gather(-1, tokens[:, None])[:, 0], atol=1e-5)
+    assert torch.equal(tokens, inverse(wanted.exp(), numbers))
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True))
+def test_the_inverse_is_a_plain_search(probabilities, number):
+    """The first place whose running sum is above the number's share; never one of probability 0."""
+    if not any(probabilities):
+        return
+    sums = numpy.cumsum(numpy.asarray(probabilities, dtype=numpy.float64))
+    wanted = min(number * sums[-1], numpy.nextafter(sums[-1], 0))
+    place = next(i for i, total in enumerate(sums) if total > wanted)
+    row = torch.tensor([probabilities], dtype=torch.float64)
+    assert inverse(row, torch.tensor([number], dtype=torch.float64)).tolist() == [place]
+    assert probabilities[place] > 0
+
+
+def test_uniform_numbers_are_the_seeds_own():
+    """The same for any count and on every machine, even, and unlike those of other seeds."""
+    assert torch.equal(uniforms(7, 100)[:3], uniforms(7, 3))
+    assert uniforms(7, 2).tolist() == FIRST
+    many = torch.cat([uniforms(seed, 50) for seed in range(400)])
+    assert ((0 <= many) & (many < 1)).all() and len(many.unique()) == len(many)
+    counts = (many * 20).long().bincount(minlength=20).double()
+    assert ((counts - 1000).square() / 1000).sum() < 66.6  # chi-square of 19 degrees, 1e-6, of 20,000
+    pairs = many.view(-1, 2)
+    assert abs(float(torch.corrcoef(pairs.T)[0, 1])) < 0.05
+    assert len(uniforms(2**64 - 1, 1)) == 1
+
+
+FIRST = [0.8720734548204873, 0.29536538151378355]  # a run resumed by another version of numpy draws the same

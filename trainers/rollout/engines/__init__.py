@@ -1,0 +1,1 @@
+"""What samples completions: in this process, or a server beside it."""

@@ -1,0 +1,193 @@
+"""The engine in the process: prompts once, then one forward pass a token for all rows that still speak.
+
+A prompt is computed once for all its completions. A row that has ended gives its place to the next completion that
+waits, so that `rows` bounds the memory and nothing else. The policy's own modules run, with adapters as they are
+trained, so that no weight is touched or copied, and what is sampled from is what is trained, up to the rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from logratio.losses._two_gemm import Transform
+
+from ...policy.policy import Policy
+from .drawing import Drawing, check_finite, uniforms
+from .protocol import Request, Sample, Sampling
+from .slots import SlotCache
+
+PREFILL_TOKENS = 8192
+"""Of prompts computed together, with their padding."""
+
+
+@dataclass
+class Row:
+    """A completion that is being said. place: (request, number) in the answer."""
+
+    place: tuple[int, int]
+    prompt_ids: Sequence[int]
+    numbers: Tensor
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+class Decoder:
+    """One call of `sample`: what waits, what is prefilled, and what is being said."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, sampling: Sampling, *, rows: int, version: int) -> None:
+        self.policy, self.tokenizer, self.sampling, self.version = policy, tokenizer, sampling, version
+        self.decoder = policy.causal_lm.get_decoder()
+        # transformers 5.24 has another name for what it keeps
+        self.keeps = "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+        self.draw = Drawing(sampling)
+        self.device = policy.causal_lm.device
+        self.windows = policy.windows
+        options = policy.head_options()
+        self.transform = Transform(1.0, options["logit_scale"], options["softcap"])
+        self.cache = SlotCache(rows, self.device)
+        self.live: list[Row] = []
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+    def run(self, requests: Sequence[Request], done: dict[tuple[int, int], Sample]) -> None:
+        """Say what is not done yet, and enter it there, by (request, number).
+
+        Long prompts first: those computed together are of about one length, and memory shows its peak early.
+        """
+        self.done = done
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        every = [(i, k) for i in order for k in range(len(requests[i].seeds))]
+        waiting = deque(place for place in every if place not in done)
+        prefilled: Prefilled | None = None
+        while waiting or self.live:
+            while waiting and len(self.live) < self.cache.slots:
+                free = self.cache.slots - len(self.live)
+                if prefilled is None or waiting[0][0] not in prefilled.at:
+                    prefilled = self.prefill(requests, waiting, free)
+                entering = []
+                while waiting and waiting[0][0] in prefilled.at and len(entering) < free:
+                    entering.append(waiting.popleft())
+                self.enter(requests, prefilled, entering)
+            if self.live:
+                self.advance()
+
+    def prefill(self, requests: Sequence[Request], waiting: deque[tuple[int, int]], free: int) -> Prefilled:
+        """Compute the next prompts that there is room for, padded on the right, where nobody sees padding."""
+        chosen: dict[int, int] = {}
+        for places, (i, _) in enumerate(waiting):
+            if i not in chosen and chosen:
+                first = next(iter(chosen))
+                full = (len(chosen) + 1) * len(requests[first].prompt_ids) > PREFILL_TOKENS
+                if full or places >= free:
+                    break
+            chosen.setdefault(i, len(chosen))
+        prompts = [requests[i].prompt_ids for i in chosen]
+        lengths = torch.tensor([len(p) for p in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache = DynamicCache()  # of whole rows in every layer, whatever its window
+        out = self.decoder(input_ids=ids.to(self.device), use_cache=True, **{self.keeps: cache})
+        lengths = lengths.to(self.device)
+        last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
+        return Prefilled(cache, lengths, self.logits(last), chosen)
+
+    def enter(self, requests: Sequence[Request], prefilled: Prefilled, entering: list[tuple[int, int]]) -> None:
+        """Draw the first token of these completions, and let them take rows."""
+        limit = self.sampling.max_new_tokens
+        new = []
+        for i, k in entering:
+            seed = requests[i].seeds[k]
+            numbers = torch.full((limit,), torch.nan, dtype=torch.float64) if seed is None else uniforms(seed, limit)
+            new.append(Row((i, k), requests[i].prompt_ids, numbers))
+        which = torch.tensor([prefilled.at[i] for i, _ in entering], device=self.device)
+        self.cache.enter(prefilled.cache, which, prefilled.lengths[which])
+        self.live += new
+        self.say(new, prefilled.logits[which], len(self.live) - len(new))
+
+    def advance(self) -> None:
+        """One token more for every row."""
+        rows = len(self.live)
+        lengths = self.cache.lengths[:rows]
+        out = self.decoder(
+            input_ids=self.tokens[:rows, None],
+            position_ids=lengths[:, None],
+            attention_mask=self.mask(lengths),
+            use_cache=True,
+            **{self.keeps: self.cache},
+        )
+        self.cache.wrote()
+        self.say(self.live, self.logits(out.last_hidden_state[:, -1]), 0)
+
+    def mask(self, lengths: Tensor) -> Any:
+        """Who sees whom, in the form that `Policy.mask` has: a token its row up to itself, within the window."""
+        place = torch.arange(self.cache.longest + 1, device=self.device)
+        seen = place <= lengths[:, None]
+        masks = []
+        for window in self.windows:
+            near = seen if window is None else seen & (place > lengths[:, None] - window)
+            masks.append(self.as_taken(near[:, None, None]))
+        return dict(zip(("full_attention", "sliding_attention"), masks, strict=True)) if len(masks) > 1 else masks[0]
+
+    def as_taken(self, seen: Tensor) -> Tensor:
+        """A boolean mask as the attention takes it: "eager" adds it to the scores."""
+        if self.policy.attention != "eager":
+            return seen
+        dtype = self.policy.causal_lm.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, V] in at least float32, as the policy has them, before the temperature."""
+        raw = self.policy.causal_lm.get_output_embeddings()(hidden)
+        return self.transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+
+    def say(self, rows: Sequence[Row], logits: Tensor, start: int) -> None:
+        """Draw the next token of each of these rows, the last of the live ones from `start` on; drop who has ended."""
+        numbers = torch.tensor([float(row.numbers[len(row.ids)]) for row in rows], dtype=torch.float64)
+        history = self.history(rows) if self.draw.wants_history else None
+        tokens, logps = self.draw(logits, numbers.to(self.device), history)
+        self.tokens[start : start + len(rows)] = tokens
+        ended = []
+        check_finite(logps)
+        for at, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist(), strict=True), start):
+            row.ids.append(token)
+            row.logps.append(logp)
+            stopped = token in self.sampling.stop_ids or self.holds_stop_string(row)
+            if stopped or len(row.ids) == self.sampling.max_new_tokens:
+                reason = "stop" if stopped else "length"
+                self.done[row.place] = Sample(row.ids, reason, row.logps, self.version)
+                ended.append(at)
+        if ended:
+            order = self.cache.leave(ended)
+            self.tokens[: len(order)] = self.tokens[order]
+            self.live = [self.live[i] for i in order]
+
+    def history(self, rows: Sequence[Row]) -> Tensor:
+        """[R, L] ids of prompts and completions; shorter rows repeat their last."""
+        held = [[*row.prompt_ids, *row.ids] for row in rows]
+        width = max(map(len, held))
+        return torch.tensor([ids + ids[-1:] * (width - len(ids)) for ids in held], device=self.device)
+
+    def holds_stop_string(self, row: Row) -> bool:
+        strings = self.sampling.stop_strings
+        if not strings:
+            return False
+        text = self.tokenizer.decode(row.ids, skip_special_tokens=False)
+        return any(s in text for s in strings)
+
+
+@dataclass
+class Prefilled:
+    """Prompts that are computed. at: request -> row in cache, lengths and logits (of the first token)."""
+
+    cache: DynamicCache
+    lengths: Tensor
+    logits: Tensor
+    at: dict[int, int]

@@ -1,0 +1,76 @@
+"""What is asked of an engine, and what it answers. Rewards, advantages and losses do not know which one ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and the seed of each completion that is wanted of it; None: a greedy one."""
+
+    prompt_ids: Sequence[int]
+    seeds: Sequence[int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn, and where they end.
+
+    temperature divides the logits. Of what is left of the tokens, these are kept, one after the other: the `top_k`
+    likeliest (0: all), the smallest set of at least the probability `top_p`, and those of at least `min_p` times the
+    likeliest one's. repetition_penalty: of transformers, on the raw logits of what prompt and completion hold already.
+    stop_ids: any of them ends a completion, and is its last token. stop_strings: any text of a completion that holds
+    one ends it, with the token that completes it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+
+    @property
+    def cut(self) -> bool:
+        """Whether some tokens cannot be drawn, so that the others' probabilities are larger than the model's."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion. ids: its tokens, with the one that ended it. logps: the log-probability of each, in nats, in the
+    distribution that it was drawn from; of a greedy one that of the model at the temperature. version: of the policy
+    that said it."""
+
+    ids: list[int]
+    finish_reason: FinishReason
+    logps: list[float]
+    version: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """False where max_new_tokens cut it."""
+        return self.finish_reason == "stop"
+
+
+class Engine(Protocol):
+    """Samples completions of the policy as it was when `sync` was last called.
+
+    sample() answers in the order of the requests and of their seeds. A completion depends on its prompt, the policy,
+    the options and its seed alone.
+    """
+
+    def sync(self, version: int) -> None:
+        """The policy has changed, and is called `version` from now on."""
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]: ...
+
+    def close(self) -> None:
+        """Give back what it holds; nothing is sampled afterwards."""

@@ -1,0 +1,110 @@
+"""Keys and values of many rows, each of a length of its own, written in place.
+
+transformers' dynamic cache copies all that it holds for every token, and pads shorter rows on the left; here a row
+begins at the left, a token is written behind its own last one, and what is beyond it is masked. A row that has ended
+gives its place to the last one, and another may enter behind that, whatever the lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+GROWTH = 1.5
+STEP = 32  # tokens; room is made in multiples of it
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's. rows: [S, heads, room, D], of which `cache.rows` are in use, each up to its length."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self.cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the token of each row in use, [R, heads, 1, D], at its length, and return all up to the longest."""
+        assert self.keys is not None and self.values is not None
+        cache = self.cache
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held[cache.index, :, cache.lengths[: cache.rows]] = new[:, :, 0].to(held.dtype)
+        seen = cache.longest + 1
+        keys, values = (x[: cache.rows, :, :seen].to(key_states.dtype) for x in (self.keys, self.values))
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.cache.longest
+
+
+class SlotCache(Cache):
+    """slots: rows at most. Lengths are moved on by `wrote`, once for all layers."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.slots, self.rows, self.room = slots, 0, 0
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.index = torch.zeros(0, dtype=torch.long, device=device)
+        self.longest = 0
+
+    def enter(self, prompts: DynamicCache, which: Tensor, lengths: Tensor) -> None:
+        """New rows behind those in use. prompts: what was kept of prompts, padded on the right. which: [n], the prompt
+        of each new row, of `lengths` tokens, [n]."""
+        new = slice(self.rows, self.rows + len(which))
+        self.lengths[new] = lengths
+        self._count(new.stop)
+        self._make_room(self.longest + 1, prompts)
+        for layer, prompt in zip(self.layers, prompts.layers, strict=True):
+            for held, kept in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
+                width = min(kept.shape[2], held.shape[2])
+                held[new, :, :width] = kept[which, :, :width]
+
+    def wrote(self) -> None:
+        """Every row in use has one token more."""
+        self.lengths[: self.rows] += 1
+        self.longest += 1
+        self._make_room(self.longest + 1)
+
+    def leave(self, rows: list[int]) -> list[int]:
+        """Free these rows, and move others into their places: which of the old ones is at each place now."""
+        left = set(rows)
+        order = list(range(self.rows))
+        holes = sorted(left)
+        for hole in holes:
+            while order and order[-1] in left:
+                order.pop()
+            if hole >= len(order):
+                break
+            last = order.pop()
+            order[hole] = last
+            for layer in self.layers:
+                layer.keys[hole] = layer.keys[last]
+                layer.values[hole] = layer.values[last]
+            self.lengths[hole] = self.lengths[last]
+        self._count(len(order))
+        return order
+
+    def _count(self, rows: int) -> None:
+        self.rows = rows
+        self.index = torch.arange(rows, device=self.lengths.device)
+        self.longest = int(self.lengths[:rows].max()) if rows else 0
+
+    def _make_room(self, tokens: int, like: DynamicCache | None = None) -> None:
+        """For so many tokens a row; like: of whose layers' shapes they are at first."""
+        if not self.layers and like is not None:
+            self.layers = [SlotLayer(self) for _ in like.layers]
+            for layer, other in zip(self.layers, like.layers, strict=True):
+                for name in ("keys", "values"):
+                    kept = getattr(other, name)
+                    setattr(layer, name, kept.new_zeros(self.slots, kept.shape[1], 0, kept.shape[3]))
+                layer.is_initialized = True
+        if tokens <= self.room:
+            return
+        self.room = -(-int(max(tokens, self.room * GROWTH)) // STEP) * STEP
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                wide = old.new_zeros(*old.shape[:2], self.room, old.shape[3])
+                wide[: self.rows, :, : old.shape[2]] = old[: self.rows]
+                setattr(layer, name, wide)
