@@ -14,6 +14,7 @@ from logratio.trainers.ground import randomness
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
+from logratio.trainers.rollout.engines.decoding import Decoder
 
 BUDGET = 200 * 2**9
 
@@ -261,19 +262,21 @@ def test_completions_are_generated_in_as_many_as_fit(tmp_path, monkeypatch, caps
     run = run_of("grpo", tmp_path / "one", *words)
     run.policy.double()
     wanted = run.rollouts(run.data.train[:4])
-    generate, asked = type(run.policy.causal_lm).generate, []
+    advance, asked = Decoder.advance, []
 
-    def small(model, input_ids, **options):
-        asked.append(len(input_ids))
-        if len(input_ids) > room:
+    def small(decoder):
+        asked.append(len(decoder.live))
+        if len(decoder.live) > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(model, input_ids=input_ids, **options)
+        advance(decoder)
 
-    monkeypatch.setattr(type(run.policy.causal_lm), "generate", small)
+    monkeypatch.setattr(Decoder, "advance", small)
     room = 3
     got = run.rollouts(run.data.train[:4])
-    assert [e.completions for e in got.examples] == [e.completions for e in wanted.examples]
-    assert asked == [12, 6, 3, 3, 3, 3] and run.rollouts.engine.rows == 3
+    assert [[c.ids for c in e.completions] for e in got.examples] == [
+        [c.ids for c in e.completions] for e in wanted.examples
+    ]
+    assert asked[:2] == [12, 6] and set(asked[2:]) == {1, 2, 3} and run.rollouts.engine.rows == 3
     assert run.rollouts.after(1) == [
         "out of memory with 12 completions generated at a time; 6 from here on",
         "out of memory with 6 completions generated at a time; 3 from here on",

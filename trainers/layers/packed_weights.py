@@ -8,11 +8,13 @@ rows, where one row takes 49. oneDNN takes weights that are brought into order o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 MOST_ROWS = 64
 """From here on the order of a weight is no longer what a product's time goes into."""
@@ -50,27 +52,33 @@ def fits(weight: Tensor) -> bool:
 
 def product_of(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     """`layer.forward` by a reordered copy of its weight."""
-    own, bias = layer.forward, layer.bias
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+    own, packed = layer.forward, reordered(layer.weight.detach(), rows)
 
     def forward(x: Tensor) -> Tensor:
         if x.numel() > MOST_ROWS * x.shape[-1] or x.dtype != torch.float32:
             return own(x)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+        return product(x, packed, layer.bias)
 
     return forward
 
 
+def reordered(weight: Tensor, rows: int) -> Tensor:
+    """For products of about so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # type: ignore[no-any-return]
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+@functools.cache
 def available() -> bool:
     """Whether torch was built with oneDNN, and its products of this kind are right here."""
     if not torch.backends.mkldnn.is_available():
         return False
     draw = torch.Generator().manual_seed(0)
-    layer = nn.Linear(40, 24)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(24, 40, generator=draw))
-        x = torch.randn(3, 1, 40, generator=draw)
-        try:
-            return torch.allclose(product_of(layer, 3)(x), layer(x), rtol=1e-4, atol=1e-4)
-        except Exception:  # another build of torch may not have it
-            return False
+    weight, x = (torch.randn(*shape, generator=draw) for shape in ((24, 40), (3, 1, 40)))
+    try:
+        return torch.allclose(product(x, reordered(weight, 3), None), linear(x, weight), rtol=1e-4, atol=1e-4)
+    except Exception:  # another build of torch may not have it
+        return False
