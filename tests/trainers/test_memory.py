@@ -276,7 +276,7 @@ def test_completions_are_generated_in_as_many_as_fit(tmp_path, monkeypatch, caps
     assert [[c.ids for c in e.completions] for e in got.examples] == [
         [c.ids for c in e.completions] for e in wanted.examples
     ]
-    assert asked[:2] == [12, 6] and set(asked[2:]) == {1, 2, 3} and run.rollouts.engine.rows == 3
+    assert asked[:2] == [12, 6] and max(asked[2:]) == 3 and run.rollouts.engine.rows == 3
     assert run.rollouts.after(1) == [
         "out of memory with 12 completions generated at a time; 6 from here on",
         "out of memory with 6 completions generated at a time; 3 from here on",

@@ -34,7 +34,6 @@ from logratio.trainers.processes.optimizer_state import load_optimizer_state, op
 from logratio.trainers.processes.sharding import full_weights, load_full_weights
 from logratio.trainers.processes.summing import start_alike
 from logratio.trainers.processes.watching import ending_together
-from logratio.trainers.rollout import rollouts
 from logratio.trainers.rollout.engines.in_process import InProcess
 from logratio.trainers.rollout.engines.protocol import Sample
 from logratio.trainers.rollout.rollouts import Rolled, Rollouts

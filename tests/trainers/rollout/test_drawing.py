@@ -1,4 +1,4 @@
-"""Tokens drawn by the inverse of the distribution: exact, the same in any company, and with the right log-probability."""
+"""Tokens drawn by the inverse of the distribution: exact, and with the right log-probability."""
 
 import math
 

@@ -41,7 +41,8 @@ def close(one, other, tolerance):
 
 @pytest.mark.parametrize(("family", "rows"), CASES)
 def test_it_says_what_generate_says(random_model, tokenizer, family, rows):
-    """Greedy and sampled, in float64 up to its scores of float32: prompts of unequal length that enter and leave in two rows, or all at once."""
+    """Greedy and sampled, in float64 up to its scores of float32; prompts of unequal length that enter and leave in two
+    rows, or all at once."""
     model = random_model(family).double().eval()
     engine = InProcess(Policy(model).eval(), tokenizer, rows=rows)
     first = theirs(model, tokenizer, Sampling(max_new_tokens=9))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .drawing import Drawing, check_finite, uniforms
-from .protocol import Request, Sample, Sampling
+from .protocol import Sample, Sampling
 
 
 class Drawn(LogitsProcessor):
