@@ -31,7 +31,7 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     try:
         for layer in model.modules() if rows and available() else ():
             if type(layer) is nn.Linear and "forward" not in layer.__dict__ and fits(layer.weight):
-                layer.forward = product_of(layer, min(rows, MOST_ROWS))  # type: ignore[method-assign]
+                layer.__dict__["forward"] = product_of(layer, min(rows, MOST_ROWS))
                 changed.append(layer)
         yield
     finally:

@@ -71,7 +71,7 @@ class Decoder:
                 free = self.cache.slots - len(self.live)
                 if prefilled is None or waiting[0][0] not in prefilled.at:
                     prefilled = self.prefill(requests, waiting, free)
-                entering = []
+                entering: list[tuple[int, int]] = []
                 while waiting and waiting[0][0] in prefilled.at and len(entering) < free:
                     entering.append(waiting.popleft())
                 self.enter(requests, prefilled, entering)
@@ -161,8 +161,7 @@ class Decoder:
             row.logps.append(logp)
             stopped = token in self.sampling.stop_ids or self.holds_stop_string(row)
             if stopped or len(row.ids) == self.sampling.max_new_tokens:
-                reason = "stop" if stopped else "length"
-                self.done[row.place] = Sample(row.ids, reason, row.logps, self.version)
+                self.done[row.place] = Sample(row.ids, "stop" if stopped else "length", row.logps, self.version)
                 ended.append(at)
         if ended:
             order = self.cache.leave(ended)

@@ -55,10 +55,9 @@ class SlotCache(Cache):
         self.lengths[new] = lengths
         self._count(new.stop)
         self._make_room(self.longest + 1, prompts)
-        for layer, prompt in zip(self.layers, prompts.layers, strict=True):
-            for held, kept in ((layer.keys, prompt.keys), (layer.values, prompt.values)):
-                width = min(kept.shape[2], held.shape[2])
-                held[new, :, :width] = kept[which, :, :width]
+        for held, kept in zip(tensors(self), tensors(prompts), strict=True):
+            width = min(kept.shape[2], held.shape[2])
+            held[new, :, :width] = kept[which, :, :width]
 
     def wrote(self) -> None:
         """Every row in use has one token more."""
@@ -78,9 +77,8 @@ class SlotCache(Cache):
                 break
             last = order.pop()
             order[hole] = last
-            for layer in self.layers:
-                layer.keys[hole] = layer.keys[last]
-                layer.values[hole] = layer.values[last]
+            for held in tensors(self):
+                held[hole] = held[last]
             self.lengths[hole] = self.lengths[last]
         self._count(len(order))
         return order
@@ -94,17 +92,25 @@ class SlotCache(Cache):
         """For so many tokens a row; like: of whose layers' shapes they are at first."""
         if not self.layers and like is not None:
             self.layers = [SlotLayer(self) for _ in like.layers]
-            for layer, other in zip(self.layers, like.layers, strict=True):
-                for name in ("keys", "values"):
-                    kept = getattr(other, name)
-                    setattr(layer, name, kept.new_zeros(self.slots, kept.shape[1], 0, kept.shape[3]))
-                layer.is_initialized = True
+            self._hold([x.new_zeros(self.slots, x.shape[1], 0, x.shape[3]) for x in tensors(like)])
         if tokens <= self.room:
             return
         self.room = -(-int(max(tokens, self.room * GROWTH)) // STEP) * STEP
-        for layer in self.layers:
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                wide = old.new_zeros(*old.shape[:2], self.room, old.shape[3])
-                wide[: self.rows, :, : old.shape[2]] = old[: self.rows]
-                setattr(layer, name, wide)
+        wider = []
+        for old in tensors(self):
+            wide = old.new_zeros(*old.shape[:2], self.room, old.shape[3])
+            wide[: self.rows, :, : old.shape[2]] = old[: self.rows]
+            wider.append(wide)
+        self._hold(wider)
+
+    def _hold(self, new: list[Tensor]) -> None:
+        """These as the layers' keys and values, in the order of `tensors`."""
+        for layer, keys, values in zip(self.layers, new[::2], new[1::2], strict=True):
+            assert isinstance(layer, SlotLayer)
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+
+
+def tensors(cache: Cache) -> list[Tensor]:
+    """Keys and values of one layer after the other."""
+    layers: list[Any] = cache.layers
+    return [x for layer in layers for x in (layer.keys, layer.values)]
