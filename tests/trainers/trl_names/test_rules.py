@@ -155,7 +155,13 @@ BECOMES = [
         {"generation_batch_size": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
-    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server"}, {}),
+    ("grpo", {"use_vllm": False, "vllm_mode": "server"}, {}),
+    (
+        "grpo",
+        {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2},
+    ),
+    ("grpo", {"top_k": -1, "min_p": None}, {}),
     ("grpo", {"log_completions": False, "num_completions_to_print": 4}, {"log_completions": False}),
 ]
 
@@ -175,7 +181,8 @@ def test_what_has_no_effect_says_why():
     assert verdict("use_bias_correction_kl", "grpo", use_bias_correction_kl=False).reason == (
         "read only where beta is not 0"
     )
-    assert verdict("top_k", "grpo", top_k=0).reason == "as in any case"
+    assert verdict("top_k", "grpo", top_k=-1).reason == "nothing is cut off or penalized by default"
+    assert verdict("use_vllm", "grpo", use_vllm=False).reason == "as in any case"
     assert verdict("max_seq_length", "sft", max_length=5, max_seq_length=5).reason == "another name of max_length"
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
         Kind.NO_EFFECT

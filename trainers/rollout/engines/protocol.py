@@ -63,9 +63,12 @@ class Sample:
 class Engine(Protocol):
     """Samples completions of the policy as it was when `sync` was last called.
 
-    sample() answers in the order of the requests and of their seeds. A completion depends on its prompt, the policy,
-    the options and its seed alone.
+    name: what the log calls it. sample() answers in the order of the requests and of their seeds. A completion depends
+    on its prompt, the policy, the options and its seed alone.
     """
+
+    @property
+    def name(self) -> str: ...
 
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
