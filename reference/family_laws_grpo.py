@@ -122,7 +122,7 @@ def kl_is_not_negative(loss: Loss, batch: Batch) -> None:
 def vocabulary(policy: Tensor, ref: Tensor, old: Tensor) -> Batch:
     """Every one-token completion of a vocabulary once, with these log-probabilities [V]: a mean over them all is exact
     where the completions are sampled from a uniform distribution."""
-    tokens = {"policy": policy, "ref": ref, "old": old, "entropy": torch.zeros_like(policy)}
+    tokens = {"policy": policy, "ref": ref, "old": old, "behavior": old, "entropy": torch.zeros_like(policy)}
     return Batch(
         "grouped",
         {"completion": torch.ones(len(policy), 1, dtype=torch.bool)},
