@@ -240,7 +240,7 @@ class GRPOLoss(Loss):
             x, metrics = x._replace(weight=weight, log_sampled=log_sampled), metrics | seen
         elif self.sampling_correction != "none":
             raise ValueError(
-                f"sampling_correction={self.sampling_correction} needs the sampler's log-probs (`behavior`)"
+                f"sampling_correction={self.sampling_correction} needs the sampler's log-probs, `behavior`"
             )
         kind = GRPO_TYPES[self.loss_type]
         per_token_loss = kind.surrogate(x, self) * self._on_policy(x)

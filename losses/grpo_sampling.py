@@ -193,8 +193,8 @@ def check_correction(loss: Any, levels: Collection[str]) -> None:
 def correct(
     loss: Any, policy: CompletionLogps, old: CompletionLogps | None, behavior: CompletionLogps, advantages: Tensor
 ) -> tuple[Tensor | None, Tensor, dict[str, Mean]]:
-    """The weight [C, T] or [C, 1], 1 where nothing is scored, None where nothing is corrected; log pi - log mu [C, T],
-    0 where masked; and metrics. advantages: [C, 1]."""
+    """The weight [C, T] or [C, 1], 1 where masked, None where nothing is corrected; log pi - log mu [C, T], 0 where
+    masked; and metrics. advantages: [C, 1]."""
     kind, mask = SAMPLING_CORRECTIONS[loss.sampling_correction], policy.completion_mask
     log_ratio = (policy if old is None else old).logps - behavior.logps
     exponent = LEVELS[kind.level](log_ratio, policy.lengths.clamp(min=1)[:, None])
@@ -210,7 +210,6 @@ def correct(
     weight = None
     if kind.bound is not None:
         weight, outside = kind.bound(w, Sampled(policy.logps, behavior.logps, advantages), *clip_range(loss))
-        weight = torch.where(where, weight, 1.0)
         if kind.outside:
             metrics[f"sampling/{kind.outside}_mean"] = Mean.of(outside.to(w.dtype), where)
     return weight, policy.logps - behavior.logps, metrics

@@ -29,8 +29,8 @@ def sampled(trainer: Any, rows: Rows, batch: dict[str, Tensor]) -> dict[str, Ten
         [torch.as_tensor(row[name]).tolist() for row in rows] for name in ("prompt_ids", "completion_ids", SAMPLED)
     )
     prompts, completions, logps = lists
-    drawn = (prompts, completions, None, [""] * len(rows), logps, {}, None, None)
-    put = {"_generate": lambda *_: drawn, "beta": 0.0, "num_generations": len(rows)}
+    drawn: tuple[Any, ...] = (prompts, completions, None, [""] * len(rows), logps, {}, None, None)
+    put: dict[str, Any] = {"_generate": lambda *_: drawn, "beta": 0.0, "num_generations": len(rows)}
     if "old_per_token_logps" in batch:
         put["_get_per_token_logps_and_entropies"] = lambda *_, **__: (batch["old_per_token_logps"], None, None)
     trainer.use_vllm = True

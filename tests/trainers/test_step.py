@@ -8,11 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
 from logratio.benchmarks.peers.cases import CASES, Case
-from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
+from logratio.losses import (
+    LOSSES,
+    DPOLoss,
+    GRPOLoss,
+    Kind,
+    KTOLoss,
+    Largest,
+    Loss,
+    Mean,
+    Smallest,
+    TokenLogps,
+    Totals,
+)
 from logratio.trainers.batches import packing
 from logratio.trainers.batches.inputs import count_totals, loss_inputs
 from logratio.trainers.batches.packing import pack
@@ -239,6 +252,26 @@ def test_metrics_are_means_over_what_was_counted():
     )
     result.add(torch.tensor(0.5), {"a": Mean(torch.tensor(1.0), torch.tensor(3))})
     assert result.reduced(start_accelerator("no")) == {"loss": 0.75, "a": 1.0}
+
+
+def test_the_largest_is_that_of_all_micro_batches_and_processes():
+    class Two:
+        """The other process has seen 7, and nothing that is smallest."""
+
+        def reduce(self, values: Tensor, how: str) -> Tensor:
+            return values
+
+        def gather(self, values: Tensor) -> Tensor:
+            return torch.cat([values, torch.tensor([7.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)])
+
+    result = StepResult(torch.tensor(0.0))
+    for value in (3.0, 5.0, 4.0):
+        one = torch.tensor([value])
+        nothing = Largest.of(one, torch.tensor([False]))
+        result.add(torch.tensor(0.0), {"a": Largest.of(one), "b": nothing, "c": Smallest.of(one), "d": Mean.of(one)})
+    alone = {"loss": 0.0, "a": 5.0, "c": 3.0, "d": 4.0}
+    assert result.reduced(start_accelerator("no")) == alone
+    assert result.reduced(Two()) == alone | {"a": 7.0}
 
 
 def test_fillers_count_for_nothing(model):
