@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logratio.losses.metrics import Mean
-from logratio.losses.types import CompletionLogps, Kind, Loss, PairLogps, Totals
+from logratio.losses.types import CompletionLogps, Kind, Loss, Mean, PairLogps, Totals
 
 from .strategies import PARTS, STATS, Batch, convert
 

@@ -13,8 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logratio.losses.metrics import Mean
-from logratio.losses.types import Kind, Loss
+from logratio.losses.types import Kind, Loss, Mean
 
 from ._law_book import expect, law
 from ._law_runs import (
