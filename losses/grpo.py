@@ -18,13 +18,11 @@ epsilon_high itself, as in TRL, but by default at 5 (ScaleRL, arXiv 2510.13786),
 for nearly every token. (5) cispo's share of capped tokens with A > 0 is `clip_ratio/high_mean`, TRL's
 `cispo_clip_ratio`; it has no lower bound, and sapo and vespo, which clip nothing, have no such metrics, as in TRL.
 (6) an option that the loss_type does not read is refused; TRL ignores it, but for vespo at sequence level, where its
-KL term is corrected by the sequence's ratio.
-Differs from verl: (7) a completion with nothing scored counts in B, as in TRL, also in means over sequences.
-With `behavior`, what the sampler said of its tokens, the policy term is corrected for it (`sampling_correction`, in
-`grpo_sampling.py`, TRL's `vllm_importance_sampling_*`), and the off-policy mask measured from it, as in TRL. Differs
-from TRL there: (8) by default nothing is corrected, where TRL takes sequence_mask with vLLM. (9) a token without the
-sampler's log-prob (NaN) makes a corrected loss NaN, which a step refuses; TRL takes its ratio for 1. (10) bounds must
-have 1, the ratio on policy, between them.
+KL term is corrected by the sequence's ratio. (7) what was sampled by another policy, `behavior`, is not corrected for
+by default (`sampling_correction` in `grpo_sampling.py`, TRL's `vllm_importance_sampling_*`); TRL takes sequence_mask
+with vLLM. (8) a token without the sampler's log-prob (NaN) makes a corrected loss NaN, which a step refuses; TRL takes
+its ratio for 1. (9) a correction's range must hold 1, the ratio on policy.
+Differs from verl: (10) a completion with nothing scored counts in B, as in TRL, also in means over sequences.
 As in TRL, the KL estimate is multiplied by rho by default (`use_bias_correction_kl`, arXiv 2512.02556), so that k3's
 gradient is that of the reverse KL also off policy.
 """

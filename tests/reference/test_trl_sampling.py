@@ -76,7 +76,7 @@ def test_its_default_is_a_mask_of_sequences_at_3(subject):
 
 
 def test_it_takes_an_unknown_log_prob_for_the_policys(subject):
-    """Our difference 9."""
+    """Where ours is not a number: difference (8) of losses/grpo.py."""
     rows = subject.rollout_rows(sampled=True)
     unknown = rows[0]["sampling_per_token_logps"].clone()
     known = unknown.clone()
