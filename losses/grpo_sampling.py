@@ -118,7 +118,7 @@ def binary_total_variation(w: Tensor, s: Sampled, low: float, high: float) -> tu
 
 
 def binary_kl(w: Tensor, s: Sampled, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """w, but 0 where D > clip_max and A > 0, or D < clip_min and A < 0, of D = KL(mu || pi) between drawing the token or
+    """w, but 0 where D > clip_max and A > 0, or D < clip_min and A < 0, with D = KL(mu || pi) of drawing the token or
     another, negative where pi < mu: DPPO, arXiv 2602.04879 Eq. 12 with the divergence of Eq. 14."""
     mu, others = s.behavior.exp(), -torch.expm1(s.behavior)
     kl = mu * (s.behavior - s.logps) + torch.xlogy(others, others) - torch.xlogy(others, -torch.expm1(s.logps))

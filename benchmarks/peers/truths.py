@@ -141,6 +141,15 @@ def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[
     return table
 
 
+def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, list[Tensor]]:
+    """Log-probs of a sampler that is not the old policy: noise of float32 that takes ratios out of a narrow range."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype) for x in values]
+        for key, values in old.items()
+    }
+
+
 class Subject:
     """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
 
@@ -205,14 +214,8 @@ class Subject:
     def behavior(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         """The same of what drew the rollouts where that was not the old policy."""
 
-        def make() -> dict[str, list[Tensor]]:
-            generator = torch.Generator().manual_seed(self.seed + 1)
-            return {
-                key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(dtype) for x in values]
-                for key, values in self.old(dtype).items()
-            }
-
-        table: dict[str, list[Tensor]] = self.once(("behavior", dtype), make)
+        old = self.old(dtype)
+        table: dict[str, list[Tensor]] = self.once(("behavior", dtype), lambda: sampled_by_another(old, self.seed + 1))
         return table
 
     def rollout_rows(self, sampled: bool = False) -> list[dict[str, Any]]:

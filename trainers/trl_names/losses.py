@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .rules import rule
 from .verdicts import Asked, Verdict
 
@@ -95,8 +97,8 @@ def sampled(a: Asked) -> Verdict:
     mode = a.says(VLLM_MODE, "sequence_mask")
     if a.key in (VLLM_CORRECTION, VLLM_MODE):
         return a.translated(sampling_correction=mode)
-    bound = a.key.removeprefix("vllm_importance_")
-    return a.translated(sampling_correction=mode, **{bound: a.number()})
+    became: dict[str, Any] = {"sampling_correction": mode, a.key.removeprefix("vllm_importance_"): a.number()}
+    return a.translated(**became)
 
 
 @rule("ref_model_mixup_alpha", "ref_model_sync_steps")
