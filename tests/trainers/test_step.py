@@ -32,7 +32,7 @@ from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference
+from logratio.trainers.policy.reference import AdapterReference, StoredReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult
 
@@ -272,6 +272,24 @@ def test_the_largest_is_that_of_all_micro_batches_and_processes():
     alone = {"loss": 0.0, "a": 5.0, "c": 3.0, "d": 4.0}
     assert result.reduced(start_accelerator("no")) == alone
     assert result.reduced(Two()) == alone | {"a": 7.0}
+
+
+def test_what_was_sampled_is_the_same_however_a_step_is_cut(model):
+    loss = GRPOLoss(sampling_correction="sequence_mask", sampling_clip_min=0.5, sampling_clip_max=2.0)
+    examples = examples_for(Kind.GROUPED)
+    drawn = truths.old_logps(model, examples, seed=3)
+    found = []
+    for tokens in (1000, 40):
+        model.zero_grad()
+        step = make_step(model, loss, micro_batch_tokens=tokens)
+        micros = step.micro_batches(examples)
+        for micro in micros:
+            micro.behavior = StoredReference(drawn, None)(micro.batch)
+        found.append((len(micros), step(micros, step.totals(examples, micros)).reduced(step.accelerator)))
+    (one, whole), (several, cut) = found
+    assert one == 1 < several and cut == pytest.approx(whole, rel=1e-9)
+    assert 0 < whole["sampling/masked_mean"] < 1
+    assert whole["sampling/ratio_min"] < 0.5 and whole["sampling/ratio_max"] > 2
 
 
 def test_fillers_count_for_nothing(model):
