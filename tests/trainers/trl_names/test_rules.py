@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from logratio.losses import LOSSES
+from logratio.losses import LOSSES, GRPOLoss
 from logratio.trainers.trl_names import Kind, consider, is_ours, judge
 
 PEFT = {"use_peft": True}
@@ -299,6 +299,44 @@ def test_what_trl_would_have_done_by_default_is_said():
 )
 def test_a_file_of_our_own_is_known(given, ours):
     assert is_ours(given, LOSSES["sft"]) is ours
+
+
+VLLM = "vllm_importance_sampling_{}".format
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({VLLM("mode"): "token_truncate"}, {"sampling_correction": "token_truncate"}),
+        ({VLLM("correction"): True}, {"sampling_correction": "sequence_mask"}),
+        ({VLLM("correction"): False, VLLM("mode"): "token_mask"}, {"sampling_correction": "none"}),
+        ({VLLM("clip_max"): 2}, {"sampling_correction": "sequence_mask", "sampling_clip_max": 2}),
+        (
+            {VLLM("mode"): "token_mask", VLLM("cap"): "1e1", VLLM("clip_min"): 0.5},
+            {"sampling_correction": "token_mask", "sampling_clip_max": 10.0, "sampling_clip_min": 0.5},
+        ),
+        ({}, {}),
+    ],
+    ids=str,
+)
+def test_corrections_for_what_vllm_sampled(given, expected):
+    """Here of any engine; without vLLM TRL has none."""
+    became = consider("grpo", {"use_vllm": True, **given}).options
+    assert {name: value for name, value in became.items() if name.startswith("sampling_")} == expected
+    GRPOLoss(**expected)
+    without = consider("grpo", given)
+    assert without.options == {} and {v.kind for v in without.verdicts} <= {Kind.NO_EFFECT}
+
+
+def test_what_trl_corrects_by_default_is_said():
+    def absent(**given):
+        return {v.key: v.reason for v in consider("grpo", given).absent}.get(VLLM("mode"))
+
+    assert absent(use_vllm=True) == ("TRL's default is sequence_mask, at 3, here none: nothing is corrected for")
+    assert absent() is None and absent(use_vllm=True, **{VLLM("correction"): False}) is None
+    (refused,) = (v for v in consider("grpo", {"use_vllm": True, VLLM("mode"): "tis"}).refused if v.key != "use_vllm")
+    assert refused.reason.startswith("tis is unknown; must be one of none, token_truncate, ")
+    assert verdict(VLLM("clip_min"), "grpo", **{VLLM("clip_min"): 0.5}).reason == "read only with use_vllm: true"
 
 
 def test_rslora_is_what_its_refusal_says():
