@@ -44,7 +44,8 @@ from .step import Step
 
 UNTRAINED = (
     "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
-    "`logratio train sft` first, and give its output_dir as --model_name_or_path"
+    "`logratio train sft` first, and give its output_dir as --model_name_or_path, one with adapters as "
+    "--adapter_name_or_path"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
     else:
         name = name if own is None else own.name
         check_folder(name, option)
-        with foreign(f"no model configuration could be loaded from {name!r}"):
+        nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
+        with foreign(f"no model configuration could be loaded from {name!r}{nowhere}"):
             config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
