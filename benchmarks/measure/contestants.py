@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -207,11 +207,25 @@ def trainable_copy(model: Any, adapter: str) -> Any:
 def kept_mib(contestant: Contestant) -> float:
     """What stays allocated between two steps: weights (of the reference too), nf4's scales, AdamW's state; MiB."""
     models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
-    kept = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    return stored_mib([*(t for model in models for t in stored_in(model)), *stored_in_optimizer(contestant.optimizer)])
+
+
+def stored_in(model: Any) -> list[Tensor]:
+    """Its parameters, buffers and nf4's scales."""
+    kept = [*model.parameters(), *model.buffers()]
     for weight in list(kept):
         state = getattr(weight, "quant_state", None)
         if state is not None:
             kept += [state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ())]
-    kept += [v for state in contestant.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return kept
+
+
+def stored_in_optimizer(optimizer: Any) -> list[Tensor]:
+    """Its state of every parameter."""
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+
+def stored_mib(tensors: Iterable[Tensor]) -> float:
+    """MiB of these tensors' distinct storages."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values()) / 2**20
