@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from logratio.losses import Kind
 from logratio.trainers.data.examples import Example
-from logratio.trainers.errors import first_line
 from logratio.trainers.loop import count_tokens
 
 from ..measure.clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, wait
@@ -60,7 +61,8 @@ def measure(
         if trl:
             say("TRL's trainer: the same gradient?")
             attempt(TRL, rows, running, partial(make_trl, subject, case, stack))
-            attempt(TRL, rows, running, partial(compared, subject, case, running)) if TRL in running else None
+            if TRL in running:
+                attempt(TRL, rows, running, partial(compared, subject, case, running))
         works: dict[str, Callable[[int], None]] = {OURS: Turns(subject, tokens)}
         if TRL in running:
             attempt(TRL, rows, running, partial(warmed, subject, case, running[TRL], works))
@@ -113,8 +115,6 @@ def compared(subject: Subject, case: OwnCase, running: dict[str, Contestant]) ->
 
 def dropouts(model: Any) -> dict[Any, float]:
     """The modules that drop out, and their rates."""
-    from torch.nn.modules.dropout import _DropoutNd
-
     return {module: module.p for module in model.modules() if isinstance(module, _DropoutNd)}
 
 
@@ -162,7 +162,3 @@ def median_parts(found: Sequence[dict[str, float]]) -> dict[str, float]:
     """Of each part over the windows, in the order of the first."""
     names = dict.fromkeys(name for one in found for name in one)
     return {name: statistics.median(one.get(name, 0.0) for one in found) for name in names}
-
-
-def why_not(error: BaseException) -> str:
-    return first_line(error)

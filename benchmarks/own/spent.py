@@ -109,6 +109,8 @@ def unplanned(subject: Subject) -> str:
     config, device = subject.run.config, subject.device
     if config.train.mixed_precision != "no":
         return "the plan does not model autocast"
+    if config.model.lora_dropout:
+        return "the plan does not model dropout"
     if config.model.adapter_name_or_path:
         return "the plan does not know the loaded adapter's rank"
     if config.model.lora_r and list(config.model.lora_target_modules or ()) != ["all-linear"]:

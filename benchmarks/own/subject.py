@@ -40,7 +40,7 @@ from ..measure.contestants import OldLogps
 ENDLESS = 2**62
 """Steps of a run that is never at its end, where the loop would not pack ahead."""
 EQUAL = (
-    "all rewards were equal, so that nothing would be learned; for the measurement the advantages are 1 and -1 in turn, "
+    "all rewards were equal, so that nothing would be learned; the measured steps have advantages of 1 and -1 in turn, "
     "which changes no time"
 )
 UNCOUNTED = "--precompute_ref_log_probs: of the measured steps alone; the pass over all data is not in any figure"
@@ -115,7 +115,7 @@ def build_subject(
     """The run in a folder of its own, and its first `count` steps' data. UserError for what does not fit, and where it
     is one process of several."""
     stored = config.model.precompute_ref_log_probs
-    run = build(undisturbing(config, folder))
+    run = build(undisturbing(config, folder), saves=False)
     if run.accelerator.num_processes > 1:
         raise UserError("`logratio bench` measures one process: start it without a launcher")
     run.total_steps = ENDLESS

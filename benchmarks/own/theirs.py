@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from logratio.losses import Kind, Loss
-from logratio.reference._trl_drive import METHODS
+from logratio.reference._trl_drive import METHODS, _classes
 from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.adapters import add_adapters
@@ -100,9 +99,11 @@ def trl_options(config: RunConfig) -> dict[str, Any]:
 
 
 def configuration(method: str) -> Any:
-    """TRL's class of the method's options."""
-    module, name = METHODS[method]
-    return getattr(importlib.import_module(module), f"{name}Config")
+    """TRL's class of the method's options. Raises Refused where it is not installed, or another version is."""
+    try:
+        return _classes(method)[1]
+    except ImportError as error:
+        raise Refused(str(error)) from error
 
 
 def loss_options(method: str, loss: Loss, named: set[str]) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def make_trl(subject: Subject, case: OwnCase, stack: ExitStack) -> Trl:
 
 
 def plain_model(subject: Subject) -> Any:
-    """The run's model without what we make faster in it, over the same frozen weights, with copies of those that train."""
+    """The run's model without what we make faster in it, over the same frozen weights; what trains is copied."""
     config = subject.run.config.model
     unfused = dataclasses.replace(config, fused_lora=False, gradient_checkpointing=False)
     model = add_adapters(loaded(subject), unfused, frozen_copy=False)
