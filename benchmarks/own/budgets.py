@@ -17,7 +17,7 @@ from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import UserError
 
 from ..measure.clock import free_memory, interleaved, median_ratio, peak_mem
-from .ours import TooLarge, Turns
+from .ours import Turns
 from .spent import kept_by_autograd
 from .subject import Subject
 
@@ -35,11 +35,12 @@ FREE_SHARE = 0.5
 
 @dataclass
 class Budget:
-    """memory_mib: the peak on a GPU, on a CPU what autograd keeps. step_ms: None where it was not timed. to_asked: its
+    """largest: tokens of the largest micro-batch, padding included. memory_mib: the peak on a GPU, on a CPU what autograd keeps. step_ms: None where it was not timed. to_asked: its
     time over that of the budget that the run asks for. why_not: why no step was taken."""
 
     tokens: int
     micro_batches: float
+    largest: int
     memory_mib: float | None = None
     step_ms: float | None = None
     to_asked: float | None = None
@@ -124,7 +125,7 @@ def most(subject: Subject) -> int:
 def attempted(subject: Subject, tokens: int, found: Found, running: dict[int, Turns]) -> bool:
     """Take the heaviest step, and then all; whether that fits."""
     cut = cut_by(subject, tokens)
-    budget = Budget(tokens, len(cut) / len(subject.windows))
+    budget = Budget(tokens, len(cut) / len(subject.windows), max(rows * length for rows, length in cut))
     found.budgets.append(budget)
     if reason := beyond_memory(subject, tokens, found):
         budget.why_not, found.bound = reason, "memory"
@@ -139,7 +140,7 @@ def attempted(subject: Subject, tokens: int, found: Found, running: dict[int, Tu
         turns = Turns(subject, tokens)
         for _ in subject.windows:
             turns()
-    except (TooLarge, UserError) as error:
+    except UserError as error:
         free_memory()
         budget.why_not, found.bound = str(error), "memory"
         return False

@@ -22,7 +22,7 @@ from ..measure.profiled import host_share
 from ..measure.saved import saved_mib
 from ..measure.step import MAX_GRAD_REL_ERR, TRIAL, Figures, attempt, rates, step_of
 from .budgets import Found, search
-from .ours import Ours, Turns
+from .ours import Ours, Turns, settle
 from .spent import Reckoned, measured_parts, reckoned
 from .subject import Subject
 from .theirs import OwnCase, make_trl
@@ -49,10 +49,10 @@ def measure(
     subject: Subject, case: OwnCase, *, repeats: int, trl: bool, trial: bool, say: Callable[[str], None]
 ) -> Measured:
     """Raises what our own step raises; of TRL's it is told in its row."""
-    device, tokens = subject.device, subject.run.step.micro_batch_tokens
+    device = subject.device
     say("memory of a step")
-    memory = measured_parts(subject)
-    tokens = subject.run.step.micro_batch_tokens  # what was too many is fewer from here on
+    settle(subject)
+    memory, tokens = measured_parts(subject), subject.run.step.micro_batch_tokens
     ours = Ours(subject)
     parts = median_parts([ours.timed_parts(examples) for examples in subject.windows])
     rows: dict[str, Figures] = {OURS: {"status": "ok", "attention": ours.attention, **padded(subject)}}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from logratio.trainers.again import learn
 from logratio.trainers.data.examples import Example
+from logratio.trainers.errors import UserError
 from logratio.trainers.loop import Ahead, take, update
 from logratio.trainers.resume import Progress
 from logratio.trainers.step import Window
@@ -17,7 +18,7 @@ from ..measure.contestants import policy_logps, timed_parts
 from .subject import Subject
 
 
-class TooLarge(Exception):
+class TooLarge(UserError):
     """A budget that the device has no memory for."""
 
 
@@ -72,3 +73,16 @@ class Turns:
         step.memory.take()
         if step.micro_batch_tokens != self.tokens:
             raise TooLarge(f"--micro_batch_tokens {self.tokens} does not fit; {step.micro_batch_tokens} does")
+
+
+def settle(subject: Subject) -> None:
+    """Take each of the steps, with as many tokens as fit. UserError where one example alone does not."""
+    step = subject.run.step
+    while True:
+        turns = Turns(subject, step.micro_batch_tokens)
+        try:
+            for _ in subject.windows:
+                turns()
+            return
+        except TooLarge as error:
+            subject.notes.append(str(error))

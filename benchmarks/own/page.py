@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Figure(NamedTuple):
 
 def rendered(found: Measured, name: str, certificate: dict[str, Any]) -> str:
     """The HTML. Whatever comes from the run is escaped by the template."""
-    config = {**found.subject.run.config.as_dict(), "about": {**certificate, "device": certificate["device"]}}
+    config = json.loads(json.dumps({**found.subject.run.config.as_dict(), "about": certificate}))
     run = Run(Path(name), name, config, {}, 0, 0)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -65,6 +66,7 @@ def rendered(found: Measured, name: str, certificate: dict[str, Any]) -> str:
             (
                 f"{one.tokens:,}",
                 number(one.micro_batches, 3),
+                f"{one.largest:,}",
                 told.ms(one.step_ms),
                 "–" if one.to_asked is None else f"{one.to_asked:.2f}",
                 told.mib(one.memory_mib),
@@ -138,7 +140,8 @@ def detail(name: str, row: dict[str, Any], found: Measured) -> tuple[str, str]:
         f"attention {row['attention']}",
     ]
     if name == OURS:
-        said.insert(0, f"{number(row['micro_batches'], 3)} micro-batches a step")
+        count = row["micro_batches"]
+        said.insert(0, f"{number(count, 3)} micro-batch{'es' * (count != 1)} a step")
     else:
         what = "completions" if found.subject.grouped else "examples"
         said.insert(0, f"micro-batches of {row['micro_batch']} {what}")

@@ -34,10 +34,9 @@ KEPT = "kept by autograd"
 
 
 def measured_parts(subject: Subject) -> dict[str, float | None]:
-    """MiB of each part of a step, and of all. Takes two steps, the first of which makes the optimizer's state."""
+    """MiB of each part of a step, and of all. Takes a step, behind others that have made the optimizer's state."""
     run, device, gpu = subject.run, subject.device, subject.device.type == "cuda"
     turns = Turns(subject, run.step.micro_batch_tokens, subject.heaviest)
-    turns()
     model, other = run.policy.model, subject.ref_model
     trained = {p.untyped_storage().data_ptr() for p in run.trained}
     kept = stored_in(model)
@@ -109,6 +108,8 @@ def unplanned(subject: Subject) -> str:
     config, device = subject.run.config, subject.device
     if config.train.mixed_precision != "no":
         return "the plan does not model autocast"
+    if config.loss_class != config.method:
+        return "the plan knows no loss of one's own"
     if config.model.lora_dropout:
         return "the plan does not model dropout"
     if config.model.adapter_name_or_path:

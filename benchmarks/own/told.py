@@ -54,7 +54,11 @@ def verdict(found: Measured) -> str:
     said = f"{ratio:.2f} times faster than TRL" if ratio >= 1 else f"{1 / ratio:.2f} times slower than TRL"
     if ours and theirs:
         said += f", with {ours / theirs:.2f} times its memory"
-    return f"{said}; the gradients differ by {row['grad_rel_err']:.1e}"
+    said += f"; the gradients differ by {row['grad_rel_err']:.1e}"
+    subject = found.subject
+    if subject.grouped and subject.run.step.reference is not None:
+        said += "; the reference's pass is in our step, and in TRL's rollouts, which are not timed"
+    return said
 
 
 def budget_lines(found: Measured) -> list[str]:
@@ -76,9 +80,10 @@ def budget_lines(found: Measured) -> list[str]:
     elif looked.bound == "memory":
         beyond = min((one.tokens for one in looked.budgets if one.why_not), default=0)
         told.append(f"largest: --micro_batch_tokens {looked.largest} fits, {beyond} does not")
-    else:
+    elif (largest := looked.of(looked.largest)) is not None:
         told.append(
-            f"largest: --micro_batch_tokens {looked.largest} fits, and larger ones cut these steps no other way"
+            f"largest: --micro_batch_tokens {looked.largest} fits, and more changes nothing: the largest micro-batch of "
+            f"these steps then has {largest.largest:,} tokens"
         )
     return told
 
