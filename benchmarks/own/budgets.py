@@ -35,8 +35,9 @@ FREE_SHARE = 0.5
 
 @dataclass
 class Budget:
-    """largest: tokens of the largest micro-batch, padding included. memory_mib: the peak on a GPU, on a CPU what autograd keeps. step_ms: None where it was not timed. to_asked: its
-    time over that of the budget that the run asks for. why_not: why no step was taken."""
+    """largest: tokens of the largest micro-batch, padding included. memory_mib: the peak on a GPU, on a CPU what
+    autograd keeps. step_ms: None where it was not timed. to_asked: its time over that of the budget that the run asks
+    for. why_not: why no step was taken."""
 
     tokens: int
     micro_batches: float

@@ -82,8 +82,8 @@ def budget_lines(found: Measured) -> list[str]:
         told.append(f"largest: --micro_batch_tokens {looked.largest} fits, {beyond} does not")
     elif (largest := looked.of(looked.largest)) is not None:
         told.append(
-            f"largest: --micro_batch_tokens {looked.largest} fits, and more changes nothing: the largest micro-batch of "
-            f"these steps then has {largest.largest:,} tokens"
+            f"largest: --micro_batch_tokens {looked.largest} fits, and more changes nothing: the largest micro-batch "
+            f"of these steps then has {largest.largest:,} tokens"
         )
     return told
 
