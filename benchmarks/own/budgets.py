@@ -90,7 +90,7 @@ def ladder(subject: Subject, asked: int) -> list[int]:
             tokens = max(int(tokens * factor), 1)
             cuts[tokens] = cut_by(subject, tokens)
     kept: dict[Any, int] = {}
-    for tokens in sorted(cuts, key=lambda one: (one != asked, one)):  # of several that cut alike, ours or the smallest
+    for tokens in sorted(cuts, key=lambda one: max(one / asked, asked / one)):  # of several that cut alike the nearest
         kept.setdefault(cuts[tokens], tokens)
     found = sorted(kept.values())
     at = found.index(asked)

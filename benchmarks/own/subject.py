@@ -130,6 +130,9 @@ def build_subject(
         tokens = run.step.micro_batch_tokens
         table = precompute(run.step.reference, examples, tokens, subject.device, **run.policy.packing)
         run.step.reference = StoredReference(table, run.step.reference, run.accelerator)
+        run.config = dataclasses.replace(
+            run.config, model=dataclasses.replace(run.config.model, precompute_ref_log_probs=True)
+        )
         subject.notes.append(UNCOUNTED)
     return subject
 

@@ -131,7 +131,7 @@ REFUSED = {
     "any.yaml --method dpo --repeats 0": "--repeats must be positive, got 0",
     "folder": "folder/run_config.json cannot be read: ",
     "any.yaml --method dpo --dataset_name none.jsonl --output new/one": "none.jsonl",
-    "any.yaml --method dpo --output others": "others/bench.html was not made by `logratio bench`, and is not overwritten",
+    "any.yaml --method dpo --output others": "others/bench.html was not made by `logratio bench`, and is not ",
 }
 
 
@@ -162,4 +162,3 @@ def test_other_options_go_to_the_run():
     options, rest = parsed(["run.yaml", "--lora_r", "8", "--no-trl", "--reward_funcs", "a:b", "c:d", "--repeats", "2"])
     assert (options.run, options.trl, options.repeats) == (Path("run.yaml"), False, 2)
     assert rest == ["--lora_r", "8", "--reward_funcs", "a:b", "c:d"]
-
