@@ -151,11 +151,12 @@ def attempted(subject: Subject, tokens: int, found: Found, running: dict[int, Tu
 
 def beyond_memory(subject: Subject, tokens: int, found: Found) -> str:
     """On a CPU: why a budget is not tried, by what autograd kept with the one before; empty where it is."""
-    before = next((one for one in reversed(found.budgets[:-1]) if one.memory_mib), None)
-    free = available_mib()
+    before, free = (found.budgets[-2] if len(found.budgets) > 1 else None), available_mib()
     if subject.device.type == "cuda" or before is None or free is None:
         return ""
-    expected = (before.memory_mib or 0.0) * tokens / before.tokens
+    if before.memory_mib is None:  # gradient checkpointing
+        return "not tried: nobody sees what such a step keeps" if tokens > found.asked else ""
+    expected = before.memory_mib * tokens / before.tokens
     if expected <= FREE_SHARE * free:
         return ""
     return f"not tried: about {expected:,.0f} MiB for the backward pass, of {free:,.0f} that are free"

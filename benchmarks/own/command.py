@@ -1,7 +1,8 @@
 """`logratio bench RUN.yaml`: a step of one's own run, measured.
 
 RUN.yaml is a file of options as `logratio train METHOD --config` takes it: ours, TRL's, or a run's run_config.json (or
-the run's folder). Further options are those of `logratio train METHOD`, and go before the file's.
+the run's folder); or `logratio bench METHOD ...` with what `logratio train METHOD ...` is given. Further options are
+those of `logratio train METHOD`, and go before the file's.
 Measured are the run's own model, data and options: time, tokens and memory of a step by part beside what `logratio
 plan` reckons, the host's own time, TRL's trainer with the same options where it has them, and the largest and the
 fastest --micro_batch_tokens by trial. Nothing is written to the run's output_dir.
@@ -24,12 +25,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from logratio.trainers.cli import RUN, parse_train
+from logratio.trainers.cli import RUN, options_among, parse_train
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.files import read_entries
 from logratio.trainers.errors import UserError
 from logratio.trainers.memory import no_room
-from logratio.trainers.migrate import method_of
+from logratio.trainers.migrate import METHODS, method_of
 
 from ..pages.page import check_target, write
 from ..reporting.records import Records, certificate, device_name
@@ -49,8 +50,8 @@ FILES = (".yaml", ".yml", ".json")
 class Options:
     """What to measure, and where to write it."""
 
-    run: tyro.conf.Positional[Path]
-    """A file of options as `logratio train METHOD --config` takes it, or a run's folder."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN.yaml|METHOD")]
+    """A file of options as `logratio train METHOD --config` takes it, or a run's folder; or a method."""
     method: str | None = None
     """sft, dpo, kto, orpo, cpo, tpo, grpo or rloo (default: what the file says, or the only one that its options
     fit)."""
@@ -69,12 +70,12 @@ class Options:
 
 
 def names_a_run(argv: Sequence[str], suites: Sequence[str]) -> bool:
-    """Whether the command is about a file of options. UserError where it names neither that nor a suite."""
-    if not argv or argv[0].startswith("-"):
+    """Whether the command is about a run of one's own. UserError where it names neither that nor a suite."""
+    if not argv or argv[0].startswith("-"):  # it stands behind other options, if at all
         return not any(word in suites for word in argv) and any(word.endswith(FILES) for word in argv)
     first = argv[0]
-    if first in suites:
-        return False
+    if first in suites or first in METHODS:
+        return first in METHODS
     if not Path(first).exists():
         raise UserError(f"{first}: there is no such file, and no suite of this name ({', '.join(suites)})")
     return True
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} must be positive, got {value}")
     asked = parse_train(train_words(options, rest))
-    name = options.run.parent.name if options.run.name == CONFIG else options.run.stem
+    name = name_of(options.run, rest)
     output = options.output or Path("bench") / name
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -110,16 +111,29 @@ def parsed(argv: Sequence[str]) -> tuple[Options, list[str]]:
     options, rest = tyro.cli(
         Options, args=argv, prog="logratio bench", description=__doc__, return_unknown_args=True, use_underscores=True
     )
-    if options.run.is_dir():
-        options.run = options.run / CONFIG
     return options, list(rest)
+
+
+def file_of(run: str) -> Path:
+    """The file of options that a name stands for."""
+    return Path(run) / CONFIG if Path(run).is_dir() else Path(run)
+
+
+def name_of(run: str, rest: Sequence[str]) -> str:
+    """What the run is called: by its file, or the folder of it, or the method."""
+    given = options_among(list(rest)).get("config") if run in METHODS else run
+    if given is None:
+        return run
+    path = file_of(given)
+    return path.resolve().parent.name if path.name == CONFIG else path.stem
 
 
 def train_words(options: Options, rest: Sequence[str]) -> list[str]:
     """What `logratio train` would be given. UserError where the file cannot be read, or is of no one method."""
-    path = options.run
+    if options.run in METHODS:
+        return [options.run, *rest]
+    path, method = file_of(options.run), options.method
     entries = read_entries(path, str(path))
-    method = options.method
     if method is None and not RUN <= entries.keys() and not any(word.partition("=")[0] == "--loss" for word in rest):
         method = method_of(entries, str(path))
     return [*([method] if method else []), "--config", str(path), *rest]

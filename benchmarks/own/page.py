@@ -88,9 +88,10 @@ def tiles(found: Measured) -> list[tuple[str, str]]:
         ("median step", f"{told.ms(row['step_ms_p50'])} ms"),
         ("tokens/s", number(row["tokens_per_s"], 3)),
         ("examples/s", number(row["examples_per_s"], 3)),
-        (told.GPU_MEMORY if told.is_gpu(found) else told.CPU_MEMORY, f"{told.mib(told.memory_of(row))} MiB"),
         ("the host's own time", f"{100 * row['host_share']:.0f} %"),
     ]
+    if (kept := told.memory_of(row)) is not None:
+        shown.insert(3, (told.GPU_MEMORY if told.is_gpu(found) else told.CPU_MEMORY, f"{told.mib(kept)} MiB"))
     if trl.get("status") == "ok":
         shown.append(("TRL's time / ours", f"{trl['time_to_ours']:.2f}"))
     if (looked := found.budgets) is not None and looked.fastest is not None:

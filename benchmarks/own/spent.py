@@ -15,6 +15,7 @@ import torch
 from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER
 
 from ..measure.clock import peak_mem
 from ..measure.contestants import stored_in, stored_in_optimizer, stored_mib
@@ -38,16 +39,17 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
     run, device, gpu = subject.run, subject.device, subject.device.type == "cuda"
     turns = Turns(subject, run.step.micro_batch_tokens, subject.heaviest)
     model, other = run.policy.model, subject.ref_model
-    trained = {p.untyped_storage().data_ptr() for p in run.trained}
     kept = stored_in(model)
-    adapters = [t for t in kept if run.policy.has_adapters and t.untyped_storage().data_ptr() in trained]
-    whole = stored_mib(kept)
+    named = dict(model.named_parameters())
+    frozen = [p for name, p in named.items() if f".{REFERENCE_ADAPTER}." in name]
+    adapters = list(run.trained) if run.policy.has_adapters else []
+    reference = [*frozen, *([] if other is None else stored_in(other))]
     parts: dict[str, float | None] = {
-        "weights": whole - stored_mib(adapters),
+        "weights": stored_mib(kept) - stored_mib(adapters) - stored_mib(frozen),
         "adapters": stored_mib(adapters),
-        "reference": 0.0 if other is None else stored_mib(stored_in(other)),
+        "reference": stored_mib(reference),
         "optimizer": stored_mib(stored_in_optimizer(run.optimizer)),
-        "gradients": sum(p.numel() * p.element_size() for p in run.trained) / MIB,
+        "gradients": trained_mib(subject),
     }
     stays = sum(value or 0.0 for value in parts.values())
     if gpu:

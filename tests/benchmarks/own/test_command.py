@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from logratio.benchmarks.memory.geometry import Geometry
-from logratio.benchmarks.own.command import names_a_run, parsed
+from logratio.benchmarks.own.command import name_of, names_a_run, parsed, train_words
 from logratio.trainers import cli
+from logratio.trainers.cli import parse_train
 from logratio.trainers.policy.tiny import tiny_config
 
 from ..pages._chromium import browser, chromium
@@ -155,10 +156,30 @@ def test_a_suite_is_still_a_suite(tmp_path, monkeypatch):
     Path("run.yaml").touch()
     assert not names_a_run(["quick", "--only", "dpo"], SUITES) and not names_a_run(["--help"], SUITES)
     assert not names_a_run([], SUITES) and not names_a_run(["--repeats", "2", "head"], SUITES)
+    assert names_a_run(["dpo", "--config", "run.yaml"], SUITES)
     assert names_a_run(["run.yaml"], SUITES) and names_a_run(["--repeats", "2", "run.yaml"], SUITES)
 
 
 def test_other_options_go_to_the_run():
     options, rest = parsed(["run.yaml", "--lora_r", "8", "--no-trl", "--reward_funcs", "a:b", "c:d", "--repeats", "2"])
-    assert (options.run, options.trl, options.repeats) == (Path("run.yaml"), False, 2)
+    assert (options.run, options.trl, options.repeats) == ("run.yaml", False, 2)
     assert rest == ["--lora_r", "8", "--reward_funcs", "a:b", "c:d"]
+
+
+def test_a_run_is_named_by_file_folder_or_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/one").mkdir(parents=True)
+    config = parse_train(["kto", "--lora_r", "8"]).as_dict()
+    Path("runs/one/run_config.json").write_text(json.dumps(config))
+    Path("mine.yaml").write_text("lora_r: 8")
+    for words, name in (
+        ("mine.yaml --method kto", "mine"),
+        ("kto --config mine.yaml", "mine"),
+        ("kto --lora_r 8", "kto"),
+        ("runs/one", "one"),
+        ("runs/one/run_config.json", "one"),
+    ):
+        options, rest = parsed(words.split())
+        assert name_of(options.run, rest) == name
+        run = parse_train(train_words(options, rest))
+        assert (run.method, run.model.lora_r) == ("kto", 8)

@@ -18,7 +18,7 @@ from logratio.benchmarks.own import budgets, spent
 from logratio.benchmarks.own.budgets import Budget, Found, close_in, ladder
 from logratio.benchmarks.own.measuring import measure
 from logratio.benchmarks.own.ours import TooLarge, Turns, settle
-from logratio.benchmarks.own.spent import measured_parts, plan_of, reckoned, seen
+from logratio.benchmarks.own.spent import measured_parts, plan_of, reckoned, seen, trained_mib
 from logratio.benchmarks.own.subject import EQUAL, build_subject
 from logratio.benchmarks.own.theirs import case_of, loss_options, trl_options
 from logratio.losses import CPOLoss, DPOLoss, GRPOLoss, KTOLoss, SFTLoss
@@ -214,6 +214,17 @@ def test_a_cpus_memory_is_not_filled(monkeypatch):
     assert budgets.beyond_memory(subject, 128, found) == ""
     why = budgets.beyond_memory(subject, 256, found)
     assert why == "not tried: about 800 MiB for the backward pass, of 1,000 that are free"
+    found.budgets[0].memory_mib = None
+    assert budgets.beyond_memory(subject, 64, found) == ""
+    assert budgets.beyond_memory(subject, 128, found) == "not tried: nobody sees what such a step keeps"
+
+
+def test_a_reference_that_is_an_adapter_is_no_weight(tmp_path):
+    _, subject = subject_of("dpo --lora_r 2 --sync_ref_model --batch_size 4 --gradient_checkpointing", tmp_path, 1)
+    settle(subject)
+    parts = measured_parts(subject)
+    assert parts["reference"] == parts["adapters"] == trained_mib(subject)
+    assert parts["weights"] == pytest.approx(4 * 673_024 / 2**20, rel=1e-3) and parts["all"] is None
 
 
 def test_the_plan_is_of_the_step_as_it_was_packed():
