@@ -8,6 +8,8 @@
     data    rows to tokens to micro-batches, and a process's memory (--data_rows, --no-data_texts)
     all     head, step and scale
 
+    RUN.yaml   a step of your own run: `logratio bench RUN.yaml --help`
+
 Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
 time (`--budget_s` cuts it between two cases) and gone on with. Status 1 where a case failed.
 """
@@ -15,11 +17,12 @@ time (`--budget_s` cuts it between two cases) and gone on with. Status 1 where a
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import tyro
@@ -33,6 +36,7 @@ from .measure.contestants import LEARNING_RATE
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .own import command
 from .progress import Progress
 from .reporting.records import Records, certificate, device_name
 
@@ -45,12 +49,14 @@ HEADS = {
 """model -> hidden size, vocabulary, tokens; the last in the size that github.com/RL-Align/RL-Kernel publishes."""
 SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
 
+Suite = Literal["quick", "head", "step", "scale", "host", "data", "all"]
+
 
 @dataclass
 class Options:
     """What to measure, and where to write it."""
 
-    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "host", "data", "all"]]
+    suite: tyro.conf.Positional[Suite]
     """Which cases."""
     results: Path = Path("benchmarks/results")
     """Folder of the JSON lines."""
@@ -92,7 +98,10 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure head and steps beside TRL and Liger-Kernel; JSON lines for `logratio report`."""
+    """Measure a run of your own (RUN.yaml), or head and steps beside TRL and Liger-Kernel."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if command.names_a_run(argv, get_args(Suite)):
+        return command.main(argv)
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -45,6 +45,7 @@ FLOORS = (
     ("benchmarks/measure",),
     ("benchmarks/plan.py", "benchmarks/verify.py"),
     ("benchmarks/pages",),
+    ("benchmarks/own",),
     ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/documents.py", "benchmarks/report.py"),
     ("benchmarks/profile.py",),
 )

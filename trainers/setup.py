@@ -77,8 +77,9 @@ class Run:
         return epoch_steps(self.data.epoch_size, self.config)
 
 
-def build(config: RunConfig) -> Run:
-    """Raises UserError for whatever in the configuration, the data or the model does not fit."""
+def build(config: RunConfig, *, saves: bool = True) -> Run:
+    """Raises UserError for whatever in the configuration, the data or the model does not fit. saves: whether the disk
+    is to have room for the trained model."""
     chosen_trackers(config.train.report_to)  # refused here, if at all
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     config = config.resolved(accelerator.num_processes)
@@ -89,7 +90,7 @@ def build(config: RunConfig) -> Run:
     data = load_data(config, tokenizer, accelerator)
     rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
     total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
-    model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps)
+    model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps, saves=saves)
 
     policy, notes = make_policy(config, accelerator.device)
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
