@@ -74,12 +74,14 @@ def train_run(
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
     where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
     with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
-        for note in (describe(run.policy.model), *run.notes):
-            log.say(note)
+        log.say(describe(run.policy.model))
+        for note in run.notes:
+            log.note(note)
         log.list_skipped(run.data.skipped)
         log.keep_card(run.data.card())
         row, windows = log.last, Ahead(steps(run, progress))
         for step in range(progress.step + 1, total + 1):
+            log.at = step
             try:
                 row, asked = take(run, windows, progress, stop)
             except UserError as error:
@@ -101,7 +103,7 @@ def train_run(
             if ends:
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):
-            log.say(note)
+            log.note(note)
         log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
@@ -143,7 +145,7 @@ def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog
     progress.best.look(options, progress.step, row)
     if not progress.best.ends(options):
         return False
-    log.say(f"step {progress.step}: {progress.best.since} evaluations without a better {options.metric}: training ends")
+    log.note(f"step {progress.step}: {progress.best.since} evaluations without a better {options.metric}: training ends")
     return True
 
 
@@ -160,7 +162,7 @@ def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, a
         if stops:
             raise
         kept = f"checkpoint-{progress.saved} is the last" if progress.saved is not None else "there is none yet"
-        log.say(f"step {step}: {error}; the run goes on, {kept}")
+        log.alarm(f"step {step}: {error}; the run goes on, {kept}")
     if stops:
         raise Stopped(
             f"stopped after step {step}, saved in {run.config.train.output_dir}/checkpoint-{step}; the same command "

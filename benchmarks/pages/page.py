@@ -115,6 +115,7 @@ def rendered(runs: Sequence[Run]) -> str:
         css=Markup((HERE / "page.css").read_text().replace("/* colours */", colours())),
         js=Markup((HERE / "page.js").read_text()),
         runs=runs,
+        said=[run for run in runs if run.said],
         colours=[colour_of(at) for at in range(len(runs))],
         summary=summary(runs),
         learning=figures(shown),

@@ -18,6 +18,7 @@ LEFT_OUT = [
     "skipped_rows*",
     "completions*",
     "metrics*",
+    "notes*",
     "tensorboard*",
 ]
 """What of a run is not for others: states, logs, reference log-probs, and rows of the data."""
