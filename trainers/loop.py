@@ -145,7 +145,8 @@ def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog
     progress.best.look(options, progress.step, row)
     if not progress.best.ends(options):
         return False
-    log.note(f"step {progress.step}: {progress.best.since} evaluations without a better {options.metric}: training ends")
+    without = f"{progress.best.since} evaluations without a better {options.metric}"
+    log.note(f"step {progress.step}: {without}: training ends")
     return True
 
 

@@ -60,7 +60,9 @@ def test_a_disk_that_takes_none_costs_no_run(tmp_path, monkeypatch):
     assert [line["text"] for line in lines(tmp_path)] == ["one"]
 
 
-@pytest.mark.parametrize("error, text", [(UserError("bad row"), "bad row"), (ValueError("odd\nmore"), "ValueError: odd")])
+@pytest.mark.parametrize(
+    "error, text", [(UserError("bad row"), "bad row"), (ValueError("odd\nmore"), "ValueError: odd")]
+)
 def test_why_a_run_ended_is_kept(tmp_path, error, text):
     with pytest.raises(type(error)), RunLog(str(tmp_path), {}, total_steps=9, quiet=True) as log:
         log.say("not kept")
