@@ -22,6 +22,7 @@ from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .config.numbers import number_of
 from .data.examples import Example
+from .data.sample import sample
 from .errors import Stopped, UserError
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
@@ -37,19 +38,22 @@ from .rollout.windows import roll_out
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 
+Planner = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
+"""Of a run's settings (run_config.json) and data card: the peak of memory that is predicted, in MiB, where one is."""
 
-def train(config: RunConfig) -> dict[str, float]:
+
+def train(config: RunConfig, plan: Planner | None = None) -> dict[str, float]:
     """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
 
-    Raises UserError for bad input, and where a loss or a gradient is not finite or a loss has exploded (nothing is
-    saved then); Stopped where a signal ended it (a checkpoint is).
+    plan: what the memory on the screen is compared with. Raises UserError for bad input, and where a loss or a gradient
+    is not finite or a loss has exploded (nothing is saved then); Stopped where a signal ended it (a checkpoint is).
     """
     main = os.environ.get("RANK", "0") == "0"
     with ending_together(), locked(config.train.output_dir, main=main):
         try:
             run = build(config)  # until there is something to save, a signal ends it as any program
             with stopping() as stop:
-                return train_run(run, stop=stop)
+                return train_run(run, stop=stop, plan=plan)
         except torch.OutOfMemoryError as error:
             raise no_room(error) from error
 
@@ -61,18 +65,20 @@ def train_run(
     told: Callable[[dict[str, float], bool], None] | None = None,
     quiet: bool = False,
     stop: Stop | None = None,
+    plan: Planner | None = None,
 ) -> dict[str, float]:
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's number after every step; the step for which it is true, on all
         processes alike, is the last. told: called with every step's line of the log, and whether there is a
-        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came.
+        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
     """
     progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
     began = None if run.checkpoint is None else run.checkpoint.folder.parent
     after = (progress.step, progress.log_hash) if began else None
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
     where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
+    where["planned"] = plan(settings, run.data.card()) if main and plan is not None else None
     with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
         log.say(describe(run.policy.model))
         for note in run.notes:
@@ -94,6 +100,7 @@ def train_run(
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
+            log.sample(lambda step=step: windows.sample(run.tokenizer, step))  # type: ignore[misc]
             log.step(row)
             for note in run.health.after(step, row, last=ends):
                 log.alarm(note)
@@ -205,6 +212,11 @@ class Ahead(Iterator[Window]):
     def __init__(self, source: Iterator[Window]) -> None:
         self.source = source
         self.prepared: list[Window | Exception] = []
+        self.examples: Sequence[Example] = ()  # of the last one that was asked for
+
+    def sample(self, tokenizer: Any, turn: int) -> list[tuple[str, str]]:
+        """One of its examples as text, which take turns; nothing where this process had none."""
+        return sample(self.examples[turn % len(self.examples)], tokenizer, turn) if self.examples else []
 
     def prepare(self) -> None:
         """Pack the next one, unless it is."""
@@ -220,6 +232,7 @@ class Ahead(Iterator[Window]):
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window
+        self.examples = window.examples
         return window
 
 

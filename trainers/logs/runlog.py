@@ -8,7 +8,8 @@ import json
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,11 +23,13 @@ from .completions import FOLDER, CompletionParts
 from .journal import Journal
 from .notes import NOTES, Kind, Notes
 from .samples import best_and_worst
-from .screen import Screen, figures_of
+from .screen import WIDE, Screen, figures_of
 from .streams import Lasting
 from .trackers import TENSORBOARD, Trackers
 
 SKIPPED, DATA_CARD = "skipped_rows.jsonl", "data_card.json"
+SAMPLE_S = 5.0
+"""Seconds for which a sample is shown, at the least."""
 
 
 class RunLog:
@@ -34,7 +37,8 @@ class RunLog:
 
     quiet: writes the files, but shows nothing. after: (step, hash) of the line of metrics.jsonl behind which the run
         goes on, in the folder `began`, where that is another than its own; None: it begins. report_to: trackers, see
-        `trackers.chosen`. Its `at` is the step that is being taken, which what is said is of.
+        `trackers.chosen`. planned: the peak of memory that was predicted, in MiB. Its `at` is the step
+        that is being taken, which what is said is of.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class RunLog:
         after: tuple[int, str] | None = None,
         began: Path | None = None,
         report_to: Sequence[str] = (),
+        planned: float | None = None,
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
@@ -79,7 +84,9 @@ class RunLog:
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
         self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
-        self.screen = Screen(total_steps, self.first)
+        has = config.get("about", {}).get("device_mem_mib")
+        self.screen = Screen(total_steps, self.first, planned=planned, has=has)
+        self.sampled = float("-inf")  # when, in seconds
         self.live = Live(console=self.console, get_renderable=lambda: self.screen)
 
     def __enter__(self) -> RunLog:
@@ -165,6 +172,13 @@ class RunLog:
         if step in (self.first + 1, total) or step % max(1, total // 20) == 0:
             figures = "  ".join(f"{name} {row[name]:.4g}" for name in (*figures_of(row), "tokens_per_s") if name in row)
             self.say(f"step {step}/{total}  {figures}  {self.screen.left or 0:.0f} s left")
+
+    def sample(self, make: Callable[[], list[tuple[str, str]]]) -> None:
+        """Show another sample of what is trained on, where there is a place for one and the last was read. make: calls
+        for (what, text) of its prompt and of what follows."""
+        now = time.monotonic()
+        if self.main and self.console.is_terminal and self.console.width >= WIDE and now - self.sampled >= SAMPLE_S:
+            self.sampled, self.screen.sample = now, make()
 
     def completions(self, rows: Sequence[dict[str, Any]], every: int) -> None:
         """Keep what a step has sampled, and show two of it every so many steps; 0: never."""
