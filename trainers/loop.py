@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from logratio.losses import Mean
 
 from .again import learn
+from .checkpoints.hub import push_run
 from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
@@ -117,6 +119,8 @@ def train_run(
             save_run(run.config, run.policy, run.tokenizer, weights)
         log.flush()  # or the lines that still wait are lost without a word
         log.say(f"{progress.step} steps done; saved in {folder}")
+        if main and (told_of_push := push_run(run.config.save, Path(folder))):
+            log.note(told_of_push)
     return row
 
 

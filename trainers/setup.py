@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.hub import check_push
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
 from .config import RunConfig
@@ -79,6 +80,7 @@ class Run:
 def build(config: RunConfig) -> Run:
     """Raises UserError for whatever in the configuration, the data or the model does not fit."""
     chosen_trackers(config.train.report_to)  # refused here, if at all
+    check_push(config.save)
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
