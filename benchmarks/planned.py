@@ -163,6 +163,8 @@ def not_modelled(settings: Mapping[str, Any]) -> list[str]:
         found.append("the plan does not know the loaded adapter's rank")
     if model.get("lora_r") and list(model.get("lora_target_modules") or ["all-linear"]) != ["all-linear"]:
         found.append("the plan is of adapters on all linear layers")
+    named = {"load_in_8bit": "8-bit weights", "use_dora": "DoRA", "lora_modules_to_save": "modules that train whole"}
+    found += [f"the plan does not model {what}" for name, what in named.items() if model.get(name)]
     return found
 
 

@@ -116,12 +116,10 @@ ONLY = {
     "model_revision": Only(("main",), "give the folder of a download of that revision as model_name_or_path"),
     "trust_remote_code": Only(NOTHING, "only models that transformers itself knows are trained"),
     "lora_task_type": Only(("CAUSAL_LM",), "adapters are those of a causal language model; leave it out"),
-    "use_rslora": Only(NOTHING, "scale by lora_alpha instead: rsLoRA's is lora_alpha x sqrt(lora_r) here"),
-    "use_dora": Only(NOTHING, "DoRA is not supported; leave it out for plain LoRA"),
-    "lora_modules_to_save": Only(NOTHING, "adapters alone are trained; leave it out, or train the whole model"),
     "lora_target_parameters": Only(NOTHING, "adapters go on modules; name them in lora_target_modules"),
-    "load_in_8bit": Only(NOTHING, "weights are quantized to 4 bits alone: load_in_4bit: true"),
-    "quantization_config": Only(NOTHING, "say load_in_4bit: true for nf4 with double quantization"),
+    "quantization_config": Only(
+        NOTHING, "say load_in_4bit: true for nf4 with double quantization, or load_in_8bit: true"
+    ),
     "use_kernels": Only(NOTHING, "our own kernels are on (fused_layers), or Liger's: use_liger_kernel: true"),
     "liger_kernel_config": Only(NOTHING, "use_liger_kernel patches RMSNorm, SwiGLU and RoPE; leave this out"),
     "cast_lm_head_to_fp32": Only(NOTHING, "say dtype: float32 with bf16: true for weights in float32"),
