@@ -55,12 +55,14 @@ def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: b
     """
     logging.disable_progress_bar()  # of reading and writing weights, in the middle of what a command prints
     base = base_of(path)
+    quantized = was_quantized(path) if base else {}
     config = ModelConfig(
         model_name_or_path=base or path,
         adapter_name_or_path=path if base else None,
         dtype=dtype,
         fused_lora=False,  # what is merged is PEFT's
-        **(was_quantized(path) if base else {}),
+        load_in_4bit=quantized.get("load_in_4bit", False),
+        load_in_8bit=quantized.get("load_in_8bit", False),
     )
     model = load_model(config, device)
     if dequantize:

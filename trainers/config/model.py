@@ -103,7 +103,7 @@ class ModelConfig:
             )
 
     def _refuse_given(self, options: Iterable[str], why: str) -> None:
-        given = [f"--{name}" for name in options if getattr(self, name) not in (None, False)]
+        given = [f"--{name}" for name in options if (said := getattr(self, name)) is not None and said is not False]
         if given:
             raise UserError(f"{', '.join(given)}: {why}")
 

@@ -86,7 +86,7 @@ def targets(a: Asked) -> Verdict:
     odd = [name for name in names if not re.fullmatch(r"[\w.-]+", str(name))]
     if odd:
         return a.refused(f"{odd[0]} is a pattern; name the modules, as [q_proj, v_proj], or all-linear")
-    return a.taken() if isinstance(a.value, list) else a.translated(**{a.key: names})
+    return a.taken() if isinstance(a.value, list) else a.translated("", **{a.key: names})
 
 
 @rule("load_in_4bit", "load_in_8bit")

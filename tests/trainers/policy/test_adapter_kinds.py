@@ -43,7 +43,12 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("whole", "int8")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_it_is_saved_as_pefts_and_goes_on_to_the_bit_and_merges(case, capsys):
     words = [*LORA, *CASES[case]]
     train("dpo", *words)
@@ -108,24 +113,15 @@ def test_rslora_is_fused_and_dora_is_not():
     assert fused(use_dora=True) == ({"Linear"}, SAID["dora"])
 
 
+@pytest.mark.slow
 def test_a_copy_of_such_an_adapter_is_the_reference_and_stays():
     """The first step's loss is ln 2, and what the policy is compared with does not follow it."""
     train("sft", *LORA, *CASES["whole"], output="first")
-    train(
-        "dpo",
-        "--model_name_or_path",
-        "first/base_model",
-        "--adapter_name_or_path",
-        "first",
-        "--disable_dropout",
-        "True",
-    )
+    words = ["--model_name_or_path", "first/base_model", "--adapter_name_or_path", "first", "--max_steps", "4"]
+    train("dpo", *words, "--precompute_ref_log_probs", output="stored")
+    train("dpo", *words)
     rows = log("out")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[-1]["loss"] < 0.69
-    train(
-        "dpo", "--model_name_or_path", "first/base_model", "--adapter_name_or_path", "first", "--precompute_ref_log_probs",
-        output="stored",
-    )  # fmt: skip
     assert [row["loss"] for row in log("stored")] == pytest.approx([row["loss"] for row in rows], abs=1e-5)
 
 
