@@ -139,9 +139,9 @@ class Screen:
         if "peak_mem_mib" in self.row and (beside := self._beside()):
             machine[-1] += f" ({beside})"
         line = pairs([(name, self.row[name]) for name in alone])
-        rest = Text("  ".join(machine), style="dim")
-        both = Text("  ").join([line, rest]) if alone else rest
-        yield from [both] if both.cell_len <= width else [line, rest]
+        of_machine = Text("  ".join(machine), style="dim")
+        both = Text("  ").join([line, of_machine]) if alone else of_machine
+        yield from [both] if both.cell_len <= width else [line, of_machine]
         yield from self._curves(curves, width, plain)
         if self.evaluation:
             step, *rest = self.evaluation.items()
@@ -160,10 +160,10 @@ class Screen:
     def _sample(self, width: int, plain: bool) -> Iterator[Text]:
         """A line for the prompt, whose end is shown, and one for each text that follows."""
         for number, (what, text) in enumerate(self.sample):
-            begin, shown = f"{what}: ", one_line(text)
+            begin, said = f"{what}: ", one_line(text)
             if plain:
-                shown = shown.encode("ascii", "backslashreplace").decode()
-            line = Text(fitted(begin, shown, width, end=number == 0))
+                said = said.encode("ascii", "backslashreplace").decode()
+            line = Text(fitted(begin, said, width, end=number == 0))
             line.stylize("dim", 0, len(begin))
             yield line
 
