@@ -58,11 +58,13 @@ class Setup:
     precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
+    reward_kl_coef: float = 0.0
     accumulates: bool = True
     gpu: str | None = "H100"
 
     def __post_init__(self) -> None:
-        tables: dict[str, Collection[str]] = {"method": LOSSES, "dtype": ELEMENT, "optim": OPTIMIZERS}
+        tables: dict[str, Collection[str]] = {"dtype": ELEMENT, "optim": OPTIMIZERS}
+        tables |= {} if self.loss is not None else {"method": LOSSES}
         for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise UserError(f"--{name} {getattr(self, name)!r} is unknown, expected one of: {', '.join(table)}")
@@ -100,7 +102,7 @@ class Setup:
 
     @property
     def with_reference(self) -> bool:
-        return self.the_loss.wants_reference
+        return self.the_loss.wants_reference or self.reward_kl_coef > 0
 
 
 class Moment(NamedTuple):

@@ -119,6 +119,7 @@ def rendered(runs: Sequence[Run]) -> str:
         css=css(),
         js=Markup((HERE / "page.js").read_text()),
         runs=runs,
+        said=[run for run in runs if run.said],
         colours=[colour_of(at) for at in range(len(runs))],
         summary=summary(runs),
         learning=figures(shown),
