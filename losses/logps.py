@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import STATS, Tile, TorchTile, Transform, TwoGemm
+from ._tile import STATS, Tile, TorchTile, Transform
+from ._two_gemm import TwoGemm
 from .options import check_choice, check_positive
 
 IMPLEMENTATIONS = {
@@ -30,13 +31,15 @@ TILE_MEMORY = 1 / 32
 class TokenLogps(NamedTuple):
     """[N] each, nats, float32 (float64 for float64 inputs); None what was not asked for.
 
-    entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient.
+    entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient. is_top1: bool, whether
+    the target is what `torch.argmax` of the logits gives, of several that are equally large the first.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 @overload
@@ -89,7 +92,7 @@ def linear_logps(
     hidden: [N, H]; weight: [V, H] and bias: [V] or None, all of one dtype (float64, float32, bfloat16,
     float16); under autocast they are cast to its dtype. targets: [N] int64 in [0, V).
     Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs), with gradients to hidden, weight, bias.
-    stats: some of entropy, log_z, log_sum_p2; then a `TokenLogps` with these row statistics beside them.
+    stats: some of entropy, log_z, log_sum_p2, is_top1; then a `TokenLogps` with these row statistics beside them.
 
     impl: "eager", "two_gemm", "triton", or "auto": triton on a GPU where it is installed and the dtype is not float64,
     else two_gemm. Both go in chunks, chunk_tokens rows of logits alive at a time (default: `default_chunk_tokens`).
@@ -169,6 +172,7 @@ def _eager(
         "entropy": lambda: -(all_logps.exp() * all_logps).sum(-1),
         "log_z": lambda: z.logsumexp(-1),
         "log_sum_p2": lambda: (2 * all_logps.detach()).logsumexp(-1),
+        "is_top1": lambda: z.argmax(-1) == targets,
     }
     return TokenLogps(all_logps.gather(-1, targets[:, None])[:, 0], **{name: compute[name]() for name in asked})
 

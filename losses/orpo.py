@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .dpo import preference_metrics
+from .metrics import preference_metrics
 from .options import Positive
 from .registry import register
 from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
