@@ -12,6 +12,7 @@ from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
+from .support import Support
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "PairLogps",
     "PairRatios",
     "SFTLoss",
+    "Support",
     "TPOLoss",
     "TokenLogps",
     "Totals",

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .support import OUTSIDE, Kept
+
 STATS = ("entropy", "log_z", "log_sum_p2", "is_top1")
 """Row statistics that come with the log-probabilities on request."""
 CONSTANTS = ("log_sum_p2", "is_top1")
@@ -70,8 +72,12 @@ class Tile(Protocol):
     weight: Tensor
     sum_dtype: torch.dtype
 
-    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+    def rows(
+        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+    ) -> Rows:
         """The rows of h [n, H], in weight's dtype, at the targets y [n]; with coefficients also their gradient.
+
+        kept: the words that the rows are of, None: all.
 
         gradient: d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in memory that the next call uses.
         Not together: the entropy among `stats` and a coefficient of it.
@@ -117,7 +123,9 @@ class TorchTile:
         self._scratch = torch.empty_like(self._logits[: self._block])
         self._slope = torch.empty_like(self._scratch) if transform.softcap is not None else None
 
-    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+    def rows(
+        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+    ) -> Rows:
         """See `Tile`; the gradient is in sum_dtype."""
         z = self._multiply(h)
         logps = z.new_empty(len(h))
@@ -125,6 +133,8 @@ class TorchTile:
         for start in range(0, len(h), self._block):
             at = slice(start, start + self._block)
             slope = self._transform(z[at], differentiated=coefficients is not None)
+            if kept is not None:
+                kept.at(slice(start, min(start + self._block, len(h)))).leave_out(z[at], OUTSIDE)
             block = self._softmax(z[at], y[at, None])
             logps[at] = block.shifted_y - block.log_total
             for name in _STATS:

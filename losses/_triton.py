@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._tile import STAT_DTYPES, STATS, Coefficients, Rows, Transform, product_dtype
+from .support import Kept
 
 BLOCK = 4096
 """Words of a row that a program holds at a time; a power of 2."""
@@ -45,11 +46,14 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logits(  # type: ignore[no-untyped-def]
+    row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr, SUPPORT: tl.constexpr
+):
     """(z, tanh's slope or z), [BLOCK] float32 each: the logits at the columns `at`, and how the soft cap bends them.
 
     The row's memory is read up to its stride, not to V, so that a V that no vector divides costs nothing; what is
-    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN.
+    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN. With SUPPORT so does a
+    raw logit of -inf, a word that is left out (`support.OUTSIDE`).
     """
     x = tl.load(row + at, mask=at < stride, other=0.0)
     if bias is not None:
@@ -59,6 +63,8 @@ def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr): 
     if SOFTCAP:
         tanh, bend = _tanh(z)
         z = tanh * outer
+    if SUPPORT:
+        z = tl.where(x == -float("inf"), -1e30, z)
     return tl.where(at < words, z, -1e38), bend
 
 
@@ -82,6 +88,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     outer,
     slope,  # dz / dx at x = 0
     SOFTCAP: tl.constexpr,
+    SUPPORT: tl.constexpr,
     OUT: tl.constexpr,  # dtype of the gradient
     BLOCK: tl.constexpr,
 ):
@@ -94,7 +101,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     biggest = -1e38  # not -inf: inf - inf and 0 * inf would be NaN
     total, sum_ez, sum_e2, z_y, before_y = 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, words, BLOCK):
-        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP)
+        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP, SUPPORT)
         before = biggest
         biggest = tl.maximum(before, tl.max(z, 0))
         shift = before - biggest
@@ -132,7 +139,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         gradient = row.to(tl.pointer_type(OUT), bitcast=True)
         for start in range(0, words, BLOCK):
             at = start + lane
-            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP)
+            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
             shifted = z - biggest
             p_weight = of_p
             if entropy_c is not None:
@@ -184,10 +191,15 @@ class TritonTile:
         self._logits = weight.new_empty(rows, self.stride, dtype=torch.float32)
         self._gradient = self._logits.view(weight.dtype)
 
-    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+    def rows(
+        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+    ) -> Rows:
         """See `Tile`; the gradient is in the dtype of the weight that the tile was made with."""
         n = len(h)
-        self._multiply(h, self._logits[:n, : self.words])
+        raw = self._logits[:n, : self.words]
+        self._multiply(h, raw)
+        if kept is not None:
+            kept.leave_out(raw, -float("inf"))
         if y.is_cuda:
             torch._assert_async(((y >= 0) & (y < self.words)).all())  # the kernel would find no target, and say nothing
         dtypes = dict.fromkeys(("logps", *stats), torch.float32) | {k: v for k, v in STAT_DTYPES.items() if k in stats}
@@ -207,6 +219,7 @@ class TritonTile:
                 self.outer,
                 self.slope,
                 SOFTCAP=self.softcap,
+                SUPPORT=kept is not None,
                 OUT=HALF.get(self._gradient.dtype, tl.float32),
                 BLOCK=BLOCK,
                 **LAUNCH,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._tile import CONSTANTS, STAT_DTYPES, Coefficients, Tile, Transform
+from .support import Kept
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -41,8 +42,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def _of(kept: Kept | None, at: slice, hidden: Tensor) -> Kept | None:
+    return None if kept is None else kept.at(slice(at.start, min(at.stop, len(hidden))))
+
+
 class TwoGemm(torch.autograd.Function):
-    """(hidden, weight, bias, targets, transform, make_tile, chunk_tokens, stats, grad) -> (logps [N], *stats [N] each).
+    """(hidden, weight, bias, targets, kept, transform, make_tile, chunk_tokens, stats, grad) -> logps [N], *stats [N].
 
     make_tile: the class of `Tile` to use.
     grad: whether gradients are being recorded (`torch.is_grad_enabled()`, which is always False inside `forward`).
@@ -55,6 +60,7 @@ class TwoGemm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        kept: Kept | None,
         transform: Transform,
         make_tile: Callable[..., Tile],
         chunk_tokens: int,
@@ -76,7 +82,9 @@ class TwoGemm(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
                 coefficients = None if of_logps is None else of_logps.at(at)
-                got = tile.rows(hidden[at].to(tile.weight.dtype), targets[at], stats, coefficients)
+                got = tile.rows(
+                    hidden[at].to(tile.weight.dtype), targets[at], _of(kept, at, hidden), stats, coefficients
+                )
                 out["logps"][at] = got.logps
                 for name in stats:
                     out[name][at] = got.stats[name]
@@ -86,7 +94,7 @@ class TwoGemm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         again = recomputes or "entropy" in stats or "log_z" in stats
         ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))
-        ctx.options = transform, make_tile, chunk_tokens, stats
+        ctx.options = kept, transform, make_tile, chunk_tokens, stats
         ctx.mark_non_differentiable(*(out[name] for name in CONSTANTS if name in stats))
         return tuple(out.values())
 
@@ -99,17 +107,17 @@ class TwoGemm(torch.autograd.Function):
         grads = {"logps": grad_logps, "log_z": grads.get("log_z"), "entropy": grads.get("entropy")}
         wanted = [name for name, value in grads.items() if value is not None]
         if not wanted:
-            return (None,) * 9
+            return (None,) * 10
         if g is not None and wanted == ["logps"]:
-            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 8  # type: ignore[index]
+            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 9  # type: ignore[index]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return *_recompute(ctx, inputs, grads), *(None,) * 6
+            return *_recompute(ctx, inputs, grads), *(None,) * 7
 
 
 def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias from new tiles; sums over tokens are kept in at least float32."""
     hidden, weight, bias, targets, entropy = inputs
-    transform, make_tile, chunk_tokens, _ = ctx.options
+    kept, transform, make_tile, chunk_tokens, _ = ctx.options
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     rows = min(chunk_tokens, len(hidden))
     tile = make_tile(weight, bias, transform, rows)
@@ -123,7 +131,7 @@ def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> 
     for start in range(0, len(hidden), chunk_tokens):
         at = slice(start, start + chunk_tokens)
         h = hidden[at].to(tile.weight.dtype)
-        grad_logits = tile.rows(h, targets[at], (), coefficients.at(at)).gradient
+        grad_logits = tile.rows(h, targets[at], _of(kept, at, hidden), (), coefficients.at(at)).gradient
         assert grad_logits is not None
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)

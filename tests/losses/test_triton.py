@@ -164,10 +164,10 @@ def test_gradient_in_place(kwargs, dtype, several_blocks):
     theirs = TorchTile(weight.float(), bias.float(), **args)  # on a GPU its half-precision logits would be rounded
     ours._logits.fill_(float("nan"))
     coefficients = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    entropy = theirs.rows(hidden.float(), targets, ("entropy",), None).stats["entropy"]
+    entropy = theirs.rows(hidden.float(), targets, None, ("entropy",), None).stats["entropy"]
     coefficients = Coefficients(*coefficients)._replace(entropy=entropy)
-    got = ours.rows(hidden.to(ours.weight.dtype), targets, (), coefficients)
-    expected = theirs.rows(hidden.float(), targets, (), coefficients)
+    got = ours.rows(hidden.to(ours.weight.dtype), targets, None, (), coefficients)
+    expected = theirs.rows(hidden.float(), targets, None, (), coefficients)
     assert got.gradient.dtype == dtype and got.gradient.data_ptr() == ours._logits.data_ptr()
     assert got.gradient.stride() == (304 * 4 // weight.element_size(), 1)
     eps = torch.finfo(dtype).eps if dtype != torch.float32 or INTERPRETED else 4 * torch.finfo(dtype).eps
@@ -262,7 +262,7 @@ def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
     """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact, as
     is 1 / total; where a row begins is computed in 64 bits."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"SOFTCAP": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
+    constants = {"SOFTCAP": True, "SUPPORT": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
     types = {"targets": "*i64", "is_top1": "*i1", "bias": f"*{out}", "words": "i32", "stride": "i32"}
     types |= dict.fromkeys(("inner", "outer", "slope"), "fp32") | dict.fromkeys(constants, "constexpr")
     names = _triton._row_kernel.arg_names

@@ -59,7 +59,5 @@ def test_they_are_trls(method, model):
 def test_training_asks_for_them_and_the_loss_alone_does_not(tmp_path):
     options = f"sft --z_loss_coef 1e-4 --learning_rate 1e-3 --output_dir {tmp_path}/out"
     run = cli.parse_train(options.split())
-        ["sft", "--z_loss_coef", "1e-4", "--learning_rate", "1e-3", "--output_dir", str(tmp_path / "out")]
-    )
     policy, _ = make_policy(run, torch.device("cpu"))
     assert set(policy.stats) == {"log_z", "entropy", "is_top1"} and run.loss.stats == ("log_z",)
