@@ -92,7 +92,7 @@ class Kept(NamedTuple):
     def narrowed(
         self, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> tuple[Kept, Tensor, Tensor | None, Tensor]:
-        """(support, weight, bias, targets) over the words that any token kept, where these are half of all at most.
+        """(support, weight, bias, targets) over the words that any token kept, where these are 3/4 of all at most.
 
         Nothing of the other words is in the result or has a gradient, so the products need not have them.
         """
@@ -101,7 +101,7 @@ class Kept(NamedTuple):
         used = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
         used[self.word] = True
         words = used.nonzero()[:, 0]
-        if 2 * len(words) > len(weight):
+        if 4 * len(words) > 3 * len(weight):
             return self, weight, bias, targets
         place = used.cumsum(0) - 1
         bias = None if bias is None else bias.index_select(0, words)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from logratio.losses import linear_logps, logps
+from logratio.losses import Support, linear_logps, logps
 from logratio.losses._tile import STATS, Coefficients, TorchTile, Transform
 
 from ._heads import OPTIONS, head, near_certain
@@ -133,7 +133,27 @@ def test_everything_trained_is_within_the_error_budget(kwargs, dtype, make, seve
 
 
 @on_device
-@pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",)])
+@dtypes
+@pytest.mark.parametrize(
+    ("make", "trains", "first"), [(head, "h", None), (near_certain, "hwb", None), (head, "hwb", "narrow")]
+)
+def test_over_a_support_it_is_within_the_error_budget(dtype, make, trains, first, several_blocks):
+    """Each token's own words, of both blocks or of one, but for the first token's, which are all; or of few words."""
+    n = 6 if INTERPRETED else 24
+    step = 40 if first else 3
+    kept = torch.zeros(n, 300, dtype=torch.bool)
+    for t, y in enumerate(make(n=n, h=64, v=300)[3].tolist()):
+        kept[t, t % 2 * 256 + t :: step] = True
+        kept[t, y] = True
+    kept[0] |= first is None
+    support = Support.of(kept)
+    assert (support.offsets[1] == 0) == (first is None)
+    stats = STATS if trains != "h" else ("is_top1",)
+    within_budget(make, dtype, stats, trains, n, support=support, softcap=15.0, temperature=1.8)
+
+
+@on_device
+@pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",), ("is_top1",)])
 def test_a_statistic_alone(stats):
     """With the default block, and no bias to be trained."""
     within_budget(head, torch.float32, stats, "h", n=6 if INTERPRETED else 24, temperature=0.7)
@@ -209,6 +229,38 @@ def test_nan_is_not_hidden(kwargs):
     hidden[1, 0] = float("nan")
     out = linear_logps(hidden, weight, targets, impl="triton", **kwargs)
     assert out.isnan().tolist() == [False, True, False, False, False]
+
+
+@on_device
+@pytest.mark.parametrize("block", [2, 4096])
+def test_of_equal_logits_the_first_is_the_top(block, monkeypatch):
+    """In its block or over several, and in a support the first of those that are in it."""
+    monkeypatch.setattr(_triton, "BLOCK", block)
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE)
+    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1], device=DEVICE)
+    call = {"impl": "triton", "stats": ("is_top1",), "chunk_tokens": 4}
+    got = linear_logps(hidden, weight, targets, **call).is_top1
+    assert got.tolist() == [False, True, False, False, False, True, False, True, False]
+    kept = torch.ones(9, 5, dtype=torch.bool)
+    kept[3:5, 1] = False  # then words 3 and 4 are the largest
+    kept[8, 0] = False
+    got = linear_logps(hidden, weight, targets, support=Support.of(kept), **call).is_top1
+    assert got.tolist() == [False, True, False, True, False, True, False, True, True]
+
+
+@on_device
+@pytest.mark.parametrize("coefficient", [1e4, -1e7])
+def test_a_large_weight_of_the_entropy_meets_no_word_outside(coefficient):
+    """-1e30 times it, times p = 0."""
+    hidden, weight, _, targets = (t.to(DEVICE) for t in head(dtype=torch.float32))
+    kept = torch.nn.functional.one_hot(targets, 7).bool() | (torch.arange(7, device=DEVICE) % 3 == 0)
+    kept[0] = True
+    out = linear_logps(
+        hidden.requires_grad_(), weight, targets, support=Support.of(kept), stats=("entropy",), impl="triton"
+    )
+    (coefficient * out.entropy.sum()).backward()
+    assert out.entropy.isfinite().all() and hidden.grad.isfinite().all() and hidden.grad.any()
 
 
 @on_device

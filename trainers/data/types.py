@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logratio.losses import Support
+
 from .tokenization import Text
 
 
@@ -13,12 +15,14 @@ from .tokenization import Text
 class Completion:
     """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
 
-    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    weights: what each of them weighs in the loss (SFT), same length; None: 1 each. support: the words that each of them
+    was sampled from (GRPO), same length; None: the whole vocabulary.
     """
 
     ids: list[int]
     scored: list[bool] | None = None
     weights: list[float] | None = None
+    support: Support | None = None
 
 
 @dataclass(frozen=True, slots=True)
