@@ -90,7 +90,7 @@ class Ours:
         fuse_layers(model)
         if case.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy = self.policy = Policy(model, stats=loss.stats)
+        policy = self.policy = Policy(model, stats=(*loss.stats, *loss.metric_stats))
         if shared:
             share_prompts(policy)
         self.attention = policy.causal_lm.config._attn_implementation
