@@ -46,6 +46,12 @@ class Support(NamedTuple):
         first = (self.offsets[tokens] - offsets[:-1]).repeat_interleave(counts)
         return Support(self.ids[first + torch.arange(len(first), device=first.device)], offsets)
 
+    def split(self, tokens: Sequence[int]) -> list[Support]:
+        """Of so many tokens each, one after the other: the inverse of `cat`."""
+        parts = self.offsets.diff().split(list(tokens))
+        ids = self.ids.split([int(counts.sum()) for counts in parts])
+        return [Support(own, _offsets(counts)) for own, counts in zip(ids, parts, strict=True)]
+
     def to(self, device: torch.device) -> Support:
         """The same on another device."""
         return Support(self.ids.to(device), self.offsets.to(device))

@@ -50,7 +50,7 @@ def test_a_sample_is_exact(options):
     log-probability is that distribution's."""
     p, n = kept(**options), 20_000
     numbers = torch.cat([uniforms(seed, 1) for seed in range(n)])
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(SCORES.repeat(n, 1), numbers)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, **options))(SCORES.repeat(n, 1), numbers)
     seen = tokens.bincount(minlength=len(p)).double()
     assert (seen[p == 0] == 0).all()
     degrees = int((p > 0).sum()) - 1
@@ -62,7 +62,7 @@ def test_a_sample_is_exact(options):
 def test_a_greedy_row_takes_the_likeliest_token_of_all():
     """Beside a drawn one, with the model's own log-probability."""
     numbers = torch.tensor([math.nan, 0.999999])
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, top_p=0.9))(SCORES.repeat(2, 1), numbers)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, top_p=0.9))(SCORES.repeat(2, 1), numbers)
     assert tokens.tolist() == [0, 4]
     wanted = [SCORES.log_softmax(-1)[0].item(), kept(top_p=0.9)[4].log().item()]
     assert logps.tolist() == pytest.approx(wanted, abs=1e-6)
@@ -80,7 +80,7 @@ def test_cuts_and_penalty_are_those_of_transformers():
     )  # fmt: skip
     wanted = theirs(history, logits).log_softmax(-1)
     numbers = torch.rand(50, generator=draw, dtype=torch.float64)
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(logits, numbers, history)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, **options))(logits, numbers, history)
     assert torch.allclose(logps, wanted.gather(-1, tokens[:, None])[:, 0], atol=1e-5)
     assert torch.equal(tokens, inverse(wanted.exp(), numbers))
 

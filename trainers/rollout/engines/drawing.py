@@ -7,7 +7,7 @@ step of F as that rounding, about once in a million tokens in float32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -20,6 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from logratio.losses import Support
+
 from ...errors import UserError
 from .protocol import Sampling
 
@@ -28,6 +30,15 @@ def uniforms(seed: int, count: int) -> Tensor:
     """[count] float64 in [0, 1), those of the completion's positions: of Philox with the seed as its key, the same on
     every machine, and the first of them for any count."""
     return torch.from_numpy(numpy.random.Generator(numpy.random.Philox(key=seed)).random(count))
+
+
+class Draws(NamedTuple):
+    """tokens: [R] int64. logps: [R], in nats. kept: [R, V] bool, what could have been drawn; None where that is
+    everything, or was not asked for."""
+
+    tokens: Tensor
+    logps: Tensor
+    kept: Tensor | None
 
 
 class Drawing:
@@ -50,8 +61,8 @@ class Drawing:
     def wants_history(self) -> bool:
         return self.penalty is not None
 
-    def __call__(self, logits: Tensor, numbers: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens [R] int64 and their log-probabilities [R] in nats.
+    def __call__(self, logits: Tensor, numbers: Tensor, history: Tensor | None = None) -> Draws:
+        """Tokens and their log-probabilities.
 
         logits: [R, V], in at least float32, not yet divided by the temperature. numbers: [R] float64 in [0, 1); NaN for
         a row that is greedy. history: [R, L], ids that rows hold already, repeated as one likes; for the penalty.
@@ -72,7 +83,8 @@ class Drawing:
                 tokens = torch.where(greedy, logits.argmax(-1), tokens)
                 log_z = torch.where(greedy[:, None], logits.logsumexp(-1, keepdim=True), log_z)
         logps = logits.gather(-1, tokens[:, None]) - log_z
-        return tokens, logps[:, 0]
+        keep = self.sampling.keep_support and self.sampling.cut
+        return Draws(tokens, logps[:, 0], (kept > -torch.inf) | greedy[:, None] if keep else None)
 
 
 def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
@@ -86,6 +98,11 @@ def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     wanted = torch.minimum(numbers[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
     # of a row that is not finite none is: its log-probability will say so
     return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
+
+
+def support_of_each(kept: Tensor) -> list[Support]:
+    """That of each row of kept [R, V] bool, on the CPU."""
+    return Support.of(kept).to(torch.device("cpu")).split([1] * len(kept))
 
 
 def check_finite(logps: Tensor) -> None:
