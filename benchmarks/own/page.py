@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,10 +125,8 @@ def step_figures(found: Measured) -> list[Figure]:
         figures.append(Figure("Parts of our step", said, bars("Parts of our step", parts)))
     if found.rollout_ms:
         step = found.rows[OURS]["step_ms_p50"]
-        both = [
-            Bar("rollouts and rewards", value, duration(value / 1e3), 4)
-            for value in [sorted(found.rollout_ms)[len(found.rollout_ms) // 2]]
-        ]
+        sampled = statistics.median(found.rollout_ms)
+        both = [Bar("rollouts and rewards", sampled, duration(sampled / 1e3), 4)]
         both.append(Bar("the update", step, duration(step / 1e3), 0))
         figures.append(Figure("Rollouts and update", "of one batch of prompts", bars("Rollouts and update", both)))
     return figures
