@@ -6,6 +6,7 @@ step's gradient comes about, `rollout/windows.py` for what GRPO learns from, `se
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -73,7 +74,7 @@ def train_run(
     after = (progress.step, progress.log_hash) if began else None
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
     where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
-    with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
+    with contextlib.closing(run), RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
         for note in (describe(run.policy.model), *run.notes):
             log.say(note)
         log.list_skipped(run.data.skipped)

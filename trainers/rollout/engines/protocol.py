@@ -42,6 +42,11 @@ class Sampling:
         """Whether some tokens cannot be drawn, so that the others' probabilities are larger than the model's."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens are drawn from another distribution than the model's own."""
+        return self.cut or self.temperature != 1 or self.repetition_penalty != 1
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,7 +70,11 @@ class Engine(Protocol):
 
     sample() answers in the order of the requests and of their seeds. A completion depends on its prompt, the policy,
     the options and its seed alone.
+
+    rows: completions under way at a time, memory and speed.
     """
+
+    rows: int
 
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
