@@ -4,6 +4,7 @@ Both are a `base` model, adapters by name, and `url`; `kill` drops every connect
 begins anew under the same address.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -16,11 +17,24 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
+from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.tiny import tiny_model
 from logratio.trainers.rollout.engines.in_process import InProcess
 from logratio.trainers.rollout.engines.protocol import Request, Sampling
+
+
+def with_adapter(model):
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    fuse_lora(model)
+    return Policy(model).eval()
+
+
+def small_model():
+    return tiny_model(3, num_hidden_layers=1, hidden_size=32, intermediate_size=32, initializer_range=0.5)
 
 
 class SmallServer:
@@ -30,7 +44,7 @@ class SmallServer:
     def __init__(self, base, tokenizer):
         self.base, self.tokenizer = base, tokenizer
         self.before, self.runtime_lora, self.max_rank = (lambda path, body: None), True, 16
-        self.without, self.raw_logprobs, self.asked = set(), False, []
+        self.without, self.raw_logprobs, self.asked, self.keys = set(), False, [], set()
         self.lock, self.port, self.http = threading.Lock(), 0, None
         self.start()
 
@@ -80,8 +94,10 @@ class SmallServer:
             return refusal(404, f"Loading lora {name} failed: No adapter found for {path}")
         rank = json.loads(Path(path, "adapter_config.json").read_text())["r"]
         if rank > self.max_rank:
-            return refusal(400, f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}.")
-        with self.lock:
+            return refusal(
+                500, f"Call to add_lora method failed: LoRA rank {rank} is greater than max_lora_rank {self.max_rank}."
+            )
+        with self.lock, torch.random.fork_rng(devices=[]):
             model = PeftModel.from_pretrained(copy.deepcopy(self.base), path)
             self.adapters[name] = InProcess(Policy(model).eval(), self.tokenizer)
             self.adapters[name].obstacle = ""
@@ -122,6 +138,7 @@ def handler(server):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.keys.add(self.headers["Authorization"])
             status, answer = server.answer(self.path, body)
             if server.http is not self.server:  # it was killed meanwhile: the connection breaks
                 self.close_connection = True
@@ -130,7 +147,8 @@ def handler(server):
             self.send_response(status)
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()
-            self.wfile.write(sent)
+            with contextlib.suppress(OSError):  # who asked has gone
+                self.wfile.write(sent)
 
         def log_message(self, *_):
             pass

@@ -29,6 +29,8 @@ from ...processes.sharding import full_weights
 from .server import Refused, Server, Unavailable
 
 GOODBYE_S = 5.0  # that a server may take to forget an adapter when the run ends
+BELIEVED = 3
+"""Times that a server fails to load an adapter until it is believed: it answers so where the rank is too large, too."""
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """init_lora_weights of PEFT that leave the base model's weights as they are."""
 
@@ -115,7 +117,8 @@ class Adapters:
         """Load an adapter whose files are there. Raises UserError where the server does not take it."""
         path = self.folder / name
         try:
-            server.ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, stop=stop)
+            body = {"lora_name": name, "lora_path": str(path)}
+            server.ask("/v1/load_lora_adapter", body, stop=stop, failures=BELIEVED)
         except Refused as refused:
             said = refused.reason.lower()
             if "already" in said:  # the answer to an earlier attempt was lost

@@ -25,6 +25,14 @@ class Unavailable(Exception):
     """No answer, or one that says to come back: the server may do better the next time."""
 
 
+class Failed(Unavailable):
+    """It answered that it failed, or that it has too much to do."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
 class Refused(Exception):
     """The server does not want what it was asked. status: of HTTP. reason: in its own words."""
 
@@ -70,15 +78,17 @@ class Server:
         read: Callable[[Any], T] = lambda answer: answer,
         stop: threading.Event | None = None,
         once: float | None = None,
+        failures: int | None = None,
     ) -> T:
         """What `read` makes of the answer's JSON; a GET without a body, else a POST.
 
-        once: try for so many seconds, and no second time. stop: set where the answer is not wanted any more.
+        once: try for so many seconds, and no second time. failures: so many answers that it failed (5xx) are believed,
+        None: none of them. stop: set where the answer is not wanted any more.
 
         Raises Refused, what `read` raises but Unavailable, Cancelled, and UserError where the server was silent for
         `timeout`; with `once` Unavailable in its place.
         """
-        began, pause, stop = time.monotonic(), FIRST_PAUSE_S, stop or threading.Event()
+        began, pause, failed, stop = time.monotonic(), FIRST_PAUSE_S, 0, stop or threading.Event()
         timeout = self.timeout if once is None else once
         while True:
             try:
@@ -86,6 +96,9 @@ class Server:
             except (OSError, http.client.HTTPException, Unavailable) as error:
                 reason = getattr(error, "strerror", None) or first_line(error)
                 left = self._until(began, timeout) - time.monotonic()
+                failed += isinstance(error, Failed)
+                if isinstance(error, Failed) and failed == failures:
+                    raise Refused(error.status, error.reason) from error
                 if once is not None:
                     raise Unavailable(reason) from error
                 if left <= 0:
@@ -117,7 +130,7 @@ class Server:
         finally:
             connection.close()
         if status >= 500 or status in (408, 425, 429):
-            raise Unavailable(f"{status}: {reason_of(text)}")
+            raise Failed(status, reason_of(text))
         self.heard = time.monotonic()
         if status >= 400:
             raise Refused(status, reason_of(text))
