@@ -257,7 +257,7 @@ def test_options_that_do_not_fit():
         RolloutConfig(rollout_engine="vllm", vllm_server_base_url=" , ")
     with pytest.raises(UserError, match="^--vllm_server_base_url http://a is read only with --rollout_engine vllm"):
         RolloutConfig(vllm_server_base_url="http://a")
-    with pytest.raises(UserError, match="--vllm_server_timeout must be above 0, got 0"):
+    with pytest.raises(UserError, match="--vllm_server_timeout must be positive, got 0"):
         RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a", vllm_server_timeout=0)
     several = RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a/, http://b:1,http://a")
     assert several.servers == ["http://a", "http://b:1"]
