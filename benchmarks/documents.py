@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from logratio.losses import LOSSES
+from logratio.losses import LOSSES, SAMPLING_CORRECTIONS
 from logratio.losses.options import readers_said
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
@@ -163,6 +163,26 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
+OF_WHAT = {
+    "token": "token",
+    "sequence": "completion, the product",
+    "geometric": "completion, the geometric mean",
+    "probability": "token",
+}
+
+
+def corrections() -> str:
+    """A row for each that weighs what was sampled."""
+    rows = []
+    for name, kind in SAMPLING_CORRECTIONS.items():
+        if kind.bound is not None:
+            said = " ".join((inspect.getdoc(kind.bound) or "").split()).removesuffix(".")
+            reads = name in SAMPLING_CORRECTIONS.readers("sampling_clip_min")
+            bounds = f"{kind.clip_min:g}, {kind.clip_max:g}" if reads else ""
+            rows.append((f"`{name}`", OF_WHAT[kind.level], said.replace("|", "\\|"), bounds))
+    return table(("`sampling_correction`", "w of a", "weight", "clip_min, clip_max"), rows)
+
+
 def of_method(method: str, loss: Any) -> dict[str, Callable[[], str]]:
     """What is generated in the page of a method."""
     parts: dict[str, Callable[[], str]] = {
@@ -173,6 +193,7 @@ def of_method(method: str, loss: Any) -> dict[str, Callable[[], str]]:
         parts["variants"] = partial(variants, loss, weights=method == "grpo")
     if method == "grpo":
         parts["rollout"] = partial(options_of, RolloutConfig)
+        parts["corrections"] = corrections
     return parts
 
 

@@ -5,14 +5,16 @@ from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
+from .grpo_sampling import SAMPLING_CORRECTIONS
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .logps import TokenLogps, linear_logps
+from .metrics import Largest, Mean, Smallest
 from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals
+from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals
 
 __all__ = [
     "ADVANTAGES",
@@ -23,6 +25,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "KTO_TYPES",
     "LOSSES",
+    "SAMPLING_CORRECTIONS",
     "SFT_TYPES",
     "TPO_TYPES",
     "CPOLoss",
@@ -35,6 +38,7 @@ __all__ = [
     "KTOLoss",
     "KTOType",
     "Kind",
+    "Largest",
     "Loss",
     "LossOutput",
     "Mean",
@@ -42,6 +46,7 @@ __all__ = [
     "PairLogps",
     "PairRatios",
     "SFTLoss",
+    "Smallest",
     "TPOLoss",
     "TokenLogps",
     "Totals",

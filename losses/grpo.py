@@ -18,8 +18,11 @@ epsilon_high itself, as in TRL, but by default at 5 (ScaleRL, arXiv 2510.13786),
 for nearly every token. (5) cispo's share of capped tokens with A > 0 is `clip_ratio/high_mean`, TRL's
 `cispo_clip_ratio`; it has no lower bound, and sapo and vespo, which clip nothing, have no such metrics, as in TRL.
 (6) an option that the loss_type does not read is refused; TRL ignores it, but for vespo at sequence level, where its
-KL term is corrected by the sequence's ratio.
-Differs from verl: (7) a completion with nothing scored counts in B, as in TRL, also in means over sequences.
+KL term is corrected by the sequence's ratio. (7) what was sampled by another policy, `behavior`, is not corrected for
+by default (`sampling_correction` in `grpo_sampling.py`, TRL's `vllm_importance_sampling_*`); TRL takes sequence_mask
+with vLLM. (8) a token without the sampler's log-prob (NaN) makes a corrected loss NaN, which a step refuses; TRL takes
+its ratio for 1. (9) a correction's range must hold 1, the ratio on policy.
+Differs from verl: (10) a completion with nothing scored counts in B, as in TRL, also in means over sequences.
 As in TRL, the KL estimate is multiplied by rho by default (`use_bias_correction_kl`, arXiv 2512.02556), so that k3's
 gradient is that of the reverse KL also off policy.
 """
@@ -27,7 +30,7 @@ gradient is that of the reverse KL also off policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 from .dpo import MAX_EXPONENT
+from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
 from .options import Count, NotNegative, Positive, Share, Variants, variant
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
@@ -50,6 +54,7 @@ class Ratios(NamedTuple):
     ratio: rho, [C, T], or [C, 1] at sequence level. log_ratio: log p - log p_old, [C, T], 0 where masked.
     logps: [C, T], 0 where masked. advantages: [C, 1]. lengths: scored tokens, at least 1, [C, 1].
     kept: [C, T] bool, scored tokens that the policy term is meant for (`top_entropy_quantile`).
+    weight: of the sampling correction, [C, T] or [C, 1], None without one. log_sampled: log p - log mu, [C, T].
     """
 
     ratio: Tensor
@@ -58,6 +63,8 @@ class Ratios(NamedTuple):
     advantages: Tensor
     lengths: Tensor
     kept: Tensor
+    weight: Tensor | None = None
+    log_sampled: Tensor | None = None
 
 
 class GRPOType(NamedTuple):
@@ -66,6 +73,7 @@ class GRPOType(NamedTuple):
     sequence_term: the surrogate is of the whole completion (it selects the `kept` tokens itself, and the KL term is
     not corrected by rho). epsilon, epsilon_high: the defaults, None: the same as epsilon. widest: epsilon is below it.
     clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range; None where nothing is, and no metrics of it.
+    corrected: the levels of sampling corrections that it may be multiplied by. weighs: the surrogate does it itself.
     """
 
     surrogate: Callable[[Ratios, GRPOLoss], Tensor]
@@ -75,6 +83,8 @@ class GRPOType(NamedTuple):
     epsilon_high: float | None = None
     widest: float = 1.0
     clip: Callable[[Ratios, GRPOLoss], tuple[Tensor, float, float]] | None = None
+    corrected: Collection[str] = ("token", "sequence", "geometric", "probability")
+    weighs: bool = False
 
 
 GRPO_TYPES: Variants[GRPOType] = Variants()
@@ -111,6 +121,7 @@ class GRPOLoss(Loss):
         "loss_type": GRPO_TYPES,
         "kl_estimator": KL_ESTIMATORS,
         "importance_sampling_level": LEVELS,
+        "sampling_correction": SAMPLING_CORRECTIONS,
     }
     option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
@@ -132,6 +143,15 @@ class GRPOLoss(Loss):
     """token, or sequence (GSPO, and LUSPO as its paper has it: luspo too is token-level unless asked)."""
     off_policy_mask_threshold: float | None = None
     """Drop completions of negative advantage whose mean log(p_old / p) is above this (DeepSeek-V3.2)."""
+    sampling_correction: str = "none"
+    """Weight for what was sampled otherwise than it is trained, of a token, a sequence or its geometric mean: none,
+    token_truncate, token_mask, sequence_truncate, sequence_mask, geometric_truncate, geometric_mask, icepop, decoupled,
+    dppo_tv, dppo_kl, or ipo."""
+    sampling_clip_min: float | None = None
+    """Lower bound of the ratio (default: 0; geometric: 0.99, icepop: 0.5), or of the difference of the probabilities
+    (dppo_tv: -0.15, ipo: -0.2), or of minus the divergence (dppo_kl: -0.05)."""
+    sampling_clip_max: float | None = None
+    """Upper bound (default: 3; geometric: 1.01, icepop: 5, dppo_tv: 0.15, ipo: 0.2, dppo_kl: 0.05)."""
     top_entropy_quantile: Share = 1.0
     """Share of tokens, those of highest entropy over the step, that the policy term is taken of."""
     entropy_coef: float = 0.0
@@ -156,6 +176,7 @@ class GRPOLoss(Loss):
         low, high = self.epsilons
         if low >= GRPO_TYPES[self.loss_type].widest:
             raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
+        check_correction(self, GRPO_TYPES[self.loss_type].corrected)
         if self.loss_type == "cispo" and not high:
             raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
 
@@ -163,6 +184,11 @@ class GRPOLoss(Loss):
     def wants_reference(self) -> bool:
         """Only for the KL term."""
         return self.beta > 0
+
+    @property
+    def wants_behavior(self) -> bool:
+        """For the correction, and as metrics."""
+        return True
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -193,32 +219,42 @@ class GRPOLoss(Loss):
         *,
         advantages: Tensor,
         old: CompletionLogps | None = None,
+        behavior: CompletionLogps | None = None,
         totals: Totals,
     ) -> LossOutput:
-        """policy, old, ref: [C, T]; advantages: [C]. Without `old` the batch is on policy (rho = 1).
+        """policy, old, ref, behavior: [C, T]; advantages: [C]. Without `old` the batch is on policy (rho = 1).
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
         if advantages.shape != mask.shape[:1]:
             raise ValueError(f"advantages must be [{len(mask)}], one a completion, got {list(advantages.shape)}")
-        policy.check_like(tokens=True, old=old, ref=ref)
+        policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
         kept, num_kept = self._kept(policy, totals)
         x = self._ratios(policy, old, advantages, kept)
-        surrogate, weight, sequence_term, *_ = GRPO_TYPES[self.loss_type]
-        per_token_loss = surrogate(x, self) * self._on_policy(x)
-        per_token_loss = per_token_loss.expand(mask.shape)
-        if not sequence_term:
-            per_token_loss = per_token_loss * kept
         metrics = self._clip_metrics(x, mask)
+        if behavior is not None:
+            weight, log_sampled, seen = correct(self, policy, old, behavior, x.advantages)
+            x, metrics = x._replace(weight=weight, log_sampled=log_sampled), metrics | seen
+        elif self.sampling_correction != "none":
+            raise ValueError(
+                f"sampling_correction={self.sampling_correction} needs the sampler's log-probs, `behavior`"
+            )
+        kind = GRPO_TYPES[self.loss_type]
+        per_token_loss = kind.surrogate(x, self) * self._on_policy(x)
+        if x.weight is not None and not kind.weighs:
+            per_token_loss = per_token_loss * x.weight
+        per_token_loss = per_token_loss.expand(mask.shape)
+        if not kind.sequence_term:
+            per_token_loss = per_token_loss * kept
         if self.beta > 0:
             if ref is None:
                 raise ValueError(f"beta={self.beta} needs the reference log-probs, ref is None")
             kl = KL_ESTIMATORS[self.kl_estimator](x.logps - ref.logps.detach())
-            kl = kl * x.ratio if self.use_bias_correction_kl and not sequence_term else kl
+            kl = kl * x.ratio if self.use_bias_correction_kl and not kind.sequence_term else kl
             per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = Mean.of(kl, mask)
-        loss = (weight(x.lengths, totals, self) * policy.masked(per_token_loss)).sum()
+        loss = (kind.weight(x.lengths, totals, self) * policy.masked(per_token_loss)).sum()
         if policy.entropy is not None:
             metrics["entropy"] = Mean.of(policy.entropy, mask)
         if self.entropy_coef:
@@ -238,7 +274,8 @@ class GRPOLoss(Loss):
         """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1."""
         if self.off_policy_mask_threshold is None:
             return 1.0
-        drift = -x.log_ratio.detach().sum(-1, keepdim=True) / x.lengths
+        log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled
+        drift = -log_ratio.detach().sum(-1, keepdim=True) / x.lengths
         return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)
 
     def _kept(self, policy: CompletionLogps, totals: Totals) -> tuple[Tensor, float | Tensor]:

@@ -59,12 +59,16 @@ def soft_gate(x: Ratios, loss: GRPOLoss) -> Tensor:
 def gamma_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-sg(phi(W)) A log p, phi(W) = exp(lam + k log W - lam W), W = exp(sum log rho), VESPO, arXiv 2602.10693 Sec. 3.4.
 
-    phi(1) = 1. Log-ratios stop at +-20 a token and at [log 1e-8, 20] a sequence, as in the authors' code and TRL.
+    phi(1) = 1. Log-ratios stop at +-20 a token and at [log 1e-8, 20] a sequence, as in the authors' code and TRL. A
+    sampling correction's weights are factors of W, as in TRL, each from 1e-8 to exp(20).
     """
     positive = x.advantages >= 0
     k = choose(positive, loss.vespo_k_pos, loss.vespo_k_neg, x.ratio)
     lam = choose(positive, loss.vespo_lambda_pos, loss.vespo_lambda_neg, x.ratio)
-    log_w = x.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
+    log_w = x.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True)
+    if x.weight is not None:
+        log_w = log_w + x.weight.log().clamp(math.log(1e-8), 20).sum(-1, keepdim=True)
+    log_w = log_w.clamp(math.log(1e-8), 20)
     return -(lam + k * log_w - lam * log_w.exp()).exp() * x.advantages * x.logps
 
 
@@ -106,6 +110,7 @@ def constant_length(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
 
 
 CLIP = ("epsilon", "epsilon_high")
+OF_SEQUENCES = ("sequence", "geometric")
 WHOLE = ("importance_sampling_level", "use_bias_correction_kl")
 
 for _name, _weight in {
@@ -122,19 +127,27 @@ GRPO_TYPES.enter(
 )
 GRPO_TYPES.enter(
     "vespo",
-    GRPOType(gamma_weight, token_mean),
+    GRPOType(gamma_weight, token_mean, corrected=("token",), weighs=True),
     reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     ignores=("importance_sampling_level",),
 )
 GRPO_TYPES.enter(
     "gmpo",
-    GRPOType(geometric_mean, sequence_mean, sequence_term=True, epsilon=0.4, widest=math.inf, clip=log_ratio_range),
+    GRPOType(
+        geometric_mean,
+        sequence_mean,
+        sequence_term=True,
+        epsilon=0.4,
+        widest=math.inf,
+        clip=log_ratio_range,
+        corrected=OF_SEQUENCES,
+    ),
     reads=CLIP,
     ignores=WHOLE,
 )
 GRPO_TYPES.enter(
     "rloo",
-    GRPOType(clipped_sequence, sequence_mean, clip=sequence_ratio_range),
+    GRPOType(clipped_sequence, sequence_mean, clip=sequence_ratio_range, corrected=OF_SEQUENCES),
     reads=CLIP,
     ignores=(*WHOLE, "beta", "kl_estimator", "top_entropy_quantile"),  # its KL is in the reward: `reward_kl_coef`
 )

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .metrics import Mean
 from .options import Variants, check_options
 
 
@@ -26,7 +27,7 @@ class Kind(StrEnum):
     SEQUENCE = "sequence"  # a prompt and one completion:            loss(policy, totals=...)
     LABELED = "labeled"  # the same with a True/False label [C]:     loss(policy, ref, label, totals=...)
     PAIRED = "paired"  # a prompt, a chosen and a rejected one:      loss(policy, [ref,] totals=...)
-    GROUPED = "grouped"  # a prompt and its rollouts:                loss(policy, [ref,] advantages, old, totals=...)
+    GROUPED = "grouped"  # a prompt and its rollouts:       loss(policy, [ref,] advantages, old, [behavior,] totals=...)
 
 
 IGNORED = -100
@@ -220,25 +221,6 @@ class Totals:
         return Totals(num_sequences=len(mask), **counts, collected=collected, own=own)  # type: ignore[arg-type]
 
 
-class Mean(NamedTuple):
-    """A metric as a detached sum and its count, both scalars: means over a step are exact whatever the split."""
-
-    total: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
-
-    @staticmethod
-    def of(values: Tensor, where: Tensor | None = None) -> Mean:
-        """The mean of `values`, or of those `where` is True."""
-        values = values.detach()
-        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
-        return Mean(torch.where(where, values, 0.0).sum(), where.sum())
-
-    @property
-    def value(self) -> float:
-        """total / count; NaN where nothing was counted."""
-        return float(self.total / self.count)
-
-
 class LossOutput(NamedTuple):
     """loss: scalar with a graph, this micro-batch's share of the step's loss. metrics: TRL's names."""
 
@@ -266,6 +248,11 @@ class Loss:
     @property
     def wants_reference(self) -> bool:
         """It compares with a reference model: it is called with `ref`."""
+        return False
+
+    @property
+    def wants_behavior(self) -> bool:
+        """Rollouts: it is called with `behavior`, what the sampler said of its tokens, None where that is not known."""
         return False
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logratio.losses.types import CompletionLogps, Kind, Loss, PairLogps, Totals
+from logratio.losses.types import CompletionLogps, Kind, Loss, Mean, PairLogps, Totals
 
 from .strategies import PARTS, STATS, Batch, convert
 
@@ -19,11 +19,11 @@ RTOL = 1e-10
 
 
 class Result(NamedTuple):
-    """A loss, its gradient by the policy's tensors ("chosen", "chosen entropy"), and its metrics (total, count)."""
+    """A loss, its gradient by the policy's tensors ("chosen", "chosen entropy"), and its metrics."""
 
     loss: Tensor
     grads: dict[str, Tensor]
-    metrics: dict[str, tuple[float, float]]
+    metrics: dict[str, Mean]
 
 
 def parts_of(loss: Loss) -> tuple[str, ...]:
@@ -42,6 +42,7 @@ def logps_of(loss: Loss, batch: Batch, role: str, part: str = "completion") -> C
 def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
     """What a loss of the batch's kind is called with beside `totals`."""
     roles = {"policy": True, "ref": loss.wants_reference, "old": loss.kind is Kind.GROUPED}
+    roles["behavior"] = loss.wants_behavior
     kwargs: dict[str, Any] = {}
     for role in (role for role, wanted in roles.items() if wanted):
         if loss.kind is Kind.PAIRED:
@@ -103,7 +104,7 @@ def run(loss: Loss, batch: Batch, totals: Totals | None = None, **changed: Any) 
         for (role, part), leaf in leaves.items()
         if leaf.grad is not None
     }
-    return Result(out.loss.detach(), grads, {k: (m.total.item(), m.count.item()) for k, m in out.metrics.items()})
+    return Result(out.loss.detach(), grads, out.metrics)
 
 
 def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list) -> None:
@@ -116,7 +117,7 @@ def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list)
     if got.metrics.keys() != expected.metrics.keys():
         raise AssertionError(f"metrics {sorted(got.metrics)}, expected {sorted(expected.metrics)}")
     for name in expected.metrics:
-        means = [total / max(count, 1) for total, count in (got.metrics[name], expected.metrics[name])]
+        means = [(m.total / m.count.clamp(min=1)).item() for m in (got.metrics[name], expected.metrics[name])]
         if not math.isclose(*means, rel_tol=1e-9, abs_tol=1e-9):
             raise AssertionError(f"the mean of the metric {name} is {means[0]:.12g}, expected {means[1]:.12g}")
 
@@ -157,7 +158,7 @@ def show(loss: Loss, batch: Batch) -> str:
     for part in parts_of(loss):
         for role, tensors in batch.tokens.items():
             seen = {"policy": True, "ref": loss.wants_reference and part in ("chosen", "rejected", "completion")}
-            seen |= {"old": loss.kind is Kind.GROUPED, "weights": True}
+            seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
             if seen.get(role, role in loss.stats):
                 lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
     lines += [f"  {name:<22}{numbers(values)}" for name, values in batch.rows.items()]

@@ -61,8 +61,17 @@ def rollouts(method: str, rows: Rows, pad_token_id: int, num_items_in_batch: int
     return batch
 
 
-def next_rollouts(method: str, rows: Rows, args: Any, pad_token_id: int) -> Callable[[Any], dict[str, Tensor]]:
-    """A `_prepare_inputs` for a trainer of rollouts: every micro-batch is the next rows, not something sampled."""
+def next_rollouts(
+    method: str,
+    rows: Rows,
+    args: Any,
+    pad_token_id: int,
+    finish: Callable[[Rows, dict[str, Tensor]], dict[str, Tensor]],
+) -> Callable[[Any], dict[str, Tensor]]:
+    """A `_prepare_inputs` for a trainer of rollouts: every micro-batch is the next rows, not something sampled.
+
+    finish(rows, batch): the batch as the loss takes it.
+    """
     size = args.per_device_train_batch_size
     window = size * args.gradient_accumulation_steps
     starts = iter(range(0, len(rows), size))
@@ -71,7 +80,8 @@ def next_rollouts(method: str, rows: Rows, args: Any, pad_token_id: int) -> Call
         start = next(starts)
         first = start - start % window
         tokens = sum(len(row["completion_ids"]) for row in rows[first : first + window])
-        return rollouts(method, rows[start : start + size], pad_token_id, num_items_in_batch=tokens)
+        part = rows[start : start + size]
+        return finish(part, rollouts(method, part, pad_token_id, num_items_in_batch=tokens))
 
     return prepare_inputs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import logging
 import random
@@ -20,6 +21,7 @@ from peft import PeftModel
 from transformers import PrinterCallback
 
 from ._trl_batches import ROLLOUT_METHODS, Rows, next_rollouts
+from ._trl_sampling import sampled
 
 TRL_VERSION = "1.16.0"
 """The version whose trainers the project is compared with; another may differ in tokenization or formula."""
@@ -67,7 +69,8 @@ def built(
     prompts = [{"prompt": "."}] * len(rows)
     with constructed(method, model, tokenizer, prompts, options, reward_funcs=rewards) as trainer:
         trainer.beta = beta
-        trainer._prepare_inputs = next_rollouts(method, rows, trainer.args, tokenizer.pad_token_id)
+        finish = functools.partial(sampled, trainer)
+        trainer._prepare_inputs = next_rollouts(method, rows, trainer.args, tokenizer.pad_token_id, finish)
         yield trainer
 
 

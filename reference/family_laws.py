@@ -266,7 +266,7 @@ def affine_rewards(make: Callable[[float], Loss], batch: Batch, at: float) -> No
     """r(a) = r(0) + a (r(1) - r(0)) of both completions, read off the metrics `rewards/...`."""
     none, some, all_of = (run(make(a), batch).metrics for a in (0.0, at, 1.0))
     for name in ("rewards/chosen", "rewards/rejected"):
-        low, got, high = (metrics[name][0] for metrics in (none, some, all_of))
+        low, got, high = (metrics[name].total.item() for metrics in (none, some, all_of))
         close(got, low + at * (high - low), max(abs(low), abs(high)))
 
 

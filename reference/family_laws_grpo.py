@@ -1,7 +1,7 @@
 """Laws of losses over groups of rollouts; see `family_laws.py`.
 
-rho = exp(log p - log p_old) of a token, A the advantage of its completion, d = log p - log p_ref. w is the weight of a
-token's loss in the sum, by the loss's normaliser:
+rho = exp(log p - log p_old) of a token, r = log p_old - log mu with mu the policy that sampled it, A the advantage of
+its completion, d = log p - log p_ref. w is the weight of a token's loss in the sum, by the loss's normaliser:
 
     token_mean 1 / N    sequence_mean 1 / (B |y|)    sequence_sum 1 / B    constant 1 / (B max_completion_length)
 """
@@ -9,6 +9,7 @@ token's loss in the sum, by the loss's normaliser:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -90,6 +91,43 @@ def dual_clip(loss: Loss, batch: Batch, normaliser: str, low: float, high: float
     close(run(loss, batch).loss.item(), expected.sum().item(), terms=expected.abs().sum().item())
 
 
+@named
+def corrected_on_policy(loss: Loss, plain: Loss, batch: Batch) -> None:
+    """Where mu = old = policy, L and G are those without a correction, to the bit."""
+    there = put_role(batch, old="policy", behavior="policy")
+    got, expected = run(loss, there), run(plain, there)
+    expect(got.loss == expected.loss, f"the loss is {got.loss.item():.17g}, expected {expected.loss.item():.17g}")
+    grad, wanted = got.grads["completion"], expected.grads["completion"]
+    expect(torch.equal(grad, wanted), f"the gradient is {numbers(grad)}, expected {numbers(wanted)}")
+
+
+@named
+def constant_weights(loss: Loss, plain: Loss, batch: Batch, weight: Callable[[Tensor], Tensor]) -> None:
+    """G = weight(r) G(plain): weights have no gradient of their own, and what they leave out stays in the divisors.
+
+    weight: of r, [C, T], 0 where masked, to [C, T] or [C, 1].
+    """
+    log_ratio = log_ratios(put_role(batch, policy="old", old="behavior"))
+    same_tokens(run(loss, batch).grads["completion"], weight(log_ratio) * run(plain, batch).grads["completion"])
+
+
+@named
+def monotone_range(narrow: Loss, wide: Loss, batch: Batch) -> None:
+    """A wider range never makes a token's gradient smaller."""
+    small, large = (run(loss, batch).grads["completion"].abs() for loss in (narrow, wide))
+    expect((small <= large * (1 + 1e-12)).all(), f"narrow {numbers(small)}, wide {numbers(large)}")
+
+
+@named
+def only_seen(loss: Loss, batch: Batch) -> None:
+    """Without a correction, L and G do not depend on what the sampler said."""
+    got, expected = run(loss, batch), run(loss, batch, behavior=None)
+    expect(got.loss == expected.loss, f"the loss is {got.loss.item():.17g}, expected {expected.loss.item():.17g}")
+    expect(torch.equal(got.grads["completion"], expected.grads["completion"]), "the gradient is another")
+    new = got.metrics.keys() - expected.metrics.keys()
+    expect(all(name.startswith("sampling/") for name in new) and new, f"what is new among the metrics: {sorted(new)}")
+
+
 KL = {
     "k1": (lambda d: d, torch.ones_like),
     "k2": (lambda d: d**2 / 2, lambda d: d),
@@ -122,7 +160,7 @@ def kl_is_not_negative(loss: Loss, batch: Batch) -> None:
 def vocabulary(policy: Tensor, ref: Tensor, old: Tensor) -> Batch:
     """Every one-token completion of a vocabulary once, with these log-probabilities [V]: a mean over them all is exact
     where the completions are sampled from a uniform distribution."""
-    tokens = {"policy": policy, "ref": ref, "old": old, "entropy": torch.zeros_like(policy)}
+    tokens = {"policy": policy, "ref": ref, "old": old, "behavior": old, "entropy": torch.zeros_like(policy)}
     return Batch(
         "grouped",
         {"completion": torch.ones(len(policy), 1, dtype=torch.bool)},

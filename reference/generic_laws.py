@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logratio.losses.types import Kind, Loss
+from logratio.losses.types import Kind, Loss, Mean
 
 from ._law_book import expect, law
 from ._law_runs import (
@@ -89,7 +89,8 @@ def deterministic(loss: Loss, batch: Batch) -> None:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed asks after every device, which takes longer
             results.append(run(loss, batch))
     first, second = results
-    expect(repr(first.metrics) == repr(second.metrics), f"{first.metrics}, then {second.metrics}")
+    once, again = ({name: (m.total.item(), m.count.item()) for name, m in x.metrics.items()} for x in results)
+    expect(repr(once) == repr(again), f"{once}, then {again}")
     for a, b in [(first.loss, second.loss), *((first.grads[name], second.grads[name]) for name in first.grads)]:
         expect(((a == b) | (a.isnan() & b.isnan())).all(), f"{a.tolist()}, then {b.tolist()}")
 
@@ -102,7 +103,7 @@ def finite(loss: Loss, batch: Batch, dtype: torch.dtype) -> None:
     for name, grad in result.grads.items():
         expect(grad.isfinite().all(), f"the gradient of {name} is {grad.tolist()}")
     for name, (total, _) in result.metrics.items():
-        expect(abs(total) < torch.inf, f"the metric {name} has the total {total}")
+        expect(total.isfinite(), f"the metric {name} has the total {total.item()}")
 
 
 @law(fill=st.sampled_from([torch.nan, torch.inf, -7.0]))
@@ -142,7 +143,7 @@ def split(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
     if loss.window_pass == "own":
         totals = replace(totals, collected=torch.cat([collect(loss, take(batch, rows)) for rows in deal]))
     grads = {name: torch.full_like(grad, torch.nan) for name, grad in whole.grads.items()}
-    metrics = {name: (0.0, 0.0) for name in whole.metrics}
+    metrics: dict[str, Mean] = {}
     value, start = torch.zeros((), dtype=whole.loss.dtype), 0
     for rows in deal:
         own = torch.arange(start, start + len(rows))
@@ -150,8 +151,8 @@ def split(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
         value, start = value + part.loss, start + len(rows)
         for name, grad in part.grads.items():
             grads[name][rows] = grad
-        for name, (total, count) in part.metrics.items():
-            metrics[name] = (metrics[name][0] + total, metrics[name][1] + count)
+        for name, metric in part.metrics.items():
+            metrics[name] = metrics[name].joined(metric) if name in metrics else metric
     same(Result(value, grads, metrics), whole, per_example(loss, batch))
 
 
@@ -174,7 +175,8 @@ def nothing_scored(loss: Loss, batch: Batch, fill: float) -> None:
     for name, grad in result.grads.items():
         expect((grad == 0).all(), f"the gradient of {name} is {grad.tolist()}")
     for name, (total, count) in result.metrics.items():
-        expect(total == 0 and count == 0, f"the metric {name} has the total {total} and the count {count}")
+        words = f"the metric {name} has the total {total.item()} and the count {count.item()}"
+        expect(total == 0 and count == 0, words)
 
 
 @law(options={"min_rows": 2}, row=lambda batch: st.integers(0, len(batch) - 1))
@@ -205,7 +207,7 @@ def low_precision(loss: Loss, batch: Batch, dtype: torch.dtype) -> None:
 
 @law(applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.SEQUENCE))
 def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
-    """The gradient is the policy's: dL/d(reference) = dL/d(old policy) = dL/d(weights) = 0."""
+    """The gradient is the policy's: dL/d(reference) = dL/d(old policy) = dL/d(sampler's) = dL/d(weights) = 0."""
     others = {role: parts for role, parts in batch.tokens.items() if role not in ("policy", *STATS)}
     leaves = {(role, part): x.clone().requires_grad_() for role, parts in others.items() for part, x in parts.items()}
     run(loss, with_leaves(batch, leaves), totals_of(loss, batch))
@@ -215,7 +217,7 @@ def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
 
 @law(applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.LABELED), options={"min_rows": 2})
 def no_broadcast(loss: Loss, batch: Batch) -> None:
-    """A reference, old policy, label or advantage of 1 row beside a policy of C is refused (ValueError, TypeError)."""
+    """A reference, old policy, sampler, label or advantage of 1 row beside C is refused (ValueError, TypeError)."""
     kwargs, one = arguments(loss, batch), inputs(loss, take(batch, [0]))
     for name in one.keys() - {"policy"}:
         try:

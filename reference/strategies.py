@@ -28,7 +28,7 @@ PARTS = {
 }
 """kind -> what one example of it consists of."""
 
-LOGPS = ("policy", "ref", "old")
+LOGPS = ("policy", "ref", "old", "behavior")
 STATS = ("entropy", "log_z", "log_sum_p2")
 
 # In steps of a power of two, so that sums of numbers at their ends are exact, in any order.
@@ -41,9 +41,9 @@ class Batch:
     """A batch of one kind: C examples, T tokens (T differs between parts).
 
     masks: part -> [C, T] bool, True where scored.
-    tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old` (nats, at most 0) and the policy's statistics
-        `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12 to 0);
-        for sequences perhaps `weights` (at least 0).
+    tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
+        statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
+        to 0); for sequences perhaps `weights` (at least 0).
     rows: name -> [C]; `label` bool (labeled), `advantages` (grouped).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
     earlier: steps on this same batch that came before, for losses that carry a state.
@@ -109,10 +109,12 @@ def batches(
         # one token's p^2 is never more than the sum
         "log_sum_p2": {part: (-12 * uniform(mask.shape)).maximum(2 * policy[part]) for part, mask in masks.items()},
     }
+
+    def near(logps: Tensor) -> Tensor:
+        return (logps + spread * around_zero(logps.shape)).clamp(max=0.0)
+
     for role in ("ref", "old"):
-        tokens[role] = {
-            part: (logps + spread * around_zero(logps.shape)).clamp(max=0.0) for part, logps in policy.items()
-        }
+        tokens[role] = {part: near(logps) for part, logps in policy.items()}
     if kind == "sequence" and draw(st.booleans(), label="weights"):
         tokens["weights"] = {part: (3 * uniform(mask.shape) - 1).clamp(min=0) for part, mask in masks.items()}
     extras: dict[str, Tensor] = {}
@@ -124,6 +126,7 @@ def batches(
         values = 2 * around_zero([1 if alike == "equal" else count]).expand(count).clone()
         extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
     collected = spread * around_zero([count + 1 if kind == "labeled" else 0])
+    tokens["behavior"] = {part: near(logps) for part, logps in tokens["old"].items()}
     return Batch(kind, masks, tokens, extras, collected, draw(st.integers(0, 2), label="earlier steps"))
 
 

@@ -9,11 +9,11 @@ Rows are in TRL's own data set formats (TPO's have a third completion under "ref
 grpo, rloo and gmpo are rollouts, one a completion, since what is checked is the loss and not the sampling:
 
     {"prompt_ids": [...], "completion_ids": [...], "advantage": 0.7,
-     "old_per_token_logps": [...], "ref_per_token_logps": [...]}
+     "old_per_token_logps": [...], "ref_per_token_logps": [...], "sampling_per_token_logps": [...]}
 
-Both lists of log-probabilities have one number a completion token. Without the old ones the rollout is taken as on
+These lists of log-probabilities have one number a completion token. Without the old ones the rollout is taken as on
 policy, which hides most mistakes: the value of the loss then hardly depends on the weights (rloo refuses). The
-reference ones are needed where beta is not 0.
+reference ones are needed where beta is not 0. Those of the sampler (GRPO's alone) are taken for vLLM's.
 
 The reference of DPO and KTO is the model under its adapters, as TRL has it for an adapter that it makes itself.
 (Given a model that has one already, TRL copies the adapter and takes the copy for its reference; for a fresh adapter
@@ -37,6 +37,7 @@ from torch import Tensor
 from ._trl_advantages import advantages
 from ._trl_batches import ROLLOUT_METHODS, Rows, Scored, rollouts, unpadded
 from ._trl_drive import METHODS, TRL_VERSION, built
+from ._trl_sampling import sampled
 
 __all__ = ["METHODS", "TRL_VERSION", "Result", "Trajectory", "advantages", "loss_and_grads", "micro_batched", "train"]
 
@@ -96,7 +97,11 @@ def loss_and_grads(
         policy = trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         pad = trainer.processing_class.pad_token_id
-        batch = rollouts(method, rows, pad) if rolled else next(iter(trainer.get_train_dataloader()))
+
+        def batch_of(rows: Rows) -> dict[str, Tensor]:
+            return sampled(trainer, rows, rollouts(method, rows, pad))
+
+        batch = batch_of(rows) if rolled else next(iter(trainer.get_train_dataloader()))
         sequences = unpadded(method, batch, gold=loss_options.get("tpo_alpha") != 0 and method == "tpo")
         loss = trainer.compute_loss(policy, batch)
         loss.backward()
@@ -105,7 +110,7 @@ def loss_and_grads(
         scale = abs(loss.item())
         if rolled and scaled:
             with torch.no_grad():
-                alone = [trainer.compute_loss(policy, rollouts(method, [row], pad)) for row in rows]
+                alone = [trainer.compute_loss(policy, batch_of([row])) for row in rows]
             scale = float(torch.stack(alone).abs().mean())
         return Result(loss.item(), scale, _gradient(model, policy), metrics, sequences)
 

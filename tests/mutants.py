@@ -46,7 +46,9 @@ OWN = {"_two_gemm": "logps"}
 APART = {"_triton.py"}
 """Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
-ORACLE = tuple(f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sft"))
+ORACLE = tuple(
+    f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sampling", "sft")
+)
 TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("peers/cases", "peers/sides", "peers/truths", "verify"))
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}
 """Test files outside tests/losses that survivors meet last, and what they rest on."""

@@ -273,7 +273,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def on(device: torch.device, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
-    return {name: Mean(*(x.to(device) for x in mean)) for name, mean in metrics.items()}
+    return {name: type(mean)(*(x.to(device) for x in mean)) for name, mean in metrics.items()}
 
 
 def count_tokens(examples: Sequence[Example]) -> int:

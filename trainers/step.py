@@ -8,6 +8,7 @@ picture, in `docs/totals.md`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from logratio.losses import Loss, Mean, Totals
+from logratio.losses import Largest, Loss, Mean, Totals
 
 from .batches.inputs import count_totals, loss_inputs
 from .batches.packing import PackedBatch, example_tokens, pack
@@ -26,7 +27,7 @@ from .memory import Memory
 from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
-from .policy.reference import Reference, StoredReference, inference
+from .policy.reference import Reference, StoredReference, behavior_of, inference
 from .processes.dealing import deal, gather_rows
 from .processes.sharding import meet_inside
 
@@ -41,6 +42,7 @@ class MicroBatch:
     batch: PackedBatch
     ref: Tensor | None = None
     old: Tensor | None = None
+    behavior: Tensor | None = None
     own: Tensor | None = None
     budget: int | None = None
 
@@ -71,20 +73,34 @@ class StepResult:
 
     def add(self, loss: Tensor, metrics: dict[str, Mean]) -> None:
         self.loss = self.loss + loss.detach()
-        for name, (total, count) in metrics.items():
-            so_far = self.metrics.get(name, Mean(total * 0, count * 0))
-            self.metrics[name] = Mean(so_far.total + total, so_far.count + count)
+        for name, metric in metrics.items():
+            so_far = self.metrics.get(name)
+            self.metrics[name] = metric if so_far is None else so_far.joined(metric)
 
     def reduced(self, accelerator: Accelerator) -> dict[str, float]:
         """{"loss": ..., metric: mean, ...} over all processes; metrics that nothing was counted for are left out."""
-        names = sorted(self.metrics)
+        extremes = {name: metric for name, metric in self.metrics.items() if isinstance(metric, Largest)}
+        names = sorted(self.metrics.keys() - extremes.keys())
         flat = [self.loss, *(part for name in names for part in self.metrics[name])]
         summed = accelerator.reduce(torch.stack([x.double() for x in flat]), "sum").tolist()
         pairs = zip(names, summed[1::2], summed[2::2], strict=True)
         means = {name: total / count for name, total, count in pairs if count}
+        means |= _over_processes(extremes, accelerator) if extremes else {}
         if "rewards/chosen" in means and "rewards/rejected" in means:  # of unpaired examples too
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return {"loss": summed[0], **means}
+
+
+def _over_processes(extremes: Mapping[str, Largest], accelerator: Accelerator) -> dict[str, float]:
+    """The extremes of all processes, in one gathering."""
+    names = sorted(extremes)
+    mine = torch.stack([part.double() for name in names for part in extremes[name]])
+    everyone = accelerator.gather(mine).view(-1, len(names), 2).cpu()
+    joined = {
+        name: functools.reduce(Largest.joined, [type(extremes[name])(*pair) for pair in everyone[:, i]])
+        for i, name in enumerate(names)
+    }
+    return {name: metric.value for name, metric in joined.items() if metric.count}
 
 
 class Step:
@@ -136,8 +152,9 @@ class Step:
             counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
             filler = batches or packed(other)
             batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
-        budget = self.micro_batch_tokens
-        return [MicroBatch(batch.to(self.accelerator.device), budget=budget) for batch in batches]
+        budget, here = self.micro_batch_tokens, [batch.to(self.accelerator.device) for batch in batches]
+        behaviors = [behavior_of(batch) if self.loss.wants_behavior else None for batch in here]
+        return [MicroBatch(b, behavior=sampled, budget=budget) for b, sampled in zip(here, behaviors, strict=True)]
 
     def _deal(self, examples: Sequence[Example]) -> list[int]:
         return deal([example_tokens(example, self.policy.shared) for example in examples], self.accelerator)
@@ -246,7 +263,8 @@ class Step:
             self.fill_reference(micros)
             for micro in micros:
                 with self.memory.fitting(micro.batch), torch.set_grad_enabled(backward):
-                    inputs = loss_inputs(self.loss, micro.batch, self.policy(micro.batch), micro.ref, micro.old)
+                    out = self.policy(micro.batch)
+                    inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
                     output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
                     if backward:
                         self.accelerator.backward(output.loss * factor)

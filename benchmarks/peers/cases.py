@@ -18,7 +18,8 @@ class Case:
     """A loss and its options; how TRL is asked for the same, or why it cannot be.
 
     trl: the trainer, None where TRL has no such loss. differs: why TRL's value is another one although it has the loss.
-    state: what the loss carries from earlier steps. weighted: rows have token weights.
+    state: what the loss carries from earlier steps. weighted: rows have token weights. sampled: rollouts were drawn by
+    another policy than the old one.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Case:
     differs: str = ""
     state: dict[str, float] = field(default_factory=dict)
     weighted: bool = False
+    sampled: bool = False
 
     @property
     def loss(self) -> Loss:
@@ -37,7 +39,11 @@ class Case:
         """The options as TRL's configuration takes them: rloo and gmpo are trainers there, not loss types."""
         own = {"loss_type"} if self.trl in ("rloo", "gmpo") else set()
         cap = {"epsilon_high": CISPO_CAP} if self.options.get("loss_type") == "cispo" else {}  # TRL's default: 0.2
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in (cap | self.options).items() if n not in own}
+        given = {n: list(v) if isinstance(v, tuple) else v for n, v in (cap | self.options).items() if n not in own}
+        if not self.sampled:
+            return given
+        others = {name: value for name, value in given.items() if not name.startswith("sampling_")}
+        return others | trl_correction(**self.options)
 
     @property
     def name(self) -> str:
@@ -47,7 +53,23 @@ class Case:
         for key, value in self.options.items():
             if key != "loss_type":
                 words.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return ",".join([*words, *(["weighted rows"] if self.weighted else [])])
+        words += ["weighted rows"] if self.weighted else []
+        words += ["sampled by another"] if self.sampled and "sampling_correction" not in self.options else []
+        return ",".join(words)
+
+
+AS_MASKS = {"icepop": {"sampling_clip_min": 0.5, "sampling_clip_max": 5.0}, "decoupled": {"sampling_clip_max": 1e9}}
+"""Corrections that are TRL's token_mask with bounds of their own."""
+
+
+def trl_correction(sampling_correction: str = "none", **options: Any) -> dict[str, Any]:
+    """How TRL is asked for it."""
+    if sampling_correction == "none":
+        return {"vllm_importance_sampling_correction": False}
+    bounds = AS_MASKS.get(sampling_correction, {}) | options
+    asked = {f"vllm_importance_sampling_{x}": bounds.get(f"sampling_{x}") for x in ("clip_min", "clip_max")}
+    mode = "token_mask" if sampling_correction in AS_MASKS else sampling_correction
+    return {"vllm_importance_sampling_mode": mode} | asked
 
 
 def sft_cases() -> Iterator[Case]:
@@ -187,4 +209,37 @@ def grpo_cases() -> Iterator[Case]:
         )
 
 
-CASES: list[Case] = [*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *grpo_cases()]
+NARROW: dict[str, Any] = {"sampling_clip_min": 0.8, "sampling_clip_max": 1.2}
+WIDE: dict[str, Any] = {"sampling_clip_min": 0.5, "sampling_clip_max": 2.0}
+
+
+def sampling_cases() -> Iterator[Case]:
+    """GRPO's corrections, with bounds that some tokens or completions are outside of."""
+
+    def case(name: str, correction: str, trl: str | None = "grpo", **options: Any) -> Case:
+        return Case("grpo", {"loss_type": name, "sampling_correction": correction} | options, trl, sampled=True)
+
+    for name in ("dapo", "cispo", "vespo"):
+        yield case(name, "token_truncate", **NARROW)
+        yield case(name, "token_mask", **NARROW)
+    yield case("dapo", "sequence_truncate", sampling_clip_max=1.5)
+    yield case("luspo", "sequence_truncate", importance_sampling_level="sequence", **WIDE)
+    yield case("dapo", "sequence_mask", **WIDE)
+    yield case("grpo", "sequence_mask", importance_sampling_level="sequence", beta=0.04)
+    yield case("sapo", "token_mask", top_entropy_quantile=0.4, **NARROW)
+    yield case("dr_grpo", "icepop", **NARROW)
+    yield case("dapo", "icepop")
+    yield case("dapo", "decoupled", beta=0.04, entropy_coef=0.1)
+    yield case("dapo", "token_truncate", off_policy_mask_threshold=0.02)
+    yield Case("grpo", {"loss_type": "dapo", "off_policy_mask_threshold": 0.02}, "grpo", sampled=True)
+    for correction in ("geometric_truncate", "geometric_mask"):
+        yield case("dapo", correction, None, sampling_clip_min=0.9, sampling_clip_max=1.1)
+    yield case("dapo", "geometric_mask", None)
+    yield case("rloo", "sequence_truncate", None, **WIDE)
+    yield case("gmpo", "geometric_truncate", None, beta=0.04)
+    for correction, width in (("dppo_tv", 1e-3), ("dppo_kl", 1e-4), ("ipo", 1e-3)):
+        yield case("dapo", correction, None, sampling_clip_min=-width, sampling_clip_max=width)
+    yield case("cispo", "dppo_tv", None)
+
+
+CASES: list[Case] = [*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *grpo_cases(), *sampling_cases()]

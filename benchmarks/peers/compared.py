@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import CISPO_CAP, Case
+from .cases import CISPO_CAP, Case, trl_correction
 
 Asked = tuple[str, dict[str, Any]]
 """A trainer of TRL or a loss class of Liger, and its options."""
@@ -121,10 +121,27 @@ def _grpo() -> Iterator[Compared]:
     yield same("grpo", loss_type="dapo", top_entropy_quantile=0.4)
     yield same("grpo", loss_type="dapo", entropy_coef=0.1)
     yield same("grpo", loss_type="dapo", entropy_coef=0.1, top_entropy_quantile=0.4)
+    yield from _sampled()
     yield Compared("grpo", {"loss_type": "gmpo"}, ("gmpo", {}), None, "gmpo (defaults)")
     wide = {"epsilon": 0.4, "beta": 0.04}
     yield Compared("grpo", {"loss_type": "gmpo"} | wide, ("gmpo", wide))
     yield Compared("grpo", {"loss_type": "rloo"}, ("rloo", {}))
+
+
+def _sampled() -> Iterator[Compared]:
+    """Corrections for what another policy sampled."""
+    narrow = {"sampling_clip_min": 0.8, "sampling_clip_max": 1.2}
+    for name, correction, bounds in (
+        ("dapo", "token_truncate", narrow),
+        ("dapo", "token_mask", narrow),
+        ("dapo", "sequence_truncate", narrow),
+        ("dapo", "sequence_mask", {}),
+        ("dapo", "icepop", narrow),
+        ("dapo", "decoupled", {}),
+        ("vespo", "token_truncate", narrow),
+    ):
+        asked = {"loss_type": name} | trl_correction(correction, **bounds)
+        yield Compared("grpo", {"loss_type": name, "sampling_correction": correction} | bounds, ("grpo", asked))
 
 
 ATLAS: list[Compared] = [*_sft_and_dpo(), *_kto_and_orpo(), *_cpo_and_tpo(), *_grpo()]

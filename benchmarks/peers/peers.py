@@ -30,7 +30,7 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows
+from .truths import MAX_LENGTH, Gradient, old_logps, random_groups, random_model, random_rows, sampled_by_another
 
 LIGER_VERSION = "0.8.5"
 BATCH = 8
@@ -39,11 +39,15 @@ GROUP = 2
 
 
 class Data(NamedTuple):
-    """rows: in TRL's format. examples: the same tokens; rollouts by group. old: of rollouts, by `tokens_key`."""
+    """rows: in TRL's format. examples: the same tokens; rollouts by group. old, behavior: of rollouts, by `tokens_key`.
+
+    Rows have the sampler's log-probs too, which are given where a correction is asked for.
+    """
 
     rows: list[dict[str, Any]]
     examples: list[Example]
     old: dict[str, list[Tensor]]
+    behavior: dict[str, list[Tensor]]
 
 
 @functools.cache
@@ -61,13 +65,14 @@ def data_of(method: str, seed: int = 1) -> Data:
     examples, _ = prepare(
         Rows("random", rows), LOSSES[method].kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=method == "tpo"
     )
-    return Data(rows, examples, {})
+    return Data(rows, examples, {}, {})
 
 
 def _rollouts(seed: int) -> Data:
     model = the_model()
     examples = random_groups(seed, BATCH // GROUP, GROUP)
     old = old_logps(model, examples, seed)
+    behavior = sampled_by_another(old, seed + 1)
     rows = []
     for example in examples:
         with model.disable_adapter(), torch.no_grad():
@@ -80,9 +85,10 @@ def _rollouts(seed: int) -> Data:
                     "advantage": (example.advantages or ())[k],
                     "old_per_token_logps": old[tokens_key(example)][k],
                     "ref_per_token_logps": ref[k],
+                    "sampling_per_token_logps": behavior[tokens_key(example)][k],
                 }
             )
-    return Data(rows, examples, old)
+    return Data(rows, examples, old, behavior)
 
 
 def chunks(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
@@ -110,9 +116,10 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     )
     micros = [micro for part in chunks(examples, parts) for micro in step.micro_batches(part)]
     if data.old:
-        stored = StoredReference(data.old, reference)  # type: ignore[arg-type]
+        old, behavior = (StoredReference(table, reference) for table in (data.old, data.behavior))  # type: ignore[arg-type]
         for micro in micros:
-            micro.old = stored(micro.batch)
+            micro.old = old(micro.batch)
+            micro.behavior = behavior(micro.batch) if "sampling_correction" in options else None
     result = step(micros, step.totals(examples, micros))
     grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
     return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
@@ -120,11 +127,13 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
 
 def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     """TRL's. Raises what its trainer raises for options that it refuses."""
-    data, model, tokenizer = data_of(ours_method(method)), the_model(), tiny_tokenizer()
+    rows, model, tokenizer = data_of(ours_method(method)).rows, the_model(), tiny_tokenizer()
+    if not any(name.startswith("vllm_") for name in options):
+        rows = [{name: value for name, value in row.items() if name != "sampling_per_token_logps"} for row in rows]
     if parts == 1:
-        result = trl.loss_and_grads(method, model, tokenizer, data.rows, max_length=MAX_LENGTH, **options)
+        result = trl.loss_and_grads(method, model, tokenizer, rows, max_length=MAX_LENGTH, **options)
         return Gradient(result.loss, result.scale, result.grads)
-    loss, grads = trl.micro_batched(method, model, tokenizer, data.rows, parts, max_length=MAX_LENGTH, **options)
+    loss, grads = trl.micro_batched(method, model, tokenizer, rows, parts, max_length=MAX_LENGTH, **options)
     return Gradient(loss, abs(loss), grads)
 
 

@@ -43,8 +43,10 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
         old = StoredReference(subject.old(dtype), reference)
+        behavior = StoredReference(subject.behavior(dtype), reference)
         for micro in micros:
             micro.old = old(micro.batch)
+            micro.behavior = behavior(micro.batch) if case.sampled else None
     result = step(micros, step.totals(examples, micros))
     grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
     return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
@@ -53,7 +55,10 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
 def trls(case: Case, subject: Subject) -> Gradient:
     """TRL's, in float32, without a scale."""
     assert case.trl is not None
-    rows = subject.rollout_rows() if case.method == "grpo" else random_rows(case.method, subject.seed, longest=LONGEST)
+    if case.method == "grpo":
+        rows = subject.rollout_rows(case.sampled)
+    else:
+        rows = random_rows(case.method, subject.seed, longest=LONGEST)
     truth = trl.loss_and_grads(
         case.trl,
         subject.models[torch.float32],
@@ -119,13 +124,24 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
     out = [x for e in examples for k in range(size) for x in subject.policy_passes([e], k)]
     ref = [x for e in examples for k in range(size) for x in subject.reference_passes([e], k)]
     policy, entropy = [x.completion for x in out], [x.entropy for x in out]
-    old = [x for parts in subject.old(torch.float64).values() for x in parts]
+    old, behavior = (
+        [x for parts in table(torch.float64).values() for x in parts] for table in (subject.old, subject.behavior)
+    )
     advantages = [a for e in examples for a in e.advantages or ()]
-    loss = oracle.grpo(policy, old, ref, advantages, entropy=entropy, **case.options)
+    drawn = [[x] for x in behavior] if case.sampled else [None] * len(old)
+    loss = oracle.grpo(
+        policy,
+        old,
+        ref,
+        advantages,
+        entropy=entropy,
+        behavior_logps=behavior if case.sampled else None,
+        **case.options,
+    )
     with torch.no_grad():
         alone = [
-            oracle.grpo([p], [o], [r], [a], entropy=[h], **case.options)
-            for p, o, r, a, h in zip(policy, old, ref, advantages, entropy, strict=True)
+            oracle.grpo([p], [o], [r], [a], entropy=[h], behavior_logps=b, **case.options)
+            for p, o, r, a, h, b in zip(policy, old, ref, advantages, entropy, drawn, strict=True)
         ]
     return loss, sum(abs(x.item()) for x in alone) / len(alone)
 

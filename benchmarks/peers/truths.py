@@ -141,6 +141,15 @@ def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[
     return table
 
 
+def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, list[Tensor]]:
+    """Log-probs of a sampler that is not the old policy: noise of float32 that takes ratios out of a narrow range."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype) for x in values]
+        for key, values in old.items()
+    }
+
+
 class Subject:
     """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
 
@@ -202,9 +211,19 @@ class Subject:
         table: dict[str, list[Tensor]] = self.once(("old", dtype), make)
         return table
 
-    def rollout_rows(self) -> list[dict[str, Any]]:
-        """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it."""
-        old, rows = self.old(torch.float32), []
+    def behavior(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        """The same of what drew the rollouts where that was not the old policy."""
+
+        old = self.old(dtype)
+        table: dict[str, list[Tensor]] = self.once(("behavior", dtype), lambda: sampled_by_another(old, self.seed + 1))
+        return table
+
+    def rollout_rows(self, sampled: bool = False) -> list[dict[str, Any]]:
+        """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it.
+
+        sampled: with `behavior`.
+        """
+        old, behavior, rows = self.old(torch.float32), self.behavior(torch.float32), []
         for example in random_groups(self.seed):
             ref = [self.passed(example, k, torch.float32, reference=True) for k in range(len(example.completions))]
             for k, (completion, advantage) in enumerate(
@@ -217,6 +236,7 @@ class Subject:
                         "advantage": advantage,
                         "old_per_token_logps": old[tokens_key(example)][k],
                         "ref_per_token_logps": ref[k].completion,
+                        "sampling_per_token_logps": behavior[tokens_key(example)][k] if sampled else None,
                     }
                 )
         return rows

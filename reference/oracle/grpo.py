@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from logratio.reference.oracle._math import kl_estimate, sigmoid, zero
+from logratio.reference.oracle.sampling import weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Options:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     max_completion_length: int = 512
+    sampling_correction: str = "none"
+    sampling_clip_min: float | None = None
+    sampling_clip_max: float | None = None
 
     @property
     def low(self) -> float:
@@ -56,15 +60,19 @@ def grpo(
     advantages: Sequence[float] | Tensor,
     *,
     entropy: Sequence[Tensor] | None = None,
+    behavior_logps: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """The policy term plus beta KL, averaged as `loss_type` says, less entropy_coef times the mean entropy.
 
     `options` as in `Options`. Without `old_logps` the step is on policy. entropy: of each token's distribution, for
-    entropy_coef and top_entropy_quantile.
+    entropy_coef and top_entropy_quantile. behavior_logps: of the policy that the completions were drawn by, for
+    sampling_correction and the off-policy mask, if it is another one.
     """
     o = Options(**options)
     _refuse_undefined(o, ref_logps, entropy)
+    if o.sampling_correction != "none" and behavior_logps is None:
+        raise ValueError(f"sampling_correction={o.sampling_correction} needs behavior_logps")
     old_logps = [y.detach() for y in logps] if old_logps is None else [y.detach() for y in old_logps]
     keep = _kept(logps, entropy, o.top_entropy_quantile)
     total = zero(logps)
@@ -72,7 +80,8 @@ def grpo(
         if len(y) == 0:
             continue
         ref = None if ref_logps is None else ref_logps[i].detach()
-        loss = _sequence_loss(y, old_logps[i], ref, float(advantages[i]), keep[i], o)
+        mu = (old_logps if behavior_logps is None else behavior_logps)[i].detach()
+        loss = _sequence_loss(y, old_logps[i], ref, float(advantages[i]), keep[i], o, mu)
         total = total + loss / _divisor(len(y), len(logps), sum(len(x) for x in logps), o)
     if o.entropy_coef and entropy is not None:
         acting = [
@@ -113,19 +122,20 @@ def _divisor(length: int, sequences: int, tokens: int, o: Options) -> float:
 
 
 def _sequence_loss(
-    y: Tensor, old: Tensor, ref: Tensor | None, advantage: float, keep: Sequence[bool], o: Options
+    y: Tensor, old: Tensor, ref: Tensor | None, advantage: float, keep: Sequence[bool], o: Options, mu: Tensor
 ) -> Tensor:
     """The loss of one sequence before its divisor: a sum over tokens, or the one term of gmpo and rloo."""
     # arXiv 2512.02556 Eq. 9: a bad answer that the policy has long left teaches nothing
     gone = (
         o.off_policy_mask_threshold is not None
         and advantage < 0
-        and float((old - y.detach()).sum()) / len(y) > o.off_policy_mask_threshold
+        and float((mu - y.detach()).sum()) / len(y) > o.off_policy_mask_threshold
     )
+    w = weights(y, old, mu, advantage, o)
     if o.loss_type == "rloo":
-        return 0 * y.sum() if gone else _rloo(y, old, advantage, o)
+        return 0 * y.sum() if gone else w[0] * _rloo(y, old, advantage, o)
     if o.loss_type == "gmpo":
-        loss = 0 * y.sum() if gone else _gmpo(y, old, advantage, keep, o)
+        loss = 0 * y.sum() if gone else w[0] * _gmpo(y, old, advantage, keep, o)
         for t in range(len(y)):
             if o.beta and ref is not None:  # the sequence mean, never corrected
                 loss = loss + o.beta * kl_estimate(y[t], ref[t], o.kl_estimator) / len(y)
@@ -137,7 +147,10 @@ def _sequence_loss(
         else:
             ratio = torch.exp((y - old).sum() / len(y))  # s_i, arXiv 2507.18071 Sec. 4.1
         if keep[t] and not gone:
-            loss = loss + _policy_term(y, old, t, ratio, advantage, o)
+            if o.loss_type == "vespo":  # W is of the policy that drew: each weight is a factor of it
+                loss = loss - _vespo_weight(y, old, advantage, o, w) * advantage * y[t]
+            else:
+                loss = loss + w[t] * _policy_term(y, old, t, ratio, advantage, o)
         if o.beta and ref is not None:
             kl = kl_estimate(y[t], ref[t], o.kl_estimator)  # k3: 2402.03300 Eq. 4
             if o.use_bias_correction_kl:
@@ -153,17 +166,16 @@ def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float
     if o.loss_type == "sapo":  # arXiv 2511.20347
         tau = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
         return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
-    if o.loss_type == "vespo":
-        return -_vespo_weight(y, old, advantage, o) * advantage * y[t]
     clipped = torch.clamp(ratio, 1 - o.low, 1 + o.high)  # epsilon_high: arXiv 2503.14476 Sec. 3.1
     if o.delta is not None:
         ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
     return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
 
 
-def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options) -> float:
+def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options, w: Sequence[float]) -> float:
     """phi(W) = e^lambda W^k e^(-lambda W), arXiv 2602.10693 Sec. 3.4, with its authors' bounds; no gradient."""
     log_w = math.fsum(min(max(x, -20.0), 20.0) for x in (y.detach() - old).tolist())
+    log_w += math.fsum(min(math.log(max(x, 1e-8)), 20.0) for x in w)
     log_w = min(max(log_w, math.log(1e-8)), 20.0)
     k, lam = (o.vespo_k_pos, o.vespo_lambda_pos) if advantage >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
     lam = max(lam, 1e-4)

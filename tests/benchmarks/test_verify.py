@@ -36,7 +36,8 @@ def named(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 FIRST = {(case.method, case.options.get("loss_type")): case for case in reversed(CASES) if case.trl}
-"""One case of every loss type that TRL has; the command compares all of them."""
+FIRST |= {("sampled", case.options.get("sampling_correction")): case for case in CASES if case.trl and case.sampled}
+"""One case of every loss type and correction that TRL has; the command compares all of them."""
 
 
 @named(CASES)

@@ -8,18 +8,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
 from logratio.benchmarks.peers.cases import CASES, Case
-from logratio.losses import LOSSES, DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, Mean, TokenLogps, Totals
+from logratio.losses import (
+    LOSSES,
+    DPOLoss,
+    GRPOLoss,
+    Kind,
+    KTOLoss,
+    Largest,
+    Loss,
+    Mean,
+    Smallest,
+    TokenLogps,
+    Totals,
+)
 from logratio.trainers.batches import packing
 from logratio.trainers.batches.inputs import count_totals, loss_inputs
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference
+from logratio.trainers.policy.reference import AdapterReference, StoredReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult
 
@@ -239,6 +252,44 @@ def test_metrics_are_means_over_what_was_counted():
     )
     result.add(torch.tensor(0.5), {"a": Mean(torch.tensor(1.0), torch.tensor(3))})
     assert result.reduced(start_accelerator("no")) == {"loss": 0.75, "a": 1.0}
+
+
+def test_the_largest_is_that_of_all_micro_batches_and_processes():
+    class Two:
+        """The other process has seen 7, and nothing that is smallest."""
+
+        def reduce(self, values: Tensor, how: str) -> Tensor:
+            return values
+
+        def gather(self, values: Tensor) -> Tensor:
+            return torch.cat([values, torch.tensor([7.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)])
+
+    result = StepResult(torch.tensor(0.0))
+    for value in (3.0, 5.0, 4.0):
+        one = torch.tensor([value])
+        nothing = Largest.of(one, torch.tensor([False]))
+        result.add(torch.tensor(0.0), {"a": Largest.of(one), "b": nothing, "c": Smallest.of(one), "d": Mean.of(one)})
+    alone = {"loss": 0.0, "a": 5.0, "c": 3.0, "d": 4.0}
+    assert result.reduced(start_accelerator("no")) == alone
+    assert result.reduced(Two()) == alone | {"a": 7.0}
+
+
+def test_what_was_sampled_is_the_same_however_a_step_is_cut(model):
+    loss = GRPOLoss(sampling_correction="sequence_mask", sampling_clip_min=0.5, sampling_clip_max=2.0)
+    examples = examples_for(Kind.GROUPED)
+    drawn = truths.old_logps(model, examples, seed=3)
+    found = []
+    for tokens in (1000, 40):
+        model.zero_grad()
+        step = make_step(model, loss, micro_batch_tokens=tokens)
+        micros = step.micro_batches(examples)
+        for micro in micros:
+            micro.behavior = StoredReference(drawn, None)(micro.batch)
+        found.append((len(micros), step(micros, step.totals(examples, micros)).reduced(step.accelerator)))
+    (one, whole), (several, cut) = found
+    assert one == 1 < several and cut == pytest.approx(whole, rel=1e-9)
+    assert 0 < whole["sampling/masked_mean"] < 1
+    assert whole["sampling/ratio_min"] < 0.5 and whole["sampling/ratio_max"] > 2
 
 
 def test_fillers_count_for_nothing(model):

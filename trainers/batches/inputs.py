@@ -43,9 +43,14 @@ def _prompt_tokens(example: Example) -> int:
 
 
 def loss_inputs(
-    loss: Loss, batch: PackedBatch, out: TokenLogps, ref: Tensor | None = None, old: Tensor | None = None
+    loss: Loss,
+    batch: PackedBatch,
+    out: TokenLogps,
+    ref: Tensor | None = None,
+    old: Tensor | None = None,
+    behavior: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The arguments, beside `totals`, that a loss of this kind is called with. out, ref, old: [paths, T] each."""
+    """The arguments, beside `totals`, that a loss of this kind is called with. All but the loss: [paths, T] each."""
     mask = batch.scored
     policy = CompletionLogps(out.logps, mask, out.entropy, out.log_z, out.log_sum_p2, batch.weights)
     others = {"ref": ref} if loss.wants_reference and ref is not None else {}
@@ -62,6 +67,8 @@ def loss_inputs(
         advantages = [a for e in batch.examples for a in e.advantages or ()]
         inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype).to(mask.device, non_blocking=True)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
+        if loss.wants_behavior:
+            inputs["behavior"] = None if behavior is None else CompletionLogps(behavior, mask)
     return inputs
 
 

@@ -30,7 +30,7 @@ class RolloutConfig:
     """Sample from the smallest set of tokens that holds this probability."""
     top_k: NotNegativeCount = 0
     """Sample from so many of the likeliest tokens; 0: from all."""
-    min_p: Annotated[float, Range(0, 1)] = 0.0
+    min_p: Annotated[float, Range(0, 1)] | None = None
     """Sample from the tokens of at least this share of the likeliest one's probability."""
     repetition_penalty: Positive = 1.0
     """Divide the positive logits of tokens that prompt and completion hold already by this, multiply the negative."""

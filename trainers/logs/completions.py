@@ -19,8 +19,8 @@ from ..errors import UserError
 
 FOLDER = "completions.parquet"
 NAME = re.compile(r"step-(\d+)\.parquet")
-WHOLE = ("step", "row", "completion_length")
-REAL = ("reward", "advantage")
+WHOLE = ("step", "row", "completion_length", "policy_version")
+REAL = ("reward", "advantage", "sampler_logp")
 
 
 class CompletionParts:

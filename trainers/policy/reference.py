@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,8 +105,18 @@ def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
         completions = [c for e in batch.examples for c in e.completions]
         for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
             scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
+            scored = scored[: out.shape[1]]  # beyond that nothing is, of any completion
             out[path, : len(scored)][scored] = values
     return out.to(batch.scored.device, non_blocking=True)
+
+
+def behavior_of(batch: PackedBatch) -> Tensor | None:
+    """[paths, T], the log-probabilities that the completions were sampled with; None where one has none."""
+    completions = [c for e in batch.examples for c in e.completions]
+    if any(c.behavior is None for c in completions):
+        return None
+    values = [torch.tensor(list(compress(c.behavior or (), c.scored or repeat(True)))) for c in completions]
+    return laid_out(batch, values)
 
 
 def reference_model(reference: Reference | None) -> Policy | None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..data.tokenization import Text
 from ..errors import UserError
+from .engines.protocol import Sample
 
 COLUMNS = ("step", "row", "prompt", "completion", "reward", "advantage", "completion_length", "finish_reason")
+COLUMNS += ("sampler_logp", "policy_version", "engine")
 
 
 def check_extra(column: Any, values: Any, completions: int) -> tuple[str, list[str | None]]:
@@ -40,15 +42,17 @@ def kept_rows(
     prompts: Sequence[Text],
     rows: Sequence[int],
     completions: Sequence[str],
-    lengths: Tensor,
-    ended: Tensor,
+    samples: Sequence[Sample],
+    engine: str,
     by_function: Mapping[str, Tensor],
     rewards: Tensor,
     advantages: Tensor,
     extra: Mapping[str, Sequence[str | None]],
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
-    one that nobody gave."""
+    one that nobody gave. sampler_logp: the mean over a completion's tokens, in nats; policy_version: the steps that the
+    policy had taken which said it.
+    """
     return [
         {
             "step": step,
@@ -58,12 +62,19 @@ def kept_rows(
             **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
             "reward": known(rewards[i]),
             "advantage": float(advantages[i]),
-            "completion_length": int(lengths[i]),
-            "finish_reason": "stop" if ended[i] else "length",
+            "completion_length": len(samples[i].ids),
+            "finish_reason": samples[i].finish_reason,
+            "sampler_logp": mean(samples[i].logps),
+            "policy_version": samples[i].version,
+            "engine": engine,
             **{column: values[i] for column, values in extra.items()},
         }
         for i in range(len(completions))
     ]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def known(value: Tensor) -> float | None:

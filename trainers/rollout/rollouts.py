@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ class Rolled:
     baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
     ended: [prompts, G], False where the length limit cut a completion; None: all ended.
     logged: the metrics that the rewards logged themselves.
-    prompts, texts, extra: as the rewards saw each completion, and the columns that they gave to log_extra.
+    prompts, samples, texts, extra: of each completion, as the engine said it and the rewards saw it, and the columns
+        that these gave to log_extra.
     """
 
     examples: list[Example]
@@ -47,6 +49,7 @@ class Rolled:
     ended: Tensor | None = None
     logged: dict[str, Mean] = field(default_factory=dict)
     prompts: Sequence[Text] = ()
+    samples: Sequence[Sample] = ()
     texts: Sequence[str] = ()
     extra: dict[str, list[str | None]] = field(default_factory=dict)
 
@@ -93,6 +96,7 @@ class Rollouts:
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
+        self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
@@ -135,7 +139,7 @@ class Rollouts:
         ]
         ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
         texts = [prompt.prompt for prompt in repeated]
-        return Rolled(examples, by_function, baseline, ended, scored.logged, texts, scored.texts, scored.extra)
+        return Rolled(examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra)
 
     def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[list[Sample]]:
         """What the engine says to the requests, which are of these prompts."""
@@ -145,13 +149,21 @@ class Rollouts:
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            min_p=config.min_p,
+            min_p=config.min_p or 0.0,
             repetition_penalty=config.repetition_penalty,
             stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
             stop_strings=config.stop_strings,
         )
+        started = time.perf_counter()
         self.engine.sync(self.state.global_step)
-        return self.engine.sample(requests, sampling)
+        said = self.engine.sample(requests, sampling)
+        seconds, tokens = time.perf_counter() - started, sum(len(s.ids) for samples in said for s in samples)
+        # means over processes: of their times, and of all their tokens over all their times
+        self.timed = {
+            "rollout_ms": Mean(torch.tensor(1e3 * seconds), torch.tensor(1.0)),
+            "rollout_tokens_per_s": Mean(torch.tensor(float(tokens)), torch.tensor(seconds)),
+        }
+        return said
 
     def close(self) -> None:
         """Nothing is sampled any more."""
@@ -234,14 +246,14 @@ class Rollouts:
 
     def _keep(self, rolled: Rolled, advantages: Tensor, accelerator: Accelerator) -> None:
         """Let `taken` have the completions of all processes."""
-        group, lengths = rolled.by_function.shape[1], rolled.lengths
+        group = rolled.by_function.shape[1]
         rows = kept_rows(
             self.state.global_step + 1,
             prompts=rolled.prompts,
             rows=[example.row for example in rolled.examples for _ in range(group)],
             completions=rolled.texts,
-            lengths=lengths.flatten(),
-            ended=(torch.ones_like(lengths) if rolled.ended is None else rolled.ended).flatten(),
+            samples=rolled.samples,
+            engine=self.engine.name,
             by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
             rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
             advantages=advantages.flatten(),

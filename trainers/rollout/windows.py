@@ -25,7 +25,7 @@ def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Windo
     steps will differ from the policy that sampled them."""
     config, accelerator = rollouts.config, step.accelerator
     rolled = rollouts(share(numbered(prompts), accelerator))
-    kl, metrics = None, rollouts.metrics(rolled, accelerator)
+    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
 
     def packed() -> tuple[list[Example], list[MicroBatch]]:
         # whole groups are compared; ones that do not fit a micro-batch are divided

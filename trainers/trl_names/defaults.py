@@ -62,6 +62,17 @@ ALSO = {
         "epsilon's 0.2, as a cap",
         Here("5", needs=("loss_type", "cispo"), unless=("epsilon",)),
     ),
+    "vllm_importance_sampling_mode": (
+        "sequence_mask, at 3",
+        Here(
+            "none: nothing is corrected for",
+            needs=("use_vllm", True),
+            unless=(
+                *("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_min"),
+                *("vllm_importance_sampling_clip_max", "sampling_correction"),
+            ),
+        ),
+    ),
 }
 """The same for options of TRL's scripts and of one loss: option -> (TRL's default, ours)."""
 

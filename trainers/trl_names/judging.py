@@ -169,7 +169,7 @@ def checked(verdict: Verdict, loss: type[Loss], a: Asked) -> Verdict:
             return a.refused(f"an option of {', '.join(owners)}")
         if wrong := out_of_domain(loss, name, value, options[name]):
             return a.refused(wrong)
-        if unread := not_read(loss, name, value, a):
+        if unread := not_read(loss, name, value, a, verdict.became):
             return a.no_effect(unread)
     return verdict
 
@@ -193,14 +193,18 @@ def out_of_domain(loss: type[Loss], name: str, value: Any, hint: Any) -> str:
     return ""
 
 
-def not_read(loss: type[Loss], name: str, value: Any, a: Asked) -> str:
-    """Why the chosen variant of the loss does not read the option, "" where it does. TRL does not either, silently."""
+def not_read(loss: type[Loss], name: str, value: Any, a: Asked, became: Mapping[str, Any]) -> str:
+    """Why the chosen variant of the loss does not read the option, "" where it does. TRL does not either, silently.
+
+    became: what else is set with it, by our names.
+    """
     fields = {f.name: f.default for f in dataclasses.fields(loss)}
     if name not in fields or value == fields[name]:
         return ""
     tables = getattr(loss, "option_tables", {})
     for option, table in tables.items() if name not in tables else ():
         chosen = OF_RLOO[option] if a.method == "rloo" and option in OF_RLOO else a.says(option, fields[option])
+        chosen = became.get(option, chosen)
         chosen = [chosen] if isinstance(chosen, str) else list(chosen)
         if not {OLDER.get(one, one) for one in chosen} & set(table.readers(name)):
             return f"{option} {', '.join(chosen)} does not read it, in TRL neither"

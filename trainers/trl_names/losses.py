@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .rules import rule
 from .verdicts import Asked, Verdict
 
@@ -77,6 +79,26 @@ def level(a: Asked) -> Verdict:
     if a.value == "sequence" and a.says("loss_type") == "vespo":
         return a.refused("vespo's ratios are of tokens; leave it out")
     return a.taken()
+
+
+VLLM_CORRECTION = "vllm_importance_sampling_correction"
+VLLM_MODE = "vllm_importance_sampling_mode"
+
+
+@rule(VLLM_CORRECTION, VLLM_MODE, "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max")
+def sampled(a: Asked) -> Verdict:
+    """With use_vllm sampling_correction, sampling_clip_min and sampling_clip_max, whatever engine samples."""
+    if not a.says("use_vllm"):
+        return a.no_effect("read only with use_vllm: true")
+    if not a.says(VLLM_CORRECTION, True):
+        if a.key == VLLM_CORRECTION:
+            return a.translated(sampling_correction="none")
+        return a.no_effect(f"read only with {VLLM_CORRECTION}: true")
+    mode = a.says(VLLM_MODE, "sequence_mask")
+    if a.key in (VLLM_CORRECTION, VLLM_MODE):
+        return a.translated(sampling_correction=mode)
+    became: dict[str, Any] = {"sampling_correction": mode, a.key.removeprefix("vllm_importance_"): a.number()}
+    return a.translated(**became)
 
 
 @rule("ref_model_mixup_alpha", "ref_model_sync_steps")

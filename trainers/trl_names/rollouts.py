@@ -49,6 +49,14 @@ def scaled(a: Asked) -> Verdict:
     return a.taken()
 
 
+@rule("top_k", "min_p", "repetition_penalty")
+def cut(a: Asked) -> Verdict:
+    """As here; null, and -1 of top_k, is the default, which leaves the distribution whole."""
+    if a.value is None or (a.key == "top_k" and a.value == -1):
+        return a.no_effect("nothing is cut off or penalized by default")
+    return a.taken()
+
+
 @rule("num_generations_eval")
 def evaluated(a: Asked) -> Verdict:
     """num_generations, if anything."""

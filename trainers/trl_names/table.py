@@ -26,6 +26,7 @@ RENAMED = {
     "tokenizer_name_or_path": "tokenizer",
     "processing_class": "tokenizer",
     "revision": "model_revision",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
 }
 """An older or another spelling -> today's, which is judged in its place."""
 
@@ -84,8 +85,7 @@ WITHOUT_EFFECT = {
     "rollouts are sampled by the model itself, not by vLLM": (
         "vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port "
         "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
-        "vllm_tensor_parallel_size vllm_importance_sampling_correction vllm_importance_sampling_mode "
-        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap"
+        "vllm_tensor_parallel_size"
     ),
     "sampling is batched by our own loop: a question of speed": (
         "use_transformers_continuous_batching transformers_continuous_batching_config"
@@ -159,10 +159,10 @@ ONLY = {
     # rollouts
     "use_vllm": Only(NOTHING, "rollouts are sampled by the model itself; leave it out"),
     "vllm_structured_outputs_regex": Only(NOTHING, "completions are not held to a pattern; reward it instead"),
-    "top_k": Only((*NOTHING, -1), "sampling is cut by top_p; leave it out"),
-    "min_p": Only(NOTHING, "sampling is cut by top_p; leave it out"),
-    "repetition_penalty": Only((1, None), "what is sampled is the policy's own distribution; leave it out"),
-    "generation_kwargs": Only((*NOTHING, {}), "sampling has temperature, top_p and max_completion_length"),
+    "generation_kwargs": Only(
+        (*NOTHING, {}),
+        "sampling has temperature, top_p, top_k, min_p, repetition_penalty, stop_strings and max_completion_length",
+    ),
     "reward_model_name_or_path": Only(NOTHING, "write a function that calls the model, and name it in reward_funcs"),
     "reward_clip_range": Only(NOTHING, "clip in the reward function itself"),
     "use_adaptive_entropy": Only(NOTHING, "the entropy bonus has a fixed weight: entropy_coef"),
@@ -174,6 +174,7 @@ OURS = frozenset(
     "batch_size micro_batch_tokens mixed_precision shuffle eval_size on_bad_row streaming_buffer "
     "dataset_weights fused_lora fused_layers adapter_name_or_path ref_model_name_or_path early_stopping_patience "
     "z_loss_coef irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
-    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator log_completions_steps".split()
+    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator log_completions_steps "
+    "sampling_correction sampling_clip_min sampling_clip_max stop_strings".split()
 )
 """Options that TRL has not: a file with one of them is ours, and what TRL has too is meant as here."""

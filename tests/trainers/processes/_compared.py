@@ -13,7 +13,7 @@ CLOSE = 2e-6  # of weights that a step moves by 1e-4
 # (1e-8) its rounding error moves a weight as far as others their gradient.
 FAR, RARE = 1e-5, 1e-4
 ROUNDING = 1e-5  # of figures: a log-ratio is the difference of two log-probabilities near -40 in float32
-MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "hash"}
+MEASURED = {"tokens_per_s", "step_ms", "peak_mem_mib", "rollout_ms", "rollout_tokens_per_s", "hash"}
 
 
 def jobs_of(settings, folder, kind, world):

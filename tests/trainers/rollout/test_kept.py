@@ -9,6 +9,7 @@ import torch
 
 from logratio.trainers import cli
 from logratio.trainers.rollout import kept
+from logratio.trainers.rollout.engines.protocol import Sample
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(3)]
 TALK = [{"prompt": [{"role": "user", "content": f"{i}+1=é"}]} for i in range(3)]
@@ -86,11 +87,13 @@ def test_processes_take_turns_as_their_prompts_were_dealt(monkeypatch):
 def test_a_row_has_none_for_a_reward_that_nobody_gave():
     nan = float("nan")
     (row,) = kept.kept_rows(
-        7, prompts=["p"], rows=[3], completions=["c"], lengths=torch.tensor([2.0]), ended=torch.tensor([0.0]),
+        7, prompts=["p"], rows=[3], completions=["c"], engine="logratio",
+        samples=[Sample([5, 6], "length", [-1.0, -2.0], 6)],
         by_function={"one": torch.tensor([nan])}, rewards=torch.tensor([nan]), advantages=torch.tensor([0.0]),
         extra={"why": ["x"]},
     )  # fmt: skip
     assert row == {
         "step": 7, "row": 3, "prompt": "p", "completion": "c", "rewards/one": None, "reward": None, "advantage": 0.0,
-        "completion_length": 2, "finish_reason": "length", "why": "x",
+        "completion_length": 2, "finish_reason": "length", "sampler_logp": -1.5, "policy_version": 6,
+        "engine": "logratio", "why": "x",
     }  # fmt: skip

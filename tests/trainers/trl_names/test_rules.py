@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from logratio.losses import LOSSES
+from logratio.losses import LOSSES, GRPOLoss
 from logratio.trainers.trl_names import Kind, consider, is_ours, judge
 
 PEFT = {"use_peft": True}
@@ -155,7 +155,13 @@ BECOMES = [
         {"generation_batch_size": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
-    ("grpo", {"use_vllm": False, "top_k": 0, "vllm_mode": "server"}, {}),
+    ("grpo", {"use_vllm": False, "vllm_mode": "server"}, {}),
+    (
+        "grpo",
+        {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2},
+        {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2},
+    ),
+    ("grpo", {"top_k": -1, "min_p": None}, {}),
     ("grpo", {"log_completions": False, "num_completions_to_print": 4}, {"log_completions": False}),
 ]
 
@@ -175,7 +181,8 @@ def test_what_has_no_effect_says_why():
     assert verdict("use_bias_correction_kl", "grpo", use_bias_correction_kl=False).reason == (
         "read only where beta is not 0"
     )
-    assert verdict("top_k", "grpo", top_k=0).reason == "as in any case"
+    assert verdict("top_k", "grpo", top_k=-1).reason == "nothing is cut off or penalized by default"
+    assert verdict("use_vllm", "grpo", use_vllm=False).reason == "as in any case"
     assert verdict("max_seq_length", "sft", max_length=5, max_seq_length=5).reason == "another name of max_length"
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
         Kind.NO_EFFECT
@@ -292,6 +299,44 @@ def test_what_trl_would_have_done_by_default_is_said():
 )
 def test_a_file_of_our_own_is_known(given, ours):
     assert is_ours(given, LOSSES["sft"]) is ours
+
+
+VLLM = "vllm_importance_sampling_{}".format
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({VLLM("mode"): "token_truncate"}, {"sampling_correction": "token_truncate"}),
+        ({VLLM("correction"): True}, {"sampling_correction": "sequence_mask"}),
+        ({VLLM("correction"): False, VLLM("mode"): "token_mask"}, {"sampling_correction": "none"}),
+        ({VLLM("clip_max"): 2}, {"sampling_correction": "sequence_mask", "sampling_clip_max": 2}),
+        (
+            {VLLM("mode"): "token_mask", VLLM("cap"): "1e1", VLLM("clip_min"): 0.5},
+            {"sampling_correction": "token_mask", "sampling_clip_max": 10.0, "sampling_clip_min": 0.5},
+        ),
+        ({}, {}),
+    ],
+    ids=str,
+)
+def test_corrections_for_what_vllm_sampled(given, expected):
+    """Here of any engine; without vLLM TRL has none."""
+    became = consider("grpo", {"use_vllm": True, **given}).options
+    assert {name: value for name, value in became.items() if name.startswith("sampling_")} == expected
+    GRPOLoss(**expected)
+    without = consider("grpo", given)
+    assert without.options == {} and {v.kind for v in without.verdicts} <= {Kind.NO_EFFECT}
+
+
+def test_what_trl_corrects_by_default_is_said():
+    def absent(**given):
+        return {v.key: v.reason for v in consider("grpo", given).absent}.get(VLLM("mode"))
+
+    assert absent(use_vllm=True) == ("TRL's default is sequence_mask, at 3, here none: nothing is corrected for")
+    assert absent() is None and absent(use_vllm=True, **{VLLM("correction"): False}) is None
+    (refused,) = (v for v in consider("grpo", {"use_vllm": True, VLLM("mode"): "tis"}).refused if v.key != "use_vllm")
+    assert refused.reason.startswith("tis is unknown; must be one of none, token_truncate, ")
+    assert verdict(VLLM("clip_min"), "grpo", **{VLLM("clip_min"): 0.5}).reason == "read only with use_vllm: true"
 
 
 def test_rslora_is_what_its_refusal_says():

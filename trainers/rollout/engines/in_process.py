@@ -53,6 +53,10 @@ class InProcess:
         self.tell = tell or (lambda key, text: None)
         self.obstacle: str | None = None  # to the own loop, "": there is none; None: not tried yet
 
+    @property
+    def name(self) -> str:
+        return "transformers" if self.obstacle else "logratio"
+
     def sync(self, version: int) -> None:
         self.version = version
 

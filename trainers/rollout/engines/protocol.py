@@ -68,13 +68,14 @@ class Sample:
 class Engine(Protocol):
     """Samples completions of the policy as it was when `sync` was last called.
 
-    sample() answers in the order of the requests and of their seeds. A completion depends on its prompt, the policy,
-    the options and its seed alone.
-
-    rows: completions under way at a time, memory and speed.
+    name: what the log calls it. rows: completions under way at a time, memory and speed. sample() answers in the order
+    of the requests and of their seeds. A completion depends on its prompt, the policy, the options and its seed alone.
     """
 
     rows: int
+
+    @property
+    def name(self) -> str: ...
 
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""

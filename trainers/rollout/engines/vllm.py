@@ -63,6 +63,10 @@ class VLLM:
         self.rows, self.version = rows, -1
         self.processed: set[Server] = set()  # those that were seen to give the log-probs of what they sample from
 
+    @property
+    def name(self) -> str:
+        return "vllm"
+
     def sync(self, version: int) -> None:
         """Does nothing where the policy of this version is there already."""
         if version != self.version:
