@@ -23,8 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.tiny import tiny_model
+from logratio.trainers.rollout.engines.drawing import Drawing
 from logratio.trainers.rollout.engines.in_process import InProcess
-from logratio.trainers.rollout.engines.protocol import Request, Sampling
+from logratio.trainers.rollout.engines.protocol import Request, Sample, Sampling
 
 
 def with_adapter(model):
@@ -35,6 +36,19 @@ def with_adapter(model):
 
 def small_model():
     return tiny_model(3, num_hidden_layers=1, hidden_size=32, intermediate_size=32, initializer_range=0.5)
+
+
+@torch.no_grad()
+def logps_of(policy, prompt, ids, sampling=None):
+    """Of each token in the distribution that the options draw it from, by a plain forward pass."""
+    logits = policy.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+    found, sampling = [], sampling or Sampling(max_new_tokens=1)
+    for at, row in enumerate(logits):
+        history = torch.tensor([[*prompt, *ids[:at]]])
+        drawing = Drawing(sampling)
+        row = row[None] if drawing.penalty is None else drawing.penalty(history, row[None])
+        found.append(float(drawing.cuts(history, row / sampling.temperature).log_softmax(-1)[0, ids[at]]))
+    return found
 
 
 class SmallServer:
@@ -121,6 +135,8 @@ class SmallServer:
         request = Request(body["prompt"], [None if greedy else body["seed"] % 2**64])
         with self.lock:
             ((sample,),) = engine.sample([request], sampling)
+        if bias := body.get("logit_bias"):
+            sample = Sample([int(next(iter(bias)))], "length", [0.0])
         logps = [logp - 1 for logp in sample.logps] if self.raw_logprobs else sample.logps
         choice = {
             "token_ids": sample.ids,

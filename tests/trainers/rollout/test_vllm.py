@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logratio.trainers.rollout.engines.drawing import Drawing
 from logratio.trainers.rollout.engines.in_process import InProcess
 from logratio.trainers.rollout.engines.protocol import Request, Sampling
 from logratio.trainers.rollout.engines.vllm import VLLM
 
-from ._server import RealServer, SmallServer, small_model, with_adapter
+from ._server import RealServer, SmallServer, logps_of, small_model, with_adapter
 
 PROMPTS = ([5, 9, 11], [7], [3, 3, 8, 12, 40, 41, 42, 43], [20, 21])
 SEEDS = [[1, 2, 2**64 - 5], [None, 4], [5], [6, None, 7]]
@@ -75,19 +74,6 @@ def engine_of(tmp_path):
     yield make
     for engine in made:
         engine.close()
-
-
-@torch.no_grad()
-def logps_of(policy, prompt, ids, sampling):
-    """Of each token in the distribution that the options draw it from, by a plain forward pass."""
-    logits = policy.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
-    found = []
-    for at, row in enumerate(logits):
-        history = torch.tensor([[*prompt, *ids[:at]]])
-        drawing = Drawing(sampling)
-        row = row[None] if drawing.penalty is None else drawing.penalty(history, row[None])
-        found.append(float(drawing.cuts(history, row / sampling.temperature).log_softmax(-1)[0, ids[at]]))
-    return found
 
 
 def sampled(said):

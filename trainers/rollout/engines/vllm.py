@@ -37,8 +37,8 @@ ROWS = 256
 """Requests under way at a time at one server, as many as vLLM computes together by itself."""
 FORGETS = 3
 """Times in one request that a server may have lost the adapter that it was given."""
-HOT = 1e6
-"""A temperature at which all tokens are equally likely, whatever the logits."""
+CERTAIN = 100
+"""A bias that makes a token certain, whatever its logit: the largest that the protocol has."""
 FIELDS = ("token_ids", "logprobs", "finish_reason")
 
 
@@ -152,13 +152,13 @@ class VLLM:
         return Sample(ids, choice["finish_reason"], logps, self.version)
 
     def _check_processed(self, server: Server, prompt_ids: Sequence[int]) -> None:
-        """Raise UserError where the server's log-probs are of the raw logits. At a temperature like this one a token's
-        is that of one among all in the distribution that it is drawn from, and hardly ever in the model's."""
+        """Raise UserError where the server's log-probs are of the raw logits: a token out of the vocabulary's middle
+        that a bias makes certain has 0 then only in the distribution that it is drawn from."""
         if server in self.processed:
             return
-        options = {"prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1, temperature=HOT)), "seed": 0}
-        sample = self._completed(server, options, threading.Event())
-        if abs(sample.logps[0] + math.log(self.vocabulary)) > 0.05:
+        options = {"prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1)), "seed": 0}
+        options["logit_bias"] = {str(self.vocabulary // 2): CERTAIN}
+        if self._completed(server, options, threading.Event()).logps[0] < -0.05:
             raise UserError(
                 f"the vLLM server {server.url} gives log-probabilities before temperature, penalties and cuts: start "
                 "it with --logprobs-mode processed_logprobs"
