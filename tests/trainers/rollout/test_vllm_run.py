@@ -1,4 +1,4 @@
-"""`logratio train grpo --rollout_engine vllm`: what it learns, what it leaves behind, and what a dead server costs it."""
+"""`logratio train grpo --rollout_engine vllm`: what it learns, what it leaves behind, what a dead server costs it."""
 
 import json
 import os
