@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # What one process of the tests has compiled, the next ones need not, whatever the caller's environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-long bench chaos mutants check docs smollm2 clean
+.PHONY: install demo test test-long test-vllm bench chaos mutants check docs smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,11 @@ test: check
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+# Rollouts from a real vLLM on the CPU, in an environment of its own; about a quarter of an hour.
+MODEL ?= .models/smollm2
+test-vllm: install
+	tests/vllm.sh $(BIN)/python .venv-vllm $(MODEL)
 
 # Ours beside TRL, what fits two minutes on two cores; `logratio bench --help` names the rest.
 bench: install

@@ -6,6 +6,7 @@ step's gradient comes about, `rollout/windows.py` for what GRPO learns from, `se
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -81,7 +82,7 @@ def train_run(
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
     where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
     where["planned"] = plan(settings, run.data.card()) if main and plan is not None else None
-    with RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
+    with contextlib.closing(run), RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
         log.say(describe(run.policy.model))
         for note in run.notes:
             log.note(note)

@@ -73,6 +73,11 @@ class Run:
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
 
+    def close(self) -> None:
+        """Give back what others keep for the run."""
+        if self.rollouts is not None:
+            self.rollouts.close()
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a pass over the data."""
@@ -120,6 +125,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         state = TrainerState(max_steps=total_steps, steps_per_epoch=epoch_steps(data.epoch_size, config))
         limit = config.loss.max_completion_length
         shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
+        shared["output_dir"] = config.train.output_dir
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)

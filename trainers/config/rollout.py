@@ -12,6 +12,11 @@ from logratio.losses.options import Count, NotNegative, Positive, Range
 from ..errors import UserError
 from .numbers import NotNegativeCount, NotNegativeSteps, check_numbers, check_whole
 
+NEEDS_ADAPTERS = (
+    "--rollout_engine vllm gives the servers adapters, and here the whole model is trained: add --lora_r 16, or leave "
+    "the engine out"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
@@ -34,6 +39,12 @@ class RolloutConfig:
     """Divide the positive logits of tokens that prompt and completion hold already by this, multiply the negative."""
     stop_strings: tuple[str, ...] = ()
     """End a completion with the token that completes one of these, too."""
+    rollout_engine: Literal["in_process", "vllm"] = "in_process"
+    """What samples: this process, or vLLM servers beside it, which are given the adapter before every step."""
+    vllm_server_base_url: str | None = None
+    """Where they are, as http://localhost:8000; commas between several."""
+    vllm_server_timeout: Positive = 240.0
+    """Seconds that a server may be silent before the run ends."""
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
@@ -66,6 +77,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_whole(self, "log_completions_steps")
+        self._check_engine()
         if self.advantage_type not in ADVANTAGES:
             raise UserError(
                 f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
@@ -99,3 +111,19 @@ class RolloutConfig:
             raise UserError(
                 f"--normalize_advantages: the advantages of {self.advantage_type} are whitened already; leave it out"
             )
+
+    def _check_engine(self) -> None:
+        """UserError where there are servers that nobody asks, or nobody to ask."""
+        if self.rollout_engine == "vllm" and not self.servers:
+            raise UserError("--rollout_engine vllm needs --vllm_server_base_url, as http://localhost:8000")
+        if self.rollout_engine != "vllm" and self.vllm_server_base_url:
+            raise UserError(
+                f"--vllm_server_base_url {self.vllm_server_base_url} is read only with --rollout_engine vllm; add it, "
+                "or leave this out"
+            )
+
+    @property
+    def servers(self) -> list[str]:
+        """The addresses in `vllm_server_base_url`, each once."""
+        given = (url.strip().rstrip("/") for url in (self.vllm_server_base_url or "").split(","))
+        return list(dict.fromkeys(url for url in given if url))

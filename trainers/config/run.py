@@ -11,7 +11,7 @@ from logratio.losses import LOSSES, Kind, Loss
 from ..errors import UserError
 from .data import DataConfig
 from .model import ModelConfig
-from .rollout import RolloutConfig
+from .rollout import NEEDS_ADAPTERS, RolloutConfig
 from .save import SaveConfig
 from .train import TrainConfig
 
@@ -47,6 +47,9 @@ class RunConfig:
                 if value := getattr(model, name):
                     given = f"--{name}" if value is True else f"--{name} {value}"
                     raise UserError(f"{given} is about the reference, but this {self.method} has none; leave it out")
+        adapters = model.lora_r or model.adapter_name_or_path
+        if self.rollout is not None and self.rollout.rollout_engine == "vllm" and not adapters:
+            raise UserError(NEEDS_ADAPTERS)
         if train.eval_steps and not data.eval_size and not data.dataset_test_split:
             raise UserError(
                 f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"

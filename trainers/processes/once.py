@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,24 @@ def on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     if said[1] is not None:
         raise UserError(said[1])
     return said[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def raised_together(accelerator: Accelerator) -> Iterator[None]:
+    """A UserError that is raised inside on one process is raised at the end on all of them."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as failed:
+        error = failed
+    said = [None if error is None else str(error)]
+    if accelerator.num_processes > 1:
+        said = gather_object(said)
+    if error is not None:
+        raise error
+    for message in said:
+        if message is not None:
+            raise UserError(message)
 
 
 def once(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,8 @@ from ..data.tokenization import Text
 from ..errors import UserError
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from ..processes.sharding import gathered
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
-from .engines.in_process import InProcess
+from .engines.choosing import engine_of
 from .engines.protocol import Request, Sample, Sampling
 from .generation import Purpose, completion_seed, stop_ids
 from .kept import kept_rows, of_all
@@ -76,7 +74,7 @@ class Rollouts:
     """Prompts -> completions and their rewards -> advantages, and TRL's reward metrics.
 
     state: what rewards are told of the training. accelerator: of the processes that an error in a reward ends together;
-    None: there is one process. seed: the run's.
+    None: there is one process. seed, output_dir: the run's; the latter for engines beside this process.
     """
 
     def __init__(
@@ -90,6 +88,7 @@ class Rollouts:
         state: TrainerState | None = None,
         accelerator: Accelerator | None = None,
         seed: int = 0,
+        output_dir: str = "",
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length, self.seed = max_completion_length, seed
@@ -98,7 +97,9 @@ class Rollouts:
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
         self.timed: dict[str, Mean] = {}  # of the last rollouts
-        self.engine = InProcess(policy, tokenizer, tell=self.watch.note)
+        self.engine = engine_of(
+            config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
+        )
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
         """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
@@ -154,11 +155,9 @@ class Rollouts:
             stop_strings=config.stop_strings,
             keep_support=config.keep_sampling_mask,
         )
-        mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
-        with gathered(self.policy, self.accelerator), mixed:
-            started = time.perf_counter()
-            self.engine.sync(self.state.global_step)
-            said = self.engine.sample(requests, sampling)
+        started = time.perf_counter()
+        self.engine.sync(self.state.global_step)
+        said = self.engine.sample(requests, sampling)
         seconds, tokens = time.perf_counter() - started, sum(len(s.ids) for samples in said for s in samples)
         # means over processes: of their times, and of all their tokens over all their times
         self.timed = {
@@ -166,6 +165,10 @@ class Rollouts:
             "rollout_tokens_per_s": Mean(torch.tensor(float(tokens)), torch.tensor(seconds)),
         }
         return said
+
+    def close(self) -> None:
+        """Nothing is sampled any more."""
+        self.engine.close()
 
     def completion(self, sampled: Sample) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended

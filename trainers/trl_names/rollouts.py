@@ -76,3 +76,41 @@ def generated(a: Asked) -> Verdict:
     if a.number() == step:
         return a.no_effect("every optimizer step samples for itself")
     return a.refused(f"every optimizer step samples for itself, which is {step} here; leave it out")
+
+
+VLLM_PLACE = "http://0.0.0.0:8000"
+"""Where TRL looks for a vLLM server by itself."""
+UNREAD = "read only with use_vllm: true"
+
+
+def uses_vllm(a: Asked) -> bool:
+    return bool(a.says("use_vllm")) or a.says("rollout_engine") == "vllm"
+
+
+@rule("use_vllm")
+def vllm(a: Asked) -> Verdict:
+    """true with vllm_mode server: rollout_engine vllm, at vllm_server_base_url; within the trainer (vllm_mode colocate,
+    which is TRL's default) it is refused."""
+    if not a.value:
+        return a.no_effect("as in any case")
+    if a.says("vllm_mode", "colocate") != "server":
+        return a.refused(
+            "vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: server with "
+            "vllm_server_base_url"
+        )
+    host, port = a.says("vllm_server_host"), a.says("vllm_server_port")
+    place = VLLM_PLACE if host is None and port is None else f"http://{host or '0.0.0.0'}:{port or 8000}"
+    place = str(a.says("vllm_server_base_url", place))
+    return a.translated(rollout_engine="vllm", vllm_server_base_url=place)
+
+
+@rule("vllm_mode", "vllm_server_host", "vllm_server_port")
+def of_vllm(a: Asked) -> Verdict:
+    """Where use_vllm looks."""
+    return a.no_effect("use_vllm has become what it says" if uses_vllm(a) else UNREAD)
+
+
+@rule("vllm_server_base_url", "vllm_server_timeout")
+def place_of_vllm(a: Asked) -> Verdict:
+    """As here, with use_vllm: true."""
+    return a.taken() if uses_vllm(a) else a.no_effect(UNREAD)

@@ -81,9 +81,8 @@ WITHOUT_EFFECT = {
         "restore_callback_states_from_checkpoint"
     ),
     "the key-value cache serves generation alone, which has it": "use_cache cache_implementation",
-    "rollouts are sampled by the model itself, not by vLLM": (
-        "vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port "
-        "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+    "a vLLM server is started by itself, with options of its own (docs/rollouts.md has them)": (
+        "vllm_model_impl vllm_enable_sleep_mode vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
         "vllm_tensor_parallel_size"
     ),
     "sampling is batched by our own loop: a question of speed": (
@@ -155,7 +154,6 @@ ONLY = {
     "force_use_ref_model": Only(NOTHING, "name the reference: ref_model_name_or_path"),
     "generate_during_eval": Only(NOTHING, "evaluations have no samples; leave it out"),
     # rollouts
-    "use_vllm": Only(NOTHING, "rollouts are sampled by the model itself; leave it out"),
     "vllm_structured_outputs_regex": Only(NOTHING, "completions are not held to a pattern; reward it instead"),
     "generation_kwargs": Only(
         (*NOTHING, {}),
@@ -173,6 +171,6 @@ OURS = frozenset(
     "dataset_weights fused_lora fused_layers adapter_name_or_path ref_model_name_or_path early_stopping_patience "
     "z_loss_coef irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
     "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator log_completions_steps "
-    "sampling_correction sampling_clip_min sampling_clip_max stop_strings".split()
+    "sampling_correction sampling_clip_min sampling_clip_max stop_strings rollout_engine".split()
 )
 """Options that TRL has not: a file with one of them is ours, and what TRL has too is meant as here."""

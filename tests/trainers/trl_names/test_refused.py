@@ -88,7 +88,12 @@ REFUSED = [
         {"loss_type": "vespo", "importance_sampling_level": "sequence"},
         "importance_sampling_level: sequence: vespo's ratios are of tokens; leave it out",
     ),
-    ("grpo", {"use_vllm": True}, "use_vllm: true: rollouts are sampled by the model itself; leave it out"),
+    (
+        "grpo",
+        {"use_vllm": True},
+        "use_vllm: true: vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: "
+        "server with vllm_server_base_url",
+    ),
     ("sft", {"learning_rate": "fast"}, "learning_rate: fast: must be a number"),
     ("sft", {"weight_decay": -1}, "weight_decay: -1: must not be negative"),
     ("sft", {"warmup_ratio": "much"}, "warmup_ratio: much: a value of that kind has no meaning here"),
@@ -127,6 +132,7 @@ def test_all_that_is_refused_is_named_at_once():
     assert str(error.value).splitlines() == [
         "--config x.yaml: 3 options refused, 3 accepted",
         "  optim: sgd: the optimizer is AdamW: adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit",
-        "  use_vllm: true: rollouts are sampled by the model itself; leave it out",
+        "  use_vllm: true: vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: "
+        "server with vllm_server_base_url",
         "  neftun: 5: no option here, nor of TRL",
     ]

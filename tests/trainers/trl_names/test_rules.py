@@ -155,7 +155,25 @@ BECOMES = [
         {"generation_batch_size": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
-    ("grpo", {"use_vllm": False, "vllm_mode": "server"}, {}),
+    ("grpo", {"use_vllm": False, "vllm_mode": "server", "vllm_server_base_url": "http://a"}, {}),
+    (
+        "grpo",
+        {"use_vllm": True, "vllm_mode": "server"},
+        {"rollout_engine": "vllm", "vllm_server_base_url": "http://0.0.0.0:8000"},
+    ),
+    (
+        "grpo",
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "gpu", "vllm_server_port": 81},
+        {"rollout_engine": "vllm", "vllm_server_base_url": "http://gpu:81"},
+    ),
+    (
+        "grpo",
+        {
+            **{"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://a:1", "vllm_server_port": 81},
+            **{"vllm_server_timeout": 9, "vllm_gpu_memory_utilization": 0.5},
+        },
+        {"rollout_engine": "vllm", "vllm_server_base_url": "http://a:1", "vllm_server_timeout": 9},
+    ),
     (
         "grpo",
         {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2},
@@ -183,6 +201,8 @@ def test_what_has_no_effect_says_why():
     )
     assert verdict("top_k", "grpo", top_k=-1).reason == "nothing is cut off or penalized by default"
     assert verdict("use_vllm", "grpo", use_vllm=False).reason == "as in any case"
+    assert verdict("vllm_server_timeout", "grpo", vllm_server_timeout=9).reason == "read only with use_vllm: true"
+    assert verdict("vllm_mode", "grpo", use_vllm=True, vllm_mode="server").reason == "use_vllm has become what it says"
     assert verdict("max_seq_length", "sft", max_length=5, max_seq_length=5).reason == "another name of max_length"
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
         Kind.NO_EFFECT

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ...attention.flex import THEIRS
 from ...errors import UserError, first_line
@@ -14,6 +16,7 @@ from ...memory import REMEDIES, free
 from ...policy.policy import Policy
 from ...policy.reference import inference
 from ...policy.sharing import LOW_PRECISION_TOLERANCE, MASKED_ATTENTION, configured_obstacle
+from ...processes.sharding import gathered
 from .decoding import Decoder
 from .generating import generated
 from .protocol import Request, Sample, Sampling
@@ -33,13 +36,20 @@ TRIAL_TOKENS = 4
 class InProcess:
     """rows: completions said at a time, memory and speed, not what is said; halved where they do not fit.
 
-    tell(key, text): what to tell the user, each thing once.
+    tell(key, text): what to tell the user, each thing once. accelerator: of the run, where there is one.
     """
 
     def __init__(
-        self, policy: Policy, tokenizer: Any, *, rows: int = ROWS, tell: Callable[[str, str], None] | None = None
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        *,
+        rows: int = ROWS,
+        tell: Callable[[str, str], None] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.rows, self.version = policy, tokenizer, rows, 0
+        self.accelerator = accelerator
         self.tell = tell or (lambda key, text: None)
         self.obstacle: str | None = None  # to the own loop, "": there is none; None: not tried yet
 
@@ -58,7 +68,8 @@ class InProcess:
         """As many at a time as fit into memory. Raises UserError where one alone does not."""
         done: dict[tuple[int, int], Sample] = {}
         wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
-        with inference(self.policy):
+        mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
+        with gathered(self.policy, self.accelerator), mixed, inference(self.policy):
             while len(done) < len(wanted):
                 rows = min(self.rows, len(wanted))
                 try:

@@ -45,6 +45,11 @@ class Sampling:
         """Whether some tokens cannot be drawn, so that the others' probabilities are larger than the model's."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether tokens are drawn from another distribution than the model's own."""
+        return self.cut or self.temperature != 1 or self.repetition_penalty != 1
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -68,9 +73,11 @@ class Sample:
 class Engine(Protocol):
     """Samples completions of the policy as it was when `sync` was last called.
 
-    name: what the log calls it. sample() answers in the order of the requests and of their seeds. A completion depends
-    on its prompt, the policy, the options and its seed alone.
+    name: what the log calls it. rows: completions under way at a time, memory and speed. sample() answers in the order
+    of the requests and of their seeds. A completion depends on its prompt, the policy, the options and its seed alone.
     """
+
+    rows: int
 
     @property
     def name(self) -> str: ...
