@@ -80,6 +80,14 @@ class RolloutCase:
         return ["".join(draw.choices(letters, k=LENGTHS[i % len(LENGTHS)])) for i in range(self.prompts)]
 
 
+def cases(gpu: bool) -> list[RolloutCase]:
+    """With lengths that end and with lengths that do not."""
+    shape: dict[str, Any] = {"model": "SmolLM2-135M"}
+    if gpu:
+        shape = {"model": "Qwen2.5-0.5B", "prompts": 8, "tokens": 256, "dtype": "bfloat16"}
+    return [RolloutCase(**shape, ends=ends) for ends in (False, True)]
+
+
 class Took(NamedTuple):
     """One turn. rollout_ms: of sampling. step_ms: of all; None where only samples were drawn. tokens: sampled."""
 
