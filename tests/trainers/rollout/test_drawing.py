@@ -1,8 +1,8 @@
 """Tokens drawn by the inverse of the distribution: exact, and with the right log-probability."""
 
 import math
+from fractions import Fraction
 
-import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from logratio.trainers.rollout.engines.drawing import Drawing, inverse, uniforms
+from logratio.trainers.rollout.engines.drawing import Drawing, TopP, inverse, uniforms
 from logratio.trainers.rollout.engines.protocol import Sampling
 
 SCORES = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -torch.inf])
@@ -85,17 +85,24 @@ def test_cuts_and_penalty_are_those_of_transformers():
     assert torch.equal(tokens, inverse(wanted.exp(), numbers))
 
 
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True))
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.floats(0, 1, exclude_max=True))
 def test_the_inverse_is_a_plain_search(probabilities, number):
-    """The first place whose running sum is above the number's share; never one of probability 0."""
+    """The place where the exact running sum passes the number's share, up to rounding; never one of probability 0."""
     if not any(probabilities):
         return
-    sums = numpy.cumsum(numpy.asarray(probabilities, dtype=numpy.float64))
-    wanted = min(number * sums[-1], numpy.nextafter(sums[-1], 0))
-    place = next(i for i, total in enumerate(sums) if total > wanted)
     row = torch.tensor([probabilities], dtype=torch.float64)
-    assert inverse(row, torch.tensor([number], dtype=torch.float64)).tolist() == [place]
+    (place,) = inverse(row, torch.tensor([number], dtype=torch.float64)).tolist()
+    exact = list(map(Fraction, probabilities))
+    wanted, near = Fraction(number) * sum(exact), Fraction(1, 2**40) * sum(exact)
     assert probabilities[place] > 0
+    assert sum(exact[:place]) - near <= wanted < sum(exact[: place + 1]) + near
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.99, 0.9999])
+def test_top_p_is_transformers_whether_few_tokens_hold_it_or_all(top_p):
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 3000, generator=draw, dtype=torch.float64) * torch.linspace(0.1, 6, 20)[:, None]
+    assert torch.equal(TopP(top_p)(None, scores), TopPLogitsWarper(top_p)(None, scores))
 
 
 def test_uniform_numbers_are_the_seeds_own():
