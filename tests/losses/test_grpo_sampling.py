@@ -119,6 +119,7 @@ def test_of_one_token_all_levels_are_the_same(ratio):
         assert out.loss.item() == pytest.approx(-ratio)
         for name in ("ratio_mean", "ratio_min", "ratio_max"):
             assert out.metrics[f"sampling/{name}"].value == pytest.approx(ratio)
+        assert out.metrics["sampling/logp_diff_max"].value == pytest.approx(log(4))
 
 
 def test_a_completion_without_an_advantage_is_not_counted_as_left_out():
@@ -169,6 +170,8 @@ def test_what_is_logged(correction, ratios, outside):
     expected |= dict(zip(("ratio_mean", "ratio_min", "ratio_max"), ratios, strict=True))
     expected |= {} if outside is None else {f"{outside[0]}_mean": outside[1]}
     assert found == pytest.approx(expected, rel=1e-12)
+    out.loss.backward()
+    assert policy.per_token_logps.grad is not None and policy.per_token_logps.grad.isfinite().all()
 
 
 def test_the_off_policy_mask_is_measured_from_what_sampled():
