@@ -22,7 +22,7 @@ def token_metrics(*scored: CompletionLogps | None, predicted: CompletionLogps | 
     if parts:
         metrics["entropy"] = Mean(sum(p.total for p in parts), sum(p.count for p in parts))  # type: ignore[arg-type]
     if predicted is not None and predicted.is_top1 is not None:
-        metrics["mean_token_accuracy"] = Mean.of(predicted.masked(predicted.is_top1), predicted.completion_mask)
+        metrics["mean_token_accuracy"] = Mean.of(predicted.is_top1, predicted.completion_mask)
     return metrics
 
 

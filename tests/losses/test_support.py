@@ -102,6 +102,15 @@ def test_words_outside_have_no_gradient_and_are_never_the_top(impl, make):
         assert not got["w"][v].any() and not got["b"][v]
 
 
+@impls
+def test_of_equal_logits_the_first_in_the_support_is_the_top(impl):
+    """Words 1, 3 and 4 are equally likely; without word 1 it is word 3."""
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]])
+    targets, words = torch.tensor([3, 4, 3, 1]), [[2, 4, 3], [0, 3, 4], None, [4, 1, 3]]
+    got = linear_logps(torch.ones(4, 1), weight, targets, support=support_of(words), stats=("is_top1",), impl=impl)
+    assert got.is_top1.tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("trains", ["h", "hwb"])
 @pytest.mark.parametrize("make", [head, near_certain])
 @pytest.mark.parametrize("products", ["default", "half"])
