@@ -45,7 +45,8 @@ class TopP(LogitsProcessor):
         self.top_p = top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities, least = scores.softmax(-1), None
+        probabilities = scores.softmax(-1)
+        least = probabilities.new_zeros(())
         for count in (min(LIKELIEST, scores.shape[1]), scores.shape[1]):
             likeliest = probabilities.topk(count).values
             sums = likeliest.cumsum(-1, dtype=torch.float64)
