@@ -1,6 +1,7 @@
 """The mathematics: `linear_logps` and the losses. Imports torch only, and on a GPU triton."""
 
 from . import dpo_types, grpo_types  # they fill the tables
+from ._two_gemm import Transform
 from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
@@ -52,6 +53,7 @@ __all__ = [
     "TPOLoss",
     "TokenLogps",
     "Totals",
+    "Transform",
     "Variants",
     "advantage",
     "dpo_type",

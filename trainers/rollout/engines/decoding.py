@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from logratio.losses import Support
-from logratio.losses._two_gemm import Transform
+from logratio.losses import Support, Transform
 
 from ...policy.policy import Policy
 from .drawing import Drawing, check_finite, support_of_each, uniforms
