@@ -5,8 +5,11 @@
     step    one optimizer step of every method, whole, with LoRA and with QLoRA
     scale   how a step grows with sequence length, batch, vocabulary and group size
     host    what Python costs: steps of a deep, narrow model on one thread of a CPU
+    rollout completions, and whole GRPO steps, beside TRL's trainer and transformers' generate
     data    rows to tokens to micro-batches, and a process's memory (--data_rows, --no-data_texts)
     all     head, step and scale
+
+    RUN.yaml   a step of your own run: `logratio bench RUN.yaml --help`
 
 Lines are appended to the results as cases end, and what has a line already is left out, so that a run may be cut at any
 time (`--budget_s` cuts it between two cases) and gone on with. Status 1 where a case failed.
@@ -15,11 +18,12 @@ time (`--budget_s` cuts it between two cases) and gone on with. Status 1 where a
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import tyro
@@ -27,12 +31,14 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import data, head, host, step
+from .measure import data, head, host, rollout, step
 from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
 from .measure.data import DataCase
 from .measure.head import HeadCase
+from .measure.rollout import RolloutCase
 from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .own import command
 from .progress import Progress
 from .reporting.records import Records, certificate, device_name
 
@@ -45,12 +51,14 @@ HEADS = {
 """model -> hidden size, vocabulary, tokens; the last in the size that github.com/RL-Align/RL-Kernel publishes."""
 SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
 
+Suite = Literal["quick", "head", "step", "scale", "host", "rollout", "data", "all"]
+
 
 @dataclass
 class Options:
     """What to measure, and where to write it."""
 
-    suite: tyro.conf.Positional[Literal["quick", "head", "step", "scale", "host", "data", "all"]]
+    suite: tyro.conf.Positional[Suite]
     """Which cases."""
     results: Path = Path("benchmarks/results")
     """Folder of the JSON lines."""
@@ -86,18 +94,22 @@ class Job(NamedTuple):
     """A case, its contestants, and what measures them: {contestant: status and figures}."""
 
     suite: str
-    case: HeadCase | StepCase | DataCase
+    case: HeadCase | StepCase | RolloutCase | DataCase
     names: list[str]
     run: Callable[[], dict[str, dict[str, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure head and steps beside TRL and Liger-Kernel; JSON lines for `logratio report`."""
+    """Measure a run of your own (RUN.yaml), or head and steps beside TRL and Liger-Kernel."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if command.names_a_run(argv, get_args(Suite)):
+        return command.main(argv)
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = chosen_device("cpu" if options.suite in ("host", "data") else options.device)
-    known = {word for name in (*head.CONTESTANTS, *step.CONTESTANTS) for word in (name, name.split(" ")[0])}
+    names = (*head.CONTESTANTS, *step.CONTESTANTS, *rollout.CONTESTANTS)
+    known = {word for name in names for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
     jobs = [job for job in jobs_of(options, device) if wanted(job, options.only)]
@@ -149,6 +161,9 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
     if "host" in suites:
         for case in host.cases():
             yield step_job("host", case, options, device)
+    if "rollout" in suites:
+        for rollouts in rollout.cases(gpu):
+            yield rollout_job(rollouts, options, device)
     if "data" in suites:
         data_case = DataCase(options.data_rows, processes=options.data_processes, texts=options.data_texts)
         names = asked(data.CONTESTANTS, options)
@@ -171,6 +186,16 @@ def step_job(suite: str, case: StepCase, options: Options, device: torch.device)
     if suite == "host":
         return Job(suite, case, only, lambda: host.run(case, device, **shared))
     return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared))
+
+
+def rollout_job(case: RolloutCase, options: Options, device: torch.device) -> Job:
+    only = asked(rollout.CONTESTANTS, options)
+    return Job(
+        "rollout",
+        case,
+        only,
+        lambda: rollout.run(case, device, repeats=options.repeats, seed=options.seed, only=only),
+    )
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
@@ -210,7 +235,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
 
 def why_not(job: Job, name: str, device: torch.device) -> str | None:
     """Why a contestant cannot run here, or None."""
-    if isinstance(job.case, DataCase):
+    if isinstance(job.case, DataCase | RolloutCase):
         return None
     return (head if isinstance(job.case, HeadCase) else step).why_not(name, device)
 
@@ -269,8 +294,10 @@ def summary(figures: dict[str, Any]) -> str:
             )
             if figures[name] is not None
         )
+    parts = [f"{figures['rollout_ms_p50']:.1f} ms of rollouts"] if "rollout_ms_p50" in figures else []
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
-    parts = [f"{time_ms:.1f} ms"]
+    if time_ms is not None:
+        parts.append(f"{time_ms:.1f} ms")
     if figures.get("peak_mem_mib") is not None:
         parts.append(f"{figures['peak_mem_mib']:.0f} MiB")
     if figures.get("grad_rel_err") is not None:

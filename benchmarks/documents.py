@@ -22,7 +22,8 @@ from logratio.losses.options import readers_said
 from logratio.trainers.cli import parse_train
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
 
-from .plan import Options, planned
+from .plan import PlanConfig, of_run
+from .planned import Options, planned
 from .reporting.records import read
 
 RECIPES = ("sft", "dpo", "kto", "orpo", "grpo")
@@ -34,22 +35,8 @@ ORDER = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
 def recipe(folder: Path, method: str, way: str, gpu: str = "RTX4090") -> dict[str, Any]:
     """What `logratio plan` says of a recipe where every example is as long as it allows: 512 + 512 tokens."""
     run = parse_train([method, "--config", str(folder / method / f"{way}.yaml")])
-    options = Options(
-        model_name_or_path=run.model.model_name_or_path,
-        method=method,
-        gpu=gpu,
-        dtype=run.model.dtype,
-        lora_r=run.model.lora_r,
-        fused_lora=not run.model.lora_dropout,  # with dropout PEFT's own forward runs
-        load_in_4bit=run.model.load_in_4bit,
-        gradient_checkpointing=run.model.gradient_checkpointing,
-        micro_batch_tokens=run.train.first_micro_batch_tokens,
-        batch_size=run.resolved(1).train.batch_size or 0,
-        prompt_tokens=run.data.max_length // 2,
-        completion_tokens=run.data.max_length // 2,
-        num_generations=run.rollout.num_generations if run.rollout else 1,
-    )
-    return planned(options)
+    half = run.data.max_length // 2
+    return of_run(run, PlanConfig(gpu=gpu, prompt_tokens=half, completion_tokens=half))
 
 
 def recipes() -> str:

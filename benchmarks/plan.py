@@ -1,138 +1,72 @@
-"""`logratio plan`: what a training step would take of a GPU's memory and time, without GPU or weights.
-
-`memory.py` says what is modelled, `activations.py` what autograd keeps, `roofline.py` how the time is estimated.
-"""
+"""`logratio plan METHOD`: what `logratio train METHOD` with the same options would take of a GPU's memory and time,
+without GPU or weights."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from logratio.losses.options import Count
+from logratio.trainers.cli import parse
+from logratio.trainers.config import RunConfig
+from logratio.trainers.config.numbers import check_numbers
 from logratio.trainers.errors import UserError
 
-from .memory.geometry import Geometry, find
-from .memory.gpus import GPUS
-from .memory.peak import CONTEXT, MARGIN, MIB, Prediction, Setup, largest_fitting, predict
-from .memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
+from .memory.peak import MARGIN
+from .memory.roofline import EFFICIENCY
+from .planned import Options, not_modelled, options_of, peak_of_run, planned
+
+__all__ = ["Options", "PlanConfig", "main", "peak_of_run", "planned", "show", "verdict"]
 
 ADVICE = "try --gradient_checkpointing, --lora_r 16 --load_in_4bit, or a larger --gpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Names are those of `logratio train`."""
+class PlanConfig:
+    """What it is planned for."""
 
-    model_name_or_path: str
-    """A published shape (Qwen2.5-0.5B, Qwen2.5-1.5B, Llama-3.1-8B, SmolLM2-135M), a folder with config.json, or a hub
-    name whose config.json is in the cache."""
-    method: str = "dpo"
-    """sft, dpo, kto, orpo, cpo, tpo or grpo, with its default options."""
     gpu: str = "H100"
     """H100, H200, A100-80GB, A100-40GB, L40S, L4, A10, RTX4090, RTX3090 or T4."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the model's weights; `logratio train` takes float32 if nothing is said."""
-    lora_r: int = 0
-    """Rank of adapters on all linear layers; 0 trains the whole model."""
-    fused_lora: bool = True
-    """As in training."""
-    fused_layers: bool = True
-    """As in training."""
-    use_liger_kernel: bool = False
-    """As in training."""
-    load_in_4bit: bool = False
-    """QLoRA: frozen weights in nf4."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    attn_implementation: Literal["flex_attention", "sdpa"] = "flex_attention"
-    """sdpa has a dense mask in every layer."""
-    optim: str = "adamw_torch"
-    """adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit."""
-    ref_model_name_or_path: str | None = None
-    """A reference model of its own, counted as large as the policy."""
-    precompute_ref_log_probs: bool = False
-    """No reference pass in a step."""
-    sync_ref_model: bool = False
-    """The reference follows the policy."""
-    ref_model_mixup_alpha: float = 0.6
-    """How fast; with adapters it decides how far the reference's rank grows."""
-    micro_batch_tokens: int = 8192
-    """Tokens of one forward pass, padding included."""
-    batch_size: int = 8
-    """Examples of an optimizer step."""
-    prompt_tokens: int = 200
-    """Mean length of the prompts."""
-    completion_tokens: int = 300
-    """Mean length of the completions."""
-    num_generations: int = 8
-    """GRPO: completions of each prompt."""
+    prompt_tokens: Count = 200
+    """Mean length of the prompts; what is longer than max_length is cut, as in training."""
+    completion_tokens: Count = 300
+    """Mean length of the completions; of rollouts at most max_completion_length."""
     json: bool = False
     """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Predict a training step's peak memory and time on a named GPU; needs neither the GPU nor the weights."""
-    options = tyro.cli(Options, args=argv, prog="logratio plan", use_underscores=True)
-    answer = planned(options)
-    if options.json:
+    words = list(argv or [])
+    if any(word == "--method" or word.startswith("--method=") for word in words):
+        raise UserError("plan takes the method as train does, in front: logratio plan dpo --lora_r 16 ...")
+    run, asked = parse(words, "plan", more=PlanConfig, gpu=True, quiet="--json" in words)
+    answer = of_run(run, asked)
+    if asked.json:
         print(json.dumps(answer))
     else:
         show(answer)
     return 0
 
 
-def planned(options: Options) -> dict[str, Any]:
-    """All that is printed, as plain values; UserError for options that cannot be planned with."""
-    names = {f.name for f in dataclasses.fields(Setup)}
-    setup = Setup(**{k: v for k, v in dataclasses.asdict(options).items() if k in names})
-    for name in ("micro_batch_tokens", "batch_size", "prompt_tokens", "completion_tokens", "num_generations"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
-    size = find(options.model_name_or_path)
-    work = Workload(options.prompt_tokens, options.completion_tokens, options.batch_size, options.num_generations)
-
-    def at(tokens: int) -> tuple[Prediction, Plan, Setup]:
-        step = plan(setup, work, tokens)
-        cut = dataclasses.replace(setup, accumulates=step.micro_batches > 1)
-        return predict(size, cut, step.largest), step, cut
-
-    prediction, step, cut = at(options.micro_batch_tokens)
-    gpu = GPUS[options.gpu]
-    all_of_it = plan(setup, work, 2**62).tokens
-    largest = largest_fitting(lambda tokens: at(tokens)[0].fits(gpu), 1, all_of_it)
-    seconds = step_seconds(size, cut, step, gpu)
-    return {
-        "model": options.model_name_or_path,
-        "method": options.method,
-        "parameters": prediction.parameters,
-        "trained_parameters": prediction.trained,
-        "gpu": gpu.name,
-        "gpu_memory_mib": gpu.memory / MIB,
-        "micro_batch": dataclasses.asdict(step.largest),
-        "micro_batches": step.micro_batches,
-        "predicted_peak_mem_mib": prediction.peak_mem_mib,
-        "peak_moment": prediction.peak.name,
-        "parts_mib": {name: value / MIB for name, value in prediction.peak.parts.items()},
-        "moments_mib": {moment.name: moment.total / MIB for moment in prediction.moments},
-        "not_counted_by_torch_mib": CONTEXT / MIB,
-        "needed_mib": prediction.needed / MIB,
-        "fits": prediction.fits(gpu),
-        "largest_micro_batch_tokens": largest,
-        "whole_step_fits": largest == all_of_it,
-        "step_tokens": step.tokens,
-        "predicted_step_ms": sum(seconds.values()) * 1e3,
-        "step_parts_ms": {name: value * 1e3 for name, value in seconds.items()},
-        "geometry": summary(size),
-    }
-
-
-def summary(size: Geometry) -> str:
-    return f"{size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, vocabulary {size.vocab}"
+def of_run(run: RunConfig, asked: PlanConfig) -> dict[str, Any]:
+    """The plan of a run in one process, and what it leaves out."""
+    run = run.resolved(1)
+    longest = run.data.max_length
+    prompt = min(asked.prompt_tokens, longest - 1)
+    completion = min(asked.completion_tokens, longest - prompt)
+    if run.rollout:
+        completion = min(asked.completion_tokens, run.loss.max_completion_length)
+    settings = run.as_dict()
+    options = options_of(settings, gpu=asked.gpu, prompt_tokens=prompt, completion_tokens=completion)
+    return {**planned(options), "not_modelled": not_modelled(settings)}
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -156,6 +90,8 @@ def show(answer: dict[str, Any]) -> None:
     memory.add_row(f"with {MARGIN:.0%} for fragments", f"{answer['needed_mib']:,.1f}")
     console.print(memory)
     console.print(verdict(answer))
+    for why in answer.get("not_modelled", ()):
+        console.print(f"Not all of it: {why}.")
     times = Table("part", "ms", title=f"predicted step on {answer['gpu']}")
     times.columns[1].justify = "right"
     for name, value in answer["step_parts_ms"].items():

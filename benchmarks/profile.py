@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +20,16 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from torch.profiler import ProfilerActivity, profile
 
 from logratio.losses import Kind
 from logratio.trainers.errors import UserError
 
 from .bench import chosen_device
 from .measure import step
-from .measure.clock import time_ms, wait
+from .measure.clock import time_ms
+from .measure.profiled import figures, profiled_once
 from .measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
 from .reporting.records import certificate
-
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-"""What the host calls to wait for the device, as a profile names it."""
 
 
 @dataclass
@@ -82,49 +78,10 @@ def profiled(case: StepCase, contestant: str, device: torch.device, options: Opt
         for _ in range(2):
             work(0)
         times = [time_ms(lambda: work(0), device) for _ in range(options.repeats)]
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        with profile(activities=activities) as prof:
-            elapsed = time_ms(lambda: work(0), device)
-        wait(device)
+        elapsed, events = profiled_once(lambda: work(0), device)
     settings = case.settings() | {"seed": options.seed, "repeats": options.repeats}
     told = {"case": case.case, "contestant": contestant, "step_ms": statistics.median(times), "profiled_ms": elapsed}
-    return told | figures(prof.events(), elapsed, options.top) | {"certificate": certificate(device, settings)}
-
-
-def figures(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[str, Any]:
-    """What a profile says of a step of so many milliseconds. events: `torch.profiler.profile.events()`, in us."""
-    spans, total, calls, waited = [], Counter[str](), Counter[str](), 0.0
-    for event in events:
-        if event.is_user_annotation:  # spans that say which kernels lie in them
-            continue
-        took = event.time_range.elapsed_us()
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spans.append((event.time_range.start, event.time_range.end))
-            total[event.name] += took
-            calls[event.name] += 1
-        elif event.name in WAITS:
-            waited += took
-    busy_ms = union(spans) / 1e3
-    kernels = [
-        {"name": name, "ms": us / 1e3, "share": us / 1e3 / elapsed_ms, "calls": calls[name]}
-        for name, us in total.most_common(top)
-    ]
-    return {
-        "gpu_busy_ms": busy_ms,
-        "gpu_idle": 1 - busy_ms / elapsed_ms,
-        "host_ms": elapsed_ms - waited / 1e3,
-        "launches": sum(calls.values()),
-        "kernels": kernels,
-    }
-
-
-def union(spans: Iterable[tuple[float, float]]) -> float:
-    """The length that intervals cover together."""
-    covered, until = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        covered += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return covered
+    return told | figures(events, elapsed, options.top) | {"certificate": certificate(device, settings)}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -21,7 +21,14 @@ from logratio.trainers.errors import UserError
 
 from .reporting.records import STATUSES, read
 from .reporting.rows import Row, groups, lines_of, named, sources
-from .reporting.tables import data_tables, head_tables, host_tables, scale_tables, step_tables
+from .reporting.tables import (
+    data_tables,
+    head_tables,
+    host_tables,
+    rollout_tables,
+    scale_tables,
+    step_tables,
+)
 
 if TYPE_CHECKING:
     from .reporting.plots import Plot
@@ -69,6 +76,7 @@ SUITES: dict[str, tuple[str, tuple[str, ...], Any]] = {
     "step": ("Whole steps", ("model", "adapter", "workload"), step_tables),
     "scale": ("Scaling", ("model", "adapter", "workload", "method", "axis"), scale_tables),
     "host": ("The host: steps of a model that has next to nothing to compute", ("model", "adapter"), host_tables),
+    "rollout": ("Rollouts, and the GRPO steps that learn from them", ("model", "adapter"), rollout_tables),
     "data": ("Data: examples to micro-batches", (), data_tables),
 }
 """suite -> its heading, the fields that each of its tables is of, and what makes the tables."""

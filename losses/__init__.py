@@ -14,6 +14,7 @@ from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
+from .support import Support
 from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "PairRatios",
     "SFTLoss",
     "Smallest",
+    "Support",
     "TPOLoss",
     "TokenLogps",
     "Totals",

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import Coefficients, Rows, Transform, _product_dtype
+from ._tile import STAT_DTYPES, STATS, Coefficients, Rows, Transform, product_dtype
+from .support import Kept
 
 BLOCK = 4096
 """Words of a row that a program holds at a time; a power of 2."""
@@ -45,11 +46,14 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logits(  # type: ignore[no-untyped-def]
+    row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr, SUPPORT: tl.constexpr
+):
     """(z, tanh's slope or z), [BLOCK] float32 each: the logits at the columns `at`, and how the soft cap bends them.
 
     The row's memory is read up to its stride, not to V, so that a V that no vector divides costs nothing; what is
-    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN.
+    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN. With SUPPORT so does a
+    raw logit of -inf, a word that is left out (`support.OUTSIDE`).
     """
     x = tl.load(row + at, mask=at < stride, other=0.0)
     if bias is not None:
@@ -59,6 +63,8 @@ def _logits(row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr): 
     if SOFTCAP:
         tanh, bend = _tanh(z)
         z = tanh * outer
+    if SUPPORT:
+        z = tl.where(x == -float("inf"), -1e30, z)
     return tl.where(at < words, z, -1e38), bend
 
 
@@ -67,10 +73,11 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     tile,  # [n, stride] float32: raw logits without bias in the first `words` of each row
     bias,  # [words] or None
     targets,  # [n] int64
-    logps,  # [n] float32, and the next three too, or None
+    logps,  # [n] float32; and the next three too, or None
     entropy,
     log_z,
     log_sum_p2,
+    is_top1,  # [n] bool or None
     c,  # [n] float32 or None, and the next three too: see `Coefficients`
     log_z_c,
     entropy_c,
@@ -81,6 +88,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     outer,
     slope,  # dz / dx at x = 0
     SOFTCAP: tl.constexpr,
+    SUPPORT: tl.constexpr,
     OUT: tl.constexpr,  # dtype of the gradient
     BLOCK: tl.constexpr,
 ):
@@ -91,9 +99,9 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, BLOCK)
 
     biggest = -1e38  # not -inf: inf - inf and 0 * inf would be NaN
-    total, sum_ez, sum_e2, z_y = 0.0, 0.0, 0.0, 0.0
+    total, sum_ez, sum_e2, z_y, before_y = 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, words, BLOCK):
-        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP)
+        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP, SUPPORT)
         before = biggest
         biggest = tl.maximum(before, tl.max(z, 0))
         shift = before - biggest
@@ -106,6 +114,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         total = scale * total + tl.sum(e, 0)
         if (y >= start) & (y < start + BLOCK):
             z_y = tl.sum(tl.where(start + lane == y, z, 0.0), 0)
+            if is_top1 is not None:  # the largest of those before y
+                before_y = tl.maximum(before, tl.max(tl.where(start + lane < y, z, -1e38), 0))
     log_total = tl.log(total)
     over_total = tl.div_rn(1.0, total)  # `/` is an approximation, seen in 1 - p where p is near 1
     tl.store(logps + t, z_y - biggest - log_total)
@@ -115,6 +125,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         tl.store(log_z + t, biggest + log_total)
     if log_sum_p2 is not None:
         tl.store(log_sum_p2 + t, tl.log(sum_e2) - 2.0 * log_total)
+    if is_top1 is not None:  # the first of the largest
+        tl.store(is_top1 + t, (z_y == biggest) & (z_y > before_y))
 
     if c is not None:
         of_y = tl.load(c + t) * slope
@@ -127,7 +139,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         gradient = row.to(tl.pointer_type(OUT), bitcast=True)
         for start in range(0, words, BLOCK):
             at = start + lane
-            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP)
+            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
             shifted = z - biggest
             p_weight = of_p
             if entropy_c is not None:
@@ -162,15 +174,12 @@ class TritonTile:
         bias: Tensor | None,
         transform: Transform,
         rows: int,
-        *,
-        entropy: bool,
-        differentiated: bool,
     ):
         if weight.dtype == torch.float64:
             raise TypeError("impl='triton' computes in float32, for float64 use impl='two_gemm'")
         if not weight.is_cuda and isinstance(_row_kernel, triton.JITFunction):
             raise ValueError(f"impl='triton' needs CUDA tensors, got {weight.device}")
-        self.weight = weight.to(_product_dtype(weight))
+        self.weight = weight.to(product_dtype(weight))
         self.bias = None if bias is None else bias.contiguous()
         self.softcap = transform.softcap is not None
         self.slope = transform.logit_scale / transform.temperature
@@ -182,13 +191,19 @@ class TritonTile:
         self._logits = weight.new_empty(rows, self.stride, dtype=torch.float32)
         self._gradient = self._logits.view(weight.dtype)
 
-    def rows(self, h: Tensor, y: Tensor, stats: Collection[str], coefficients: Coefficients | None) -> Rows:
+    def rows(
+        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+    ) -> Rows:
         """See `Tile`; the gradient is in the dtype of the weight that the tile was made with."""
         n = len(h)
-        self._multiply(h, self._logits[:n, : self.words])
+        raw = self._logits[:n, : self.words]
+        self._multiply(h, raw)
+        if kept is not None:
+            kept.leave_out(raw, -float("inf"))
         if y.is_cuda:
             torch._assert_async(((y >= 0) & (y < self.words)).all())  # the kernel would find no target, and say nothing
-        values = {name: h.new_empty(n, dtype=torch.float32) for name in ("logps", *stats)}
+        dtypes = dict.fromkeys(("logps", *stats), torch.float32) | {k: v for k, v in STAT_DTYPES.items() if k in stats}
+        values = {name: h.new_empty(n, dtype=dtype) for name, dtype in dtypes.items()}
         given = [None] * 4 if coefficients is None else [None if x is None else x.contiguous() for x in coefficients]
         with torch.cuda.device_of(self._logits):  # where Triton launches; a CPU tensor changes nothing
             _row_kernel[(n,)](
@@ -196,7 +211,7 @@ class TritonTile:
                 self.bias,
                 y.contiguous(),
                 values["logps"],
-                *(values.get(name) for name in ("entropy", "log_z", "log_sum_p2")),
+                *(values.get(name) for name in STATS),
                 *given,
                 self.words,
                 self.stride,
@@ -204,6 +219,7 @@ class TritonTile:
                 self.outer,
                 self.slope,
                 SOFTCAP=self.softcap,
+                SUPPORT=kept is not None,
                 OUT=HALF.get(self._gradient.dtype, tl.float32),
                 BLOCK=BLOCK,
                 **LAUNCH,

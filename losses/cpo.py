@@ -22,10 +22,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT, preference_metrics
+from .dpo import MAX_EXPONENT
 from .dpo_types import smoothed
 from .options import NotNegative, Positive, Share, Variants
 from .registry import register
+from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 
@@ -135,6 +136,7 @@ class TPOLoss(Loss):
     """Triple Preference Optimization (arXiv 2405.16681 Sec. 3): L = sum of l(s_w, s_l) / P + tpo_alpha * NLL(gold)."""
 
     kind: ClassVar[Kind] = Kind.PAIRED
+    metric_stats: ClassVar[tuple[str, ...]] = TOKEN_METRICS  # type: ignore[misc]
     option_tables: ClassVar = {"loss_type": TPO_TYPES}
 
     beta: Positive = 0.01
@@ -165,4 +167,5 @@ class TPOLoss(Loss):
             nll = -policy.gold.sums.sum()
             loss = loss + self.tpo_alpha * divide(nll, totals.num_gold_tokens)
             metrics["nll_loss"] = Mean(nll.detach(), policy.gold.completion_mask.sum())
+        metrics |= token_metrics(policy.chosen, policy.rejected, policy.gold, predicted=policy.chosen)
         return LossOutput(loss, metrics)

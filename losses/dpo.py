@@ -34,7 +34,8 @@ from torch.nn.functional import logsigmoid
 
 from .options import NotNegative, Positive, Share, Variants, variant
 from .registry import register
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
+from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
+from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals, divide
 
 MAX_EXPONENT = 40.0
 """exp(40) squared is still finite in float32."""
@@ -157,6 +158,7 @@ class DPOLoss(Loss):
 
     kind: ClassVar[Kind] = Kind.PAIRED
     wants_reference: ClassVar[bool] = True  # type: ignore[misc]
+    metric_stats: ClassVar[tuple[str, ...]] = TOKEN_METRICS  # type: ignore[misc]
     option_tables: ClassVar = {"loss_type": DPO_TYPES, "f_divergence_type": F_DIVERGENCES}
 
     beta: Positive = 0.1
@@ -258,6 +260,7 @@ class DPOLoss(Loss):
             self.beta * (r.rejected_logps - r.ref_rejected_logps),
             policy,
         )
+        metrics |= token_metrics(policy.chosen, policy.rejected, predicted=policy.chosen)
         return LossOutput(divide(per_pair_loss.sum(), totals.num_sequences), metrics)
 
     def _ratios(self, policy: PairLogps, ref: PairLogps, totals: Totals) -> PairRatios:
@@ -296,17 +299,3 @@ def probability(completion: CompletionLogps) -> Tensor:
     """
     aligned = completion.logps - completion.needed("log_sum_p2")
     return (aligned.sum(-1) / completion.lengths.clamp(min=1)).detach().exp()
-
-
-def preference_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor, policy: PairLogps) -> dict[str, Mean]:
-    """TRL's names: implicit rewards [P] of chosen and rejected, how often and by how much chosen wins, log-probs."""
-    values = {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": policy.chosen.sums,
-        "logps/rejected": policy.rejected.sums,
-    }
-    scored = policy.scored
-    return {name: Mean.of(value, scored) for name, value in values.items()}

@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid
 
 from .options import NotNegative, Positive, Variants
 from .registry import register
+from .token_metrics import token_metrics
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, choose, divide
 
 
@@ -85,6 +86,7 @@ class KTOLoss(Loss):
 
     kind: ClassVar[Kind] = Kind.LABELED
     wants_reference: ClassVar[bool] = True  # type: ignore[misc]
+    metric_stats: ClassVar[tuple[str, ...]] = ("entropy",)  # type: ignore[misc]
     option_tables: ClassVar = {"loss_type": KTO_TYPES}
 
     beta: Positive = 0.1
@@ -139,6 +141,7 @@ class KTOLoss(Loss):
             "rewards/rejected": Mean.of(rewards, ~label & scored),
             "logps/chosen": Mean.of(policy.sums, label & scored),
             "logps/rejected": Mean.of(policy.sums, ~label & scored),
+            **token_metrics(policy),
         }
         if self.loss_type == "kto":
             metrics["kl"] = Mean.of(shift / self.beta, scored.any())

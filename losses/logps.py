@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._two_gemm import STATS, Tile, TorchTile, Transform, TwoGemm
+from ._tile import STATS, Tile, TorchTile, Transform
+from ._two_gemm import TwoGemm
 from .options import check_choice, check_positive
+from .support import OUTSIDE, Kept, Support, checked
 
 IMPLEMENTATIONS = {
     "auto": "the fastest that applies",
@@ -30,13 +32,15 @@ TILE_MEMORY = 1 / 32
 class TokenLogps(NamedTuple):
     """[N] each, nats, float32 (float64 for float64 inputs); None what was not asked for.
 
-    entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient.
+    entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient. is_top1: bool, whether
+    the target is what `torch.argmax` of the logits gives, of several that are equally large the first.
     """
 
     logps: Tensor
     entropy: Tensor | None = None
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 @overload
@@ -49,6 +53,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     stats: None = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
@@ -65,6 +70,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     stats: Collection[str],
     impl: str = "auto",
     chunk_tokens: int | None = None,
@@ -80,6 +86,7 @@ def linear_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     stats: Collection[str] | None = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
@@ -89,7 +96,11 @@ def linear_logps(
     hidden: [N, H]; weight: [V, H] and bias: [V] or None, all of one dtype (float64, float32, bfloat16,
     float16); under autocast they are cast to its dtype. targets: [N] int64 in [0, V).
     Returns log-probabilities [N] in nats, float32 (float64 for float64 inputs), with gradients to hidden, weight, bias.
-    stats: some of entropy, log_z, log_sum_p2; then a `TokenLogps` with these row statistics beside them.
+    stats: some of entropy, log_z, log_sum_p2, is_top1; then a `TokenLogps` with these row statistics beside them.
+
+    support: the words that each token was sampled from; then sums over v, in p, in statistics and in gradients, are
+    over these, and a word outside has p = 0. Where no token keeps the whole vocabulary, the products are of the words
+    that some token keeps.
 
     impl: "eager", "two_gemm", "triton", or "auto": triton on a GPU where it is installed and the dtype is not float64,
     else two_gemm. Both go in chunks, chunk_tokens rows of logits alive at a time (default: `default_chunk_tokens`).
@@ -97,10 +108,10 @@ def linear_logps(
     one they compute the logits again. triton keeps the logits of half-precision inputs in float32, and makes a chunk's
     statistics and gradient in one kernel; with TRITON_INTERPRET=1 it runs, slowly, on a CPU.
 
-    Raises ValueError for shapes, values, devices and targets that do not fit (targets are checked on CPU; on a GPU,
-    where the check would stop the stream, an assertion on the device fails), TypeError for dtypes, ImportError for
-    triton where it is not installed, and in the backward of two_gemm and triton RuntimeError for a second derivative
-    (create_graph=True), which only eager has.
+    Raises ValueError for shapes, values, devices and targets that do not fit, a target outside its support among them
+    (targets and ids are checked on CPU; on a GPU, where the check would stop the stream, an assertion on the device
+    fails), TypeError for dtypes, ImportError for triton where it is not installed, and in the backward of two_gemm and
+    triton RuntimeError for a second derivative (create_graph=True), which only eager has.
     Differs from TRL 1.16's fused head: float64 stays float64, and the logits are not computed again in backward.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -113,13 +124,18 @@ def linear_logps(
         check_choice("stats", name, STATS)
     asked = tuple(name for name in STATS if name in (stats or ()))
     transform = Transform(temperature, logit_scale, softcap)
+    kept = None if support is None else checked(support, targets, len(weight))
     if impl == "eager":
-        out = _eager(hidden, weight, targets, bias, transform, asked)
+        out = _eager(hidden, weight, targets, bias, kept, transform, asked)
         return out.logps if stats is None else out
     rows = default_chunk_tokens(hidden, weight) if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
     grad = torch.is_grad_enabled()
-    logps, *values = TwoGemm.apply(hidden, weight, bias, targets, transform, _tile(impl, hidden), rows, asked, grad)
+    if kept is not None:
+        kept, weight, bias, targets = kept.narrowed(weight, bias, targets)
+    logps, *values = TwoGemm.apply(
+        hidden, weight, bias, targets, kept, transform, _tile(impl, hidden), rows, asked, grad
+    )
     return logps if stats is None else TokenLogps(logps, **dict(zip(asked, values, strict=True)))
 
 
@@ -160,15 +176,24 @@ def _triton_tile() -> Callable[..., Tile]:
 
 
 def _eager(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, asked: tuple[str, ...]
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    kept: Kept | None,
+    transform: Transform,
+    asked: tuple[str, ...],
 ) -> TokenLogps:
     raw = linear(hidden, weight, bias)
     z = transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+    if kept is not None:
+        z = z.masked_fill(kept.outside(len(weight)), OUTSIDE)
     all_logps = z.log_softmax(-1)
     compute = {
         "entropy": lambda: -(all_logps.exp() * all_logps).sum(-1),
         "log_z": lambda: z.logsumexp(-1),
         "log_sum_p2": lambda: (2 * all_logps.detach()).logsumexp(-1),
+        "is_top1": lambda: z.argmax(-1) == targets,
     }
     return TokenLogps(all_logps.gather(-1, targets[:, None])[:, 0], **{name: compute[name]() for name in asked})
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .dpo import preference_metrics
 from .options import Positive
 from .registry import register
+from .token_metrics import preference_metrics
 from .types import Kind, Loss, LossOutput, Mean, PairLogps, Totals, divide
 
 

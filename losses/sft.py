@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .options import NotNegative, Variants, variant
 from .registry import register
+from .token_metrics import TOKEN_METRICS, token_metrics
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
 SFT_TYPES: Variants[Callable[[Tensor], Tensor]] = Variants()
@@ -42,6 +43,7 @@ class SFTLoss(Loss):
     """
 
     kind: ClassVar[Kind] = Kind.SEQUENCE
+    metric_stats: ClassVar[tuple[str, ...]] = TOKEN_METRICS  # type: ignore[misc]
     option_tables: ClassVar = {"loss_type": SFT_TYPES}
 
     loss_type: str = "nll"
@@ -62,8 +64,6 @@ class SFTLoss(Loss):
             per_token_loss = per_token_loss + self.z_loss_coef * policy.needed("log_z") ** 2
         if policy.weights is not None:
             per_token_loss = per_token_loss * policy.needed("weights").detach()
-        metrics = {"nll": Mean.of(-logps, policy.completion_mask)}
-        if policy.entropy is not None:
-            metrics["entropy"] = Mean.of(policy.entropy, policy.completion_mask)
+        metrics = {"nll": Mean.of(-logps, policy.completion_mask), **token_metrics(policy, predicted=policy)}
         by = totals.num_tokens if totals.sum_weights is None else totals.sum_weights
         return LossOutput(divide(policy.masked(per_token_loss).sum(), by), metrics)

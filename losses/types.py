@@ -32,7 +32,7 @@ class Kind(StrEnum):
 
 IGNORED = -100
 """Hugging Face's label of a token that is not scored."""
-OPTIONAL = ("entropy", "log_z", "log_sum_p2", "weights")
+OPTIONAL = ("entropy", "log_z", "log_sum_p2", "is_top1", "weights")
 """What `CompletionLogps` may hold beside log-probabilities."""
 
 
@@ -43,7 +43,7 @@ class CompletionLogps:
     per_token_logps: [C, T], nats, any floating dtype. Values where the mask is False are never read,
         whatever they are (NaN included).
     completion_mask: [C, T] bool, True where a token is scored. A row may be empty.
-    entropy, log_z, log_sum_p2: [C, T], the `stats` of `linear_logps`, each None where it was not asked for.
+    entropy, log_z, log_sum_p2, is_top1: [C, T], the `stats` of `linear_logps`, each None where it was not asked for.
     weights: [C, T], at least 0, how much each token counts (SFT); None: all alike.
     """
 
@@ -52,6 +52,7 @@ class CompletionLogps:
     entropy: Tensor | None = None
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
+    is_top1: Tensor | None = None
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -76,9 +77,8 @@ class CompletionLogps:
 
         logits: [C, L, V], any floating dtype; those at t predict the token at t + 1. labels: [C, L] int64, the tokens
         themselves, -100 where one is not scored. Returns [C, L - 1], nats, at least float32: log p of labels[:, 1:],
-        masked where these are -100; logits there are never read. stats: of "entropy" -sum p log p, "log_z"
-        logsumexp z, "log_sum_p2" log sum p^2. Raises ValueError for shapes that do not fit. `linear_logps` gives the
-        same from hidden states, without logits.
+        masked where these are -100; logits there are never read. stats: as those of `linear_logps`, which gives the
+        same from hidden states, without logits. Raises ValueError for shapes that do not fit.
         """
         if logits.ndim != 3 or logits.shape[:2] != labels.shape:
             raise ValueError(
@@ -93,9 +93,10 @@ class CompletionLogps:
             "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
             "log_z": lambda: rows.logsumexp(-1),
             "log_sum_p2": lambda: (2 * log_p).logsumexp(-1).detach(),
+            "is_top1": lambda: rows.argmax(-1) == labels[:, 1:][mask],
         }
-        empty = rows.new_zeros(mask.shape)
-        wanted = {name: empty.masked_scatter(mask, made[name]()) for name in ("per_token_logps", *stats)}
+        values = {name: made[name]() for name in ("per_token_logps", *stats)}
+        wanted = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in values.items()}
         return CompletionLogps(completion_mask=mask, **wanted)
 
     @property
@@ -267,7 +268,12 @@ class Loss:
 
     @property
     def stats(self) -> tuple[str, ...]:
-        """The `stats` of `linear_logps` that the loss or its metrics use."""
+        """The `stats` of `linear_logps` that the loss uses."""
+        return ()
+
+    @property
+    def metric_stats(self) -> tuple[str, ...]:
+        """Those that its metrics alone use; where they were not computed, it goes without these metrics."""
         return ()
 
     @property

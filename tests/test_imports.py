@@ -43,8 +43,10 @@ FLOORS = (
     ("trainers/classes", "trainers/after"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure",),
-    ("benchmarks/plan.py", "benchmarks/verify.py"),
+    ("benchmarks/planned.py", "benchmarks/verify.py"),
+    ("benchmarks/plan.py",),
     ("benchmarks/pages",),
+    ("benchmarks/own",),
     ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/documents.py", "benchmarks/report.py"),
     ("benchmarks/profile.py",),
 )

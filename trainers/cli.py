@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 METHODS = ("dpo", "grpo", "cpo", "tpo", "kto", "orpo", "sft")
 """Those of `logratio.losses.LOSSES`, which is not imported for their names."""
 COMMANDS = "logratio.commands"
+PLANNERS = "logratio.planners"
 OURS_OF = {"rloo": "grpo"}
 """Method of TRL -> ours, with options that `trl_names` adds."""
 CUSTOM = "custom"
@@ -84,13 +85,19 @@ def dispatch(argv: list[str]) -> int:
         from .loop import train
 
         logging.disable_progress_bar()
-        train(config)
+        train(config, planner())
         return 0
     if command in others:
         run: Callable[[list[str]], int] = others[command].load()
         return run(rest)
     missing = "" if others else "; the others are there once the package is installed (`pip install -e .`)"
     raise UserError(f"unknown command {command!r}, expected one of: {', '.join(['train', *others])}{missing}")
+
+
+def planner() -> Any:
+    """What predicts a run's memory, where a package has entered it; see `loop.Planner`."""
+    found = next(iter(entry_points(group=PLANNERS)), None)
+    return None if found is None else found.load()
 
 
 def summary(entry: EntryPoint) -> str:
@@ -106,6 +113,22 @@ def summary(entry: EntryPoint) -> str:
 
 def parse_train(argv: list[str]) -> RunConfig:
     """METHOD and options -> configuration. Exits with a message for options that do not parse, as argparse does."""
+    return parse(argv)[0]
+
+
+def parse(
+    argv: list[str],
+    command: str = "train",
+    *,
+    more: type[Any] | None = None,
+    gpu: bool | None = None,
+    quiet: bool = False,
+) -> tuple[RunConfig, Any]:
+    """The configuration of a run, and what else the command asks for.
+
+    more: a dataclass of further options; None: there are none. gpu: whether the run will have one; None: as here.
+    quiet: nothing is shown of how a file was read.
+    """
     from logratio.losses import LOSSES
 
     from .config.files import read_entries
@@ -116,34 +139,46 @@ def parse_train(argv: list[str]) -> RunConfig:
     entries = read_entries(path, f"--config {path}") if config_file else {}
     trained = method = argv.pop(0) if argv and not argv[0].startswith("-") else None
     if method is None and custom is None and argv[:1] in (["-h"], ["--help"]):
-        print(TRAIN_HELP)
+        print(TRAIN_HELP.replace("train", command, 1).replace("logratio train", f"logratio {command}"))
         raise SystemExit(0)
     if RUN <= entries.keys():
         method, custom = run_of(path, entries, method, custom)
         entries = options_in(entries)
     if method is None and custom is None:
-        raise UserError(f"train needs a method, one of: {', '.join(LOSSES)}")
+        raise UserError(f"{command} needs a method, one of: {', '.join(LOSSES)}")
     method = OURS_OF.get(method or CUSTOM, method or CUSTOM)
     if custom is None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
-    entries = ours(entries, trained or method, loss, options_among(argv), f"--config {path}")
-    return config_of(method, loss, entries, argv)
+    words = options_among(argv)
+    entries = ours(entries, trained or method, loss, words, f"--config {path}", gpu=gpu, quiet=quiet)
+    return _filled(method, loss, entries, argv, f"logratio {command} {method}", more)
 
 
 def config_of(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:
     """The run of these options by our names, and of the words of a command line, which go before them."""
+    return _filled(method, loss, entries, argv, f"logratio train {method}")[0]
+
+
+def _filled(
+    method: str,
+    loss: type[Loss],
+    entries: dict[Any, Any],
+    argv: Sequence[str],
+    prog: str,
+    more: type[Any] | None = None,
+) -> tuple[RunConfig, Any]:
     import tyro
 
     from .config import RunConfig
 
-    every = options_of(loss)  # type: ignore[arg-type]  # a class has a hash
+    every = options_of(loss, more)  # type: ignore[arg-type]  # a class has a hash
     argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
     try:
         options: Any = tyro.cli(
             every,
             args=argv,
-            prog=f"logratio train {method}",
+            prog=prog,
             config=(tyro.conf.AvoidSubcommands,),
             use_underscores=True,
         )
@@ -151,17 +186,19 @@ def config_of(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequ
         raise UserError(str(error)) from error
     chosen = dict(vars(options))
     chosen["loss"] = loss(**{f.name: getattr(options.loss, f.name) for f in dataclasses.fields(loss)})
-    return RunConfig(method=method, **chosen)
+    asked = chosen.pop("more", None)
+    return RunConfig(method=method, **chosen), asked
 
 
 @functools.cache
-def options_of(loss: type[Loss]) -> type[Any]:
+def options_of(loss: type[Loss], more: type[Any] | None = None) -> type[Any]:
     """The dataclass that the command line fills: one field for each configuration, whose own fields are the options."""
     import tyro
 
     from .config import parts_of
 
     parts: dict[str, Any] = {**parts_of(loss), "loss": with_readers(loss)}
+    parts |= {} if more is None else {"more": more}
     return dataclasses.make_dataclass(
         "Options",
         [
@@ -217,9 +254,18 @@ def options_among(argv: list[str]) -> dict[str, str]:
     return found
 
 
-def ours(entries: dict[Any, Any], method: str, loss: type[Loss], words: dict[str, str], source: str) -> dict[Any, Any]:
+def ours(
+    entries: dict[Any, Any],
+    method: str,
+    loss: type[Loss],
+    words: dict[str, str],
+    source: str,
+    *,
+    gpu: bool | None = None,
+    quiet: bool = False,
+) -> dict[Any, Any]:
     """The options of a file as ours: themselves, or where one is TRL's all as `trl_names` judges and shows them. The
-    variables of its `env` are set, as TRL does."""
+    variables of its `env` are set, as TRL does. gpu, quiet: see `parse`."""
     from .trl_names import is_ours, judge
     from .trl_names.shown import show
 
@@ -229,10 +275,11 @@ def ours(entries: dict[Any, Any], method: str, loss: type[Loss], words: dict[str
         return {name: value for name, value in entries.items() if name != "env"}
     import torch
 
-    gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    if gpu is None:
+        gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     judged = judge(method, entries, loss=loss, gpu=gpu, words=words, source=source)
     os.environ.update(judged.env)
-    if entries and os.environ.get("RANK", "0") == "0":
+    if entries and not quiet and os.environ.get("RANK", "0") == "0":
         show(judged, source)
     return judged.options
 

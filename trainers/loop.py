@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import torch
 from logratio.losses import Mean
 
 from .again import learn
+from .checkpoints.hub import push_run
 from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .config.numbers import number_of
 from .data.examples import Example
+from .data.sample import sample
 from .errors import Stopped, UserError
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
@@ -38,19 +41,22 @@ from .rollout.windows import roll_out
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 
+Planner = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
+"""Of a run's settings (run_config.json) and data card: the peak of memory that is predicted, in MiB, where one is."""
 
-def train(config: RunConfig) -> dict[str, float]:
+
+def train(config: RunConfig, plan: Planner | None = None) -> dict[str, float]:
     """Train, log, evaluate and save as `config` says; returns the last step's metrics, and the evaluation's.
 
-    Raises UserError for bad input, and where a loss or a gradient is not finite or a loss has exploded (nothing is
-    saved then); Stopped where a signal ended it (a checkpoint is).
+    plan: what the memory on the screen is compared with. Raises UserError for bad input, and where a loss or a gradient
+    is not finite or a loss has exploded (nothing is saved then); Stopped where a signal ended it (a checkpoint is).
     """
     main = os.environ.get("RANK", "0") == "0"
     with ending_together(), locked(config.train.output_dir, main=main):
         try:
             run = build(config)  # until there is something to save, a signal ends it as any program
             with stopping() as stop:
-                return train_run(run, stop=stop)
+                return train_run(run, stop=stop, plan=plan)
         except torch.OutOfMemoryError as error:
             raise no_room(error) from error
 
@@ -62,25 +68,29 @@ def train_run(
     told: Callable[[dict[str, float], bool], None] | None = None,
     quiet: bool = False,
     stop: Stop | None = None,
+    plan: Planner | None = None,
 ) -> dict[str, float]:
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's number after every step; the step for which it is true, on all
         processes alike, is the last. told: called with every step's line of the log, and whether there is a
-        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came.
+        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
     """
     progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
     began = None if run.checkpoint is None else run.checkpoint.folder.parent
     after = (progress.step, progress.log_hash) if began else None
     folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
     where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
+    where["planned"] = plan(settings, run.data.card()) if main and plan is not None else None
     with contextlib.closing(run), RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
-        for note in (describe(run.policy.model), *run.notes):
-            log.say(note)
+        log.say(describe(run.policy.model))
+        for note in run.notes:
+            log.note(note)
         log.list_skipped(run.data.skipped)
         log.keep_card(run.data.card())
         row, windows = log.last, Ahead(steps(run, progress))
         for step in range(progress.step + 1, total + 1):
+            log.at = step
             try:
                 row, asked = take(run, windows, progress, stop)
             except UserError as error:
@@ -93,6 +103,7 @@ def train_run(
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
+            log.sample(lambda step=step: windows.sample(run.tokenizer, step))  # type: ignore[misc]
             log.step(row)
             for note in run.health.after(step, row, last=ends):
                 log.alarm(note)
@@ -102,13 +113,15 @@ def train_run(
             if ends:
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):
-            log.say(note)
+            log.note(note)
         log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
             save_run(run.config, run.policy, run.tokenizer, weights)
         log.flush()  # or the lines that still wait are lost without a word
         log.say(f"{progress.step} steps done; saved in {folder}")
+        if main and (told_of_push := push_run(run.config.save, Path(folder))):
+            log.note(told_of_push)
     return row
 
 
@@ -144,7 +157,8 @@ def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog
     progress.best.look(options, progress.step, row)
     if not progress.best.ends(options):
         return False
-    log.say(f"step {progress.step}: {progress.best.since} evaluations without a better {options.metric}: training ends")
+    without = f"{progress.best.since} evaluations without a better {options.metric}"
+    log.note(f"step {progress.step}: {without}: training ends")
     return True
 
 
@@ -161,7 +175,7 @@ def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, a
         if stops:
             raise
         kept = f"checkpoint-{progress.saved} is the last" if progress.saved is not None else "there is none yet"
-        log.say(f"step {step}: {error}; the run goes on, {kept}")
+        log.alarm(f"step {step}: {error}; the run goes on, {kept}")
     if stops:
         raise Stopped(
             f"stopped after step {step}, saved in {run.config.train.output_dir}/checkpoint-{step}; the same command "
@@ -203,6 +217,11 @@ class Ahead(Iterator[Window]):
     def __init__(self, source: Iterator[Window]) -> None:
         self.source = source
         self.prepared: list[Window | Exception] = []
+        self.examples: Sequence[Example] = ()  # of the last one that was asked for
+
+    def sample(self, tokenizer: Any, turn: int) -> list[tuple[str, str]]:
+        """One of its examples as text, which take turns; nothing where this process had none."""
+        return sample(self.examples[turn % len(self.examples)], tokenizer, turn) if self.examples else []
 
     def prepare(self) -> None:
         """Pack the next one, unless it is."""
@@ -218,6 +237,7 @@ class Ahead(Iterator[Window]):
         window = self.prepared.pop()
         if isinstance(window, Exception):
             raise window
+        self.examples = window.examples
         return window
 
 

@@ -72,17 +72,18 @@ def shape_of(model: Any, name: str) -> Shape:
 
 
 def check_before(
-    config: RunConfig, parts: Sequence[Sequence[Any]], shapes: Sequence[Shape], total_steps: int
+    config: RunConfig, parts: Sequence[Sequence[Any]], shapes: Sequence[Shape], total_steps: int, *, saves: bool = True
 ) -> list[str]:
     """Raise UserError where a token or a position is beyond a model's tables, the warm-up beyond the last step, or the
-    saved models beyond the disk. parts: examples, or prompts, of training and of evaluation. Returns what to tell."""
+    saved models, where there are to be any, beyond the disk. parts: examples, or prompts, of training and of
+    evaluation. Returns what to tell."""
     warmup = config.train.warmup_steps
     if warmup >= max(1, total_steps):
         raise UserError(
             f"--warmup_steps {warmup} of {total_steps} steps: the learning rate would never reach its peak; "
             "choose fewer"
         )
-    if not config.model.lora_r and not config.model.adapter_name_or_path:
+    if saves and not config.model.lora_r and not config.model.adapter_name_or_path:
         weights = shapes[0].parameters * getattr(torch, config.model.dtype).itemsize
         check_room(config.train.output_dir, weights, copies_of_weights(config, total_steps))
     for part in parts:

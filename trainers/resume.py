@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from logratio.losses import Mean
+from logratio.losses import Mean, Support
 
 from .batches.packing import split_groups
 from .checkpoints.best import Best
@@ -45,6 +45,7 @@ from .processes.sharding import full_weights
 from .setup import Run
 from .step import Window
 
+SUPPORT = ("support_ids", "support_offsets")
 LOGPS = ("old", "ref")  # of a micro-batch of rollouts, that later steps on them are compared with
 
 
@@ -197,10 +198,10 @@ def restore(run: Run) -> Progress:
 
 
 def unpacked(window: Window) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """This process's share of a window of rollouts, whatever its micro-batches: (examples and metrics as JSON,
-    {"old" or "ref": the log-probs of all scored tokens in the order of the examples})."""
+    """This process's share of a window of rollouts, whatever its micro-batches: (examples and metrics as JSON, {"old",
+    "ref": the log-probs of all scored tokens in the order of the examples; and their support})."""
     share = {
-        "examples": [dataclasses.asdict(example) for example in window.examples],
+        "examples": [dataclasses.asdict(plain(example)) for example in window.examples],
         "metrics": {name: [float(total), float(count)] for name, (total, count) in window.metrics.items()},
     }
     kept = {}
@@ -208,13 +209,30 @@ def unpacked(window: Window) -> tuple[dict[str, Any], dict[str, Tensor]]:
         table = by_completion((m.batch, getattr(m, name)) for m in window.micros if getattr(m, name) is not None)
         if table:
             kept[name] = torch.cat([table[id(c)] for example in window.examples for c in example.completions])
+    completions = [c for example in window.examples for c in example.completions]
+    if any(c.support is not None for c in completions):
+        support = Support.cat([c.support or Support.whole(len(c.ids)) for c in completions])
+        kept |= dict(zip(SUPPORT, support, strict=True))
     return share, kept
+
+
+def plain(example: Example, supports: Iterator[Support] | None = None) -> Example:
+    """The example without its completions' support, which is no JSON, or with the next ones of these."""
+    completions = [
+        dataclasses.replace(c, support=None if supports is None else next(supports)) for c in example.completions
+    ]
+    return dataclasses.replace(example, completions=completions)
 
 
 def restored_window(run: Run, shares: Sequence[Any], logps: Mapping[str, Tensor], position: Any, taken: int) -> Window:
     """The inverse: on as many processes each its own share, on another number all of them dealt anew."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     examples = [[example_of(e) for e in share["examples"]] for share in shares]
+    for i, own in enumerate(examples):
+        if f"{i}/{SUPPORT[0]}" in logps:
+            counts = [len(c.ids) for e in own for c in e.completions]
+            supports = iter(Support(*(logps[f"{i}/{part}"] for part in SUPPORT)).split(counts))
+            examples[i] = [plain(e, supports) for e in own]
     tables: dict[str, dict[int, Tensor]] = {name: {} for name in LOGPS}
     for (name, table), (i, own) in itertools.product(tables.items(), enumerate(examples)):
         if (values := logps.get(f"{i}/{name}")) is not None:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
+from .checkpoints.hub import check_push
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
 from .config import RunConfig
@@ -24,7 +25,8 @@ from .growing import Growth, make_growth
 from .health import Health
 from .logs.trackers import chosen as chosen_trackers
 from .optimizer import make_optimizer, make_schedule, trained_parameters
-from .policy.adapters import add_adapters
+from .policy.adapters import add_adapters, refuse_sharded
+from .policy.adapters import describe as describe_adapters
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
@@ -44,7 +46,8 @@ from .step import Step
 
 UNTRAINED = (
     "the embedded model has random weights, so it is never right and rewards have nothing to compare: train it with "
-    "`logratio train sft` first, and give its output_dir as --model_name_or_path"
+    "`logratio train sft` first, and give its output_dir as --model_name_or_path, one with adapters as "
+    "--adapter_name_or_path"
 )
 
 
@@ -81,10 +84,13 @@ class Run:
         return epoch_steps(self.data.epoch_size, self.config)
 
 
-def build(config: RunConfig) -> Run:
-    """Raises UserError for whatever in the configuration, the data or the model does not fit."""
+def build(config: RunConfig, *, saves: bool = True) -> Run:
+    """Raises UserError for whatever in the configuration, the data or the model does not fit. saves: whether the disk
+    is to have room for the trained model."""
     chosen_trackers(config.train.report_to)  # refused here, if at all
+    check_push(config.save)
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
+    refuse_sharded(config.model, accelerator)
     config = config.resolved(accelerator.num_processes)
     check_output(config)
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
@@ -93,7 +99,7 @@ def build(config: RunConfig) -> Run:
     data = load_data(config, tokenizer, accelerator)
     rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
     total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
-    model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps)
+    model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps, saves=saves)
 
     policy, notes = make_policy(config, accelerator.device)
     notes += name_ends(policy.causal_lm, tokenizer, data.train)
@@ -217,9 +223,10 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     model = add_adapters(model, config.model, frozen_copy=frozen_copy)
     check_trainable(model)
     compared = config.wants_reference or config.rollout is not None
-    notes += [*describe_dropout(model, compared=compared), *describe_stuck(model, config)]
+    notes += [*describe_adapters(model), *describe_dropout(model, compared=compared), *describe_stuck(model, config)]
     temperature = config.rollout.temperature if config.rollout else 1.0
-    policy = Policy(model, temperature=temperature, stats=config.loss.stats)
+    stats = (*config.loss.stats, *config.loss.metric_stats)
+    policy = Policy(model, temperature=temperature, stats=stats)
     notes += share_prompts(policy, config.model.attn_implementation, autocast_of(config))
     policy.train()
     return policy, notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,9 +63,9 @@ class Contestant(Protocol):
         """Of every completion's tokens, flat, without gradient, as the step's forward pass computes them."""
 
 
-def apply_update(optimizer: torch.optim.Optimizer) -> None:
+def apply_update(optimizer: torch.optim.Optimizer, max_grad_norm: float = MAX_GRAD_NORM) -> None:
     """What both sides do with a gradient."""
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -90,7 +90,7 @@ class Ours:
         fuse_layers(model)
         if case.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy = self.policy = Policy(model, stats=loss.stats)
+        policy = self.policy = Policy(model, stats=(*loss.stats, *loss.metric_stats))
         if shared:
             share_prompts(policy)
         self.attention = policy.causal_lm.config._attn_implementation
@@ -144,28 +144,41 @@ class Ours:
         return policy_logps(self.policy, examples)
 
     def timed_parts(self, window: list[Example]) -> dict[str, float]:
-        """The milliseconds that each part of one step takes, with the device drained in between."""
-        parts: dict[str, float] = {}
-        last = time.perf_counter()
+        """As `timed_parts`, of these examples."""
+        return timed_parts(self.step, self.device, window, lambda: self.micro_batches(window), self.update)
 
-        def mark(name: str) -> None:
-            nonlocal last
-            wait(self.device)
-            now = time.perf_counter()
-            parts[name], last = (now - last) * 1e3, now
 
-        wait(self.device)
-        micros = self.micro_batches(window)
-        mark("packing")
-        totals = self.step.totals(window, micros)
-        mark("pass before the step")
-        self.step.fill_reference(micros)
-        mark("reference")
-        self.step(micros, totals)
-        mark("forward and backward")
-        self.update()
-        mark("optimizer")
-        return {k: v for k, v in parts.items() if v > 0.5}
+def timed_parts(
+    step: Step,
+    device: torch.device,
+    examples: Sequence[Example],
+    cut: Callable[[], list[MicroBatch]],
+    update: Callable[[], Any],
+    *,
+    dealt: bool = False,
+) -> dict[str, float]:
+    """The milliseconds that each part of one step takes, with the device drained in between."""
+    parts: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def mark(name: str) -> None:
+        nonlocal last
+        wait(device)
+        now = time.perf_counter()
+        parts[name], last = (now - last) * 1e3, now
+
+    wait(device)
+    micros = cut()
+    mark("packing")
+    totals = step.totals(examples, micros, dealt)
+    mark("pass before the step")
+    step.fill_reference(micros)
+    mark("reference")
+    step(micros, totals)
+    mark("forward and backward")
+    update()
+    mark("optimizer")
+    return {k: v for k, v in parts.items() if v > 0.5}
 
 
 def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
@@ -194,11 +207,25 @@ def trainable_copy(model: Any, adapter: str) -> Any:
 def kept_mib(contestant: Contestant) -> float:
     """What stays allocated between two steps: weights (of the reference too), nf4's scales, AdamW's state; MiB."""
     models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
-    kept = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    return stored_mib([*(t for model in models for t in stored_in(model)), *stored_in_optimizer(contestant.optimizer)])
+
+
+def stored_in(model: Any) -> list[Tensor]:
+    """Its parameters, buffers and nf4's scales."""
+    kept = [*model.parameters(), *model.buffers()]
     for weight in list(kept):
         state = getattr(weight, "quant_state", None)
         if state is not None:
             kept += [state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ())]
-    kept += [v for state in contestant.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return kept
+
+
+def stored_in_optimizer(optimizer: Any) -> list[Tensor]:
+    """Its state of every parameter."""
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+
+def stored_mib(tensors: Iterable[Tensor]) -> float:
+    """MiB of these tensors' distinct storages."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(sizes.values()) / 2**20

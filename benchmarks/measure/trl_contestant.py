@@ -17,17 +17,21 @@ from torch import Tensor
 from logratio.losses import Kind
 from logratio.reference._trl_batches import rollouts
 from logratio.reference._trl_drive import constructed
-from logratio.trainers.data.examples import Example
+from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import inference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from .contestants import LEARNING_RATE, OldLogps, apply_update
+from .contestants import LEARNING_RATE, MAX_GRAD_NORM, OldLogps, apply_update
 from .step_cases import StepCase
 
 
 class Trl:
-    """TRL's trainer, perhaps with Liger's kernels for the model's layers. Close it with the stack that it was given."""
+    """TRL's trainer, perhaps with Liger's kernels for the model's layers. Close it with the stack that it was given.
+
+    old, ref: log-probs of rollouts: of the policy that sampled them, and of the reference. more: options by its
+    configuration's names, beside or instead of those that the case decides. max_grad_norm: to which its update clips.
+    """
 
     def __init__(
         self,
@@ -39,8 +43,12 @@ class Trl:
         *,
         liger: bool = False,
         old: OldLogps | None = None,
+        ref: OldLogps | None = None,
+        more: Mapping[str, Any] | None = None,
+        max_grad_norm: float = MAX_GRAD_NORM,
     ) -> None:
-        self.case, self.device, self.old, self.ref_model = case, device, old, ref_model
+        self.case, self.device, self.old, self.ref, self.ref_model = case, device, old, ref, ref_model
+        self.max_grad_norm = max_grad_norm
         options: dict[str, Any] = {
             "per_device_train_batch_size": 2,
             "learning_rate": LEARNING_RATE,
@@ -54,10 +62,13 @@ class Trl:
         arguments: dict[str, Any] = {"ref_model": ref_model}
         grouped = case.loss.kind is Kind.GROUPED
         if grouped:
-            options |= {"beta": 0.0, "num_generations": 2}
+            options |= {"num_generations": 2}
             arguments = {"reward_funcs": [lambda completions, **_: [0.0] * len(completions)]}
         else:
             options["max_length"] = case.max_length
+        options |= dict(more or {})
+        beta = options.get("beta", 0.0)
+        options |= {"beta": 0.0} if grouped else {}  # or it would load a reference of its own
         entered = constructed(
             case.method, model, tiny_tokenizer(), placeholder(case), options, copied=False, **arguments
         )
@@ -68,6 +79,7 @@ class Trl:
         self.names = liger_names(trainer) if liger else {}
         if grouped:
             trainer._prepare_inputs = lambda batch: {k: v.to(device) for k, v in batch.items()}
+            trainer.beta = beta
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         self.model, self.optimizer = trainer.model, trainer.optimizer
@@ -77,6 +89,8 @@ class Trl:
         """The step's micro-batches, collated by the trainer."""
         per = per_micro_batch or self.case.per_micro_batch(list(window))
         rows = ROWS[self.case.method](self.case, list(window), self.old)
+        for row, logps in zip(rows, of_rollouts(window, self.ref), strict=self.ref is not None):
+            row["ref_per_token_logps"] = logps
         parts = [rows[i : i + per] for i in range(0, len(rows), per)]
         if self.case.loss.kind is not Kind.GROUPED:
             return [self.trainer.data_collator(part) for part in parts]
@@ -92,7 +106,7 @@ class Trl:
                 trainer.training_step(trainer.model_wrapped, dict(micro), tokens)
 
     def update(self) -> None:
-        apply_update(self.optimizer)
+        apply_update(self.optimizer, self.max_grad_norm)
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         parts = []
@@ -141,8 +155,9 @@ def put_in(names: dict[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
 def placeholder(case: StepCase) -> list[dict[str, Any]]:
     """Rows that the trainer may tokenize when it is built; it is never trained on them."""
     row: dict[str, Any] = {"prompt": "a b", "completion": " c", "chosen": " c", "rejected": " d", "label": True}
+    row["reference"] = " e"
     names = {
-        Kind.PAIRED: ("prompt", "chosen", "rejected"),
+        Kind.PAIRED: ("prompt", "chosen", "rejected", *(["reference"] if case.loss.scores_gold else [])),
         Kind.LABELED: ("prompt", "completion", "label"),
         Kind.GROUPED: ("prompt",),
     }.get(case.loss.kind, ("prompt", "completion"))
@@ -151,10 +166,17 @@ def placeholder(case: StepCase) -> list[dict[str, Any]]:
 
 def sft_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
     return [
-        {"input_ids": e.prompt_ids + c.ids, "labels": [-100] * len(e.prompt_ids) + c.ids}
+        {"input_ids": e.prompt_ids + c.ids, "labels": [-100] * len(e.prompt_ids) + scored_ids(c)}
         for e in window
         for c in e.completions
     ]
+
+
+def scored_ids(completion: Completion) -> list[int]:
+    """Labels: -100 where the loss sees nothing."""
+    if completion.scored is None:
+        return completion.ids
+    return [i if on else -100 for i, on in zip(completion.ids, completion.scored, strict=True)]
 
 
 def dpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
@@ -162,6 +184,11 @@ def dpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> lis
         {"prompt_ids": e.prompt_ids, "chosen_ids": e.completions[0].ids, "rejected_ids": e.completions[1].ids}
         for e in window
     ]
+
+
+def tpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
+    gold = [{"reference_ids": e.completions[2].ids} if case.loss.scores_gold else {} for e in window]
+    return [row | more for row, more in zip(dpo_rows(case, window, old), gold, strict=True)]
 
 
 def kto_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
@@ -190,18 +217,29 @@ def orpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> li
 
 
 def grpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
-    assert old is not None
-    return [
-        {
-            "prompt_ids": e.prompt_ids,
-            "completion_ids": c.ids,
-            "advantage": a,
-            "old_per_token_logps": logps,
-        }
+    """old: None, the policy that sampled them is today's."""
+    rows: list[dict[str, Any]] = [
+        {"prompt_ids": e.prompt_ids, "completion_ids": c.ids, "advantage": a}
         for e in window
-        for c, a, logps in zip(e.completions, e.advantages or (), old[tokens_key(e)], strict=True)
+        for c, a in zip(e.completions, e.advantages or (), strict=True)
     ]
+    for row, logps in zip(rows, of_rollouts(window, old), strict=old is not None):
+        row["old_per_token_logps"] = logps
+    return rows
 
 
-ROWS = {"sft": sft_rows, "dpo": dpo_rows, "kto": kto_rows, "orpo": orpo_rows, "grpo": grpo_rows}
+def of_rollouts(window: Sequence[Example], table: OldLogps | None) -> list[Tensor]:
+    """Of each completion in turn; nothing without a table."""
+    return [] if table is None else [logps for e in window for logps in table[tokens_key(e)]]
+
+
+ROWS = {
+    "sft": sft_rows,
+    "dpo": dpo_rows,
+    "kto": kto_rows,
+    "orpo": orpo_rows,
+    "cpo": orpo_rows,
+    "tpo": tpo_rows,
+    "grpo": grpo_rows,
+}
 """method -> examples as the rows that TRL's collator takes."""

@@ -161,13 +161,18 @@ def nf4_bytes(numel: int) -> int:
 
 
 def find(name: str) -> Geometry:
-    """Of a published shape, with or without its owner, of a folder with config.json, or of a model in the hub's cache.
+    """Of a published shape, with or without its owner, of the embedded model, of a folder with config.json, or of a
+    model in the hub's cache.
 
     UserError where there is none, or where its architecture is unknown.
     """
     short = name.rstrip("/").split("/")[-1]
     if short in SHAPES and not Path(name).is_dir():
         return Geometry.of(SimpleNamespace(**SHAPES[short]()))
+    if name == "tiny":
+        from logratio.trainers.policy.tiny import tiny_config
+
+        return Geometry.of(tiny_config())
     path = Path(name) / "config.json"
     if not Path(name).is_dir():
         from huggingface_hub import try_to_load_from_cache

@@ -58,11 +58,13 @@ class Setup:
     precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
+    reward_kl_coef: float = 0.0
     accumulates: bool = True
     gpu: str | None = "H100"
 
     def __post_init__(self) -> None:
-        tables: dict[str, Collection[str]] = {"method": LOSSES, "dtype": ELEMENT, "optim": OPTIMIZERS}
+        tables: dict[str, Collection[str]] = {"dtype": ELEMENT, "optim": OPTIMIZERS}
+        tables |= {} if self.loss is not None else {"method": LOSSES}
         for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise UserError(f"--{name} {getattr(self, name)!r} is unknown, expected one of: {', '.join(table)}")
@@ -100,7 +102,7 @@ class Setup:
 
     @property
     def with_reference(self) -> bool:
-        return self.the_loss.wants_reference
+        return self.the_loss.wants_reference or self.reward_kl_coef > 0
 
 
 class Moment(NamedTuple):
@@ -185,7 +187,9 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
             moments.append(moment("first layer's backward", waits + come, left, 0, matrix))
     else:
         scaled = batch.scored_tokens * size.hidden * 4 + (scored if e == 2 else 0)
-        moments.append(moment("head backward", accumulated, kept.saved, scored + scaled, 0))
+        loss = setup.the_loss  # statistics that a gradient could come through keep the hidden states
+        again = scored if {"entropy", "log_z"} & {*loss.stats, *loss.metric_stats} else 0
+        moments.append(moment("head backward", accumulated, kept.saved, scored + scaled + again, 0))
     return Prediction(tuple(moments), sum(size.parameters()), sum(trained))
 
 
@@ -257,6 +261,7 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     """The logits that are alive at a time, and their product with the head's weight, both in float32."""
     import torch
 
+    from logratio.losses._tile import SCRATCH
     from logratio.losses.logps import TILE_MEMORY, default_chunk_tokens
 
     device = "meta" if setup.on_gpu else "cpu"  # a GPU's rule without its memory, which stands in the table
@@ -268,9 +273,9 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
         return rows * 4 * (across + size.hidden)
-    tiles = 2 if "entropy" in setup.the_loss.stats else 1
     copied = 4 * size.vocab * size.hidden if setup.element == 2 else 0  # a CPU multiplies in float32
-    return rows * 4 * (tiles * size.vocab + size.hidden) + copied
+    scratch = min(rows, max(1, SCRATCH["cpu"] // size.vocab)) * 4 * size.vocab
+    return rows * 4 * (size.vocab + size.hidden) + scratch + copied
 
 
 def largest_fitting(fits: Callable[[int], bool], low: int, high: int) -> int | None:

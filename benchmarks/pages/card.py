@@ -134,7 +134,8 @@ def body_of(run: Run) -> list[str]:
     return [
         f"# {name}",
         f"{kind} trained by `logratio train {run.method}` from {start} on {data}, for {run.last_step:,} steps.",
-        f"## Use\n\n```python\n{USE[adapter].format(name)}\n```",
+        "## Use\n\nFrom the directory that the folder lies in, or with its name on the Hub:\n\n"
+        f"```python\n{USE[adapter].format(name)}\n```",
         "## Results\n\nThe last values of the log, `metrics.jsonl`.\n\n"
         + table(("metric", "value"), [(f"`{metric}`", number(value)) for metric, value in last if value is not None]),
         data_part(run),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logratio.benchmarks.memory.gpus import known_as
-from logratio.benchmarks.plan import Options, planned
+from logratio.benchmarks.planned import Options, not_modelled, options_of, planned
 from logratio.trainers.errors import UserError
 
 from .runs import Run, section
@@ -66,7 +66,7 @@ def cost(run: Run) -> Cost:
 
 def unplanned(run: Run) -> str:
     """Why the plan does not apply; empty where it does."""
-    device, model = run.about.get("device"), section(run.config, "model")
+    device = run.about.get("device")
     if device is None:
         return "run_config.json does not say on which device it ran"
     if device == "cpu":
@@ -75,12 +75,8 @@ def unplanned(run: Run) -> str:
         return f"the plan knows no {device}"
     if run.about.get("num_processes") != 1:
         return "the plan is of one process"
-    if run.option("train", "mixed_precision") != "no":
-        return "the plan does not model autocast"
-    if model.get("adapter_name_or_path"):
-        return "the plan does not know the loaded adapter's rank"
-    if model.get("lora_r") and list(model.get("lora_target_modules") or ()) != ["all-linear"]:
-        return "the plan is of adapters on all linear layers"
+    if left_out := not_modelled(run.config):
+        return left_out[0]
     for name in ("micro_batch_tokens", "batch_size"):
         if not isinstance(found := run.option("train", name), int):
             return f"run_config.json has no number of {name}, but {found}"
@@ -95,15 +91,12 @@ def gpu_bytes(run: Run) -> int:
 
 def plan_options(run: Run) -> Options:
     """What `logratio plan` would be asked, with the mean lengths of this run's data."""
-    gpu = known_as(str(run.about["device"]), gpu_bytes(run))
-    known = {f.name for f in dataclasses.fields(Options)}
-    given = {**section(run.config, "model"), **section(run.config, "train"), **section(run.config, "rollout")}
-    taken = {name: value for name, value in given.items() if name in known and value is not None}
-    train = section(run.card, "train")
+    gpu, train = known_as(str(run.about["device"]), gpu_bytes(run)), section(run.card, "train")
     lengths = run.columns.get("completions/mean_length")
     completion = train.get("completion_tokens") if lengths is None else float(np.nanmean(lengths.values))
-    taken |= {
-        "prompt_tokens": max(1, round(train["prompt_tokens"])),
-        "completion_tokens": max(1, round(completion or 1)),
-    }
-    return Options(method=run.method, gpu=str(gpu), **taken)
+    return options_of(
+        run.config,
+        gpu=str(gpu),
+        prompt_tokens=max(1, round(train["prompt_tokens"])),
+        completion_tokens=max(1, round(completion or 1)),
+    )

@@ -25,8 +25,7 @@ from .words import duration, number, plain, shortened
 
 HERE = Path(__file__).parent
 NAME = "report.html"
-MARK = '<meta name="generator" content="logratio report">'
-"""By which a page is known as ours, which may be replaced."""
+MAKER = "logratio report"
 SUMMED_UP = (
     ("loss", "loss"),
     ("eval_loss", "evaluation loss"),
@@ -72,14 +71,19 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[str]:
     return told + ([write_card(runs[0])] if len(runs) == 1 else [])
 
 
-def check_target(path: Path) -> None:
+def mark(maker: str = MAKER) -> Markup:
+    """By which a page is known as ours, which may be replaced."""
+    return Markup('<meta name="generator" content="{}">').format(maker)
+
+
+def check_target(path: Path, maker: str = MAKER) -> None:
     """Raise UserError where the page cannot be written there, or something else is there."""
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; give a file, such as {path / NAME}")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; make it, or give another file")
-    if path.exists() and MARK not in path.read_text(errors="replace")[:2000]:
-        raise UserError(f"{path} was not made by `logratio report`, and is not overwritten: choose another --output")
+    if path.exists() and mark(maker) not in path.read_text(errors="replace")[:2000]:
+        raise UserError(f"{path} was not made by `{maker}`, and is not overwritten: choose another --output")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -111,10 +115,11 @@ def rendered(runs: Sequence[Run]) -> str:
     table, costs = options(runs), [cost(run) for run in runs]
     return environment.get_template("page.html.j2").render(
         title=" · ".join([runs[0].name, runs[0].method]) if len(runs) == 1 else f"{len(runs)} runs",
-        mark=Markup(MARK),
-        css=Markup((HERE / "page.css").read_text().replace("/* colours */", colours())),
+        mark=mark(),
+        css=css(),
         js=Markup((HERE / "page.js").read_text()),
         runs=runs,
+        said=[run for run in runs if run.said],
         colours=[colour_of(at) for at in range(len(runs))],
         summary=summary(runs),
         learning=figures(shown),
@@ -130,6 +135,11 @@ def rendered(runs: Sequence[Run]) -> str:
         default=[option for option in table if not option.told],
         versions=versions(runs),
     )
+
+
+def css() -> Markup:
+    """The style of all pages."""
+    return Markup((HERE / "page.css").read_text().replace("/* colours */", colours()))
 
 
 def colours() -> str:

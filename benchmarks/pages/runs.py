@@ -14,6 +14,7 @@ from typing import Any
 from logratio.trainers.errors import UserError
 
 LOG, CONFIG, CARD, SKIPPED = "metrics.jsonl", "run_config.json", "data_card.json", "skipped_rows.jsonl"
+SAID = "notes.jsonl"
 SECTIONS = ("loss", "model", "data", "train", "save", "rollout")
 SAVED = ("adapter_config.json", "config.json")
 """Of which a folder with a trained model has one."""
@@ -35,10 +36,20 @@ class Column:
         return next((value for value in reversed(self.values) if not math.isnan(value)), math.nan)
 
 
+@dataclass(frozen=True)
+class Said:
+    """A sentence of notes.jsonl. kind: note, alarm or end."""
+
+    step: int
+    kind: str
+    text: str
+
+
 @dataclass
 class Run:
     """name: what the page calls it. columns: the log by metric. config: run_config.json. card: data_card.json, or
-    empty. skipped: the first lines of skipped_rows.jsonl, of `num_skipped`. notes: what of its files could not be read.
+    empty. skipped: the first lines of skipped_rows.jsonl, of `num_skipped`. said: what the run has said, in order.
+    notes: what of its files could not be read.
     """
 
     folder: Path
@@ -50,6 +61,7 @@ class Run:
     card: dict[str, Any] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     num_skipped: int = 0
+    said: list[Said] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,6 +151,12 @@ def _read_run(folder: Path, name: str) -> Run:
             run.num_skipped += 1
             if isinstance(row, dict) and len(run.skipped) < EXAMPLES_SHOWN:
                 run.skipped.append(row)
+    if (folder / SAID).exists():
+        for number, one in lines_of(folder / SAID):
+            if isinstance(one, dict) and type(one.get("step")) is int and isinstance(one.get("text"), str):
+                run.said.append(Said(one["step"], str(one.get("kind")), one["text"]))
+            else:
+                run.notes.append(f"{SAID}: line {number} could not be read and is left out")
     if not run.saved:
         run.notes.append("no trained model is saved there: the run has not ended, or ended early")
     return run

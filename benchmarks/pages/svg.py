@@ -14,7 +14,7 @@ from logratio.benchmarks.reporting.palette import SERIES
 from .charts import EVALUATED, Chart
 from .runs import Run
 from .thin import POINTS, Curve, decades, means, thinned, ticks
-from .words import number, tick
+from .words import number, tick_labels
 
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 10, 26
@@ -178,13 +178,15 @@ def picture(
         f'data-x="{x.low:.12g} {x.high:.12g} {x.start} {x.end}" '
         f'data-y="{y.low:.12g} {y.high:.12g} {y.start} {y.end} {int(y.log)}">'
     ]
-    for value in decades(y.low, y.high) if y.log else ticks(y.low, y.high, 4):
+    heights = decades(y.low, y.high) if y.log else ticks(y.low, y.high, 4)
+    for value, label in zip(heights, tick_labels(heights), strict=True):
         at = float(y(np.array(value)))
         out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick(value)}</text>')
-    for value in (step for step in ticks(max(x.low, 0), x.high, 5) if step == round(step)):
+        out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+    places = [step for step in ticks(max(x.low, 0), x.high, 5) if step == round(step)]
+    for value, label in zip(places, tick_labels(places), strict=True):
         at = float(x(np.array(value)))
-        out.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{tick(value)}</text>')
+        out.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     for colour, steps, low, high in bands:
         around = (np.concatenate([steps, steps[::-1]]), np.concatenate([high, low[::-1]]))
         out.append(f'<path class="band {colour_of(colour)}" d="{path(around, x, y)}Z"/>')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 1500
@@ -28,12 +29,22 @@ def _stripped(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def tick(value: float) -> str:
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The numbers at an axis, with as many digits as tell them apart: 5.07 and 5.075, not 5.07 and 5.08."""
+    found: list[str] = []
+    for digits in range(3, 9):
+        found = [tick(value, digits) for value in values]
+        if len(set(found)) == len(set(values)):
+            break
+    return found
+
+
+def tick(value: float, digits: int = 3) -> str:
     """A number at an axis: 250, 40k, 1.2M, 5e-5."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= unit:
-            return number(value / (unit if unit > 1e4 else 1e3), 3) + name
-    return number(value, 3)
+            return number(value / (unit if unit > 1e4 else 1e3), digits) + name
+    return number(value, digits)
 
 
 def duration(seconds: float) -> str:

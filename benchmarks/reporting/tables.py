@@ -231,6 +231,27 @@ def host_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     return _titled(rows, {f"{name}, in passes of the plain model": text for name, text in tables.items()})
 
 
+def rollout_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
+    """Sampling, and the steps that learn from it: a line for each shape of prompts, completions and limit."""
+    keys = {"prompts": "prompts", "group": "completions each", "tokens": "up to tokens", "ends": "some end before"}
+
+    def of(stem: str) -> Callable[[Row, Row | None], str]:
+        def cell(row: Row, base: Row | None) -> str:
+            ratio = times(quotient(row, base, f"{stem}_p50"))
+            return ", ".join(filter(None, [number(row.get(f"{stem}_p50")) if absolute else "", ratio]))
+
+        return cell
+
+    unit = "ms (p50), and " if absolute else ""
+    return _titled(
+        rows,
+        {
+            f"Rollouts, {unit}as multiple of ours": matrix(rows, keys, of("rollout_ms"), base="(1×)"),
+            f"Whole GRPO steps, {unit}as multiple of ours": matrix(rows, keys, of("step_ms"), base="(1×)"),
+        },
+    )
+
+
 TAKEN_PER_S = 200
 """Examples that a step on a GPU takes in a second, estimated: what reading is measured by."""
 

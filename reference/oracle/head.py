@@ -40,20 +40,24 @@ def token_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Sequence[Sequence[int] | None] | None = None,
 ) -> TokenLogps:
     """log p(target) under softmax(z), z = softcap tanh(logit_scale (W h + b) / softcap) / temperature.
 
-    hidden [N, H], weight [V, H], targets [N] int64, bias [V].
+    hidden [N, H], weight [V, H], targets [N] int64, bias [V]. support: of each token the words that the softmax is
+    over, None: all.
     """
     rows = []
-    for h, target in zip(hidden.double(), targets.tolist(), strict=True):
+    supports = support or [None] * len(targets)
+    for h, target, words in zip(hidden.double(), targets.tolist(), supports, strict=True):
         z = weight.double() @ h
         if bias is not None:
             z = z + bias.double()
         z = z * logit_scale
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        rows.append(_row(z / temperature, target))
+        z = z / temperature
+        rows.append(_row(z, target) if words is None else _row(z[list(words)], list(words).index(target)))
     if not rows:
         return TokenLogps(*(hidden.new_zeros(0, dtype=torch.float64) for _ in TokenLogps._fields))
     return TokenLogps(*(torch.stack(column) for column in zip(*rows, strict=True)))

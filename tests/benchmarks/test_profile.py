@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from logratio.benchmarks import profile
+from logratio.benchmarks.measure import profiled
 from logratio.trainers.errors import UserError
 
 CUDA, CPU = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
@@ -26,15 +27,15 @@ def test_kernels_idle_gpu_and_host_by_hand():
         event("aten::mm", 0, 9000, CPU),
         event("Optimizer.step#AdamW.step", 0, 10000, annotation=True),
     ]
-    found = profile.figures(events, elapsed_ms=10.0, top=1)
+    found = profiled.figures(events, elapsed_ms=10.0, top=1)
     assert found["gpu_busy_ms"] == 6 and found["gpu_idle"] == pytest.approx(0.4)
     assert found["host_ms"] == 7.5 and found["launches"] == 3
     assert found["kernels"] == [{"name": "gemm", "ms": 5.0, "share": 0.5, "calls": 2}]
 
 
 def test_spans_that_lie_in_one_another_count_once():
-    assert profile.union([(0, 10), (2, 3), (9, 12), (20, 21)]) == 13
-    assert profile.union([]) == 0
+    assert profiled.union([(0, 10), (2, 3), (9, 12), (20, 21)]) == 13
+    assert profiled.union([]) == 0
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import sys
 
 import pytest
 
+from logratio.benchmarks.own.command import parsed, train_words
 from logratio.trainers import cli
 from logratio.trainers.config import RunConfig
 
@@ -104,6 +105,8 @@ def test_what_needs_a_gpu_or_the_hub_has_options_that_there_are(page, line, monk
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "train":
         assert program == "logratio" and isinstance(cli.parse_train(words[1:]).resolved(1), RunConfig)
+    elif words[0] == "bench":
+        assert program == "logratio" and isinstance(cli.parse_train(train_words(*parsed(words[1:]))), RunConfig)
     else:
         assert program == "logratio" and words[0] == "plan" and cli.main(words) == 0
         assert "predicted peak memory" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from math import exp, log
 import pytest
 import torch
 
-from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals
+from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals, TPOLoss
 from logratio.losses.dpo import MAX_EXPONENT, probability
 
 DIVERGENT = {"sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
@@ -284,6 +284,26 @@ def test_metrics_of_several_pairs():
         }
     )
     assert {mean.count.item() for mean in metrics.values()} == {3}
+
+
+def test_token_metrics_of_pairs():
+    """The entropy of all completions' tokens, the accuracy of the chosen's; a third completion counts where it is."""
+    sides = [
+        CompletionLogps(
+            torch.full((2, 2), -1.0),
+            torch.tensor([[True, True], [True, False]]),
+            entropy=torch.tensor([[1.0, 2.0], [3.0, math.nan]]) * size,
+            is_top1=torch.tensor([[top, False], [True, True]]),
+        )
+        for size, top in ((1, True), (10, False), (100, False))
+    ]
+    policy = PairLogps(*sides[:2])
+    metrics = DPOLoss()(policy, policy, totals=Totals.of(policy)).metrics
+    assert (metrics["entropy"].value, metrics["entropy"].count.item()) == (66 / 6, 6)
+    assert metrics["mean_token_accuracy"].value == pytest.approx(2 / 3)
+    three = PairLogps(*sides[:2], gold=sides[2])
+    metrics = TPOLoss()(three, totals=Totals.of(three)).metrics
+    assert (metrics["entropy"].value, metrics["mean_token_accuracy"].value) == (666 / 9, pytest.approx(2 / 3))
 
 
 @pytest.mark.parametrize("name", F_DIVERGENCES)

@@ -64,6 +64,7 @@ ROOT = sqrt(2)
         # pi - mu = 0.2, -0.3; 0.6, 0.1: left out where the advantage would carry it further
         ("dppo_tv", (None, None), (2, -1), [0, 0.25, 4, 2]),
         ("dppo_tv", (None, None), (-2, 1), [2, 0, 0, 2]),
+        ("dppo_tv", (None, None), (0.5, -0.5), [0, 0.25, 4, 2]),
         ("dppo_tv", (-0.25, 0.25), (2, -1), [2, 0.25, 4, 2]),
         ("dppo_tv", (-0.35, 0.65), (-2, 1), [2, 0.25, 4, 2]),
         # KL(mu || pi) of two outcomes = 0.0915, 0.3112; 0.8318, 0.0367, the second falling
@@ -90,6 +91,40 @@ def test_the_policy_term_is_weighed(correction, bounds, advantages, weights):
     grad = policy.per_token_logps.grad
     assert grad is not None
     assert grad[policy.completion_mask].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_default_ranges():
+    assert {name: (kind.clip_min, kind.clip_max) for name, kind in SAMPLING_CORRECTIONS.items() if kind.bound} == {
+        "token_truncate": (0, 3),
+        "token_mask": (0, 3),
+        "sequence_truncate": (0, 3),
+        "sequence_mask": (0, 3),
+        "geometric_truncate": (0.99, 1.01),
+        "geometric_mask": (0.99, 1.01),
+        "icepop": (0.5, 5),
+        "decoupled": (0, 3),  # which it does not read
+        "dppo_tv": (-0.15, 0.15),
+        "dppo_kl": (-0.05, 0.05),
+        "ipo": (-0.2, 0.2),
+    }
+
+
+@pytest.mark.parametrize("ratio", [0.25, 4.0])
+def test_of_one_token_all_levels_are_the_same(ratio):
+    """And what is masked, where the ratio is 1, is neither the smallest nor the largest."""
+    policy, behavior = logps([[0.2, nan]]), logps([[0.2 / ratio, nan]])
+    for level in ("token", "sequence", "geometric"):
+        loss = GRPOLoss(sampling_correction=f"{level}_mask", sampling_clip_min=0.2, sampling_clip_max=5.0)
+        out = loss(policy, advantages=torch.ones(1), behavior=behavior, totals=Totals.of(policy))
+        assert out.loss.item() == pytest.approx(-ratio)
+        for name in ("ratio_mean", "ratio_min", "ratio_max"):
+            assert out.metrics[f"sampling/{name}"].value == pytest.approx(ratio)
+        assert out.metrics["sampling/logp_diff_max"].value == pytest.approx(log(4))
+
+
+def test_a_completion_without_an_advantage_is_not_counted_as_left_out():
+    out = output(logps(PI), (0.0, 0.0), sampling_correction="dppo_tv")
+    assert out.metrics["sampling/masked_mean"].value == 0
 
 
 def test_decoupled_ppo_clips_to_the_old_policy_and_weighs_by_it():
@@ -135,6 +170,8 @@ def test_what_is_logged(correction, ratios, outside):
     expected |= dict(zip(("ratio_mean", "ratio_min", "ratio_max"), ratios, strict=True))
     expected |= {} if outside is None else {f"{outside[0]}_mean": outside[1]}
     assert found == pytest.approx(expected, rel=1e-12)
+    out.loss.backward()
+    assert policy.per_token_logps.grad is not None and policy.per_token_logps.grad.isfinite().all()
 
 
 def test_the_off_policy_mask_is_measured_from_what_sampled():
@@ -245,6 +282,20 @@ def test_on_policy_every_correction_is_the_identity(loss_type):
     for correction in (name for name in CORRECTED if fits(loss_type, name)):
         loss = dataclasses.replace(plain, sampling_correction=correction)
         keeps(lambda batch, loss=loss: laws.corrected_on_policy(loss, plain, batch), "grouped", max_examples=3)
+
+
+@pytest.mark.parametrize("correction", [name for name in CORRECTED if name != "decoupled"])
+def test_what_is_at_its_bound_is_inside(correction):
+    """On policy the narrowest range is the identity, and nothing is outside of it."""
+    at = SAMPLING_CORRECTIONS[correction].neutral
+    loss = GRPOLoss(sampling_correction=correction, sampling_clip_min=at, sampling_clip_max=at)
+
+    def law(batch: Batch) -> None:
+        laws.corrected_on_policy(loss, GRPOLoss(), batch)
+        metrics = run(loss, laws.put_role(batch, old="policy", behavior="policy")).metrics
+        assert sum(m.total for name, m in metrics.items() if name.endswith(("masked_mean", "truncated_mean"))) == 0
+
+    keeps(law, "grouped", max_examples=3)
 
 
 def test_the_identity_is_broken_off_policy():

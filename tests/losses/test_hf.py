@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from logratio.losses import CompletionLogps, DPOLoss, Mean, SFTLoss, hf_compute_loss, linear_logps
 from logratio.trainers.policy.tiny import tiny_model
 
-STATS = ("entropy", "log_z", "log_sum_p2")
+STATS = ("entropy", "log_z", "log_sum_p2", "is_top1")
 
 
 def batch(dtype=torch.float64):

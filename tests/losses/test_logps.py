@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logratio.losses import _two_gemm, linear_logps
+from logratio.losses import _tile, linear_logps
 from logratio.losses.logps import IMPLEMENTATIONS
 
 from ._heads import OPTIONS, head, near_certain
@@ -80,7 +80,7 @@ def test_gradcheck(kwargs, trains, outputs):
 def test_error_budget(kwargs, trains, make, products, dtype, monkeypatch):
     """At most twice the error of full logits in the same dtype, value and gradient, both against float64."""
     if products == "half":  # as on a GPU; a CPU multiplies half precision in float32
-        monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(_tile, "product_dtype", lambda weight: weight.dtype)
     tensors = make(n=24, h=64, v=300, dtype=dtype)
     coefficients = torch.linspace(-1, 1.3, 24, dtype=torch.float64)
     exact = gradients([t.double() for t in tensors[:3]] + tensors[3:], coefficients, trains, impl="eager", **kwargs)
@@ -99,7 +99,7 @@ def test_error_budget(kwargs, trains, make, products, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_error_budget_of_the_entropy(kwargs, make, products, dtype, monkeypatch):
     if products == "half":
-        monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(_tile, "product_dtype", lambda weight: weight.dtype)
     hidden, weight, bias, targets = make(n=24, h=64, v=300, dtype=dtype)
     results = []
     for impl, to in (("two_gemm", dtype), ("eager", dtype), ("eager", torch.float64)):
@@ -116,7 +116,7 @@ def test_error_budget_of_the_entropy(kwargs, make, products, dtype, monkeypatch)
 def test_sums_over_many_chunks_are_in_float32(products, monkeypatch):
     """256 chunks of one token: a sum kept in bfloat16 would err by sixteen times its rounding."""
     if products == "half":
-        monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+        monkeypatch.setattr(_tile, "product_dtype", lambda weight: weight.dtype)
     tensors = head(n=256, h=8, v=16, dtype=torch.bfloat16)
     ones = torch.ones(256, dtype=torch.float64)
     exact = gradients([t.double() for t in tensors[:3]] + tensors[3:], ones, impl="eager")
@@ -258,7 +258,7 @@ def test_extreme_logits_are_finite(impl, dtype, trains):
 
 def test_float16_row_sums_beyond_its_range(monkeypatch):
     """A uniform row over 70,000 words: sum exp(z - max) is more than float16 holds, p is below its normal numbers."""
-    monkeypatch.setattr(_two_gemm, "_product_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(_tile, "product_dtype", lambda weight: weight.dtype)
     hidden = torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
     weight = torch.ones(70_000, 1, dtype=torch.float16)
     weight[0] = 3.0

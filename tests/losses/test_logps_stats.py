@@ -1,4 +1,4 @@
-"""The row statistics beside the log-probabilities: log Z and log sum p^2, alone and together with the entropy."""
+"""The row statistics beside the log-probabilities: entropy, log Z, log sum p^2, is_top1, alone and together."""
 
 import itertools
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from logratio.losses import TokenLogps, linear_logps, logps
-from logratio.losses._two_gemm import STATS
+from logratio.losses import TokenLogps, _tile, linear_logps, logps
+from logratio.losses._tile import STATS
 from logratio.losses.logps import default_chunk_tokens
 
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 1.3}, {"softcap": 2.0, "temperature": 1.5}]
-SUBSETS = [c for n in range(4) for c in itertools.combinations(STATS, n)]
+SUBSETS = [c for n in range(5) for c in itertools.combinations(STATS, n)]
 
 
 def head(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """hidden [5, 3], weight [7, 3], bias [7], targets [5]."""
     torch.manual_seed(0)
     shapes = ((5, 3), (7, 3), (7,))
-    return [*(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes), torch.tensor([0, 6, 2, 2, 5])]
+    return [*(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes), torch.tensor([0, 6, 2, 1, 5])]
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor, **kwargs: float) -> Tensor:
@@ -40,7 +40,9 @@ def test_values_are_the_definitions(kwargs, impl, stats):
         "entropy": -(p * p.log()).sum(-1),
         "log_z": z.exp().sum(-1).log(),
         "log_sum_p2": (p**2).sum(-1).log(),
+        "is_top1": z.argmax(-1) == targets,
     }
+    assert expected["is_top1"].tolist() == [False, False, False, True, False]
     assert isinstance(out, TokenLogps)
     for name in STATS:
         if name in stats:
@@ -67,10 +69,40 @@ def test_gradients_are_those_of_the_values(kwargs, trains, outputs):
 
 
 @pytest.mark.parametrize("impl", ["eager", "two_gemm"])
-def test_log_sum_p2_is_a_constant(impl):
+def test_log_sum_p2_and_is_top1_are_constants(impl):
     hidden, weight, bias, targets = head()
     out = linear_logps(hidden.requires_grad_(), weight, targets, bias=bias, impl=impl, stats=STATS)
+    assert out.is_top1.dtype == torch.bool
     assert not out.log_sum_p2.requires_grad and out.log_z.requires_grad and out.logps.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["eager", "two_gemm"])
+def test_of_equal_logits_the_first_is_the_top(impl):
+    """As torch.argmax has it: a head of zeros is right about one word, not about all of them."""
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]])
+    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0], [20.0], [20.0]])
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1, 1, 3])
+    expected = (hidden @ weight.T).argmax(-1) == targets
+    assert expected.tolist() == [False, True, False, False, False, True, False, True, False, True, False]
+    got = linear_logps(hidden, weight, targets, impl=impl, stats=("is_top1",), chunk_tokens=4)
+    assert got.is_top1.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("stats", [(), STATS], ids=str)
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+@pytest.mark.parametrize("scratch", [1, 14, 21])
+def test_blocks_of_a_chunk_do_not_matter(stats, trains, scratch, monkeypatch):
+    """One, two and three rows of seven words at a time."""
+    runs = []
+    for logits in (2**18, scratch):
+        monkeypatch.setitem(_tile.SCRATCH, "cpu", logits)
+        hidden, weight, bias, targets = head()
+        leaves = [t.requires_grad_(name in trains) for name, t in zip("hwb", (hidden, weight, bias), strict=True)]
+        out = linear_logps(*leaves[:2], targets, bias=bias, impl="two_gemm", stats=stats, softcap=2.0, chunk_tokens=4)
+        sums = [(x * torch.arange(5)).sum() for x in out if x is not None and x.requires_grad]
+        torch.stack(sums).sum().backward()
+        runs.append([*(x for x in out if x is not None), *(t.grad for t in leaves if t.requires_grad)])
+    torch.testing.assert_close(*runs, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("impl", ["eager", "two_gemm"])
@@ -96,7 +128,7 @@ def test_the_order_and_repetition_of_names_do_not_matter():
 
 def test_an_unknown_name_is_refused():
     hidden, weight, _, targets = head()
-    with pytest.raises(ValueError, match="stats='perplexity' is unknown, expected one of: entropy, log_z, log_sum_p2"):
+    with pytest.raises(ValueError, match=f"stats='perplexity' is unknown, expected one of: {', '.join(STATS)}"):
         linear_logps(hidden, weight, targets, stats=["perplexity"])
 
 

@@ -136,10 +136,13 @@ def test_nll_is_dft_where_the_model_is_certain_and_never_less(batch):
     assert dft(certain, totals=Totals.of(x)).loss == nll(certain, totals=Totals.of(x)).loss == 0
 
 
-def test_entropy_is_a_metric_and_no_part_of_the_loss():
+def test_entropy_and_accuracy_are_metrics_and_no_part_of_the_loss():
     entropy = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 4.0, torch.nan]], dtype=torch.float64)
     x = policy()
-    loss, metrics = SFTLoss()(CompletionLogps(x.per_token_logps, MASK, entropy), totals=Totals.of(x))
+    is_top1 = torch.tensor([[True, False, True], [True, False, True]])
+    told = CompletionLogps(x.per_token_logps, MASK, entropy, is_top1=is_top1)
+    loss, metrics = SFTLoss()(told, totals=Totals.of(x))
     assert (metrics["entropy"].total.item(), metrics["entropy"].count.item()) == (10.0, 4)
+    assert metrics["mean_token_accuracy"].value == 2 / 4
     assert loss == SFTLoss()(x, totals=Totals.of(x)).loss
-    assert "entropy" not in SFTLoss()(x, totals=Totals.of(x)).metrics
+    assert SFTLoss()(x, totals=Totals.of(x)).metrics.keys() == {"nll"}

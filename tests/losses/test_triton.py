@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from logratio.losses import linear_logps, logps
-from logratio.losses._two_gemm import STATS, Coefficients, TorchTile, Transform
+from logratio.losses import Support, linear_logps, logps
+from logratio.losses._tile import STATS, Coefficients, TorchTile, Transform
 
 from ._heads import OPTIONS, head, near_certain
 
@@ -110,8 +110,8 @@ def within_budget(
     assert ours.keys() == truth.keys() == {"logps", *stats, *trains}
     for name, true in truth.items():
         assert ours[name].dtype == eager[name].dtype
-        error, allowed = ((x[name].double() - true).norm().item() for x in (ours, eager))
-        tiny = 4 * torch.finfo(torch.float32).eps * true.norm().item()
+        error, allowed = ((x[name].double() - true.double()).norm().item() for x in (ours, eager))
+        tiny = 4 * torch.finfo(torch.float32).eps * true.double().norm().item()
         assert error <= 2 * allowed + tiny, f"{name}: {error:.2e} against eager's {allowed:.2e}"
 
 
@@ -133,7 +133,27 @@ def test_everything_trained_is_within_the_error_budget(kwargs, dtype, make, seve
 
 
 @on_device
-@pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",)])
+@dtypes
+@pytest.mark.parametrize(
+    ("make", "trains", "first"), [(head, "h", None), (near_certain, "hwb", None), (head, "hwb", "narrow")]
+)
+def test_over_a_support_it_is_within_the_error_budget(dtype, make, trains, first, several_blocks):
+    """Each token's own words, of both blocks or of one, but for the first token's, which are all; or of few words."""
+    n = 6 if INTERPRETED else 24
+    step = 40 if first else 3
+    kept = torch.zeros(n, 300, dtype=torch.bool)
+    for t, y in enumerate(make(n=n, h=64, v=300)[3].tolist()):
+        kept[t, t % 2 * 256 + t :: step] = True
+        kept[t, y] = True
+    kept[0] |= first is None
+    support = Support.of(kept)
+    assert (support.offsets[1] == 0) == (first is None)
+    stats = STATS if trains != "h" else ("is_top1",)
+    within_budget(make, dtype, stats, trains, n, support=support, softcap=15.0, temperature=1.8)
+
+
+@on_device
+@pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",), ("is_top1",)])
 def test_a_statistic_alone(stats):
     """With the default block, and no bias to be trained."""
     within_budget(head, torch.float32, stats, "h", n=6 if INTERPRETED else 24, temperature=0.7)
@@ -159,15 +179,15 @@ def test_gradient_in_place(kwargs, dtype, several_blocks):
     """In the front of its row's float32 memory, whatever was beyond the row's words, and right to a rounding."""
     hidden, weight, bias, targets = (t.to(DEVICE) for t in head(n=3, h=8, v=300, dtype=dtype))
     transform = Transform(**({"temperature": 1.0, "logit_scale": 1.0, "softcap": None} | kwargs))
-    args = {"transform": transform, "rows": 4, "entropy": True, "differentiated": True}
+    args = {"transform": transform, "rows": 4}
     ours = _triton.TritonTile(weight, bias, **args)
     theirs = TorchTile(weight.float(), bias.float(), **args)  # on a GPU its half-precision logits would be rounded
     ours._logits.fill_(float("nan"))
     coefficients = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    entropy = theirs.rows(hidden.float(), targets, ("entropy",), None).stats["entropy"]
+    entropy = theirs.rows(hidden.float(), targets, None, ("entropy",), None).stats["entropy"]
     coefficients = Coefficients(*coefficients)._replace(entropy=entropy)
-    got = ours.rows(hidden.to(ours.weight.dtype), targets, (), coefficients)
-    expected = theirs.rows(hidden.float(), targets, (), coefficients)
+    got = ours.rows(hidden.to(ours.weight.dtype), targets, None, (), coefficients)
+    expected = theirs.rows(hidden.float(), targets, None, (), coefficients)
     assert got.gradient.dtype == dtype and got.gradient.data_ptr() == ours._logits.data_ptr()
     assert got.gradient.stride() == (304 * 4 // weight.element_size(), 1)
     eps = torch.finfo(dtype).eps if dtype != torch.float32 or INTERPRETED else 4 * torch.finfo(dtype).eps
@@ -209,6 +229,38 @@ def test_nan_is_not_hidden(kwargs):
     hidden[1, 0] = float("nan")
     out = linear_logps(hidden, weight, targets, impl="triton", **kwargs)
     assert out.isnan().tolist() == [False, True, False, False, False]
+
+
+@on_device
+@pytest.mark.parametrize("block", [2, 4096])
+def test_of_equal_logits_the_first_is_the_top(block, monkeypatch):
+    """In its block or over several, and in a support the first of those that are in it."""
+    monkeypatch.setattr(_triton, "BLOCK", block)
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE)
+    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1], device=DEVICE)
+    call = {"impl": "triton", "stats": ("is_top1",), "chunk_tokens": 4}
+    got = linear_logps(hidden, weight, targets, **call).is_top1
+    assert got.tolist() == [False, True, False, False, False, True, False, True, False]
+    kept = torch.ones(9, 5, dtype=torch.bool)
+    kept[3:5, 1] = False  # then words 3 and 4 are the largest
+    kept[8, 0] = False
+    got = linear_logps(hidden, weight, targets, support=Support.of(kept), **call).is_top1
+    assert got.tolist() == [False, True, False, True, False, True, False, True, True]
+
+
+@on_device
+@pytest.mark.parametrize("coefficient", [1e4, -1e7])
+def test_a_large_weight_of_the_entropy_meets_no_word_outside(coefficient):
+    """-1e30 times it, times p = 0."""
+    hidden, weight, _, targets = (t.to(DEVICE) for t in head(dtype=torch.float32))
+    kept = torch.nn.functional.one_hot(targets, 7).bool() | (torch.arange(7, device=DEVICE) % 3 == 0)
+    kept[0] = True
+    out = linear_logps(
+        hidden.requires_grad_(), weight, targets, support=Support.of(kept), stats=("entropy",), impl="triton"
+    )
+    (coefficient * out.entropy.sum()).backward()
+    assert out.entropy.isfinite().all() and hidden.grad.isfinite().all() and hidden.grad.any()
 
 
 @on_device
@@ -262,8 +314,8 @@ def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
     """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact, as
     is 1 / total; where a row begins is computed in 64 bits."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"SOFTCAP": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
-    types = {"targets": "*i64", "bias": f"*{out}", "words": "i32", "stride": "i32"}
+    constants = {"SOFTCAP": True, "SUPPORT": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
+    types = {"targets": "*i64", "is_top1": "*i1", "bias": f"*{out}", "words": "i32", "stride": "i32"}
     types |= dict.fromkeys(("inner", "outer", "slope"), "fp32") | dict.fromkeys(constants, "constexpr")
     names = _triton._row_kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("tile", "words", "stride")}

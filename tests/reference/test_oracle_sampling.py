@@ -88,8 +88,8 @@ def test_vespo_takes_them_into_its_ratio() -> None:
 
 
 def test_the_off_policy_mask_is_measured_from_what_sampled() -> None:
-    policy, mu = [logs(*PI)], [logs(*MU)]  # log mu - log pi = -ln 4, ln 4: 0 on average; of the first alone -ln 4
-    for threshold, expected in ((-0.1, 0.0), (0.1, 1.0)):
+    policy, mu = [logs(0.4)], [logs(0.8)]  # log mu - log pi = ln 2
+    for threshold, expected in ((0.6, 0.0), (0.8, 1.0)):
         options = {"behavior_logps": mu, "off_policy_mask_threshold": threshold}
         assert oracle.grpo(policy, None, None, [-1.0], **options).item() == expected
 

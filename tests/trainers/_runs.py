@@ -60,12 +60,20 @@ def completions(folder):
     return pq.read_table(path).to_pylist() if path.exists() else None
 
 
+def notes(folder, kind=None):
+    """(step, text) of what a run has said; kind: note, alarm or end."""
+    path = Path(folder, "notes.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(line["step"], line["text"]) for line in lines if kind in (None, line["kind"])]
+
+
 def assert_same(one, other):
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log(one)[-1]["hash"] == log(other)[-1]["hash"]
     assert [row["step"] for row in log(other)] == list(range(1, 7))
     assert completions(one) == completions(other)
+    assert notes(one, "alarm") == notes(other, "alarm")
 
 
 def back_to(step, folder="out"):

@@ -207,7 +207,10 @@ BAD = {
     ),
     "train dpo --dataset_train_split nope": "the data set 'arithmetic' has no split 'nope', only 'train' and 'test'",
     "train dpo --model_name_or_path ./nowhere": "--model_name_or_path ./nowhere does not exist (looked in ",
-    "train dpo --model_name_or_path nowhere": "no model configuration could be loaded from 'nowhere': ",
+    "train dpo --model_name_or_path runs/a/b": "--model_name_or_path runs/a/b does not exist (looked in ",
+    "train dpo --model_name_or_path nowhere": (
+        "no model configuration could be loaded from 'nowhere', which is no folder here (looked in "
+    ),
     "train dpo --dataset_name rows.jsonl --eval_size 4": "--eval_size 4 leaves nothing of 4 examples to train on",
     "train kto --dataset_name rows.jsonl --batch_size 1": (
         "4 examples in steps of --batch_size 1 make a step of 1, in which kto cannot pair its prompt with another's "

@@ -104,7 +104,7 @@ def model(built):
 
 
 def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
-    policy = Policy(model, shared=shared, stats=loss.stats)
+    policy = Policy(model, shared=shared, stats=(*loss.stats, *loss.metric_stats))
     return Step(
         start_accelerator("no"),
         policy,

@@ -80,10 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(answer))
         return 0
-    table = Table("metric", "value", title=f"{options.model} on {answer.pop('data')}", title_justify="left")
+    title = f"{options.model} on {answer.pop('data')}"
+    table = Table("metric", "value")
     for name, value in answer.items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    console = Console()
+    console.print(title, soft_wrap=True, highlight=False, markup=False)  # a title of the table's would be as narrow
+    console.print(table)
     return 0
 
 

@@ -7,20 +7,9 @@ from pathlib import Path
 
 import tyro
 
+from ..checkpoints.hub import push
 from ..checkpoints.output_dir import model_files
 from ..errors import UserError
-from ..policy.checks import foreign
-
-LEFT_OUT = [
-    "checkpoint-*",
-    ".*",
-    "ref_log_probs.safetensors",
-    "skipped_rows*",
-    "completions*",
-    "metrics*",
-    "tensorboard*",
-]
-"""What of a run is not for others: states, logs, reference log-probs, and rows of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="logratio push", use_underscores=True)
     if not model_files(options.run):
         raise UserError(f"{options.run} holds no model and no adapter, so there is nothing to push")
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with foreign(f"{options.run} could not be pushed to {options.repo_id}"):
-        api.create_repo(options.repo_id, private=options.private, exist_ok=True)
-        url = api.upload_folder(
-            folder_path=options.run,
-            repo_id=options.repo_id,
-            commit_message=options.commit_message,
-            ignore_patterns=LEFT_OUT,
-        )
+    url = push(options.run, options.repo_id, private=options.private, commit_message=options.commit_message)
     print(f"pushed to {url}")
     return 0

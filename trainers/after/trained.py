@@ -37,29 +37,32 @@ def base_of(path: str) -> str | None:
     return str(named)
 
 
-def was_quantized(path: str) -> bool:
-    """Whether the run that left the folder trained on nf4 weights."""
+def was_quantized(path: str) -> dict[str, bool]:
+    """How the run that left the folder had the weights under its adapter: the option that says so; empty: plainly."""
     settings = Path(path) / "run_config.json"
     try:
-        return bool(json.loads(settings.read_text())["model"]["load_in_4bit"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        said = json.loads(settings.read_text())["model"]
+        return {name: True for name in ("load_in_4bit", "load_in_8bit") if said.get(name)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) of a hub name, a folder with a model, or one with an adapter, on top of the base that it was
-    trained on: nf4 weights where the run had them. Raises UserError where there is none.
+    trained on: quantized weights where the run had them. Raises UserError where there is none.
 
     dequantize: in their place the weights that they stand for.
     """
     logging.disable_progress_bar()  # of reading and writing weights, in the middle of what a command prints
     base = base_of(path)
+    quantized = was_quantized(path) if base else {}
     config = ModelConfig(
         model_name_or_path=base or path,
         adapter_name_or_path=path if base else None,
         dtype=dtype,
         fused_lora=False,  # what is merged is PEFT's
-        load_in_4bit=base is not None and was_quantized(path),
+        load_in_4bit=quantized.get("load_in_4bit", False),
+        load_in_8bit=quantized.get("load_in_8bit", False),
     )
     model = load_model(config, device)
     if dequantize:

@@ -52,7 +52,8 @@ def loss_inputs(
 ) -> dict[str, Any]:
     """The arguments, beside `totals`, that a loss of this kind is called with. All but the loss: [paths, T] each."""
     mask = batch.scored
-    policy = CompletionLogps(out.logps, mask, out.entropy, out.log_z, out.log_sum_p2, batch.weights)
+    stats = out._asdict()
+    policy = CompletionLogps(stats.pop("logps"), mask, **stats, weights=batch.weights)
     others = {"ref": ref} if loss.wants_reference and ref is not None else {}
     logps = {"policy": policy} | {name: CompletionLogps(values, mask) for name, values in others.items()}
     if loss.kind is Kind.PAIRED:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logratio.losses import Support
+
 from ..data.examples import Completion, Example
 
 
@@ -105,8 +107,8 @@ class Layout:
             "segment": filled(0, np.repeat(segment, lengths)),
         }
 
-    def scored(self, paths: int) -> dict[str, Tensor | None]:
-        """`hidden_index`, `targets`, `slot`, `scored` and `weights` of a `PackedBatch`, after `rows`."""
+    def scored(self, paths: int) -> dict[str, Tensor | Support | None]:
+        """`hidden_index`, `targets`, `slot`, `scored`, `weights`, `support` of a `PackedBatch`, after `rows`."""
         first, lengths, before, path, step, masked = np.array(self._runs, np.int64).T
         within = _count_up(lengths)
         token = np.repeat(first, lengths) + within
@@ -134,7 +136,19 @@ class Layout:
             "slot": torch.from_numpy(slot),
             "scored": torch.from_numpy(scored.reshape(-1, width)),
             "weights": torch.from_numpy(weights.reshape(-1, width)) if weighted else None,
+            "support": self._support(token[kept]),
         }
+
+    def _support(self, tokens: np.ndarray) -> Support | None:
+        """Of these tokens; those of prompts, and of completions that say nothing, have the whole vocabulary."""
+        parts, end = [], 0
+        for first, completion in self._masks:
+            if completion.support is not None:
+                parts += [Support.whole(first - end), completion.support]
+                end = first + len(completion.ids)
+        if not parts:
+            return None
+        return Support.cat([*parts, Support.whole(self._count - end)]).take(torch.from_numpy(tokens))
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logratio.losses import Support
+
 from ..data.examples import Example
 from .blocks import BlockLists, Blocks, block_lists
 from .layout import Layout
@@ -37,6 +39,7 @@ class PackedBatch:
     targets: [N] int64, that token. slot: [N] int64, its place in the flattened [C (+ prompts), T] result.
     scored: [C (+ prompts), T] bool. num_completions: C. num_tokens: without padding.
     weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
+    support: of the N scored tokens, the words that they were sampled from; None: all.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
     blocks: sliding window (None: full attention) -> what FlexAttention computes of the rows; of rows that need no mask,
         or that are packed for another attention, none.
@@ -56,6 +59,7 @@ class PackedBatch:
     examples: tuple[Example, ...]
     is_filler: bool = False
     weights: Tensor | None = None
+    support: Support | None = None
     blocks: Mapping[int | None, BlockLists] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -66,14 +70,23 @@ class PackedBatch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         blocks = {w: BlockLists(*(to_device(x, device) for x in lists)) for w, lists in self.blocks.items()}
-        return dataclasses.replace(self, **moved, blocks=blocks)
+        support = None if self.support is None else Support(*(to_device(x, device) for x in self.support))
+        return dataclasses.replace(self, **moved, support=support, blocks=blocks)
 
     def unscored(self) -> PackedBatch:
         """The same computation with nothing scored, for a process that has run out of examples."""
         none = self.hidden_index[:0]
         scored = torch.zeros_like(self.scored[:, :1])
         return dataclasses.replace(
-            self, hidden_index=none, targets=none, slot=none, scored=scored, num_tokens=0, is_filler=True, weights=None
+            self,
+            hidden_index=none,
+            targets=none,
+            slot=none,
+            scored=scored,
+            num_tokens=0,
+            is_filler=True,
+            weights=None,
+            support=None,
         )
 
     def unflatten(self, values: Tensor) -> Tensor:

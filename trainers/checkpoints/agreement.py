@@ -12,7 +12,8 @@ MAY_CHANGE = frozenset(
     {
         *("output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"),
         *("ddp_timeout", "dataset_num_proc", "log_completions", "log_completions_steps"),
-        *("report_to", "vllm_server_base_url", "vllm_server_timeout"),
+        *("report_to", "push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("vllm_server_base_url", "vllm_server_timeout"),
     }
 )
 """Options that a run may go on with changed."""

@@ -23,8 +23,10 @@ class Arguments:
         if output_dir is not None:
             options["output_dir"] = output_dir
         self.given: dict[str, Any] = options
+        # TRL's configs have no lora_r, so here it is ours, and asks for adapters as on the command line.
+        words = {"lora_r": options["lora_r"]} if options.get("lora_r") and "use_peft" not in options else {}
         self.judged: Judged = judge(
-            self.method, self.to_dict(), gpu=torch.cuda.is_available(), source=type(self).__name__
+            self.method, self.to_dict(), gpu=torch.cuda.is_available(), words=words, source=type(self).__name__
         )
 
     def defaults(self) -> dict[str, Any]:

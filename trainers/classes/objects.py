@@ -89,21 +89,30 @@ class Objects:
             raise UserError(f"peft_config= is for {config.task_type}, not for a causal language model")
         self.found[PEFT] = config
         self.options |= {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-        self.options["lora_target_modules"] = [PEFT]
+        self.options |= {"lora_target_modules": [PEFT], "use_dora": config.use_dora, "use_rslora": config.use_rslora}
+        self.options["lora_modules_to_save"] = config.modules_to_save
 
     def add_quantization(self, config: Any) -> None:
-        """A BitsAndBytesConfig of nf4 with double quantization."""
+        """A BitsAndBytesConfig of nf4 with double quantization, or of 8 bits."""
         if config is None:
             return
+        if getattr(config, "load_in_8bit", False):
+            self._refuse_other(config, {"llm_int8_threshold": 6.0, "llm_int8_skip_modules": None})
+            self.options["load_in_8bit"] = True
+            return
         if not getattr(config, "load_in_4bit", False):
-            raise UserError("quantization_config= must say load_in_4bit=True: weights are quantized to nf4 alone")
-        for name, value in {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}.items():
+            raise UserError("quantization_config= must say load_in_4bit=True or load_in_8bit=True")
+        self._refuse_other(config, {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
+        self.options["load_in_4bit"] = True
+
+    def _refuse_other(self, config: Any, ours: Mapping[str, Any]) -> None:
+        """Raise UserError where weights would be quantized in another way than here."""
+        for name, value in ours.items():
             if getattr(config, name) != value:
                 raise UserError(
                     f"quantization_config= has {name}={getattr(config, name)!r}; the trainer quantizes with {value!r}: "
                     "say so, or load the model with yours and give the model"
                 )
-        self.options["load_in_4bit"] = True
 
     def add_rewards(self, funcs: Any) -> None:
         """Functions, or names as on the command line."""

@@ -19,8 +19,9 @@ from typing import Any
 from logratio.losses import LOSSES
 
 from .. import loop
+from ..checkpoints.hub import push
 from ..checkpoints.model import base_model, save
-from ..checkpoints.output_dir import locked
+from ..checkpoints.output_dir import locked, model_files
 from ..cli import config_of
 from ..config import RunConfig
 from ..errors import UserError
@@ -89,6 +90,7 @@ class Trainer:
     def _configured(self, **more: Any) -> RunConfig:
         """By the arguments, the objects, and `more`; UserError for what does not fit."""
         judged = self.args.judged
+        os.environ.update(judged.env)
         options = {**judged.options, **self.objects.options, **self.events.options(), **more}
         if isinstance(self.objects.options.get("dataset_name"), list) and "datasets" in options:
             raise UserError("train_dataset= and the option datasets both say what to train on; leave one of them out")
@@ -170,6 +172,17 @@ class Trainer:
         if run.accelerator.is_main_process:
             with base_model(run.config, run.policy):
                 save(run.policy, run.tokenizer, folder, weights)
+
+    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+        """Publish what is saved in output_dir, where to as the arguments say; the address, on the main process alone.
+        UserError where nothing is saved, or the Hub does not take it."""
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        folder, options = Path(self.config.train.output_dir), self.config.save
+        if not model_files(folder):
+            raise UserError(f"{folder} holds no model yet: call train() or save_model() before push_to_hub()")
+        name = options.hub_model_id or folder.resolve().name
+        return push(folder, name, private=options.hub_private_repo, commit_message=commit_message)
 
     @property
     def state(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,8 @@ from .numbers import NotNegativeCount, check_numbers
 # Options that say nothing by themselves, with their defaults. In the dataclass they are None, which means "not given",
 # so that what would not be read can be refused.
 LORA: dict[str, Any] = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_target_modules": ("all-linear",)}
+NEW = (*LORA, "lora_modules_to_save", "use_dora", "use_rslora")
+"""Options that describe new adapters."""
 SYNC: dict[str, Any] = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 
@@ -39,6 +41,13 @@ class ModelConfig:
     """Dropout in front of the new adapters (default: 0), on in training whatever disable_dropout is."""
     lora_target_modules: tuple[str, ...] | None = None
     """Names of the modules that get adapters, or all-linear (the default)."""
+    lora_modules_to_save: tuple[str, ...] | None = None
+    """Names of modules that train whole, beside the adapters, in the model's dtype, and are saved with them; not the
+    LM head."""
+    use_dora: bool = False
+    """DoRA: adapters that turn the weights, and a trained length beside them, by PEFT's own forward."""
+    use_rslora: bool = False
+    """rsLoRA: the adapters' output is scaled by lora_alpha / sqrt(lora_r)."""
     fused_lora: bool = True
     """Add the adapters' part into the layers' outputs instead of beside them: the same result with fewer passes."""
     fused_layers: bool = True
@@ -47,6 +56,8 @@ class ModelConfig:
     """In their place Liger-Kernel's RMSNorm, SwiGLU and RoPE, on a GPU; the losses stay ours."""
     load_in_4bit: bool = False
     """QLoRA: frozen weights in nf4 with double quantization. Needs adapters."""
+    load_in_8bit: bool = False
+    """Frozen weights in 8 bits (LLM.int8()), under adapters by PEFT's own forward."""
     disable_dropout: bool | None = None
     """Train without the dropout that the model and a loaded adapter bring along (default: yes, but for SFT)."""
     adapter_name_or_path: str | None = None
@@ -65,8 +76,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         adapters = self.lora_r > 0 or self.adapter_name_or_path
-        if self.load_in_4bit and not adapters:
-            raise UserError("--load_in_4bit freezes the model, so something else must train: add --lora_r 16")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("--load_in_4bit and --load_in_8bit both say in how many bits; leave one of them out")
+        if (self.load_in_4bit or self.load_in_8bit) and not adapters:
+            option = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise UserError(f"--{option} freezes the model, so something else must train: add --lora_r 16")
+        if self.load_in_8bit and self.use_dora:
+            raise UserError("--use_dora over --load_in_8bit: PEFT has no length of such weights; take --load_in_4bit")
         if self.adapter_name_or_path and self.lora_r:
             raise UserError(
                 f"--lora_r {self.lora_r} asks for new adapters, --adapter_name_or_path {self.adapter_name_or_path} "
@@ -75,7 +91,7 @@ class ModelConfig:
         if not self.lora_r:
             theirs = "these describe new adapters, and --adapter_name_or_path brings its own; leave them out"
             ours = "without adapters nothing reads this; add --lora_r 16, or leave it out"
-            self._refuse_given(LORA, theirs if adapters else ours)
+            self._refuse_given(NEW, theirs if adapters else ours)
         if not self.sync_ref_model:
             self._refuse_given(SYNC, "nothing reads this without --sync_ref_model; add it, or leave this out")
         if self.sync_ref_model and self.precompute_ref_log_probs:
@@ -86,8 +102,8 @@ class ModelConfig:
                 f"--ref_model_name_or_path {self.ref_model_name_or_path} are not; leave one of them out"
             )
 
-    def _refuse_given(self, options: Mapping[str, Any], why: str) -> None:
-        given = [f"--{name}" for name in options if getattr(self, name) is not None]
+    def _refuse_given(self, options: Iterable[str], why: str) -> None:
+        given = [f"--{name}" for name in options if (said := getattr(self, name)) is not None and said is not False]
         if given:
             raise UserError(f"{', '.join(given)}: {why}")
 

@@ -32,6 +32,9 @@ class RolloutConfig:
     """Sample from so many of the likeliest tokens; 0: from all."""
     min_p: Annotated[float, Range(0, 1)] | None = None
     """Sample from the tokens of at least this share of the likeliest one's probability."""
+    keep_sampling_mask: bool = False
+    """Train the log-probs of the distribution that top_p, top_k and min_p leave (Keep Sampling Mask, DeepSeek-V3.2,
+    arXiv 2512.02556), not those of the whole vocabulary as TRL does; those of a reference too."""
     repetition_penalty: Positive = 1.0
     """Divide the positive logits of tokens that prompt and completion hold already by this, multiply the negative."""
     stop_strings: tuple[str, ...] = ()
@@ -79,6 +82,8 @@ class RolloutConfig:
             raise UserError(
                 f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
             )
+        if self.keep_sampling_mask and not (self.top_p < 1 or self.top_k or self.min_p):
+            raise UserError("--keep_sampling_mask is read only with --top_p below 1, --top_k or --min_p")
         advantage = ADVANTAGES[self.advantage_type]
         if self.num_generations < advantage.smallest_group:
             needed = advantage.smallest_group

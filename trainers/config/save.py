@@ -31,6 +31,12 @@ class SaveConfig:
     """Whether more of it is better (default: unless its name ends in loss)."""
     early_stopping_patience: Count | None = None
     """End after so many evaluations in turn without a better value of metric_for_best_model."""
+    push_to_hub: bool = False
+    """Publish the trained model on the Hub in the end, as the user that `hf auth login` has logged in."""
+    hub_model_id: str | None = None
+    """Where to: OWNER/NAME, or NAME for the user's own (default: the name of output_dir)."""
+    hub_private_repo: bool | None = None
+    """Whether it is private, where it is made (default: as the owner's are)."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -40,6 +46,10 @@ class SaveConfig:
         for name in ("metric_for_best_model", "greater_is_better"):
             if getattr(self, name) is not None and not self.compares:
                 raise UserError(f"--{name} is read only with --load_best_model_at_end or --early_stopping_patience")
+
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise UserError(f"--{name} is read only with --push_to_hub; add it, or leave this out")
 
     @property
     def compares(self) -> bool:

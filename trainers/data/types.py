@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logratio.losses import Support
+
 from .tokenization import Text
 
 
@@ -15,12 +17,14 @@ class Completion:
 
     weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
     behavior: the log-probability of each, in nats, in the distribution that it was sampled from (GRPO), same length.
+    support: the words that each of them was sampled from (GRPO), same length; None: the whole vocabulary.
     """
 
     ids: list[int]
     scored: list[bool] | None = None
     weights: list[float] | None = None
     behavior: list[float] | None = None
+    support: Support | None = None
 
 
 @dataclass(frozen=True, slots=True)

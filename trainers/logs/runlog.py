@@ -1,5 +1,5 @@
-"""What a run leaves behind while it runs: metrics.jsonl, completions.parquet, run_config.json, data_card.json and
-skipped_rows.jsonl."""
+"""What a run leaves behind while it runs: metrics.jsonl, notes.jsonl, completions.parquet, run_config.json,
+data_card.json and skipped_rows.jsonl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import json
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +18,18 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
+from ..errors import Stopped, UserError, first_line
 from .completions import FOLDER, CompletionParts
 from .journal import Journal
+from .notes import NOTES, Kind, Notes
 from .samples import best_and_worst
-from .screen import Screen, figures_of
+from .screen import WIDE, Screen, figures_of
 from .streams import Lasting
 from .trackers import TENSORBOARD, Trackers
 
 SKIPPED, DATA_CARD = "skipped_rows.jsonl", "data_card.json"
+SAMPLE_S = 5.0
+"""Seconds for which a sample is shown, at the least."""
 
 
 class RunLog:
@@ -32,7 +37,8 @@ class RunLog:
 
     quiet: writes the files, but shows nothing. after: (step, hash) of the line of metrics.jsonl behind which the run
         goes on, in the folder `began`, where that is another than its own; None: it begins. report_to: trackers, see
-        `trackers.chosen`.
+        `trackers.chosen`. planned: the peak of memory that was predicted, in MiB. Its `at` is the step
+        that is being taken, which what is said is of.
     """
 
     def __init__(
@@ -46,26 +52,30 @@ class RunLog:
         after: tuple[int, str] | None = None,
         began: Path | None = None,
         report_to: Sequence[str] = (),
+        planned: float | None = None,
     ) -> None:
         self.folder, self.main, self.total_steps = Path(output_dir), main, total_steps
         shown: Any = None if sys.stdout is None else Lasting(sys.stdout)
         self.console = Console(file=shown, quiet=quiet or not main, soft_wrap=True)
-        self.first = after[0] if after else 0
+        self.first = self.at = after[0] if after else 0
         if not main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         log, text = self.folder / "metrics.jsonl", json.dumps(config, indent=2, default=str) + "\n"
         if after is None:
-            for name in (log.name, FOLDER, "run_config.json", SKIPPED, DATA_CARD, TENSORBOARD):
+            for name in (log.name, NOTES, FOLDER, "run_config.json", SKIPPED, DATA_CARD, TENSORBOARD):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
-            keep_earlier(log)
-            shutil.copyfile(began / log.name, log)
+            for name in (log.name, NOTES):
+                keep_earlier(self.folder / name)
+                if (began / name).exists():
+                    shutil.copyfile(began / name, self.folder / name)
             for name in (FOLDER, TENSORBOARD):
                 keep_earlier(self.folder / name)
                 if (began / name).is_dir():
                     shutil.copytree(began / name, self.folder / name)
         self.journal = Journal(log, after)
+        self.notes = Notes(self.folder, after[0] if after else None)
         self.parts = CompletionParts(self.folder, after[0] if after else None)
         settings = self.folder / "run_config.json"
         if not settings.exists() or settings.read_text() != text:
@@ -74,19 +84,24 @@ class RunLog:
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
         self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
-        self.screen = Screen(total_steps, self.first)
+        has = config.get("about", {}).get("device_mem_mib")
+        self.screen = Screen(total_steps, self.first, planned=planned, has=has)
+        self.sampled = float("-inf")  # when, in seconds
         self.live = Live(console=self.console, get_renderable=lambda: self.screen)
 
     def __enter__(self) -> RunLog:
         if self.main:
             if self.console.is_terminal:
                 self.live.start()
-            self._say_all(self.trackers.start())
+            self._note_all(self.trackers.start())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.main:
-            self._say_all(self.trackers.close())
+            self._note_all(self.trackers.close())
+            if error is not None:
+                told = isinstance(error, UserError | Stopped)
+                self.notes.add(self.at, "end", str(error) if told else f"{type(error).__name__}: {first_line(error)}")
             self.live.stop()
             self.journal.close()
 
@@ -98,13 +113,19 @@ class RunLog:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def _say_all(self, notes: Sequence[str]) -> None:
-        for note in notes:
-            self.say(note)
+    def note(self, text: str, kind: Kind = "note") -> None:
+        """Say it, and keep it in notes.jsonl."""
+        self.say(text)
+        if self.main:
+            self.notes.add(self.at, kind, text)
+
+    def _note_all(self, notes: Sequence[str]) -> None:
+        for text in notes:
+            self.note(text)
 
     def alarm(self, text: str) -> None:
-        """Say what may be wrong, and leave it on the screen until there is another."""
-        self.say(text)
+        """Say and keep what may be wrong, and leave it on the screen until there is another."""
+        self.note(text, "alarm")
         if self.main:
             self.screen.alarm = text
 
@@ -133,6 +154,7 @@ class RunLog:
         if not self.main:
             return ""
         self.journal.flush()
+        self.notes.flush()
         self.parts.flush()
         return self.journal.hash
 
@@ -142,7 +164,7 @@ class RunLog:
             return
         self.journal.append(row)
         self._tell_of(self.journal.path, self.journal.problem, "its lines wait")
-        self._say_all(self.trackers.log(row))
+        self._note_all(self.trackers.log(row))
         self.screen.add(row)
         step, total = row["step"], self.total_steps
         if self.console.is_terminal:
@@ -150,6 +172,13 @@ class RunLog:
         if step in (self.first + 1, total) or step % max(1, total // 20) == 0:
             figures = "  ".join(f"{name} {row[name]:.4g}" for name in (*figures_of(row), "tokens_per_s") if name in row)
             self.say(f"step {step}/{total}  {figures}  {self.screen.left or 0:.0f} s left")
+
+    def sample(self, make: Callable[[], list[tuple[str, str]]]) -> None:
+        """Show another sample of what is trained on, where there is a place for one and the last was read. make: calls
+        for (what, text) of its prompt and of what follows."""
+        now = time.monotonic()
+        if self.main and self.console.is_terminal and self.console.width >= WIDE and now - self.sampled >= SAMPLE_S:
+            self.sampled, self.screen.sample = now, make()
 
     def completions(self, rows: Sequence[dict[str, Any]], every: int) -> None:
         """Keep what a step has sampled, and show two of it every so many steps; 0: never."""

@@ -1,7 +1,8 @@
 """What a terminal shows of a run, by its width: two lines, or beside these the last steps as bars.
 
 Below `WIDE` columns: the bar with the step and the time left, and the three figures that matter for the method. From
-there on: sparklines, the last evaluation, the memory, and the last alarm.
+there on: sparklines, the last evaluation, the memory beside what was planned, a sample of what is trained on, and the
+last alarm.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .samples import fitted, one_line
 from .sparkline import sparkline
 
 WIDE, KEPT = 110, 200
@@ -66,14 +68,22 @@ def clock(seconds: float) -> str:
 
 
 class Screen:
-    """What is known of a run, and how it looks at the console's width. first: the step behind which it goes on."""
+    """What is known of a run, and how it looks at the console's width.
 
-    def __init__(self, total_steps: int, first: int = 0) -> None:
-        self.total, self.first = total_steps, first
+    first: the step behind which it goes on. planned: the peak of memory that was predicted, in MiB; has: what the
+        device has of it.
+    """
+
+    def __init__(
+        self, total_steps: int, first: int = 0, *, planned: float | None = None, has: float | None = None
+    ) -> None:
+        self.total, self.first, self.planned, self.has = total_steps, first, planned, has
         self.row: dict[str, Any] = {}
         self.curves: dict[str, deque[float]] = {name: deque(maxlen=KEPT) for name in CURVES}
         self.evaluation: dict[str, Any] = {}
         self.alarm = ""
+        self.sample: list[tuple[str, str]] = []
+        """(what, text) of the prompt, and of what follows it."""
         self.started = time.perf_counter()
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -126,16 +136,36 @@ class Screen:
         figures, curves = figures_of(self.row), [name for name in CURVES if known(self.row, name)]
         alone = [name for name in figures if name not in curves]
         machine = [text.format(self.row[name]) for name, text in MACHINE.items() if name in self.row]
+        if "peak_mem_mib" in self.row and (beside := self._beside()):
+            machine[-1] += f" ({beside})"
         line = pairs([(name, self.row[name]) for name in alone])
-        yield line.append("  ".join(["", *machine] if alone else machine), style="dim")
+        of_machine = Text("  ".join(machine), style="dim")
+        both = Text("  ").join([line, of_machine]) if alone else of_machine
+        yield from [both] if both.cell_len <= width else [line, of_machine]
         yield from self._curves(curves, width, plain)
         if self.evaluation:
             step, *rest = self.evaluation.items()
             wanted = figures_of({name.removeprefix("eval_"): value for name, value in rest})
             chosen = [(name, self.evaluation[f"eval_{name}"]) for name in wanted]
             yield Text(f"evaluation of step {step[1]}  ", style="dim") + pairs(chosen)
+        yield from self._sample(width, plain)
         if self.alarm:
             yield Text(" ".join(self.alarm.split()), style="yellow")
+
+    def _beside(self) -> str:
+        """What the memory's peak is to be compared with."""
+        told = {"planned {:,.0f}": self.planned, "of {:,.0f}": self.has}
+        return ", ".join(text.format(value) for text, value in told.items() if value)
+
+    def _sample(self, width: int, plain: bool) -> Iterator[Text]:
+        """A line for the prompt, whose end is shown, and one for each text that follows."""
+        for number, (what, text) in enumerate(self.sample):
+            begin, said = f"{what}: ", one_line(text)
+            if plain:
+                said = said.encode("ascii", "backslashreplace").decode()
+            line = Text(fitted(begin, said, width, end=number == 0))
+            line.stylize("dim", 0, len(begin))
+            yield line
 
     def _curves(self, names: Sequence[str], width: int, plain: bool) -> Iterator[Text]:
         """Two or three beside each other, each with its name, its last value and its bars."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..config import ModelConfig
 from ..errors import UserError, first_line
 from ..ground.given import PREFIX, given
+from ..processes.sharding import is_sharded
 from .checks import check_finite, foreign
 from .dropout import switch_off
 from .policy import REFERENCE_ADAPTER
@@ -64,18 +66,21 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
+            modules_to_save=list(config.lora_modules_to_save) if config.lora_modules_to_save else None,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
         )
         check_targets(model, targets)
+        check_targets(model, list(config.lora_modules_to_save or ()), "lora_modules_to_save")
     try:
         with renamed_in_transformers(), warnings.catch_warnings():  # of what it then does for GPT-2's weights
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # which `check_head` says
             wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
-    base: Any = wrapped.get_base_model()
-    if any(hasattr(base.get_output_embeddings(), name) for name in ("lora_A", "modules_to_save")):
-        raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
+    check_head(wrapped, "--lora_target_modules names", "--lora_modules_to_save names")
     if frozen_copy:
         random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
         wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
@@ -84,16 +89,75 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
     return wrapped
 
 
-def check_targets(model: Any, targets: list[str]) -> None:
+def check_head(model: Any, adapted: str, saved: str) -> None:
+    """Raise UserError where adapters are on the LM head, or a copy of it trains: our head would leave that out.
+
+    adapted, saved: what has named it in the one case and in the other, with which the sentence begins.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    head: Any = model.get_base_model().get_output_embeddings()
+    if hasattr(head, "lora_A"):
+        raise UserError(f"{adapted} the LM head, whose adapters are not supported; leave it out")
+    if isinstance(head, ModulesToSaveWrapper):
+        raise UserError(f"{saved} the LM head, which is not trained beside adapters; leave it out")
+    for name, module in model.named_modules():
+        tied = getattr(module, "original_module", None) if isinstance(module, ModulesToSaveWrapper) else module
+        if tied is None or getattr(tied, "weight", None) is not head.weight or tied is head:
+            continue
+        if isinstance(module, ModulesToSaveWrapper) or hasattr(module, "lora_A"):
+            what = saved if isinstance(module, ModulesToSaveWrapper) else adapted
+            raise UserError(
+                f"{what} {name.rpartition('.')[2]}, whose weight is the LM head's too, which is not trained beside "
+                "adapters; leave it out"
+            )
+
+
+def describe(model: Any) -> list[str]:
+    """What to tell of adapters that are no plain LoRA, or not over plain weights."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if not hasattr(model, "peft_config"):
+        return []
+    notes: list[str] = []
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    kinds = {
+        "DoRA": any(layer.lora_variant for layer in layers),
+        "over 8-bit weights, in float16": any("8bit" in type(layer).__name__ for layer in layers),
+    }
+    if any(kinds.values()):
+        told = " ".join(name for name, is_so in kinds.items() if is_so)
+        notes.append(f"adapters ({told}) compute by PEFT's own forward, which is slower than the fused one")
+    saved = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and "default" in module.modules_to_save
+    }
+    if saved:
+        notes.append(f"trained whole, beside the adapters: {', '.join(sorted(saved))}")
+    return notes
+
+
+def refuse_sharded(config: ModelConfig, accelerator: Accelerator) -> None:
+    """Raise UserError for adapters that have not been tried over sharded weights."""
+    for name in ("use_dora", "lora_modules_to_save", "load_in_8bit"):
+        if getattr(config, name) and is_sharded(accelerator):
+            raise UserError(
+                f"--{name} has not been tried with sharded weights; keep them whole (configs/accelerate/ddp.yaml)"
+            )
+
+
+def check_targets(model: Any, targets: list[str], option: str = "lora_target_modules") -> None:
     """Raise UserError where a name matches no module: PEFT is content if one of several does."""
-    if targets == ["all-linear"] or targets[0].startswith(PREFIX):
+    if not targets or targets == ["all-linear"] or targets[0].startswith(PREFIX):
         return
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if getattr(m, "weight", None) is not None}
             raise UserError(
-                f"--lora_target_modules {' '.join(targets)}: no module of the model is called {target}; it has "
+                f"--{option} {' '.join(targets)}: no module of the model is called {target}; it has "
                 + ", ".join(sorted(linear))
             )
 
@@ -142,8 +206,7 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
             if keys := result.unexpected_keys:
                 raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
         model.set_adapter("default")
-    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
-        raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")
+    check_head(model, f"the adapter in {path!r} is on", f"the adapter in {path!r} has a copy of")
     check_finite(model, f"the adapter in {path!r}", trained_only=True)
     if base != TINY:
         model.peft_config["default"].base_model_name_or_path = base  # under which what is saved will be loaded

@@ -37,7 +37,7 @@ def check_folder(name: str, option: str = "--model_name_or_path") -> None:
     if not folder.is_dir():
         if folder.is_file():
             raise UserError(f"{option} {name} is a file; give the folder that it lies in")
-        if name.startswith((".", "/", "~")):  # which no name on the hub does
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:  # which no name on the hub does
             raise UserError(f"{option} {name} does not exist (looked in {Path.cwd()})")
         return
     if not (folder / "config.json").exists():

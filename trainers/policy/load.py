@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ def load_model(
 
 
 def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tuple[Any, list[str]]:
-    if name == TINY and not config.load_in_4bit:
+    quantized = config.load_in_4bit or config.load_in_8bit
+    if name == TINY and not quantized:
         tiny: Any = tiny_model(seed)
         if config.attn_implementation:
             with foreign(f"--attn_implementation {config.attn_implementation}"):
@@ -106,6 +108,9 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    if config.load_in_8bit:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if config.load_in_4bit:
         # a CPU multiplies in bfloat16 far slower than in float32
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -126,7 +131,7 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     finally:
         logging.set_verbosity(verbosity)
     notes = check_loaded(name, info)
-    return (model if config.load_in_4bit else model.to(device)), notes
+    return (model if quantized else model.to(device)), notes
 
 
 def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
@@ -138,7 +143,8 @@ def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
     else:
         name = name if own is None else own.name
         check_folder(name, option)
-        with foreign(f"no model configuration could be loaded from {name!r}"):
+        nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
+        with foreign(f"no model configuration could be loaded from {name!r}{nowhere}"):
             config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")

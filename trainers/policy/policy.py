@@ -87,7 +87,7 @@ class Policy(nn.Module):
             refuse_repacked(*(layer.weight for layer in self.repackable))
         hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
         weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
-        out = linear_logps(hidden, weight, batch.targets, stats=self.stats, **options)
+        out = linear_logps(hidden, weight, batch.targets, support=batch.support, stats=self.stats, **options)
         return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
 
     def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:

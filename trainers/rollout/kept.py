@@ -16,8 +16,19 @@ from ..data.tokenization import Text
 from ..errors import UserError
 from .engines.protocol import Sample
 
-COLUMNS = ("step", "row", "prompt", "completion", "reward", "advantage", "completion_length", "finish_reason")
-COLUMNS += ("sampler_logp", "policy_version", "engine")
+COLUMNS = (
+    "step",
+    "row",
+    "prompt",
+    "completion",
+    "reward",
+    "advantage",
+    "completion_length",
+    "finish_reason",
+    "sampler_logp",
+    "policy_version",
+    "engine",
+)
 
 
 def check_extra(column: Any, values: Any, completions: int) -> tuple[str, list[str | None]]:

@@ -153,6 +153,7 @@ class Rollouts:
             repetition_penalty=config.repetition_penalty,
             stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
             stop_strings=config.stop_strings,
+            keep_support=config.keep_sampling_mask,
         )
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
@@ -171,7 +172,8 @@ class Rollouts:
 
     def completion(self, sampled: Sample) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended
-        return Completion(sampled.ids, [False] * len(sampled.ids) if cut else None, behavior=sampled.logps)
+        scored = [False] * len(sampled.ids) if cut else None
+        return Completion(sampled.ids, scored, behavior=sampled.logps, support=sampled.support)
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:
         """What the rewards say. Raises UserError on all processes where a reward fails on one of them."""

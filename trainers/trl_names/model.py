@@ -71,7 +71,13 @@ def adapter_number(a: Asked) -> Verdict:
 WHOLE = "without use_peft: true TRL trains the whole model, and so does this run; add it for adapters"
 
 
-@rule("lora_target_modules")
+@rule("use_dora", "use_rslora")
+def kind_of_adapter(a: Asked) -> Verdict:
+    """As here, with use_peft: true; without it without effect, in TRL too."""
+    return a.taken() if trains_adapters(a) or not a.value else a.no_effect(WHOLE)
+
+
+@rule("lora_target_modules", "lora_modules_to_save")
 def targets(a: Asked) -> Verdict:
     """Names of modules, or all-linear, with use_peft: true; a pattern is refused."""
     if not trains_adapters(a):
@@ -80,16 +86,20 @@ def targets(a: Asked) -> Verdict:
     odd = [name for name in names if not re.fullmatch(r"[\w.-]+", str(name))]
     if odd:
         return a.refused(f"{odd[0]} is a pattern; name the modules, as [q_proj, v_proj], or all-linear")
-    return a.taken() if isinstance(a.value, list) else a.translated(lora_target_modules=names)
+    return a.taken() if isinstance(a.value, list) else a.translated("", **{a.key: names})
 
 
-@rule("load_in_4bit")
+@rule("load_in_4bit", "load_in_8bit")
 def quantized(a: Asked) -> Verdict:
-    """nf4 with double quantization, under adapters."""
+    """nf4 with double quantization, or LLM.int8(), under adapters."""
     if not a.value:
         return a.taken()
     if not trains_adapters(a):
         return a.refused("quantized weights are frozen, so adapters must train: add use_peft: true")
+    if a.key == "load_in_8bit":
+        return (
+            a.refused("load_in_4bit is asked for too; leave one of them out") if a.says("load_in_4bit") else a.taken()
+        )
     return a.taken("nf4 with double quantization; computed in bfloat16 on a GPU")
 
 

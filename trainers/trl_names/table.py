@@ -18,6 +18,8 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     "no_cuda": "use_cpu",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
     "reward_model_path": "reward_model_name_or_path",
     "use_transformers_paged": "use_transformers_continuous_batching",
     "wandb_log_unique_prompts": "log_unique_prompts",
@@ -42,10 +44,7 @@ WITHOUT_EFFECT = {
     "completions are kept in completions.parquet, and two of them shown every log_completions_steps": (
         "num_completions_to_print log_unique_prompts log_multimodal log_completions_hub_repo"
     ),
-    "nothing is pushed to the Hub": (
-        "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision push_to_hub_model_id "
-        "push_to_hub_organization push_to_hub_token"
-    ),
+    "what push_to_hub asks for is pushed once, at the end, without checkpoints": "hub_strategy hub_always_push",
     "rows come from a memory-mapped table, or are read as they are needed, without workers": (
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context dataloader_in_order"
@@ -116,12 +115,10 @@ ONLY = {
     "model_revision": Only(("main",), "give the folder of a download of that revision as model_name_or_path"),
     "trust_remote_code": Only(NOTHING, "only models that transformers itself knows are trained"),
     "lora_task_type": Only(("CAUSAL_LM",), "adapters are those of a causal language model; leave it out"),
-    "use_rslora": Only(NOTHING, "scale by lora_alpha instead: rsLoRA's is lora_alpha x sqrt(lora_r) here"),
-    "use_dora": Only(NOTHING, "DoRA is not supported; leave it out for plain LoRA"),
-    "lora_modules_to_save": Only(NOTHING, "adapters alone are trained; leave it out, or train the whole model"),
     "lora_target_parameters": Only(NOTHING, "adapters go on modules; name them in lora_target_modules"),
-    "load_in_8bit": Only(NOTHING, "weights are quantized to 4 bits alone: load_in_4bit: true"),
-    "quantization_config": Only(NOTHING, "say load_in_4bit: true for nf4 with double quantization"),
+    "quantization_config": Only(
+        NOTHING, "say load_in_4bit: true for nf4 with double quantization, or load_in_8bit: true"
+    ),
     "use_kernels": Only(NOTHING, "our own kernels are on (fused_layers), or Liger's: use_liger_kernel: true"),
     "liger_kernel_config": Only(NOTHING, "use_liger_kernel patches RMSNorm, SwiGLU and RoPE; leave this out"),
     "cast_lm_head_to_fp32": Only(NOTHING, "say dtype: float32 with bf16: true for weights in float32"),
@@ -150,7 +147,8 @@ ONLY = {
     "fsdp_config": Only((*NOTHING, {}), "say it to the launcher: configs/accelerate/fsdp2.yaml"),
     "parallelism_config": Only((*NOTHING, {}), "shard with FSDP2: configs/accelerate/fsdp2.yaml"),
     "debug": Only((*NOTHING, []), "leave it out; an error of one process ends all and is named"),
-    "push_to_hub": Only(NOTHING, "push the finished output_dir yourself: hf upload NAME output_dir"),
+    "hub_revision": Only((*NOTHING, "main"), "the main branch is pushed to; leave it out"),
+    "push_to_hub_organization": Only(NOTHING, "write it in front of the name: hub_model_id: ORGANIZATION/NAME"),
     # losses
     "reference_free": Only(NOTHING, "take a method without a reference: cpo with loss_type simpo, or orpo"),
     "force_use_ref_model": Only(NOTHING, "name the reference: ref_model_name_or_path"),

@@ -1,7 +1,8 @@
-"""When a run evaluates and saves."""
+"""When a run evaluates and saves, and where to."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from .data import evaluates, splits
@@ -110,3 +111,18 @@ def resume(a: Asked) -> Verdict:
     if not a.value or str(a.value).lower() == "false":
         return a.no_effect("the run starts anew")
     return a.taken("a folder that a run of ours left")
+
+
+@rule("hub_model_id", "hub_private_repo")
+def repository(a: Asked) -> Verdict:
+    """As here, with push_to_hub: true; without it nothing is pushed, in TRL neither."""
+    return a.taken() if a.says("push_to_hub") else a.no_effect("read only with push_to_hub")
+
+
+@rule("hub_token")
+def token(a: Asked) -> Verdict:
+    """The variable HF_TOKEN, with push_to_hub: true. It is not shown."""
+    hidden = dataclasses.replace(a, value="...")
+    if not a.says("push_to_hub"):
+        return hidden.no_effect("read only with push_to_hub")
+    return dataclasses.replace(hidden.translated("as the variable HF_TOKEN"), env={"HF_TOKEN": str(a.value)})

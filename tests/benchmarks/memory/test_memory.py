@@ -197,7 +197,7 @@ def test_a_micro_batch_through_the_policy_peaks_where_it_is_predicted(trained):
     (packed,) = pack(examples, 1000)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    policy = Policy(model)
+    policy = Policy(model, stats=("entropy",))
     with Alive(model) as alive:
         policy(packed).logps.sum().backward()
     predicted = predict(model.config, setup, Batch.of(packed))

@@ -59,7 +59,7 @@ def test_a_micro_batch_peaks_with_weights_and_gradients_where_it_is_predicted(
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad and (accumulates or trained == "fused") else None
     own = size_of(t for p in model.parameters() for t in (p, p.grad) if t is not None)
-    policy = Policy(model)
+    policy = Policy(model, stats=("entropy",))
     with Alive(model) as alive:
         policy(packed).logps.sum().backward()
     moments = [m for m in predict(model.config, setup, Batch.of(packed)).moments if m.name != "optimizer"]

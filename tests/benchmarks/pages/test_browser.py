@@ -42,12 +42,14 @@ def page() -> Page:
 def pages(tmp_path_factory) -> dict[str, Path]:
     """A run with rollouts, and several over each other, with names, texts and options of any length."""
     root = tmp_path_factory.mktemp("pages")
-    one = folder(root / "one", [sampled(step) for step in range(1, 101)], options("grpo"))
+    said = [{"step": s, "kind": kind, "text": LONG * 3} for s, kind in ((0, "note"), (7, "alarm"), (12345, "end"))]
+    one = folder(root / "one", [sampled(step) for step in range(1, 101)], options("grpo"), notes=said)
     texts = ["x" * 3000, "<b>no markup</b> " * 100, "short", "line\n" * 50]
     completions(one, [completion(s, texts[s % 4], s % 3, prompt="p" * 300) for s in range(1, 101)])
     config = options()
     config["data"]["dataset_name"] = ["folder/" * 30 + "rows.jsonl"] * 3
-    several = [folder(root / f"{LONG}{i}", [preference(s) for s in range(1, 101)], config) for i in range(4)]
+    steps = [preference(s) for s in range(1, 101)]
+    several = [folder(root / f"{LONG}{i}", steps, config, notes=said) for i in range(4)]
     assert main([str(one)]) == 0
     assert main([*map(str, several), "--output", str(root / "several.html")]) == 0
     return {"one": one / "report.html", "several": root / "several.html"}

@@ -282,6 +282,22 @@ def test_files_that_somebody_has_changed_end_in_no_traceback(tmp_path: Path):
     assert "data_card.json cannot be read." in page(one).words
 
 
+def test_what_the_run_said_is_there_with_its_step(tmp_path: Path):
+    lines = [("note", 0, "prompts are not shared"), ("alarm", 7, f"the gradient is 0 {EVIL}"), ("end", 9, "exploded")]
+    said = [{"step": step, "kind": kind, "text": text} for kind, step, text in lines]
+    one = folder(tmp_path / "one", [line(n) for n in range(1, 10)], notes=[*said, 7, {"step": 1}])
+    two = folder(tmp_path / "two", [line(1)], notes=[{"step": 1, "kind": "alarm", "text": "of the second"}])
+    told = page(one)
+    assert "What it said step 7 the gradient is 0 <script>" in told.words
+    assert "ended at step 9 exploded 1 note step 0 prompts are not shared" in told.words
+    assert [attrs for tag, attrs in told.tags if executed(attrs)] == []
+    assert "notes.jsonl: line 4 could not be read and is left out" in told.words
+    assert "notes.jsonl: line 5 could not be read and is left out" in told.words
+    both = page(one, two, output=tmp_path / "both.html").words
+    assert both.index("What they said one ") < both.index(" two step 1 of the second ")
+    assert "What it said" not in page(folder(tmp_path / "three", [line(1)])).words
+
+
 def test_a_run_of_one_step_and_values_that_are_no_numbers(tmp_path: Path):
     odd = {"loss": math.nan, "grad_norm": math.inf, "word": "text", "flag": True, "none": None}
     reader = page(folder(tmp_path / "one", [line(1) | odd]))

@@ -17,7 +17,7 @@ from logratio.benchmarks.pages.page import rendered
 from logratio.benchmarks.pages.runs import Column, Run, read_run
 from logratio.benchmarks.pages.svg import Scale, points_for
 from logratio.benchmarks.pages.thin import POINTS, decades, means, thinned, ticks
-from logratio.benchmarks.pages.words import duration, number, tick
+from logratio.benchmarks.pages.words import duration, number, tick, tick_labels
 
 from ._folders import line, options
 
@@ -105,6 +105,9 @@ def test_numbers_are_written_with_four_digits(value, expected):
 def test_times_and_ticks_in_words():
     assert [duration(x) for x in (0.05, 41, 725, 12_000)] == ["0.05 s", "41 s", "12 min 5 s", "3 h 20 min"]
     assert [tick(x) for x in (250, 40_000, 1_200_000, 5e-5)] == ["250", "40k", "1.2M", "5e-5"]
+    assert tick_labels([5.065, 5.07, 5.075, 5.08]) == ["5.065", "5.07", "5.075", "5.08"], "no two alike"
+    assert tick_labels([0.0, 0.5, 1.0]) == ["0", "0.5", "1"] and tick_labels([]) == []
+    assert tick_labels([10_010.0, 10_020.0]) == ["10.01k", "10.02k"]
 
 
 def test_ten_runs_of_a_hundred_thousand_steps_are_a_small_page():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,8 +74,9 @@ def test_rewards_of_what_is_sampled(runs, tmp_path, capsys):
     assert answer["prompts"] == 4 and answer["completions"] == 16
     assert 0 < answer["rewards/exact_answer/mean"] <= answer["rewards/exact_answer/best_of_4"] <= 1
     assert answer == json.loads(run(capsys, *words)), "seeded"
-    table = run(capsys, *words[:-1]).replace("\n", "")
-    assert "rewards/exact_answer/mean" in table and "prompts.jsonl" in table
+    first, *table = run(capsys, *words[:-1]).splitlines()
+    assert first == f"{runs / 'full'} on {tmp_path / 'prompts.jsonl'}: 4 examples", "on one line"
+    assert any("rewards/exact_answer/mean" in line for line in table)
 
 
 @pytest.mark.parametrize("name", ["lora", "qlora"])
@@ -154,6 +156,7 @@ def test_what_is_pushed(runs, capsys, monkeypatch):
     class Api:
         def create_repo(self, name, **options):
             asked.append((name, options))
+            return RepoUrl(f"https://huggingface.co/{name}")
 
         def upload_folder(self, **options):
             asked.append(options)
@@ -166,6 +169,7 @@ def test_what_is_pushed(runs, capsys, monkeypatch):
     assert asked[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert asked[1]["folder_path"] == runs / "lora"
     more = ["checkpoint-4/model.safetensors", "completions.parquet/step-1.parquet", "skipped_rows.1.jsonl", ".lock"]
+    more.append("notes.jsonl")
     files = [path.name for path in (runs / "lora").iterdir() if path.is_file()] + more
     sent = set(filter_repo_objects(files, ignore_patterns=asked[1]["ignore_patterns"]))
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run_config.json"} <= sent

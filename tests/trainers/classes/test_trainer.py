@@ -103,6 +103,13 @@ def test_a_tokenizer_goes_with_a_name(here):
     assert Path("out/chat_template.jinja").read_text() == tokenizer.chat_template
 
 
+def test_lora_r_asks_for_adapters_as_on_the_command_line():
+    """TRL's configs have none, so it cannot be an option of theirs that does nothing without use_peft."""
+    assert DPOConfig("out", lora_r=4, lora_alpha=8).judged.options.items() >= {"lora_r": 4, "lora_alpha": 8}.items()
+    whole = DPOConfig("out", lora_r=4, use_peft=False)
+    assert "lora_r" not in whole.judged.options and "lora_r" not in trl.DPOConfig.__dataclass_fields__
+
+
 def test_adapters_of_peft_as_they_are(here):
     """DoRA, rsLoRA, a pattern of names, a module that is trained whole."""
     peft = LoraConfig(use_dora=True, use_rslora=True, target_modules=r".*\.[qv]_proj", **ADAPTERS)

@@ -23,9 +23,13 @@ ROWS = {
 }
 
 
-def shown(row, width, *, alarm="", **options):
+SAMPLE = [("row 1234567", "one\n\ttwo " * 40 + "END"), ("chosen", "二" * 300), ("rejected", "\x1b[31m" + "no" * 300)]
+
+
+def shown(row, width, *, alarm="", sample=(), planned=None, has=None, **options):
     """The lines, as a console of that width prints them; a run at its 999,999th step."""
-    screen = Screen(1234567)
+    screen = Screen(1234567, planned=planned, has=has)
+    screen.sample = list(sample)
     for step in (999_997, 999_998, 999_999):
         screen.add({"loss": 1.0, **COMMON, **row, "step": step})
     screen.alarm = alarm
@@ -38,7 +42,7 @@ def shown(row, width, *, alarm="", **options):
 @pytest.mark.parametrize("method", ROWS)
 def test_it_fits_and_has_all_figures(method, width):
     row = ROWS[method] | {"eval_" + name: value for name, value in ROWS[method].items()}
-    lines = shown(row, width, alarm=ALARM)
+    lines = shown(row, width, alarm=ALARM, sample=SAMPLE, planned=79012.5, has=143771.0)
     assert max(map(cell_len, lines)) <= width, lines
     text = " ".join(" ".join(lines).split())
     assert lines[0].startswith("step 999999/1234567 ") and "81%" in lines[0] and lines[0].endswith(" left")
@@ -49,9 +53,20 @@ def test_it_fits_and_has_all_figures(method, width):
     else:
         assert "evaluation of step 999999" in text and "81,234 MiB" in text and ALARM[:80] in text
         assert lines[-1].startswith("step 7") and lines[-1].endswith("…")
+        assert "memory 81,234 MiB at its peak (planned 79,012, of 143,771)" in text
+        assert [line.split(":")[0] for line in lines[-4:-1]] == ["row 1234567", "chosen", "rejected"]
+        assert lines[-4].startswith("row 1234567: ...") and lines[-4].endswith("END")
+        assert lines[-2].startswith("rejected: \\x1b[31mnono") and lines[-2].endswith("...")
         assert all(
             name in text for name in ("grad_norm", "learning_rate 1e-12", "123,457 tokens/s", "98,765 ms a step")
         )
+
+
+def test_memory_stands_beside_what_is_known():
+    row = {"loss": 1.0}
+    assert "MiB at its peak (of 143,771)" in " ".join(shown(row, 120, has=143771.0))
+    assert "MiB at its peak (planned 10)" in " ".join(shown(row, 120, planned=10.4))
+    assert "(" not in " ".join(shown(row, 120))
 
 
 def test_eighty_columns_name_the_metrics_as_the_log_does():
@@ -92,10 +107,10 @@ def test_a_terminal_of_ascii_gets_ascii():
     console = Console(file=text, width=120, force_terminal=True, color_system=None)
     screen = Screen(10)
     screen.add({"step": 1, **COMMON, **ROWS["grpo"]})
-    screen.alarm = ALARM
+    screen.alarm, screen.sample = ALARM, SAMPLE[:2]
     console.print(screen)  # would raise where a character has no bytes
     text.flush()
-    assert text.buffer.getvalue().count(b"\n") == 5
+    assert text.buffer.getvalue().count(b"\n") == 7 and b"chosen: \\u4e8c" in text.buffer.getvalue()
 
 
 def test_time_is_read_as_a_clock():

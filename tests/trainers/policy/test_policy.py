@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from logratio.benchmarks.peers.truths import exact
+from logratio.losses import Support
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy, attention_windows
@@ -135,6 +137,31 @@ def test_rows_longer_than_the_table_of_positions_are_fine(random_model, pack_one
         packed(Policy(model, shared=True), examples, 100), expected(model, examples), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_completion_brings_the_words_that_it_was_sampled_from(random_model, shared):
+    """One of two completions, with an unscored token; the other, and the prompt's own tokens, are of all words."""
+    model = random_model("llama")
+    ids, prompt = [5, 9, 7], [3, 4, 8]
+    words = [[5, 6], [1, 2], [7]]
+    support = Support(torch.tensor([5, 6, 1, 2, 7]), torch.tensor([0, 2, 4, 5]))
+    examples = [
+        Example(prompt, [Completion([9, 4]), Completion(ids, [True, False, True], support=support)]),
+        Example(prompt[:2], [Completion([6])]),
+    ]
+    logits = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, 2:-1]
+    expected = [logits[t, ids[t]] - logits[t, words[t]].logsumexp(-1) for t in range(3)]
+    for scores_prompt in (True, False):
+        batch = pack(examples, 1000, shared=shared, scores_prompt=scores_prompt)[0]
+        got, all_words = (Policy(model, shared=shared)(b).logps for b in (batch, replace(batch, support=None)))
+        assert (got[1, 0], got[1, 2]) == (pytest.approx(expected[0].item(), abs=1e-5), 0)
+        others = [0, *range(2, len(got))]
+        torch.testing.assert_close(got[others], all_words[others], rtol=0, atol=1e-6)
+        assert (got[1, 0] - all_words[1, 0]).item() > 0.1 and got[1, 1] == 0
+        assert batch.unscored().support is None
+    assert pack(examples[1:], 1000)[0].support is None
 
 
 def test_entropy_is_that_of_the_predictions_and_can_be_trained(random_model):

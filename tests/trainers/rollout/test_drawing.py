@@ -1,8 +1,8 @@
 """Tokens drawn by the inverse of the distribution: exact, and with the right log-probability."""
 
 import math
+from fractions import Fraction
 
-import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from logratio.trainers.rollout.engines.drawing import Drawing, inverse, uniforms
+from logratio.trainers.rollout.engines.drawing import Drawing, TopP, inverse, uniforms
 from logratio.trainers.rollout.engines.protocol import Sampling
 
 SCORES = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -torch.inf])
@@ -50,7 +50,7 @@ def test_a_sample_is_exact(options):
     log-probability is that distribution's."""
     p, n = kept(**options), 20_000
     numbers = torch.cat([uniforms(seed, 1) for seed in range(n)])
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(SCORES.repeat(n, 1), numbers)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, **options))(SCORES.repeat(n, 1), numbers)
     seen = tokens.bincount(minlength=len(p)).double()
     assert (seen[p == 0] == 0).all()
     degrees = int((p > 0).sum()) - 1
@@ -62,7 +62,7 @@ def test_a_sample_is_exact(options):
 def test_a_greedy_row_takes_the_likeliest_token_of_all():
     """Beside a drawn one, with the model's own log-probability."""
     numbers = torch.tensor([math.nan, 0.999999])
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, top_p=0.9))(SCORES.repeat(2, 1), numbers)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, top_p=0.9))(SCORES.repeat(2, 1), numbers)
     assert tokens.tolist() == [0, 4]
     wanted = [SCORES.log_softmax(-1)[0].item(), kept(top_p=0.9)[4].log().item()]
     assert logps.tolist() == pytest.approx(wanted, abs=1e-6)
@@ -80,22 +80,29 @@ def test_cuts_and_penalty_are_those_of_transformers():
     )  # fmt: skip
     wanted = theirs(history, logits).log_softmax(-1)
     numbers = torch.rand(50, generator=draw, dtype=torch.float64)
-    tokens, logps = Drawing(Sampling(max_new_tokens=1, **options))(logits, numbers, history)
+    tokens, logps, _ = Drawing(Sampling(max_new_tokens=1, **options))(logits, numbers, history)
     assert torch.allclose(logps, wanted.gather(-1, tokens[:, None])[:, 0], atol=1e-5)
     assert torch.equal(tokens, inverse(wanted.exp(), numbers))
 
 
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.floats(0, 1, exclude_max=True))
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.floats(0, 1, exclude_max=True))
 def test_the_inverse_is_a_plain_search(probabilities, number):
-    """The first place whose running sum is above the number's share; never one of probability 0."""
+    """The place where the exact running sum passes the number's share, up to rounding; never one of probability 0."""
     if not any(probabilities):
         return
-    sums = numpy.cumsum(numpy.asarray(probabilities, dtype=numpy.float64))
-    wanted = min(number * sums[-1], numpy.nextafter(sums[-1], 0))
-    place = next(i for i, total in enumerate(sums) if total > wanted)
     row = torch.tensor([probabilities], dtype=torch.float64)
-    assert inverse(row, torch.tensor([number], dtype=torch.float64)).tolist() == [place]
+    (place,) = inverse(row, torch.tensor([number], dtype=torch.float64)).tolist()
+    exact = list(map(Fraction, probabilities))
+    wanted, near = Fraction(number) * sum(exact), Fraction(1, 2**40) * sum(exact)
     assert probabilities[place] > 0
+    assert sum(exact[:place]) - near <= wanted < sum(exact[: place + 1]) + near
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.99, 0.9999])
+def test_top_p_is_transformers_whether_few_tokens_hold_it_or_all(top_p):
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(20, 3000, generator=draw, dtype=torch.float64) * torch.linspace(0.1, 6, 20)[:, None]
+    assert torch.equal(TopP(top_p)(None, scores), TopPLogitsWarper(top_p)(None, scores))
 
 
 def test_uniform_numbers_are_the_seeds_own():

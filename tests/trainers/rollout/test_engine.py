@@ -23,6 +23,7 @@ OWN_TOO = ("cohere", "granite", "opt", "phi", "qwen2-window", "qwen3")
 GENERATED = ("mamba", "llama-dynamic-rope", "falcon-alibi")
 
 
+CUT = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "keep_support": True}
 CASES: list[Any] = [*((f, 2) for f in OWN), ("llama", 256), ("gemma3", 256), (GENERATED[0], 2)]
 CASES += [pytest.param(f, 2, marks=pytest.mark.slow) for f in OWN_TOO + GENERATED[1:]]
 
@@ -32,11 +33,18 @@ def theirs(model, tokenizer, sampling):
     return [[generated(model, tokenizer, [(r.prompt_ids, seed)], sampling, 0)[0] for seed in r.seeds] for r in REQUESTS]
 
 
+def words(support):
+    """The sorted words of each token."""
+    parts = [] if support is None else support.split([1] * (len(support.offsets) - 1))
+    return [sorted(part.ids.tolist()) for part in parts]
+
+
 def close(one, other, tolerance):
     for mine, his in zip(one, other, strict=True):
         for a, b in zip(mine, his, strict=True):
             assert (a.ids, a.finish_reason) == (b.ids, b.finish_reason)
             assert a.logps == pytest.approx(b.logps, abs=tolerance)
+            assert words(a.support) == words(b.support)
 
 
 @pytest.mark.parametrize(("family", "rows"), CASES)
@@ -49,7 +57,7 @@ def test_it_says_what_generate_says(random_model, tokenizer, family, rows):
     stops = frozenset(first[2][0].ids[4:5] + first[0][1].ids[2:3])
     for sampling in (
         Sampling(max_new_tokens=9, stop_ids=stops),
-        Sampling(max_new_tokens=9, stop_ids=stops, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3),
+        Sampling(max_new_tokens=9, stop_ids=stops, **CUT),
     ):
         close(engine.sample(REQUESTS, sampling), theirs(model, tokenizer, sampling), 3e-6)
     assert (engine.obstacle == "") == (family not in GENERATED)

@@ -25,9 +25,11 @@ def row_of(run):
     return result.reduced(run.accelerator), window
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["--lora_r", "2"], ["--temperature", "0.7", "--micro_batch_tokens", "40"]], ids=str
-)
+CUT = ["--temperature", "0.7", "--micro_batch_tokens", "40"]
+MASK = ["--top_k", "5", "--top_p", "0.9", "--min_p", "0.05", "--keep_sampling_mask", "--micro_batch_tokens", "40"]
+
+
+@pytest.mark.parametrize("words", [[], ["--lora_r", "2"], CUT, MASK], ids=["whole", "lora", "cut", "mask"])
 def test_on_policy_the_sampler_said_what_the_trainer_says(tmp_path, words):
     """In float32: to its rounding, in every cut; so that no correction changes anything."""
     run = run_of(tmp_path, *words)
@@ -51,6 +53,12 @@ def test_another_sampler_shows(tmp_path):
     assert 0 < again["sampling/masked_mean"] < 1 and again["loss"] != row["loss"]
 
 
+def test_a_mask_that_nothing_is_cut_by_is_refused(tmp_path, capsys):
+    assert cli.main(["train", "grpo", "--keep_sampling_mask", "--output_dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said == "logratio: --keep_sampling_mask is read only with --top_p below 1, --top_k or --min_p"
+
+
 def test_a_cut_window_keeps_what_was_sampled():
     """Places follow the scored tokens, whatever else is in the batch and however long what is not scored is."""
     one = Completion([5, 6, 7], None, behavior=[-1.0, -2.0, -3.0])
@@ -66,6 +74,7 @@ def test_a_window_that_goes_on_has_what_was_sampled(tmp_path):
     """A checkpoint between the steps on one window holds it: the same bits as without a stop."""
     words = ["train", "grpo", *WORDS, "--max_steps", "4", "--num_iterations", "2", "--lora_r", "2"]
     words += ["--sampling_correction", "token_truncate", "--mask_truncated_completions"]
+    words += ["--top_p", "0.9", "--keep_sampling_mask"]
     assert cli.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     assert cli.main([*words, "--output_dir", str(tmp_path / "cut"), "--save_steps", "1"]) == 0
     for step in (2, 3, 4):

@@ -83,6 +83,7 @@ def test_a_run_tells_and_logs_it(tmp_path, monkeypatch, capsys):
     words += " --reward_funcs watched_rewards:flat watched_rewards:picky"
     assert cli.main(words.split()) == 0
     said = capsys.readouterr().out
+    assert setup.UNTRAINED.endswith("as --model_name_or_path, one with adapters as --adapter_name_or_path")
     assert setup.UNTRAINED in said and said.count(ALIKE) == 1 and "up to step 3 the rewards" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["picky/calls"] for row in rows] == [4.0] * 4 and rows[0]["eval_picky/calls"] == 2.0

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from logratio.losses import Support
 from logratio.losses._two_gemm import Transform
 
 from ...policy.policy import Policy
-from .drawing import Drawing, check_finite, uniforms
+from .drawing import Drawing, check_finite, support_of_each, uniforms
 from .protocol import Request, Sample, Sampling
 from .slots import SlotCache
 
@@ -37,6 +38,11 @@ class Row:
     numbers: Tensor
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    supports: list[Support] = field(default_factory=list)
+
+    def sample(self, stopped: bool, version: int) -> Sample:
+        support = Support.cat(self.supports) if self.supports else None
+        return Sample(self.ids, "stop" if stopped else "length", self.logps, version, support)
 
 
 class Decoder:
@@ -152,16 +158,19 @@ class Decoder:
         """Draw the next token of each of these rows, the last of the live ones from `start` on; drop who has ended."""
         numbers = torch.tensor([float(row.numbers[len(row.ids)]) for row in rows], dtype=torch.float64)
         history = self.history(rows) if self.draw.wants_history else None
-        tokens, logps = self.draw(logits, numbers.to(self.device), history)
+        tokens, logps, kept = self.draw(logits, numbers.to(self.device), history)
+        supports = [None] * len(rows) if kept is None else support_of_each(kept)
         self.tokens[start : start + len(rows)] = tokens
         ended = []
         check_finite(logps)
-        for at, (row, token, logp) in enumerate(zip(rows, tokens.tolist(), logps.tolist(), strict=True), start):
+        drawn = zip(rows, tokens.tolist(), logps.tolist(), supports, strict=True)
+        for at, (row, token, logp, support) in enumerate(drawn, start):
             row.ids.append(token)
             row.logps.append(logp)
+            row.supports += [] if support is None else [support]
             stopped = token in self.sampling.stop_ids or self.holds_stop_string(row)
             if stopped or len(row.ids) == self.sampling.max_new_tokens:
-                self.done[row.place] = Sample(row.ids, "stop" if stopped else "length", row.logps, self.version)
+                self.done[row.place] = row.sample(stopped, self.version)
                 ended.append(at)
         if ended:
             order = self.cache.leave(ended)

@@ -7,27 +7,63 @@ step of F as that rounding, about once in a million tokens in float32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
+
+from logratio.losses import Support
 
 from ...errors import UserError
 from .protocol import Sampling
+
+BLOCK = 128
+LIKELIEST = 1024
+"""Tokens that hold `top_p` in most rows."""
 
 
 def uniforms(seed: int, count: int) -> Tensor:
     """[count] float64 in [0, 1), those of the completion's positions: of Philox with the seed as its key, the same on
     every machine, and the first of them for any count."""
     return torch.from_numpy(numpy.random.Generator(numpy.random.Philox(key=seed)).random(count))
+
+
+class TopP(LogitsProcessor):
+    """The smallest set of likeliest tokens of at least this probability, as transformers' `TopPLogitsWarper` has it but
+    for tokens as likely as the last one, which are all kept. It sorts the likeliest alone where these are enough."""
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = scores.softmax(-1)
+        least = probabilities.new_zeros(())
+        for count in (min(LIKELIEST, scores.shape[1]), scores.shape[1]):
+            likeliest = probabilities.topk(count).values
+            sums = likeliest.cumsum(-1, dtype=torch.float64)
+            taken = (sums - likeliest < self.top_p).sum(-1, keepdim=True)
+            least = likeliest.gather(-1, (taken - 1).clamp(min=0))
+            if bool((sums[:, -1] >= self.top_p).all()):
+                break
+        return scores.masked_fill(probabilities < least, -torch.inf)
+
+
+class Draws(NamedTuple):
+    """tokens: [R] int64. logps: [R], in nats. kept: [R, V] bool, what could have been drawn; None where that is
+    everything, or was not asked for."""
+
+    tokens: Tensor
+    logps: Tensor
+    kept: Tensor | None
 
 
 class Drawing:
@@ -42,7 +78,7 @@ class Drawing:
         if sampling.top_k:
             self.cuts.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            self.cuts.append(TopPLogitsWarper(sampling.top_p))
+            self.cuts.append(TopP(sampling.top_p))
         if sampling.min_p:
             self.cuts.append(MinPLogitsWarper(sampling.min_p))
 
@@ -50,8 +86,8 @@ class Drawing:
     def wants_history(self) -> bool:
         return self.penalty is not None
 
-    def __call__(self, logits: Tensor, numbers: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens [R] int64 and their log-probabilities [R] in nats.
+    def __call__(self, logits: Tensor, numbers: Tensor, history: Tensor | None = None) -> Draws:
+        """Tokens and their log-probabilities.
 
         logits: [R, V], in at least float32, not yet divided by the temperature. numbers: [R] float64 in [0, 1); NaN for
         a row that is greedy. history: [R, L], ids that rows hold already, repeated as one likes; for the penalty.
@@ -61,31 +97,48 @@ class Drawing:
         if self.sampling.temperature != 1:
             logits = logits / self.sampling.temperature
         greedy = numbers.isnan()
-        all_greedy = bool(greedy.all())
-        kept = logits if all_greedy else self.cuts(history, logits)  # type: ignore[arg-type]
-        log_z = kept.logsumexp(-1, keepdim=True)
-        if all_greedy:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = inverse((kept - log_z).exp_(), numbers.nan_to_num(0.0))
-            if bool(greedy.any()):
-                tokens = torch.where(greedy, logits.argmax(-1), tokens)
-                log_z = torch.where(greedy[:, None], logits.logsumexp(-1, keepdim=True), log_z)
-        logps = logits.gather(-1, tokens[:, None]) - log_z
-        return tokens, logps[:, 0]
+        some_greedy, cut = bool(greedy.any()), self.sampling.cut
+        kept = self.cuts(history, logits) if cut else logits  # type: ignore[arg-type]
+        if cut and some_greedy:
+            kept = torch.where(greedy[:, None], logits, kept)
+        probabilities = kept.softmax(-1)
+        tokens = inverse(probabilities, numbers.nan_to_num(0.0))
+        if some_greedy:
+            tokens = torch.where(greedy, logits.argmax(-1), tokens)
+        logps = probabilities.gather(-1, tokens[:, None])[:, 0].log()
+        return Draws(tokens, logps, kept > -torch.inf if cut and self.sampling.keep_support else None)
 
 
 def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """[R], of each row the first place where the running sum is above the number's share of the whole.
 
-    probabilities: [R, V], not negative; places of 0 are never found. numbers: [R] float64 in [0, 1).
+    probabilities: [R, V], not negative; places of 0 are never found. numbers: [R] float64 in [0, 1). The sum runs over
+    blocks of `BLOCK` places, then over those of the block that it ends in: all of them in float64 would take a CPU
+    longer than everything else that is done with a row.
     """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)
-    whole = sums[:, -1:]
-    # rounding may make the product the whole itself, which no running sum is above
-    wanted = torch.minimum(numbers[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
-    # of a row that is not finite none is: its log-probability will say so
-    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
+    rows, width = probabilities.shape
+    if width % BLOCK:
+        probabilities = pad(probabilities, (0, -width % BLOCK))
+    blocks = probabilities.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block, wanted = first_above(sums, numbers * sums[:, -1])
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    inside = blocks[torch.arange(rows, device=block.device), block].cumsum(-1, dtype=torch.float64)
+    place, _ = first_above(inside, wanted - before)
+    return block * BLOCK + place
+
+
+def first_above(sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """[R] each, of rising sums [R, n]: the first place of a row that is above what is wanted, and that, which rounding
+    may have made no less than the last of them. Of a row that is not finite no place is right: it is the last."""
+    whole = sums[:, -1]
+    wanted = torch.minimum(wanted, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(sums, wanted[:, None], right=True)[:, 0].clamp(max=sums.shape[1] - 1), wanted
+
+
+def support_of_each(kept: Tensor) -> list[Support]:
+    """That of each row of kept [R, V] bool, on the CPU."""
+    return Support.of(kept).to(torch.device("cpu")).split([1] * len(kept))
 
 
 def check_finite(logps: Tensor) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .drawing import Drawing, check_finite, uniforms
+from logratio.losses import Support
+
+from .drawing import Drawing, check_finite, support_of_each, uniforms
 from .protocol import Sample, Sampling
 
 
@@ -21,15 +23,18 @@ class Drawn(LogitsProcessor):
     """Leaves of each row's scores the token that `Drawing` draws, and keeps its log-probability in `logps`."""
 
     def __init__(self, drawing: Drawing, numbers: Tensor, mask: Tensor) -> None:
-        self.drawing, self.numbers, self.mask, self.logps = drawing, numbers, mask, list[Tensor]()
+        self.drawing, self.numbers, self.mask = drawing, numbers, mask
+        self.logps: list[Tensor] = []
+        self.supports: list[list[Support]] = []  # of each token, those of the rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores: [rows, vocabulary], raw."""
         said = input_ids.clone()
         prompt = said[:, : self.mask.shape[1]]  # padding is nothing that was said: the prompt's last token stands there
         prompt[:] = torch.where(self.mask > 0, prompt, prompt[:, -1:])
-        tokens, logps = self.drawing(scores, self.numbers[:, len(self.logps)], said)
+        tokens, logps, kept = self.drawing(scores, self.numbers[:, len(self.logps)], said)
         self.logps.append(logps)
+        self.supports += [] if kept is None else [support_of_each(kept)]
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
@@ -85,10 +90,11 @@ def generated(
     logps = torch.stack(drawn.logps, 1)
     check_finite(logps)
     done = []
-    for tokens, own in zip(out[:, ids.shape[1] :].tolist(), logps.tolist(), strict=True):
+    for row, (tokens, own) in enumerate(zip(out[:, ids.shape[1] :].tolist(), logps.tolist(), strict=True)):
         end = next((i for i in range(len(tokens)) if ends(tokens, i, sampling, tokenizer)), None)
         count = len(tokens) if end is None else end + 1
-        done.append(Sample(tokens[:count], "length" if end is None else "stop", own[:count], version))
+        support = Support.cat([rows[row] for rows in drawn.supports[:count]]) if drawn.supports else None
+        done.append(Sample(tokens[:count], "length" if end is None else "stop", own[:count], version, support))
     return done
 
 

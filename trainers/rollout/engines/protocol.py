@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from logratio.losses import Support
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,7 +27,7 @@ class Sampling:
     likeliest (0: all), the smallest set of at least the probability `top_p`, and those of at least `min_p` times the
     likeliest one's. repetition_penalty: of transformers, on the raw logits of what prompt and completion hold already.
     stop_ids: any of them ends a completion, and is its last token. stop_strings: any text of a completion that holds
-    one ends it, with the token that completes it.
+    one ends it, with the token that completes it. keep_support: samples say which tokens could have been drawn.
     """
 
     max_new_tokens: int
@@ -36,6 +38,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
+    keep_support: bool = False
 
     @property
     def cut(self) -> bool:
@@ -52,12 +55,14 @@ class Sampling:
 class Sample:
     """A completion. ids: its tokens, with the one that ended it. logps: the log-probability of each, in nats, in the
     distribution that it was drawn from; of a greedy one that of the model at the temperature. version: of the policy
-    that said it."""
+    that said it. support: of each token, what could have been drawn, where that was asked for and is not everything.
+    """
 
     ids: list[int]
     finish_reason: FinishReason
     logps: list[float]
     version: int = 0
+    support: Support | None = field(default=None, compare=False)
 
     @property
     def ended(self) -> bool:

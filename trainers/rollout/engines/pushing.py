@@ -69,7 +69,7 @@ def write_adapter(policy: Policy, weights: Any, folder: Path) -> None:
     with no_room(f"the adapter could not be written for the vLLM servers to {folder}", partial):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        options: Any = {"adapter_name": "default", "save_embedding_layers": False}
+        options: dict[str, Any] = {"adapter_name": "default", "save_embedding_layers": False}
         tensors = get_peft_model_state_dict(policy.model, state_dict=weights, **options)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})

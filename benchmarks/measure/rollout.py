@@ -1,0 +1,254 @@
+"""The suite `rollout`: completions of prompts, and the whole GRPO steps that learn from them, beside TRL's trainer.
+
+A step is what a run does with its prompts: rollouts, rewards, advantages, packing or padding, forward, backward and the
+update. Of it `rollout_ms` is the time in which completions are sampled. Contestants take turns, each on a copy of the
+same weights under the same adapters, with the same prompts, options and number of completions; what they sample are
+tokens of their own. With `ends` a completion ends at every token with the same probability, so that lengths are
+geometric with a mean of half the limit; else only the limit ends one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from logratio.losses import GRPOLoss
+from logratio.reference._trl_drive import constructed
+from logratio.trainers.again import learn
+from logratio.trainers.config import RolloutConfig
+from logratio.trainers.data.examples import Prompt
+from logratio.trainers.layers.lora_layers import fuse_lora
+from logratio.trainers.optimizer import adamw, trained_parameters
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import inference
+from logratio.trainers.policy.sharing import share_prompts
+from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.rollout.generation import numbered
+from logratio.trainers.rollout.rollouts import Rollouts
+from logratio.trainers.rollout.windows import roll_out
+from logratio.trainers.setup import start_accelerator
+from logratio.trainers.step import Step
+
+from .clock import wait
+from .contestants import LEARNING_RATE, apply_update
+from .models import build
+
+CONTESTANTS = ("logratio", "trl", "transformers")
+LENGTHS = (125, 92, 93, 83)
+"""Tokens of the prompts, in turn: of the first rows of GSM8K in SmolLM2's tokens."""
+ENDS = 1.6
+"""Of the limit: the rate at which completions end, which makes their mean half of it."""
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class RolloutCase:
+    """Prompts x completions of up to `tokens` tokens."""
+
+    model: str
+    prompts: int = 4
+    group: int = 8
+    tokens: int = 64
+    ends: bool = False
+    dtype: str = "float32"
+    adapter: str = "lora"
+
+    @property
+    def case(self) -> str:
+        how = "ends" if self.ends else "limit"
+        return f"rollout-{self.adapter}-{self.model}-{self.prompts}x{self.group}x{self.tokens}-{how}"
+
+    def fields(self) -> dict[str, Any]:
+        shape = {"prompts": self.prompts, "group": self.group, "tokens": self.tokens, "ends": self.ends}
+        return {"model": self.model, "adapter": self.adapter, "dtype": self.dtype, **shape}
+
+    def texts(self) -> list[str]:
+        """A byte is a token of the tokenizer."""
+        draw = random.Random(0)
+        letters = "abcdefghijklmnopqrstuvwxyz "
+        return ["".join(draw.choices(letters, k=LENGTHS[i % len(LENGTHS)])) for i in range(self.prompts)]
+
+
+def cases(gpu: bool) -> list[RolloutCase]:
+    """With lengths that end and with lengths that do not."""
+    shape: dict[str, Any] = {"model": "SmolLM2-135M"}
+    if gpu:
+        shape = {"model": "Qwen2.5-0.5B", "prompts": 8, "tokens": 256, "dtype": "bfloat16"}
+    return [RolloutCase(**shape, ends=ends) for ends in (False, True)]
+
+
+class Took(NamedTuple):
+    """One turn. rollout_ms: of sampling. step_ms: of all; None where only samples were drawn. tokens: sampled."""
+
+    rollout_ms: float
+    step_ms: float | None
+    tokens: int
+
+
+class Contestant(Protocol):
+    def turn(self) -> Took: ...
+
+
+def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    """Half of the completions are right, whatever they say."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class Ours:
+    """logratio, as `logratio train grpo` takes a step."""
+
+    def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
+        tokenizer, loss = tiny_tokenizer(), GRPOLoss(max_completion_length=case.tokens)
+        fuse_lora(model)
+        policy = Policy(model, stats=loss.stats)
+        share_prompts(policy)
+        accelerator = start_accelerator("no")
+        self.step = Step(accelerator, policy, loss, None, micro_batch_tokens=MICRO_BATCH_TOKENS, max_length=4096)
+        config = RolloutConfig(num_generations=case.group, reward_funcs=("reward",), log_completions=False)
+        self.rollouts = Rollouts(policy, tokenizer, config, {"reward": reward}, case.tokens, accelerator=accelerator)
+        self.optimizer = adamw(trained_parameters(policy), LEARNING_RATE)
+        self.prompts = numbered(
+            [Prompt(tokenizer(text)["input_ids"], text, {}, row) for row, text in enumerate(case.texts())]
+        )
+
+    def turn(self) -> Took:
+        begun = time.perf_counter()
+        self.rollouts.state.global_step += 1  # other random numbers
+        window = roll_out(self.rollouts, self.step, self.prompts)
+        learn(self.step, window)
+        apply_update(self.optimizer)
+        took = 1e3 * (time.perf_counter() - begun)
+        tokens = sum(len(c.ids) for e in window.examples for c in e.completions)
+        return Took(float(window.metrics["rollout_ms"].total), took, tokens)
+
+
+class Trl:
+    """TRL's GRPOTrainer, its rollouts by transformers, all completions in one micro-batch."""
+
+    def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
+        count = case.prompts * case.group
+        options = {
+            "per_device_train_batch_size": count,
+            "num_generations": case.group,
+            "max_completion_length": case.tokens,
+            "learning_rate": LEARNING_RATE,
+            "optim": "adamw_torch_fused",
+            "beta": 0.0,
+            "use_cpu": device.type == "cpu",
+            "bf16": case.dtype == "bfloat16" and device.type == "cuda",
+        }
+        self.rows = [{"prompt": text} for text in case.texts() for _ in range(case.group)]
+        entered = constructed("grpo", model, tiny_tokenizer(), self.rows, options, copied=False, reward_funcs=[reward])
+        self.trainer = trainer = stack.enter_context(entered)
+        trainer.create_optimizer()
+        trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = 1
+        self.took, self.tokens = 0.0, 0
+        generate = trainer._generate
+
+        def timed(prompts: Any) -> Any:
+            begun = time.perf_counter()
+            said = generate(prompts)
+            self.took = 1e3 * (time.perf_counter() - begun)
+            self.tokens = sum(len(ids) for ids in said[1])
+            return said
+
+        trainer._generate = timed
+
+    def turn(self) -> Took:
+        begun, trainer = time.perf_counter(), self.trainer
+        trainer.model.train()
+        trainer.training_step(trainer.model_wrapped, list(self.rows), None)
+        apply_update(trainer.optimizer)
+        return Took(self.took, 1e3 * (time.perf_counter() - begun), self.tokens)
+
+
+class Generate:
+    """transformers' `generate` alone."""
+
+    def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
+        self.model, tokenizer = model, tiny_tokenizer()
+        prompts = [tokenizer(text)["input_ids"] for text in case.texts() for _ in range(case.group)]
+        width = max(map(len, prompts))
+        self.ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+        self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        self.eos = tokenizer.eos_token_id
+        self.config = GenerationConfig(
+            max_new_tokens=case.tokens, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=self.eos
+        )
+
+    def turn(self) -> Took:
+        begun = time.perf_counter()
+        with inference(self.model):
+            out = self.model.generate(input_ids=self.ids, attention_mask=self.mask, generation_config=self.config)
+        wait(self.ids.device)
+        took = 1e3 * (time.perf_counter() - begun)
+        said = out[:, self.ids.shape[1] :]
+        ended = (said == self.eos).long().cumsum(1) - (said == self.eos).long()
+        return Took(took, None, int((ended == 0).sum()))
+
+
+MAKES: dict[str, Any] = {"logratio": Ours, "trl": Trl, "transformers": Generate}
+
+
+def run(
+    case: RolloutCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
+) -> dict[str, dict[str, Any]]:
+    """{contestant: status and figures}, of medians over the turns."""
+    dtype = getattr(torch, case.dtype)
+    whole = build(case.model, case.adapter, dtype=dtype, device=device, seed=seed)
+    with ExitStack() as stack:
+        contestants: dict[str, Contestant] = {}
+        for name in only:
+            model = copy.deepcopy(whole)
+            contestants[name] = MAKES[name](case, model, device, stack)
+            stack.callback(ending(model, ENDS / case.tokens if case.ends else None).remove)
+        turns: dict[str, list[Took]] = {name: [] for name in contestants}
+        for contestant in contestants.values():
+            contestant.turn()
+        for _ in range(repeats):
+            for name, contestant in contestants.items():
+                turns[name].append(contestant.turn())
+    return {name: figures(took) for name, took in turns.items()}
+
+
+def ending(model: Any, rate: float | None) -> Any:
+    """Let completions end at this rate, or never: a handle whose `remove` ends it. In training it does nothing."""
+    eos = tiny_tokenizer().eos_token_id
+    odds = -math.inf if rate is None else math.log(rate / (1 - rate))
+
+    def hook(module: Any, given: Any, logits: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return logits
+        logits = logits.clone()
+        logits[..., eos] = -torch.inf
+        logits[..., eos] = logits.logsumexp(-1) + odds
+        return logits
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    return base.get_output_embeddings().register_forward_hook(hook)
+
+
+def figures(took: Sequence[Took]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "status": "ok",
+        "rollout_ms_p50": statistics.median(t.rollout_ms for t in took),
+        "rollout_tokens_per_s": sum(t.tokens for t in took) / sum(t.rollout_ms for t in took) * 1e3,
+        "tokens": [t.tokens for t in took],
+        "rollout_times_ms": [t.rollout_ms for t in took],
+    }
+    steps = [t.step_ms for t in took if t.step_ms is not None]
+    if steps:
+        found |= {"step_ms_p50": statistics.median(steps), "times_ms": steps}
+    return found

@@ -1,0 +1,1 @@
+"""A user's own run, measured: `logratio bench run.yaml`."""

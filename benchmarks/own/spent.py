@@ -1,0 +1,181 @@
+"""What a step takes of memory, by part: measured, and as `logratio plan` reckons it of the same micro-batches.
+
+On a GPU the peak is torch's, and what is neither weights, gradients nor optimizer is the rest of it. A CPU's allocator
+gives nothing back, so that there is no peak to be had: there the rest is what autograd keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from logratio.trainers.config import RunConfig
+from logratio.trainers.data.examples import Example
+from logratio.trainers.errors import UserError
+from logratio.trainers.policy.policy import REFERENCE_ADAPTER
+
+from ..measure.clock import peak_mem
+from ..measure.contestants import stored_in, stored_in_optimizer, stored_mib
+from ..measure.saved import saved_mib
+from ..memory.activations import Batch, activations
+from ..memory.geometry import Geometry
+from ..memory.gpus import GPUS, known_as
+from ..memory.peak import MIB, Setup, predict
+from ..memory.roofline import Plan, step_seconds
+from ..reporting.records import device_name
+from .ours import Turns
+from .subject import Subject
+
+STAYS = ("weights", "adapters", "reference", "optimizer", "gradients")
+REST = "activations, head, temporaries"
+KEPT = "kept by autograd"
+
+
+def measured_parts(subject: Subject) -> dict[str, float | None]:
+    """MiB of each part of a step, and of all. Takes a step, behind others that have made the optimizer's state."""
+    run, device, gpu = subject.run, subject.device, subject.device.type == "cuda"
+    turns = Turns(subject, run.step.micro_batch_tokens, subject.heaviest)
+    model, other = run.policy.model, subject.ref_model
+    kept = stored_in(model)
+    named = dict(model.named_parameters())
+    frozen = [p for name, p in named.items() if f".{REFERENCE_ADAPTER}." in name]
+    adapters = list(run.trained) if run.policy.has_adapters else []
+    reference = [*frozen, *([] if other is None else stored_in(other))]
+    parts: dict[str, float | None] = {
+        "weights": stored_mib(kept) - stored_mib(adapters) - stored_mib(frozen),
+        "adapters": stored_mib(adapters),
+        "reference": stored_mib(reference),
+        "optimizer": stored_mib(stored_in_optimizer(run.optimizer)),
+        "gradients": trained_mib(subject),
+    }
+    stays = sum(value or 0.0 for value in parts.values())
+    if gpu:
+        peak = peak_mem(turns, device)
+        return {**parts, REST: (peak or 0.0) - stays, "all": peak}
+    rest = kept_by_autograd(subject, turns)
+    return {**parts, KEPT: rest, "all": None if rest is None else stays + rest}
+
+
+def kept_by_autograd(subject: Subject, turns: Turns) -> float | None:
+    """MiB at the worst moment of a step; None with gradient checkpointing, which keeps what no hook sees."""
+    models = [m for m in (subject.run.policy.model, subject.ref_model) if m is not None]
+    kept = saved_mib(turns, *models)
+    return None if subject.run.config.model.gradient_checkpointing else kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Reckoned:
+    """parts: MiB, by the names of `measured_parts`. step_ms: by part, None where the device is no GPU of the table.
+    why_not: why there is no plan."""
+
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    step_ms: dict[str, float] | None = None
+    why_not: str = ""
+
+
+def reckoned(subject: Subject) -> Reckoned:
+    """What `logratio plan` would say of the run's own micro-batches."""
+    if why_not := unplanned(subject):
+        return Reckoned(why_not=why_not)
+    step, examples = subject.run.step, subject.windows[subject.heaviest]
+    packed = [micro.batch for micro in step.micro_batches(examples, dealt=subject.grouped)]
+    try:
+        setup = setup_of(subject, len(packed) > 1)
+        size = Geometry.of(subject.run.policy.causal_lm.config)
+    except UserError as error:
+        return Reckoned(why_not=str(error))
+    batches = [Batch.of(batch) for batch in packed]
+    prediction = max((predict(size, setup, batch) for batch in batches), key=lambda one: one.peak_mem_mib)
+    peak = prediction.peak.parts
+    parts = {name: peak[name] / MIB for name in STAYS}
+    if setup.gpu is None:
+        head = (1 if setup.lora_r else 2) * size.hidden * setup.element
+        kept = max(activations(size, setup, batch).saved + batch.scored_tokens * head for batch in batches)
+        parts = parts | {"gradients": trained_mib(subject), KEPT: kept / MIB}
+        return Reckoned({**parts, "all": sum(parts.values())})
+    parts[REST] = prediction.peak_mem_mib - sum(parts.values())
+    seconds = step_seconds(size, setup, plan_of(batches, examples, setup), GPUS[setup.gpu])
+    return Reckoned({**parts, "all": prediction.peak_mem_mib}, {name: s * 1e3 for name, s in seconds.items()})
+
+
+def trained_mib(subject: Subject) -> float:
+    return sum(p.numel() * p.element_size() for p in subject.run.trained) / MIB
+
+
+def unplanned(subject: Subject) -> str:
+    """Why the plan does not apply; empty where it does."""
+    config, device = subject.run.config, subject.device
+    if config.train.mixed_precision != "no":
+        return "the plan does not model autocast"
+    if config.loss_class != config.method:
+        return "the plan knows no loss of one's own"
+    if config.model.lora_dropout:
+        return "the plan does not model dropout"
+    if config.model.adapter_name_or_path:
+        return "the plan does not know the loaded adapter's rank"
+    if config.model.lora_r and list(config.model.lora_target_modules or ()) != ["all-linear"]:
+        return "the plan is of adapters on all linear layers"
+    if device.type == "cuda" and gpu_of(device) is None:
+        return f"the plan knows no {device_name(device)}"
+    return ""
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The table's name of the device; None for a CPU, or a GPU that it has not."""
+    if device.type != "cuda":
+        return None
+    return known_as(device_name(device), torch.cuda.get_device_properties(device).total_memory)
+
+
+def setup_of(subject: Subject, accumulates: bool) -> Setup:
+    """The run as the plan takes it."""
+    config: RunConfig = subject.run.config
+    model, policy = config.model, subject.run.policy
+    return Setup(
+        method=config.method,
+        loss=config.loss,
+        dtype=model.dtype,
+        lora_r=model.lora_r,
+        fused_lora=model.fused_lora and not model.lora_dropout,  # with dropout PEFT's own forward runs
+        fused_layers=model.fused_layers,
+        use_liger_kernel=model.use_liger_kernel,
+        load_in_4bit=model.load_in_4bit,
+        gradient_checkpointing=model.gradient_checkpointing,
+        attn_implementation=None if policy.uses_flex else policy.attention,
+        optim=config.train.optim,
+        ref_model_name_or_path=model.ref_model_name_or_path,
+        precompute_ref_log_probs=model.precompute_ref_log_probs,
+        sync_ref_model=model.sync_ref_model,
+        ref_model_mixup_alpha=model.ref_model_mixup_alpha or 0.6,
+        accumulates=accumulates,
+        gpu=gpu_of(subject.device),
+    )
+
+
+def plan_of(batches: Sequence[Batch], examples: Sequence[Example], setup: Setup) -> Plan:
+    """The step as it was packed, as the roofline takes it."""
+    pairs = sum(batch.rows * batch.row_length**2 for batch in batches)
+    if setup.flex:  # which skips what nobody sees
+        pairs = sum(seen(example) for example in examples)
+    return Plan(
+        largest=max(batches, key=lambda batch: batch.tokens),
+        micro_batches=len(batches),
+        tokens=sum(batch.tokens for batch in batches),
+        scored=sum(batch.scored_tokens for batch in batches),
+        pairs=pairs,
+    )
+
+
+def seen(example: Example) -> int:
+    """Pairs of an example's tokens of which the one sees the other."""
+    prompt, lengths = len(example.prompt_ids), [len(c.ids) for c in example.completions]
+    return prompt**2 // 2 + sum(n * prompt + n**2 // 2 for n in lengths)
+
+
+def as_rows(measured: dict[str, float | None], plan: Reckoned) -> list[tuple[str, float | None, float | None]]:
+    """(part, measured, planned) MiB, without parts that neither has."""
+    rows: list[tuple[str, Any, Any]] = [(name, value, plan.parts.get(name)) for name, value in measured.items()]
+    return [row for row in rows if row[1] or row[2] or row[0] == "all"]
