@@ -65,8 +65,8 @@ class InProcess:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """As many at a time as fit into memory. Raises UserError where one alone does not. With sharded weights called on
-        all processes; within, each takes its time."""
+        """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
+        which each takes its time."""
         mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
         with gathered(self.policy, self.accelerator), mixed, inference(self.policy):
             return self.say(requests, sampling)
