@@ -119,14 +119,14 @@ def built(words: list[str]) -> Any:
 
 def sample(words: list[str], kind: str = "ddp") -> dict[str, Any]:
     """Training, in which every other process takes longer over its rollouts, in more passes."""
-    once = InProcess.sample
+    once = InProcess.say
 
     def slower(*args: Any, **kwargs: Any) -> list[list[Sample]]:
         for _ in range(PartialState().process_index % 2):
             once(*args, **kwargs)
         return once(*args, **kwargs)
 
-    with patch.object(InProcess, "sample", slower):
+    with patch.object(InProcess, "say", slower):
         return train(words, kind)
 
 

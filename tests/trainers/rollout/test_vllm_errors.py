@@ -207,6 +207,13 @@ def test_a_failed_sync_can_be_tried_again_and_leaves_nothing(small, engine):
     assert small.models() == [] and not engine.adapters.folder.exists()
 
 
+def test_an_address_may_end_as_other_clients_want_it(small, tmp_path):
+    engine = VLLM(with_adapter(small_model()), [small.url + "/v1/"], timeout=60.0, folder=tmp_path / "adapters")
+    engine.sync(1)
+    assert [path for path, _ in small.asked] == ["/v1/load_lora_adapter"]
+    engine.close()
+
+
 def test_a_key_is_sent(small, engine, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     engine.sync(1)

@@ -14,6 +14,7 @@ from logratio.trainers.policy.tiny import tiny_model
 from logratio.trainers.rollout.engines import server as server_module
 from logratio.trainers.rollout.rollouts import Rollouts
 
+from .._runs import completions
 from ..processes._launch import launch, log_of
 from ._server import RealServer, SmallServer, logps_of
 
@@ -40,6 +41,10 @@ def at(*urls, timeout="60"):
 
 def weights(folder):
     return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def said_in(folder):
+    return [(row["step"], row["row"], row["completion"]) for row in completions(folder)]
 
 
 def assert_same(one, other, tolerance=0.0):
@@ -122,17 +127,19 @@ def test_a_whole_model_is_refused_before_anything_is_loaded(workspace, capsys):
 @pytest.mark.parametrize("dead", [False, True])
 def test_two_processes_have_their_share_and_end_together(small, workspace, dead):
     """The main one tells the server, both ask it."""
-    assert cli.main(words("alone", *at(small.url))) == 0
+    slowly = ["--learning_rate", "1e-4"]  # by which the rounding of a sum over processes counts in AdamW's first steps
+    assert cli.main(words("alone", *at(small.url), *slowly)) == 0
     small.before = lambda path, body: (500, "no") if dead and path == "/v1/completions" else None
-    given = words("out", *at(small.url, timeout="3" if dead else "60"))
+    given = words("out", *at(small.url, timeout="3" if dead else "60"), *slowly)
     done = launch(2, ["-m", "logratio.trainers.cli", *given], Path.cwd(), PYTHONPATH=str(Path.cwd()))
     if not dead:
         assert done.returncode == 0, done.stderr
-        assert_same("alone", "out", 1e-5)
+        assert said_in("alone") == said_in("out")
+        assert_same("alone", "out", 2e-6)
         assert small.models() == []
     else:
         assert done.returncode != 0 and "has not answered for 3 s (500: no)" in done.stderr
-        assert "Traceback" not in done.stderr.replace("torch/distributed", "")
+        assert done.stderr.count("Traceback") == 1, "the launcher's own"
 
 
 @pytest.mark.vllm

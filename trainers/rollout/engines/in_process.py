@@ -65,28 +65,33 @@ class InProcess:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """As many at a time as fit into memory. Raises UserError where one alone does not."""
-        done: dict[tuple[int, int], Sample] = {}
-        wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
+        which each takes its time."""
         mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
         with gathered(self.policy, self.accelerator), mixed, inference(self.policy):
-            while len(done) < len(wanted):
-                rows = min(self.rows, len(wanted))
-                try:
-                    self._run(requests, sampling, done, rows)
-                    continue
-                except torch.OutOfMemoryError:
-                    self.rows = rows // 2
-                free()
-                if not self.rows:
-                    raise UserError(
-                        f"generating one completion of up to {sampling.max_new_tokens} tokens does not fit into "
-                        f"memory: lower --max_completion_length, {REMEDIES}"
-                    )
-                self.tell(
-                    f"rows {self.rows}",
-                    f"out of memory with {rows} completions generated at a time; {self.rows} from here on",
+            return self.say(requests, sampling)
+
+    def say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        """The same, with whole weights at hand."""
+        done: dict[tuple[int, int], Sample] = {}
+        wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
+        while len(done) < len(wanted):
+            rows = min(self.rows, len(wanted))
+            try:
+                self._run(requests, sampling, done, rows)
+                continue
+            except torch.OutOfMemoryError:
+                self.rows = rows // 2
+            free()
+            if not self.rows:
+                raise UserError(
+                    f"generating one completion of up to {sampling.max_new_tokens} tokens does not fit into "
+                    f"memory: lower --max_completion_length, {REMEDIES}"
                 )
+            self.tell(
+                f"rows {self.rows}",
+                f"out of memory with {rows} completions generated at a time; {self.rows} from here on",
+            )
         return [[done[i, k] for k in range(len(request.seeds))] for i, request in enumerate(requests)]
 
     def _run(

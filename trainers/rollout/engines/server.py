@@ -65,7 +65,8 @@ class Server:
                 f"--vllm_server_base_url {url} is no address: it is http:// or https://, a host and a port, as "
                 "http://localhost:8000"
             ) from None
-        self.url, self.prefix, self.timeout = url.rstrip("/"), parts.path.rstrip("/"), timeout
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.prefix = parts.path.rstrip("/").removesuffix("/v1")  # with which other clients want it
         self.heard = -float("inf")  # when it last answered
         self.lock = threading.Lock()  # of who gives it an adapter again
         self.given = -float("inf")  # when it was last given one
