@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from logratio.benchmarks.measure.models import build
+from logratio.trainers.batches.packing import pack
+from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.layers.packed_weights import available, packed_weights
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.rollout.engines import in_process
@@ -114,9 +118,6 @@ def test_stop_strings_end_a_completion_with_the_token_that_completes_them(policy
 
 def test_log_probs_are_the_trainers(policy, tokenizer):
     """What a packed forward pass of the policy gives to the same tokens, at the same temperature, float32."""
-    from logratio.trainers.batches.packing import pack
-    from logratio.trainers.data.examples import Completion, Example
-
     policy = copy.deepcopy(policy)
     policy.temperature, policy.shared = 0.8, True
     said = InProcess(policy, tokenizer).sample(REQUESTS, Sampling(max_new_tokens=20, temperature=0.8))
@@ -124,6 +125,27 @@ def test_log_probs_are_the_trainers(policy, tokenizer):
         (batch,) = pack([Example(list(request.prompt_ids), [Completion(s.ids) for s in samples])], 1000)
         for row, sample in zip(policy(batch).logps, samples, strict=True):
             assert row[: len(sample.ids)].tolist() == pytest.approx(sample.logps, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "prompts"), [("lora", 125), ("qlora", 40)])
+def test_log_probs_of_many_tokens_are_the_trainers(tokenizer, adapter, prompts):
+    """Of 100,000 tokens with LoRA, and 32,000 over nf4: to 1e-6 on average, in float32."""
+    model = build("tiny", adapter, dtype=torch.float32, device=torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    fuse_lora(model)
+    policy = Policy(model, shared=True).eval()
+    requests = [Request([5 + i % 50, *range(7, 7 + i % 13)], [8 * i + k for k in range(8)]) for i in range(prompts)]
+    said = InProcess(policy, tokenizer).sample(requests, Sampling(max_new_tokens=100))
+    differences = []
+    for request, samples in zip(requests, said, strict=True):
+        (batch,) = pack([Example(list(request.prompt_ids), [Completion(s.ids) for s in samples])], 10_000)
+        with torch.no_grad():
+            differences.append((policy(batch).logps - torch.tensor([s.logps for s in samples])).abs().flatten())
+    every = torch.cat(differences)
+    assert len(every) == 800 * prompts and every.mean() < 1e-6 and every.max() < 1e-4
 
 
 def test_what_was_said_before_memory_ran_out_is_kept(policy, tokenizer, monkeypatch):
@@ -147,7 +169,6 @@ def test_what_was_said_before_memory_ran_out_is_kept(policy, tokenizer, monkeypa
 def test_no_weight_is_touched(tokenizer):
     from peft import LoraConfig, get_peft_model
 
-    from logratio.trainers.layers.lora_layers import fuse_lora
     from logratio.trainers.policy.tiny import tiny_model
 
     model = get_peft_model(tiny_model(0), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
