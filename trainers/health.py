@@ -14,6 +14,9 @@ only said: clipping takes the size out of it, and its direction may be good.
 
 A gradient of exactly 0, and a loss that is 0 in float32 (below 2^-24: every sigmoid of a margin is 1, or every token
 certain), for five steps on end, are said: nothing is learned any more, or never was.
+
+Rollouts whose tokens were sampled with other log-probabilities than those that are trained, by more than 0.05 nats on
+average, for five steps on end, are said: ratios of them are off by as much, and nobody has asked to correct for it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ STEPS = 5
 """On end, that make a finding: of fewer, one may be an accident."""
 GRADIENT_FACTOR = 1000.0
 VANISHED = 2.0**-24
+DRIFT = 0.05
+"""Nats a token: a 16-bit sampler is within 0.01 of a 32-bit trainer."""
 
 
 class Health:
@@ -41,6 +46,7 @@ class Health:
 
     def __init__(self, loss: Loss, vocabulary: int, max_grad_norm: float, folder: str | Path) -> None:
         self.rollouts = loss.kind is Kind.GROUPED
+        self.corrected = getattr(loss, "sampling_correction", "none") != "none"
         longest = getattr(loss, "max_completion_length", 1) if self.rollouts else 1
         self.units = {"loss": math.log(vocabulary) * longest, "grad_norm": max_grad_norm or 1.0}
         self.factors = {"loss": 10.0 if loss.kind is Kind.SEQUENCE else 100.0, "grad_norm": GRADIENT_FACTOR}
@@ -60,6 +66,7 @@ class Health:
             if last:
                 notes.append(f"step {step}, the last: {said}; what is saved may be of no use")
         steep = math.isfinite(norm) and self._far("grad_norm", norm)  # a gradient scaler overflows on purpose
+        drift = row.get("sampling/logp_diff_mean", 0.0)
         vanished = not self.rollouts and 0 <= loss <= VANISHED
         for name, holds, text in (
             (
@@ -69,6 +76,12 @@ class Health:
                 "--learning_rate, or look at the data",
             ),
             ("zero", norm == 0, "the gradient is exactly 0, and nothing is learned: is --learning_rate too high?"),
+            (
+                "drift",
+                drift > DRIFT and not self.corrected,
+                f"tokens were sampled with log-probabilities that differ from those trained by {drift:.2g} nats on "
+                "average: --keep_sampling_mask where top_p, top_k or min_p cut some off, else --sampling_correction",
+            ),
             ("vanished", vanished, "the loss is 0 in float32, no margin or token in doubt: nothing is left to learn"),
         ):  # fmt: skip
             if self._streak(name, holds) == STEPS and name not in self.told:

@@ -54,12 +54,14 @@ LEARNING = (
     Chart("Completions cut at the limit", ("completions/clipped_ratio",), note="share"),
     Chart("Groups of equal rewards", ("frac_reward_zero_std",), note="share, from which nothing is learned"),
     Chart("Entropy", ("entropy",), note="nats"),
+    Chart("Sampled beside trained", ("sampling/logp_diff_mean",), log=True, note="|difference| of log-probs, nats"),
     Chart("Token accuracy", ("mean_token_accuracy",)),
     Chart("Gradient norm", ("grad_norm",), log=True, note="before clipping"),
     Chart("Learning rate", ("learning_rate",), noisy=False),
 )
 COST = (
     Chart("Time of a step", ("step_ms",), log=True, note="ms"),
+    Chart("Time of its rollouts", ("rollout_ms",), log=True, note="ms"),
     Chart("Speed", ("tokens_per_s",), note="tokens/s"),
     Chart("Peak memory", ("peak_mem_mib",), noisy=False, note="MiB"),
 )

@@ -166,3 +166,20 @@ def test_what_is_found_is_said_by_the_run(tmp_path, capsys):
     assert train("kto", tmp_path / "out", "--learning_rate", "50", "--max_steps", "9") == 0
     said = capsys.readouterr().out
     assert said.count("up to step 6, for 5 steps on end, the gradient is exactly 0") == 1, said
+
+
+@pytest.mark.parametrize(("correction", "told"), [("none", True), ("token_truncate", False)])
+def test_a_sampler_that_is_not_the_policy_is_said_once_unless_it_is_corrected(correction, told):
+    health = Health(GRPOLoss(sampling_correction=correction), VOCABULARY, 1.0, "nowhere")
+    rows = [{"loss": 0.1, "grad_norm": 1.0, "sampling/logp_diff_mean": d} for d in [0.3] * 4 + [0.01] + [0.2] * 9]
+    said = [health.after(step, row) for step, row in enumerate(rows, start=1)]
+    assert said[:9] == [[]] * 9 and said[10:] == [[]] * 4
+    assert said[9] == (
+        [
+            "up to step 10, for 5 steps on end, tokens were sampled with log-probabilities that differ from those "
+            "trained by 0.2 nats on average: --keep_sampling_mask where top_p, top_k or min_p cut some off, else "
+            "--sampling_correction"
+        ]
+        if told
+        else []
+    )
