@@ -268,3 +268,15 @@ def test_an_object_that_has_gone_is_named(here, capsys):
     assert cli.main(words) == 1
     assert "object:dataset was an object of the program that trained with it" in capsys.readouterr().err
     assert cli.main([*words, "--dataset_name", "arithmetic"]) == 0
+
+
+def test_weights_are_read_and_written_without_bars(here, capfd):
+    """As by the command line; what a script reads itself has its bars as before."""
+    args = SFTConfig("out", **{**PLAIN, "max_steps": 1})
+    trainer = SFTTrainer(model="model", args=args, train_dataset=rows("sft"))
+    trainer.train()
+    trainer.save_model("saved")
+    told = capfd.readouterr().err
+    assert "Loading weights" not in told and "Writing model" not in told
+    AutoModelForCausalLM.from_pretrained("model")
+    assert "Loading weights" in capfd.readouterr().err
