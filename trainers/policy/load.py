@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            with warnings.catch_warnings():  # of HF_HUB_DISABLE_PROGRESS_BARS, which goes before
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str) -> Any:
