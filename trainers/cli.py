@@ -151,8 +151,33 @@ def parse(
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     loss = load_loss(custom) if custom else LOSSES[method]
     words = options_among(argv)
+    check_words(trained or method, loss, argv, more, f"logratio {command} {method}")
     entries = ours(entries, trained or method, loss, words, f"--config {path}", gpu=gpu, quiet=quiet)
     return _filled(method, loss, entries, argv, f"logratio {command} {method}", more)
+
+
+def check_words(method: str, loss: type[Loss], argv: list[str], more: type[Any] | None, prog: str) -> None:
+    """Exit with status 2, as argparse does, and a line for each, where there are options that are none of ours."""
+    parts = [f.default_factory for f in dataclasses.fields(options_of(loss, more))]  # type: ignore[arg-type]
+    known = {f.name for part in parts for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+    given: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values = given.setdefault(name.replace("-", "_"), [])
+            values += [value] if equals else []
+        else:
+            values.append(word)
+    ours = {*known, *(f"no_{name}" for name in known), "help", ""}
+    unknown = {name: value for name, value in given.items() if name not in ours and not name.startswith("tyro_")}
+    if unknown and not {"-h", "--help"} & set(argv):
+        from .trl_names.words import about_words
+
+        words = {name: value for name, value in options_among(argv).items() if name in known}
+        lines = about_words(method, loss, unknown, known, words)
+        sys.stderr.write("\n  ".join([f"logratio: {prog} does not have:", *lines]) + "\n")
+        raise SystemExit(2)
 
 
 def config_of(method: str, loss: type[Loss], entries: dict[Any, Any], argv: Sequence[str] = ()) -> RunConfig:

@@ -37,6 +37,11 @@ class RowError(UserError):
         return cls(place, rest, row) if text.startswith(place) and not rest[:1].isdigit() else None
 
 
+def counted(number: int, name: str) -> str:
+    """ "1 step", "2,000 steps": the number with its noun, whose last word takes an s unless it is one."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """Of its message; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

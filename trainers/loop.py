@@ -26,7 +26,7 @@ from .config import RunConfig
 from .config.numbers import number_of
 from .data.examples import Example
 from .data.sample import sample
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, counted
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
 from .logs.trackers import chosen
@@ -119,7 +119,7 @@ def train_run(
         if main:
             save_run(run.config, run.policy, run.tokenizer, weights)
         log.flush()  # or the lines that still wait are lost without a word
-        log.say(f"{progress.step} steps done; saved in {folder}")
+        log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
         if main and (told_of_push := push_run(run.config.save, Path(folder))):
             log.note(told_of_push)
     return row
@@ -157,7 +157,7 @@ def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog
     progress.best.look(options, progress.step, row)
     if not progress.best.ends(options):
         return False
-    without = f"{progress.best.since} evaluations without a better {options.metric}"
+    without = f"{counted(progress.best.since, 'evaluation')} without a better {options.metric}"
     log.note(f"step {progress.step}: {without}: training ends")
     return True
 
@@ -247,11 +247,12 @@ def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]
     limit = run.config.train.max_grad_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(run.trained, limit)
     grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    halves = run.config.model.dtype != "float32" or run.accelerator.mixed_precision != "no"
+    remedy = f"lower the learning rate{' or use float32' if halves else ''}"
     # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
     if not math.isfinite(grad_norm) and run.accelerator.scaler is None:
         raise UserError(
-            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); "
-            "lower the learning rate or use float32"
+            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); {remedy}"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()

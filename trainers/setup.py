@@ -127,6 +127,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
         shared["output_dir"] = config.train.output_dir
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
+        notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
     frozen = fingerprint(policy, reference_model(reference))

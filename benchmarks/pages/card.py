@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, counted
 
 from .options import options
 from .runs import Run, section, sets_of
@@ -133,7 +133,8 @@ def body_of(run: Run) -> list[str]:
     packages = section(run.about, "versions")
     return [
         f"# {name}",
-        f"{kind} trained by `logratio train {run.method}` from {start} on {data}, for {run.last_step:,} steps.",
+        f"{kind} trained by `logratio train {run.method}` from {start} on {data}, "
+        f"for {counted(run.last_step, 'step')}.",
         "## Use\n\nFrom the directory that the folder lies in, or with its name on the Hub:\n\n"
         f"```python\n{USE[adapter].format(name)}\n```",
         "## Results\n\nThe last values of the log, `metrics.jsonl`.\n\n"
@@ -150,7 +151,7 @@ def data_part(run: Run) -> str:
     """What became of the rows."""
     lines = []
     for one in sets_of(section(run.card, "train")):
-        counts = [f"{one['examples']:,} examples"]
+        counts = [f"{counted(one['examples'], 'example')}"]
         for key, words in COUNTED.items():
             if one.get(key):
                 counts.append(f"{one[key]:,} {words}")

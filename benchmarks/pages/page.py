@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from logratio.benchmarks.reporting.palette import GRID, SERIES
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, counted
 
 from .card import write_card
 from .charts import Chart, learning, rest
@@ -67,7 +67,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[str]:
     write(path, data)
     steps = sum(run.num_steps for run in runs)
     size = len(data) / 1e6
-    told = [f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {steps:,} steps, {size:.2f} MB"]
+    told = [f"{path}: {counted(len(runs), 'run')}, {counted(steps, 'step')}, {size:.2f} MB"]
     return told + ([write_card(runs[0])] if len(runs) == 1 else [])
 
 

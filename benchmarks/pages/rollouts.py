@@ -3,7 +3,6 @@ the first and the last completions of the same prompts."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from markupsafe import Markup
+
+from logratio.trainers.logs.samples import as_turns
 
 from .runs import Run
 from .words import number, shortened, tick
@@ -37,12 +38,14 @@ class Sample:
 
 @dataclass
 class Rollouts:
-    """histograms: (reward's name, its SVG). pairs: (early, late) completions; same: of the same prompts."""
+    """histograms: (reward's name, its SVG). pairs: (early, late) completions; same: of the same prompts.
+    equal: in the place of the best and the worst, where all rewards are equal."""
 
     count: int
     histograms: list[tuple[str, Markup]] = field(default_factory=list)
     best: list[Sample] = field(default_factory=list)
     worst: list[Sample] = field(default_factory=list)
+    equal: list[Sample] = field(default_factory=list)
     pairs: list[tuple[Sample, Sample]] = field(default_factory=list)
     same: bool = True
     last: tuple[int, int] = (0, 0)  # steps of the last stretch
@@ -78,8 +81,11 @@ def rollouts(run: Run) -> Rollouts | None:
         rewards = floats(table, "reward")
         late = np.flatnonzero((steps >= edges[-2]) & np.isfinite(rewards))
         order = late[np.argsort(rewards[late], kind="stable")]
-        found.worst = samples(table, different(table, order.tolist()))
-        found.best = samples(table, different(table, order[::-1].tolist()))
+        ends = [samples(table, different(table, rows)) for rows in (order.tolist(), order[::-1].tolist())]
+        if len(order) and rewards[order[0]] == rewards[order[-1]]:
+            found.equal = ends[0]
+        else:
+            found.worst, found.best = ends
     if len(edges) > 2:
         found.pairs, found.same = pairs(table, steps, int(edges[1]), int(edges[-2]))
     return found
@@ -130,11 +136,7 @@ def prompt_of(table: pa.Table, row: int) -> str:
 
 def text_of(value: Any) -> str:
     """Of text, or of a list of messages."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, list) and all(isinstance(turn, dict) and "content" in turn for turn in value):
-        return "\n".join(f"{turn.get('role', '')}: {turn['content']}" for turn in value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else as_turns(value)
 
 
 def samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:

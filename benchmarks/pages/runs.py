@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, counted
 
 LOG, CONFIG, CARD, SKIPPED = "metrics.jsonl", "run_config.json", "data_card.json", "skipped_rows.jsonl"
 SAID = "notes.jsonl"
@@ -212,7 +212,7 @@ def read_log(path: Path) -> tuple[dict[str, Column], int, int, list[str]]:
         notes.append(f"{LOG}: its last line is cut off, and left out")
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        notes.append(f"{LOG}: {len(bad)} line{'s' if len(bad) > 1 else ''} could not be read and left out ({shown})")
+        notes.append(f"{LOG}: {counted(len(bad), 'line')} could not be read and left out ({shown})")
     if back:
         notes.append(f"{LOG}: its steps go back at line {back[0]}; where a step comes twice, the later line counts")
     return columns, count, last, notes

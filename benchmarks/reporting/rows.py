@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from logratio.trainers.errors import counted
+
 Row = dict[str, Any]
 
 OURS = "logratio"
@@ -90,7 +92,7 @@ def sources(rows: Sequence[Row]) -> str:
     out = "".join(f"- {_source(group)}\n" for _, group in sorted(found.items()))
     older = sum(row.get("older", 0) for row in rows)
     if older:
-        out += f"- {older} older line{'s' if older > 1 else ''} of the same measurements: not shown.\n"
+        out += f"- {counted(older, 'older line')} of the same measurements: not shown.\n"
     return "Source:\n\n" + out
 
 
@@ -105,7 +107,7 @@ def _source(rows: Sequence[Row]) -> str:
         if all((row["certificate"].get("settings") or {}).get(key) == value for row in rows)
     ]
     if rows[0]["gpu"] == "cpu" and record.get("threads"):
-        machine.append(f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}")
+        machine.append(f"{counted(record['threads'], 'thread')}")
     python = [f"Python {record['python']}"] if record.get("python") else []
     parts = [lines_of(rows), ", ".join(machine), f"commit {record.get('commit')}", f"`{record.get('command')}`"]
     return "; ".join(filter(None, [*parts, ", ".join([*python, *versions]), ", ".join(common)])) + "."

@@ -110,7 +110,7 @@ def test_a_bad_row_is_skipped_where_asked(run, tmp_path, name):
     words = "--dataset_name rows.jsonl --max_steps 1 --batch_size 3 --output_dir out --on_bad_row skip"
     said = run(f"train {method} {words}")
     assert said.status == 0, said
-    assert "1 rows skipped" in said.output
+    assert "1 row skipped" in said.output
     (skipped,) = [json.loads(x) for x in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
     assert (skipped["line"], skipped["row"]) == (2, 1) and names in skipped["reason"]
 

@@ -121,7 +121,7 @@ def test_yaml_gives_the_same_options_and_the_command_line_wins(tmp_path):
         ("num_generations: 4", "num_generations: 4: an option of grpo"),
         ("- beta", "must map option names to values, got a list"),
         ("beta: [1", "cannot be read: while parsing a flow sequence"),
-        (None, "cannot be read: [Errno 2] No such file or directory"),
+        (None, "there is no such file"),
     ],
 )
 def test_yaml_that_cannot_be_used(tmp_path, capsys, text, message):

@@ -265,17 +265,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(
     assert not list(folder.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [("float32", "lower the learning rate"), ("bfloat16", "lower the learning rate or use float32")],
+)
 def test_a_gradient_that_is_not_finite_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dtype: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With what can be done about it: what is float32 already cannot become so."""
     # its value is 0 and its slope infinite where policy and reference agree
     steep = DPOType(lambda r, loss: (r.margin.abs() + 0 * r.chosen).sqrt(), False, False)
     monkeypatch.setitem(DPO_TYPES, "steep", steep)
     command = ["train", "dpo", "--lora_r", "4", "--loss_type", "steep", "--batch_size", "2", "--no-shuffle"]
+    command += ["--dtype", dtype]
     assert main([*command, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.strip() == (
-        "logratio: step 1: the gradient is not finite, though the loss is (rows 0, 1 of the data set); "
-        "lower the learning rate or use float32"
+        f"logratio: step 1: the gradient is not finite, though the loss is (rows 0, 1 of the data set); {remedy}"
     )
 
 

@@ -159,6 +159,11 @@ def test_a_run_that_was_done_only_saves_again(capsys):
     assert all(torch.equal(kept[k], v) for k, v in weights("out").items()) and len(log("out")) == 6
 
 
+def test_one_step_is_not_several(capsys):
+    train("sft", "--max_steps", "1")
+    assert "\n1 step done; saved in out\n" in capsys.readouterr().out
+
+
 def test_without_a_checkpoint_latest_begins(capsys):
     train("sft", *LATEST)
     assert "out has no checkpoint to go on from: the run begins" in capsys.readouterr().out

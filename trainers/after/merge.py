@@ -1,4 +1,4 @@
-"""`logratio merge RUN --output_dir DIR`: an adapter added into its base, as one model.
+"""`logratio merge RUN DIR`: an adapter added into its base, as one model.
 
 The weights become W + (alpha / r) B A, rounded to the dtype in which they are saved. Of a run on nf4 weights W is what
 these stand for, since that is what the adapter was trained on; not the weights that they were made from. What rounding
@@ -7,6 +7,7 @@ costs is measured on real text and said: the difference of log-probabilities bef
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,10 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """A run's output_dir, or any folder with an adapter of PEFT."""
-    output_dir: str
+    folder: tyro.conf.Positional[str | None] = None
     """Folder for the merged model; it must not exist, or be empty."""
+    output_dir: str | None = None
+    """The same by its name."""
     dtype: Dtype = "float32"
     """Of the merged weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -46,6 +49,9 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Add an adapter into its base model, from nf4 too, and say what that changes."""
     options = tyro.cli(Options, args=argv, prog="logratio merge", use_underscores=True)
+    if (options.folder is None) == (options.output_dir is None):
+        raise UserError(f"name one folder for the merged model: logratio merge {options.run} FOLDER")
+    options = dataclasses.replace(options, output_dir=options.folder or options.output_dir)
     answer = merged(options)
     print(
         f"merged into {options.output_dir} ({options.dtype}); over {answer['tokens']} tokens the log-probabilities "
@@ -59,9 +65,9 @@ def merged(options: Options) -> dict[str, Any]:
     """Merge, save, and compare what is saved. UserError where there is no adapter, or the folder is used."""
     if base_of(options.run) is None:
         raise UserError(f"{options.run} holds no adapter (adapter_config.json), so there is nothing to merge")
-    folder = Path(options.output_dir)
+    folder = Path(options.output_dir or "")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output_dir {folder} is there and not empty; name another")
+        raise UserError(f"{folder} is there and not empty; name another")
     device = device_of(options.device)
     trained, tokenizer = load_trained(options.run, "float32", device)
     before = logps(trained, tokenizer)

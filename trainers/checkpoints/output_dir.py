@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,7 @@ MODEL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "checkpoint-*", BASE_MODEL),
 )
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*")
 LOCK = ".lock"
 SLACK = 64 * 2**20  # bytes, for the log and the tokenizer
 
@@ -54,8 +56,8 @@ def check_output(config: RunConfig) -> None:
     if not config.train.overwrite_output_dir:
         on = ", go on with it by --resume_from_checkpoint latest" if checkpoints_in(folder) else ""
         raise UserError(
-            f"--output_dir {name} holds another run's model ({found[0].name}); choose another folder{on}, or replace "
-            "it with --overwrite_output_dir"
+            f"--output_dir {name} holds {held(folder, found)}; choose another folder{on}, or replace it with "
+            "--overwrite_output_dir"
         )
     for option in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
         start = getattr(config.model, option)
@@ -65,6 +67,26 @@ def check_output(config: RunConfig) -> None:
                 f"--overwrite_output_dir would remove --{option} {start}, which training starts from; choose another "
                 "--output_dir"
             )
+
+
+def held(folder: Path, found: Sequence[Path]) -> str:
+    """What a folder holds, in words: a model, or a run that stopped before it had saved one. found: its files."""
+    step = last_step(folder)
+    if any(path.match(pattern) for path in found for pattern in WEIGHTS) or step is None:
+        return f"another run's model ({found[0].name})"
+    return f"a run that stopped at step {step}, {'with a' if checkpoints_in(folder) else 'without a'} checkpoint"
+
+
+def last_step(folder: Path) -> int | None:
+    """Of the last whole line of the folder's metrics.jsonl."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines[-2:]):  # the last may be cut
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return None
 
 
 def goes_on_in(config: RunConfig, folder: Path) -> bool:

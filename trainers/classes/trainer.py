@@ -27,6 +27,7 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..ground.given import giving
 from ..ground.signals import stopping
+from ..policy.load import without_bars
 from ..processes.sharding import full_weights
 from ..processes.watching import ending_together
 from ..setup import Run, build
@@ -105,6 +106,10 @@ class Trainer:
     @cached_property
     def run(self) -> Run:
         """Everything the loop works with, loaded when it is first asked for."""
+        with without_bars():
+            return self._built()
+
+    def _built(self) -> Run:
         model = self.config.model
         if self.config.wants_reference and not (
             model.lora_r or model.adapter_name_or_path or model.ref_model_name_or_path
@@ -144,7 +149,7 @@ class Trainer:
             path = "latest" if resume_from_checkpoint is True else str(resume_from_checkpoint)
             self.config = self._configured(resume_from_checkpoint=path)
         main = os.environ.get("RANK", "0") == "0"
-        with ending_together(), locked(self.config.train.output_dir, main=main):
+        with without_bars(), ending_together(), locked(self.config.train.output_dir, main=main):
             run = self.run
             self._trained = True
             self.events.call("on_train_begin")
@@ -170,7 +175,7 @@ class Trainer:
         run, folder = self.run, Path(output_dir or self.config.train.output_dir)
         weights = full_weights(run.policy, run.accelerator)
         if run.accelerator.is_main_process:
-            with base_model(run.config, run.policy):
+            with without_bars(), base_model(run.config, run.policy):
                 save(run.policy, run.tokenizer, folder, weights)
 
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:

@@ -15,7 +15,11 @@ def read_entries(path: Path, source: str | None = None) -> dict[Any, Any]:
     source = source or f"--config {path}"
     try:
         entries = yaml.safe_load(path.read_text()) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        raise UserError(f"{source}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{source} must map option names to values, got a {type(entries).__name__}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from logratio.losses import Kind
+from logratio.losses import LOSSES, Kind
 
 from ..errors import RowError, UserError, shown
 from .conversations import as_messages, check_value, is_written_out, template_options, with_system
@@ -94,7 +95,8 @@ def _layout(row: Mapping[str, Any], where: str, kind: Kind, gold: bool) -> Layou
     columns = _columns_of(row, kind)
     if columns is None:
         expected = ", or ".join(" and ".join(columns) for columns in COLUMNS[kind])
-        raise UserError(f"{where} has the columns {', '.join(row) or '(none)'}, expected {expected}")
+        hint = _hint(row, kind)
+        raise UserError(f"{where} has the columns {', '.join(row) or '(none)'}, expected {expected}{hint}")
     if gold and row.get(GOLD) is None:
         raise UserError(
             f"{where} has no {GOLD!r}, the gold completion that this method learns from beside chosen and "
@@ -124,6 +126,22 @@ def _layout(row: Mapping[str, Any], where: str, kind: Kind, gold: bool) -> Layou
 
 def _columns_of(row: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
     return next((columns for columns in COLUMNS[kind] if all(row.get(c) is not None for c in columns)), None)
+
+
+def _hint(row: Mapping[str, Any], kind: Kind) -> str:
+    """What to do about columns that will not do: a name that is near one that is missing, or the method that they are
+    for; "" where neither is known."""
+    known = {column for sets in COLUMNS.values() for columns in sets for column in columns}
+    missing = sorted({column for columns in COLUMNS[kind] for column in columns} - row.keys())
+    for name in (column for column in row if column not in known):
+        if near := difflib.get_close_matches(str(name), missing, n=1, cutoff=0.75):
+            return f"; is {name!r} meant to be {near[0]!r}? then rename it"
+    found = {other: columns for other in COLUMNS if (columns := _columns_of(row, other)) is not None}
+    if not found:
+        return ""
+    best = max(found, key=lambda other: (len(found[other]), other is Kind.PAIRED))
+    method = next(name for name, loss in LOSSES.items() if loss.kind is best)
+    return f"; these are {method}'s columns: logratio train {method}"
 
 
 def read_sources(bad: BadRows, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Source]:

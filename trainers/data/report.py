@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import RowError, UserError
+from ..errors import RowError, UserError, counted
 from .rows import Rows
 
 SHOWN_REASONS = 3
@@ -34,9 +34,9 @@ class BadRows:
     def check_left(self) -> None:
         """Raise UserError where no row can be used."""
         if len(self.found) == len(self.rows):
-            raise UserError(
-                f"{self.rows.name}: none of its {len(self.rows)} rows can be used: {count_reasons(self.errors())}"
-            )
+            count = len(self.rows)
+            none = "its only row cannot" if count == 1 else f"none of its {counted(count, 'row')} can"
+            raise UserError(f"{self.rows.name}: {none} be used: {count_reasons(self.errors())}")
 
     def errors(self) -> list[RowError]:
         return [self.found[row] for row in sorted(self.found)]
@@ -146,20 +146,22 @@ class Report:
         )
 
     def __str__(self) -> str:
-        notes = [f"{self.name}: {self.examples} examples"]
+        notes = [f"{self.name}: {counted(self.examples, 'example')}"]
         if self.labels:
             notes.append(f"{self.labels[0]} of them desirable")
         if self.weighted:
             notes.append(f"{self.weighted} of them with weights other than 1")
         if self.bad and self.bad.found:
             errors = self.bad.errors()
-            notes.append(f"{len(errors)} rows skipped ({count_reasons(errors)})")
+            notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
         if self.dropped:
             notes.append(f"{self.dropped} dropped, with nothing scored within max_length")
         if self.truncated:
-            notes.append(f"{self.truncated} completions truncated by {self.tokens_cut} tokens in all")
+            notes.append(
+                f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"
+            )
         if self.identical:
-            notes.append(f"{self.identical} pairs with identical chosen and rejected")
+            notes.append(f"{counted(self.identical, 'pair')} with identical chosen and rejected")
         if self.moved:
             notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
         if self.begun:

@@ -27,7 +27,7 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.received = signal.Signals(number).name
-        more = "; once more leaves at once" if number == signal.SIGINT else ""
+        more = "; a second Ctrl-C ends it now, without one" if number == signal.SIGINT else ""
         with contextlib.suppress(OSError):  # not by print: the signal may have come in the middle of one
             os.write(
                 2, f"\nlogratio: {self.received}: the run ends after this step, with a checkpoint{more}\n".encode()

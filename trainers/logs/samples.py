@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,35 @@ def best_and_worst(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
     prompts = list(dict.fromkeys(row["row"] for row in rows))
     group = [row for row in rows if row["row"] == prompts[step % len(prompts)]]
     group.sort(key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))  # in turn where they are equal
-    said = [one_line(row["completion"]) for row in (group[0], group[-1])]
-    lines = [fitted(f"step {step}, row {group[0]['row']}: ", one_line(group[0]["prompt"]), width, end=True)]
+    said = [one_line(as_turns(row["completion"])) for row in (group[0], group[-1])]
+    lines = [fitted(f"step {step}, row {group[0]['row']}: ", one_line(as_turns(group[0]["prompt"])), width, end=True)]
     for row, text in zip((group[0], group[-1]), said, strict=True):
         cut = " (cut)" if row["finish_reason"] == "length" else ""
         lines.append(fitted(f"  {rewards_of(row)}{cut}: ", text, width))
     return lines
+
+
+def as_turns(value: Any) -> str:
+    """Text as it is; a list of messages, or one written out as JSON as completions.parquet has it, turn by turn."""
+    turns = value
+    if isinstance(value, str):
+        if not value.startswith("[{"):
+            return value
+        try:
+            turns = json.loads(value)
+        except ValueError:
+            return value
+    if not isinstance(turns, list) or not all(
+        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in turns
+    ):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return "\n".join(f"{one['role']}: {_content(one['content'])}" for one in turns)
+
+
+def _content(value: Any) -> str:
+    return (
+        "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    )
 
 
 def rewards_of(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config import ModelConfig
-from ..errors import UserError, first_line
+from ..errors import UserError, counted, first_line
 from ..ground.given import PREFIX, given
 from ..processes.sharding import is_sharded
 from .checks import check_finite, foreign
@@ -202,7 +202,7 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
                     raise
                 raise UserError(f"{fault}{made_for}: {mismatch(error)}") from error
             if keys := result.missing_keys:
-                raise UserError(f"{fault}{made_for}: it lacks {len(keys)} weights, the first {keys[0]}")
+                raise UserError(f"{fault}{made_for}: it lacks {counted(len(keys), 'weight')}, the first {keys[0]}")
             if keys := result.unexpected_keys:
                 raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
         model.set_adapter("default")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ..errors import UserError, first_line
+from ..errors import UserError, counted, first_line
 
 # Of a matrix, how many weights are asked whether a step can move them.
 SAMPLED_WEIGHTS = 4096
@@ -75,12 +75,12 @@ def check_loaded(name: str, info: dict[str, Any]) -> list[str]:
             "config.json"
         )
     if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"the model {name!r} could not be loaded: its files lack {len(missing)} weights, the first {missing[0]}; "
-            "they would be random"
-        )
+        lacking = f"its files lack {counted(len(missing), 'weight')}, the first {missing[0]}"
+        raise UserError(f"the model {name!r} could not be loaded: {lacking}; they would be random")
     if unused := sorted(info["unexpected_keys"]):
-        return [f"{len(unused)} weights in the files of {name} are not used by the model, the first {unused[0]}"]
+        return [
+            f"the model does not use {counted(len(unused), 'weight')} in the files of {name}, the first {unused[0]}"
+        ]
     return []
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,22 @@ from ..layers.fused import fuse_layers
 from ..layers.liger import check_liger, use_liger
 from ..layers.nf4 import keep_layout
 from .checks import check_finite, check_folder, check_loaded, foreign
+from .reach import asking_once
 from .tiny import TINY, tiny_model, tiny_tokenizer
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of reading and writing weights; after it, what it did before."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            with warnings.catch_warnings():  # of HF_HUB_DISABLE_PROGRESS_BARS, which goes before
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
 
 
 def load_tokenizer(name: str) -> Any:
@@ -27,7 +45,7 @@ def load_tokenizer(name: str) -> Any:
         return tiny_tokenizer()
     if (own := given(name)) is not None:
         return complete(own.tokenizer, own.name)
-    with foreign(f"no tokenizer could be loaded from {name!r}"):
+    with foreign(f"no tokenizer could be loaded from {name!r}"), asking_once(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     return complete(tokenizer, name)
 
@@ -126,7 +144,7 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; what is wrong with them is said by `check_loaded`
     try:
-        with foreign(f"the model {name!r} could not be loaded"):
+        with foreign(f"the model {name!r} could not be loaded"), asking_once(name):
             model, info = load(name, **options)
     finally:
         logging.set_verbosity(verbosity)
@@ -144,7 +162,7 @@ def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
         name = name if own is None else own.name
         check_folder(name, option)
         nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
-        with foreign(f"no model configuration could be loaded from {name!r}{nowhere}"):
+        with foreign(f"no model configuration could be loaded from {name!r}{nowhere}"), asking_once(name):
             config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")

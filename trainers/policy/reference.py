@@ -22,7 +22,7 @@ from logratio.losses import Kind
 from ..batches.packing import PackedBatch, example_tokens, pack
 from ..config import RunConfig
 from ..data.examples import Example
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..layers.switch import set_training
 from ..memory import Memory
 from ..processes.dealing import any_process
@@ -278,7 +278,7 @@ def make_reference(
     if accelerator.is_main_process:
         save_table(path, table, key)
     accelerator.wait_for_everyone()
-    notes += [*memory.take(), f"reference log-probs of {len(examples)} examples written to {path}"]
+    notes += [*memory.take(), f"reference log-probs of {counted(len(examples), 'example')} written to {path}"]
     return StoredReference(table, reference, accelerator), notes
 
 

@@ -18,7 +18,7 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
 from ..data.tokenization import Text
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
 from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
@@ -100,6 +100,13 @@ class Rollouts:
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
+
+    def at_most(self, prompts: int) -> str:
+        """One line: the tokens that are sampled for a step of so many prompts."""
+        of_each = self.config.num_generations + ADVANTAGES[self.config.advantage_type].wants_greedy
+        longest = self.max_completion_length
+        made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
+        return f"a step samples up to {prompts * of_each * longest:,} tokens: {made_of}"
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
         """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the

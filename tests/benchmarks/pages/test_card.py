@@ -89,7 +89,7 @@ def test_the_form_that_the_installed_peft_saves_is_known(tmp_path: Path):
     assert "More Information Needed" in (out / "README.md").read_text()
     assert main([str(out)]) == 0
     text = (out / "README.md").read_text()
-    assert "More Information Needed" not in text and "for 2 steps" in text and "- `rows.jsonl`: 1 examples" in text
+    assert "More Information Needed" not in text and "for 2 steps" in text and "- `rows.jsonl`: 1 example" in text
     assert "data card is there" not in (out / "report.html").read_text()
 
 

@@ -139,6 +139,19 @@ def test_options_are_told_that_differ_from_their_defaults(run: Path):
     assert 'class="changed"' not in default and "<code>lora_alpha</code></th><td>32.0</td>" in default
 
 
+def test_conversations_are_told_turn_by_turn_and_equal_rewards_have_no_best(tmp_path: Path):
+    asked = json.dumps([{"role": "user", "content": "two and two?"}])
+    one = folder(tmp_path / "one", [sampled(step) for step in (1, 2)], options("grpo"))
+    completions(one, [completion(step, f"four {step}", 0.5, prompt=asked) for step in (1, 2)])
+    told = page(one).words
+    assert "user: two and two?" in told and '"role"' not in told
+    assert "All rewards are equal there: no completion is the best or the worst." in told
+    assert "Best" not in told and "Worst" not in told and "Completion step 2" in told
+    completions(one, [completion(2, f"four {reward}", reward, prompt=asked) for reward in (0.5, 1.0)])
+    told = page(one).words
+    assert "Best and worst of step 2" in told and "All rewards are equal" not in told
+
+
 def test_nothing_of_the_data_is_markup(tmp_path: Path):
     config = options("grpo")
     config["data"]["dataset_name"] = [EVIL]

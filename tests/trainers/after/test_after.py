@@ -93,18 +93,22 @@ def test_a_merged_model_is_the_base_with_the_adapter(name, runs, tmp_path, capsy
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
     got = merged.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(got, layer.base_layer.weight + product, rtol=1e-5, atol=1e-6)
-    assert run(capsys, "merge", runs / name, "--output_dir", tmp_path / "merged", status=1).endswith(
+    assert run(capsys, "merge", runs / name, tmp_path / "merged", status=1).endswith(
         "merged is there and not empty; name another"
     )
 
 
 def test_in_16_bits_the_difference_is_said(runs, tmp_path, capsys):
-    run(capsys, "merge", runs / "lora", "--output_dir", tmp_path / "merged", "--dtype", "bfloat16")
+    run(capsys, "merge", runs / "lora", tmp_path / "merged", "--dtype", "bfloat16")
     answer = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert 1e-4 < answer["mean_difference"] < answer["mean_effect"]
 
 
 def test_there_must_be_an_adapter(runs, tmp_path, capsys):
+    for folders in ([], ["one", "--output_dir", "other"]):
+        assert run(capsys, "merge", runs / "lora", *folders, status=1) == (
+            f"logratio: name one folder for the merged model: logratio merge {runs / 'lora'} FOLDER"
+        )
     said = run(capsys, "merge", runs / "full", "--output_dir", tmp_path / "out", status=1)
     assert said == f"logratio: {runs / 'full'} holds no adapter (adapter_config.json), so there is nothing to merge"
     assert not (tmp_path / "out").exists()

@@ -191,3 +191,18 @@ def test_a_run_that_is_refused_leaves_no_folder():
         assert Path("a/b").is_dir()
         raise UserError("no")
     assert not Path("a").exists()
+
+
+def test_what_a_stopped_run_left_is_no_model():
+    """It is said at which step it stopped, by its log, the last line of which may be cut."""
+    folder = Path("out")
+    (folder / "base_model").mkdir(parents=True)
+    found = [folder / "base_model"]
+    assert output_dir.held(folder, found) == "another run's model (base_model)"
+    (folder / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"ste')
+    assert output_dir.held(folder, found) == "a run that stopped at step 7, without a checkpoint"
+    (folder / "checkpoint-5").mkdir()
+    assert output_dir.held(folder, [*found, folder / "checkpoint-5"]) == (
+        "a run that stopped at step 7, with a checkpoint"
+    )
+    assert output_dir.held(folder, [*found, folder / "model-00001-of-00002.safetensors"]).startswith("another run's")

@@ -12,6 +12,7 @@ import trl
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
+from transformers.utils import logging
 
 import logratio.trainers
 from logratio.benchmarks.peers import truths
@@ -268,3 +269,16 @@ def test_an_object_that_has_gone_is_named(here, capsys):
     assert cli.main(words) == 1
     assert "object:dataset was an object of the program that trained with it" in capsys.readouterr().err
     assert cli.main([*words, "--dataset_name", "arithmetic"]) == 0
+
+
+def test_weights_are_read_and_written_without_bars(here, capfd, monkeypatch):
+    """As by the command line; what a script reads itself has its bars as before."""
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # which a command before may have turned off
+    args = SFTConfig("out", **{**PLAIN, "max_steps": 1})
+    trainer = SFTTrainer(model="model", args=args, train_dataset=rows("sft"))
+    trainer.train()
+    trainer.save_model("saved")
+    told = capfd.readouterr().err
+    assert "Loading weights" not in told and "Writing model" not in told
+    AutoModelForCausalLM.from_pretrained("model")
+    assert "Loading weights" in capfd.readouterr().err

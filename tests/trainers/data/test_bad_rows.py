@@ -108,7 +108,7 @@ def test_the_first_row_that_has_the_columns_says_which_they_are():
 def test_nothing_left_is_one_sentence_that_says_why():
     with pytest.raises(UserError, match="^data: none of its 2 rows can be used: 2 x 'completion' has no text to learn"):
         skipping([{"prompt": "q", "completion": " "}] * 2, Kind.SEQUENCE)
-    with pytest.raises(UserError, match="^data: none of its 1 rows can be used: 1 x the prompt has no tokens"):
+    with pytest.raises(UserError, match="^data: its only row cannot be used: 1 x the prompt has no tokens"):
         prepare_prompts(Rows("data", [{"prompt": ""}]), TOKENIZER, on_bad_row="skip")
 
 

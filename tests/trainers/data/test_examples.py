@@ -124,7 +124,7 @@ def test_an_unreachable_hub_name_says_what_was_expected(monkeypatch):
 def test_a_pair_shares_its_prompt_and_ends_in_eos():
     (example,), report = prepared(PAIRS, Kind.PAIRED)
     assert example == Example([ord("a")], [Completion([ord("b"), EOS]), Completion([ord("c"), EOS])], row=0)
-    assert str(report) == "data: 1 examples"
+    assert str(report) == "data: 1 example"
 
 
 def test_max_length_counts_the_prompt_and_one_completion():
@@ -140,7 +140,7 @@ def test_max_length_counts_the_prompt_and_one_completion():
     assert (report.truncated, report.tokens_cut, report.dropped, report.identical) == (3, 8, 1, 1)
     assert str(report) == (
         "data: 2 examples; 1 dropped, with nothing scored within max_length; 3 completions truncated by 8 tokens in "
-        "all; 1 pairs with identical chosen and rejected"
+        "all; 1 pair with identical chosen and rejected"
     )
 
 

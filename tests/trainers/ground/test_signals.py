@@ -55,11 +55,17 @@ def test_a_signal_ends_the_run_behind_its_step_and_it_goes_on(name, at_step, cap
     assert signal.getsignal(getattr(signal, name)) is kept
     error = capfd.readouterr().err
     assert f"logratio: {name}: the run ends after this step, with a checkpoint" in error
+    assert ("; a second Ctrl-C ends it now, without one" in error) == (name == "SIGINT")
     assert error.endswith(
         "logratio: stopped after step 2, saved in out/checkpoint-2; the same command with --resume_from_checkpoint "
         "latest goes on\n"
     )
     assert [step for step, _ in checkpoints_in(Path("out"))] == [2] and not Path("out/model.safetensors").exists()
+    assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 1
+    assert capfd.readouterr().err == (
+        "logratio: --output_dir out holds a run that stopped at step 2, with a checkpoint; choose another folder, go "
+        "on with it by --resume_from_checkpoint latest, or replace it with --overwrite_output_dir\n"
+    )
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out", "--resume_from_checkpoint", "latest"]) == 0
     a, b = load_file("whole/model.safetensors"), load_file("out/model.safetensors")
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,6 +1,7 @@
 """completions.parquet: whole at every moment, every step once, and two of them on the screen."""
 
 import errno
+import json
 import os
 
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.logs import completions
 from logratio.trainers.logs.completions import CompletionParts
 from logratio.trainers.logs.runlog import RunLog
-from logratio.trainers.logs.samples import best_and_worst
+from logratio.trainers.logs.samples import as_turns, best_and_worst
 
 
 def rows_of(step, *rewards, **more):
@@ -115,6 +116,20 @@ def test_best_and_worst_of_a_prompt_are_shown_and_prompts_take_turns():
         "  reward 0.25 (one 0.25, two -0.5) (cut): a\\nb\\x1b[31m",
         "  reward none (one none, two -0.5): 4-2",
     ]
+
+
+def test_conversations_are_shown_as_turns():
+    rows = rows_of(4, 0.0, 1.0)
+    for row in rows:
+        row["prompt"] = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}])
+    rows[1]["completion"] = json.dumps([{"role": "assistant", "content": "4", "tool_calls": []}])
+    assert best_and_worst(rows, 80) == [
+        "step 4, row 0: system: Be brief.\\nuser: 2+2?",
+        "  reward 1: assistant: 4",
+        "  reward 0: 4-0",
+    ]
+    for text in ("[{", '[{"role": "user"}]', "[{}] and more", '{"role": "user", "content": "x"}', "", "plain"):
+        assert as_turns(text) == text
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 200])

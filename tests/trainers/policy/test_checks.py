@@ -93,7 +93,7 @@ BROKEN = {
     ),
     "a weight less": (
         weights(lambda t: t.pop(NORM)),
-        f"the model '.*' could not be loaded: its files lack 1 weights, the first {NORM}; they would be random",
+        f"the model '.*' could not be loaded: its files lack 1 weight, the first {NORM}; they would be random",
     ),
     "a NaN": (
         weights(lambda t: t[NORM].__setitem__(3, float("nan"))),
@@ -126,7 +126,7 @@ def test_weights_that_the_model_does_not_use_are_said(folder):
     weights(lambda t: t.update(value_head=torch.ones(2)))(folder)
     notes = []
     load_model(ModelConfig(model_name_or_path=str(folder)), torch.device("cpu"), notes=notes)
-    assert notes == [f"1 weights in the files of {folder} are not used by the model, the first value_head"]
+    assert notes == [f"the model does not use 1 weight in the files of {folder}, the first value_head"]
 
 
 def test_a_file_or_an_adapter_given_as_the_model(folder):

@@ -300,3 +300,12 @@ def test_the_options_choose_the_formula(policy, tokenizer, options, formula):
     rewards = [[0.1 * i * i + n for i, n in enumerate(ns, 2 * row)] for row, ns in enumerate(lengths)]
     got = [a for e in examples for a in e.advantages]
     assert got == pytest.approx([a for row in formula(rewards, lengths) for a in row], rel=1e-6, abs=1e-9)
+
+
+def test_how_many_tokens_a_step_samples_at_most_is_said(policy, tokenizer):
+    """A greedy completion too, where advantages want one."""
+    each = rollouts(policy, tokenizer, {"one": lambda **given: []})
+    assert each.at_most(1) == "a step samples up to 12 tokens: 1 prompt x 2 completions x --max_completion_length 6"
+    greedy = rollouts(policy, tokenizer, {"one": lambda **given: []}, advantage_type="remax")
+    said = "a step samples up to 1,800 tokens: 100 prompts x 3 completions x --max_completion_length 6"
+    assert greedy.at_most(100) == said

@@ -17,7 +17,7 @@ from logratio.losses import Kind
 
 from ...config import RunConfig
 from ...config.numbers import number_of
-from ...errors import UserError
+from ...errors import UserError, counted
 from ...processes.once import once
 from ..examples import Preparation
 from ..rows import Rows, load_rows
@@ -111,7 +111,7 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     if config.data.eval_size:
         size = number_of(config.data.eval_size, len(train))
         train, evaluation = held_out(train, size or 0, config.train.seed)
-        notes.append(f"{len(evaluation)} examples held out for evaluation, {len(train)} left to train on")
+        notes.append(f"{counted(len(evaluation), 'example')} held out for evaluation, {len(train)} left to train on")
     if config.loss.window_pass == "mismatched" and len(evaluation) == 1:
         raise UserError(
             f"{config.method} cannot be evaluated on a single example, whose prompt needs another's completion"
@@ -203,7 +203,7 @@ def options_of(config: RunConfig) -> dict[str, Any]:
 def held_out(examples: Examples, size: int, seed: int) -> tuple[Examples, Examples]:
     """(to train on, to evaluate on), each in the order of the rows."""
     if size >= len(examples):
-        raise UserError(f"--eval_size {size} leaves nothing of {len(examples)} examples to train on")
+        raise UserError(f"--eval_size {size} leaves nothing of {counted(len(examples), 'example')} to train on")
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     return examples.take(sorted(order[size:])), examples.take(sorted(order[:size]))

@@ -150,7 +150,7 @@ def test_a_run_streams_over_epochs_and_says_what_became_of_the_rows(tmp_path, ca
     assert next(batches(run.data.train, 8, shuffle=True, seed=42)) == taken(run.data.train, 1, 8, seed=42)[0]
     assert train_run(run)["step"] == 5
     said = capsys.readouterr().out
-    assert "rows.jsonl: " in said and "1 completions truncated by" in said and "streamed " in said
+    assert "rows.jsonl: " in said and "1 completion truncated by" in said and "streamed " in said
 
 
 def test_prompts_are_streamed_with_their_columns(tmp_path):
