@@ -130,7 +130,7 @@ REFUSED = {
     "any.yaml --method dqo": "unknown method 'dqo', expected one of: ",
     "any.yaml --method dpo --output any.yaml": "--output any.yaml is no folder that can be written to (File exists)",
     "any.yaml --method dpo --repeats 0": "--repeats must be positive, got 0",
-    "folder": "folder/run_config.json cannot be read: ",
+    "folder": "folder/run_config.json: there is no such file",
     "any.yaml --method dpo --dataset_name none.jsonl --output new/one": "none.jsonl",
     "any.yaml --method dpo --output others": "others/bench.html was not made by `logratio bench`, and is not ",
 }

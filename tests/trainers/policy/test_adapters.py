@@ -70,7 +70,7 @@ BROKEN = {
         FITS + "size mismatch for base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight: ([2, 40]) in "
         "the file, ([2, 32]) in the model",
     ),
-    "a weight less": (weights(lambda t: t.pop(FIRST)), FITS + "it lacks 1 weights, the first "),
+    "a weight less": (weights(lambda t: t.pop(FIRST)), FITS + "it lacks 1 weight, the first "),
     "a weight more": (
         weights(lambda t: t.update(extra=torch.ones(1))),
         FITS + "it holds 1 foreign weights, the first ",
