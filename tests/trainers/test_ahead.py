@@ -1,5 +1,7 @@
 """The next step is packed while this one computes: in the loop, and in what is measured of it."""
 
+import types
+
 import pytest
 import torch
 
@@ -57,12 +59,14 @@ def test_so_does_what_is_measured(events, method, order):
 
 
 def test_what_packing_raises_is_raised_when_it_is_asked_for():
+    first = types.SimpleNamespace(examples=[])
+
     def source():
-        yield 1
+        yield first
         raise ValueError("a bad row")
 
     windows = Ahead(source())
-    assert next(windows) == 1
+    assert next(windows) is first
     windows.prepare()
     with pytest.raises(ValueError, match="a bad row"):
         next(windows)

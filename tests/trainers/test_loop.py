@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -121,6 +121,10 @@ class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
     config = RolloutConfig(num_generations=2)
+    timed: ClassVar[dict[str, Any]] = {}
+
+    def close(self) -> None:
+        pass
 
     def __call__(self, prompts: Any) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from logratio.benchmarks.peers import truths
 from logratio.trainers import again, cli, loop, setup
 from logratio.trainers.ground import randomness
+from logratio.trainers.logs.journal import TIMED
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
@@ -84,8 +85,8 @@ def trained(tmp_path, monkeypatch):
         assert cli.main([*words, *options.split()]) == 0, capsys.readouterr().err
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for row in log:
-            for name in ("step_ms", "tokens_per_s", "peak_mem_mib"):
-                row.pop(name)
+            for name in TIMED:
+                row.pop(name, None)
         return load_file(folder / "adapter_model.safetensors"), log, capsys.readouterr().out
 
     return train

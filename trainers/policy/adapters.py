@@ -206,7 +206,8 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
             if keys := result.unexpected_keys:
                 raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
         model.set_adapter("default")
-    check_head(model, f"the adapter in {path!r} is on", f"the adapter in {path!r} has a copy of")
+    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
+        raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")
     check_finite(model, f"the adapter in {path!r}", trained_only=True)
     if base != TINY:
         model.peft_config["default"].base_model_name_or_path = base  # under which what is saved will be loaded

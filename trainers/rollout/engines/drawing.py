@@ -125,7 +125,7 @@ def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inside = blocks[torch.arange(rows, device=block.device), block].cumsum(-1, dtype=torch.float64)
     place, _ = first_above(inside, wanted - before)
-    return block * BLOCK + place
+    return (block * BLOCK + place).clamp(max=width - 1)
 
 
 def first_above(sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
