@@ -43,7 +43,7 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits
 
 
-QUICK = ("whole", "int8")
+QUICK = ("whole",)
 
 
 @pytest.mark.parametrize(

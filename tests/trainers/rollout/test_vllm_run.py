@@ -84,6 +84,7 @@ def test_it_learns_what_it_learns_in_the_process(small, workspace, monkeypatch):
     assert small.models() == [] and not Path("there/.adapters").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_run_which_goes_on_later(small, workspace, capsys, monkeypatch):
     monkeypatch.setattr(server_module, "FIRST_PAUSE_S", 0.01)
     assert cli.main(words("whole", *at(small.url))) == 0
