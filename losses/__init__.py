@@ -1,21 +1,19 @@
 """The mathematics: `linear_logps` and the losses. Imports torch only, and on a GPU triton."""
 
 from . import dpo_types, grpo_types  # they fill the tables
-from ._two_gemm import Transform
 from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
 from .grpo_sampling import SAMPLING_CORRECTIONS
+from .head import Support, TokenLogps, Transform, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
-from .logps import TokenLogps, linear_logps
 from .metrics import Largest, Mean, Smallest
 from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
-from .support import Support
 from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals
 
 __all__ = [

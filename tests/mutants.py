@@ -58,7 +58,7 @@ ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="*", help="sources to mutate (default: losses/*.py)")
+    parser.add_argument("files", nargs="*", help="sources to mutate (default: all of losses/)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--only", type=int, metavar="LINE", help="only the mutants of this line")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen(root: Path, args: argparse.Namespace) -> list[Mutant]:
-    every = (file for file in sorted((root / "losses").glob("*.py")) if file.name not in APART)
+    every = (file for file in sorted((root / "losses").rglob("*.py")) if file.name not in APART)
     files = [(root / f).resolve() for f in args.files] or list(every)
     found = [m for file in files for m in mutants(file.read_text(), file.relative_to(root).as_posix())]
     found = [m for m in found if args.only in (None, m.line)]
@@ -141,7 +141,7 @@ class Run:
         import torch
 
         torch.set_num_threads(1)
-        sources = [file.as_posix() for file in sorted((self.root / "losses").glob("*.py"))]
+        sources = [file.as_posix() for file in sorted((self.root / "losses").rglob("*.py"))]
         groups = {"losses": self.losses, "last": self.last}
         tasks, failed = [], []
         for name, files in groups.items():

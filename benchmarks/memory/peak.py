@@ -261,8 +261,8 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     """The logits that are alive at a time, and their product with the head's weight, both in float32."""
     import torch
 
-    from logratio.losses._tile import SCRATCH
-    from logratio.losses.logps import TILE_MEMORY, default_chunk_tokens
+    from logratio.losses.head._tile import SCRATCH
+    from logratio.losses.head.logps import TILE_MEMORY, default_chunk_tokens
 
     device = "meta" if setup.on_gpu else "cpu"  # a GPU's rule without its memory, which stands in the table
     with torch.device(device):

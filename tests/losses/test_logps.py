@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from logratio.losses import _tile, linear_logps
-from logratio.losses.logps import IMPLEMENTATIONS
+from logratio.losses import linear_logps
+from logratio.losses.head import _tile
+from logratio.losses.head.logps import IMPLEMENTATIONS
 
 from ._heads import OPTIONS, head, near_certain
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from logratio.losses import _tile, linear_logps
-from logratio.losses._tile import STATS
+from logratio.losses import linear_logps
+from logratio.losses.head import _tile
+from logratio.losses.head._tile import STATS
 
 from ._heads import head
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from logratio.losses import TokenLogps, _tile, linear_logps, logps
-from logratio.losses._tile import STATS
-from logratio.losses.logps import default_chunk_tokens
+from logratio.losses import TokenLogps, linear_logps
+from logratio.losses.head import _tile, logps
+from logratio.losses.head._tile import STATS
+from logratio.losses.head.logps import default_chunk_tokens
 
 OPTIONS = [{}, {"temperature": 0.7, "logit_scale": 1.3}, {"softcap": 2.0, "temperature": 1.5}]
 SUBSETS = [c for n in range(5) for c in itertools.combinations(STATS, n)]

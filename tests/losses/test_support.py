@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from logratio.losses import Support, _tile, linear_logps
-from logratio.losses._tile import CONSTANTS, STATS
+from logratio.losses import Support, linear_logps
+from logratio.losses.head import _tile
+from logratio.losses.head._tile import CONSTANTS, STATS
 from logratio.reference import oracle
 
 from ._heads import OPTIONS, head, near_certain

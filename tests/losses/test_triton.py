@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from logratio.losses import Support, linear_logps, logps
-from logratio.losses._tile import STATS, Coefficients, TorchTile, Transform
+from logratio.losses import Support, linear_logps
+from logratio.losses.head import logps
+from logratio.losses.head._tile import STATS, Coefficients, TorchTile, Transform
 
 from ._heads import OPTIONS, head, near_certain
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from logratio.losses import _triton  # noqa: E402
+from logratio.losses.head import _triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from logratio.losses import linear_logps
-from logratio.losses._tile import STATS
+from logratio.losses.head._tile import STATS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from logratio.benchmarks.memory.peak import (
     weight_bytes,
 )
 from logratio.benchmarks.memory.roofline import BLOCK, EFFICIENCY, Plan, Workload, plan, step_seconds
-from logratio.losses import logps
+from logratio.losses.head import logps
 from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack, split_groups
 from logratio.trainers.config import ModelConfig

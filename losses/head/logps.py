@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..options import check_choice, check_positive
 from ._tile import STATS, Tile, TorchTile, Transform
 from ._two_gemm import TwoGemm
-from .options import check_choice, check_positive
 from .support import OUTSIDE, Kept, Support, checked
 
 IMPLEMENTATIONS = {
