@@ -1,11 +1,12 @@
 """What was sampled reaches the loss: the engine's log-probabilities beside those of the pass that is trained."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from logratio.trainers import cli, setup
+from logratio.trainers import cli, loop, setup
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example
@@ -85,3 +86,20 @@ def test_a_window_that_goes_on_has_what_was_sampled(tmp_path):
     assert one.rpartition("hash")[2] == other.rpartition("hash")[2]
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--load_in_4bit"]], ids=["lora", "qlora"])
+def test_a_thousand_updates_leave_what_is_frozen_to_the_bit(tmp_path, words):
+    """Adapters are never merged into it, and the last step's sampler is the policy of the last step."""
+    small = ["--batch_size", "1", "--num_generations", "2", "--max_completion_length", "4", "--max_steps", "1000"]
+    small += ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward", "--learning_rate", "1e-3"]
+    run = setup.build(parse_train(["grpo", "--lora_r", "2", *small, *words, "--output_dir", str(tmp_path / "out")]))
+    frozen = {name: p.detach().clone() for name, p in run.policy.named_parameters() if not p.requires_grad}
+    trained = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
+    loop.train_run(run)
+    now = dict(run.policy.named_parameters())
+    assert frozen and all(torch.equal(now[name], before) for name, before in frozen.items())
+    assert not any(torch.equal(now[name], before) for name, before in trained.items())
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 1000 and last["sampling/logp_diff_mean"] < 1e-6
