@@ -19,8 +19,8 @@ from typing import Any
 
 from logratio.losses import LOSSES, SAMPLING_CORRECTIONS
 from logratio.losses.options import readers_said
-from logratio.trainers.cli import parse_train
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
+from logratio.trainers.options import parse_train
 
 from .plan import PlanConfig, of_run
 from .planned import Options, planned

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from logratio.losses.options import Count
-from logratio.trainers.cli import parse
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.numbers import check_numbers
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse
 
 from .memory.peak import MARGIN
 from .memory.roofline import EFFICIENCY

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from logratio.trainers import loop, setup
-from logratio.trainers.cli import parse_train
+from logratio.trainers.options import parse_train
 
 from .test_imports import imports
 

@@ -125,9 +125,9 @@ def measured(path: str, processes: str, packed: str, seed: str) -> dict[str, Any
     import torch
 
     from logratio.trainers.batches.packing import pack
-    from logratio.trainers.cli import parse_train
     from logratio.trainers.data.table.load import load_data
     from logratio.trainers.logs.runlog import peak_mem_mib, reset_peak_mem
+    from logratio.trainers.options import parse_train
     from logratio.trainers.policy.tiny import tiny_tokenizer
     from logratio.trainers.setup import (
         batches,

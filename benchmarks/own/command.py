@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from logratio.trainers.cli import RUN, options_among, parse_train
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.files import read_entries
 from logratio.trainers.errors import UserError
 from logratio.trainers.memory import no_room
 from logratio.trainers.migrate import METHODS, method_of
+from logratio.trainers.options import RUN, options_among, parse_train
 
 from ..pages.page import check_target, write
 from ..reporting.records import Records, certificate, device_name

@@ -10,9 +10,10 @@ import yaml
 
 from logratio.benchmarks.plan import ADVICE, Options, main, peak_of_run, planned, verdict
 from logratio.trainers import cli
-from logratio.trainers.cli import COMMANDS, PLANNERS, parse_train
+from logratio.trainers.cli import COMMANDS, PLANNERS
 from logratio.trainers.cli import main as logratio
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from logratio.benchmarks.documents import RECIPES, WAYS, recipe
 from logratio.trainers import cli
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.rollout.text_rewards import format_reward, length_reward
 
@@ -59,7 +60,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def parsed(method, way):
-    return cli.parse_train([method, "--config", str(FOLDER / method / f"{way}.yaml")])
+    return parse_train([method, "--config", str(FOLDER / method / f"{way}.yaml")])
 
 
 def test_every_file_is_one_of_them():

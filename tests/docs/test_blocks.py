@@ -19,6 +19,7 @@ import pytest
 from logratio.benchmarks.own.command import parsed, train_words
 from logratio.trainers import cli
 from logratio.trainers.config import RunConfig
+from logratio.trainers.options import parse_train
 
 from ._pages import PAGES, ROOT, blocks, text_of
 
@@ -104,9 +105,9 @@ def test_what_needs_a_gpu_or_the_hub_has_options_that_there_are(page, line, monk
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "train":
-        assert program == "logratio" and isinstance(cli.parse_train(words[1:]).resolved(1), RunConfig)
+        assert program == "logratio" and isinstance(parse_train(words[1:]).resolved(1), RunConfig)
     elif words[0] == "bench":
-        assert program == "logratio" and isinstance(cli.parse_train(train_words(*parsed(words[1:]))), RunConfig)
+        assert program == "logratio" and isinstance(parse_train(train_words(*parsed(words[1:]))), RunConfig)
     else:
         assert program == "logratio" and words[0] == "plan" and cli.main(words) == 0
         assert "predicted peak memory" in capsys.readouterr().out

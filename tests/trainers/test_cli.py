@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from logratio.losses import LOSSES
-from logratio.trainers import cli
+from logratio.trainers import cli, options
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model
 
 PROMISED = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_s", "step_ms", "peak_mem_mib"}
@@ -94,8 +95,8 @@ def test_a_full_models_configuration_is_its_own(workspace):
 
 
 def test_options_in_any_order_and_spelling():
-    one = cli.parse_train(["dpo", "--beta", "0.3", "--lora_r", "4", "--no-shuffle", "--batch_size=3"])
-    other = cli.parse_train(["dpo", "--batch-size", "3", "--no_shuffle", "--lora-r=4", "--beta", "0.3"])
+    one = parse_train(["dpo", "--beta", "0.3", "--lora_r", "4", "--no-shuffle", "--batch_size=3"])
+    other = parse_train(["dpo", "--batch-size", "3", "--no_shuffle", "--lora-r=4", "--beta", "0.3"])
     assert one == other
     assert (one.loss.beta, one.model.lora_r, one.data.shuffle, one.train.batch_size) == (0.3, 4, False, 3)
 
@@ -106,8 +107,8 @@ def test_yaml_gives_the_same_options_and_the_command_line_wins(tmp_path):
         "learning_rate: 1e-5\nbeta: 0.3\nshuffle: no\ngradient-checkpointing: true\ncompletion_only_loss: true\n"
         "lora_r: 4\nlora_target_modules: [q_proj, v_proj]\nmax_steps: null\nwarmup_steps: 3\noutput_dir: runs/x\n"
     )
-    config = cli.parse_train(["dpo", "--config", str(file), "--beta", "0.7", "--shuffle"])
-    assert config == cli.parse_train(["dpo", "--beta", "0.7", f"--config={file}", "--shuffle"])
+    config = parse_train(["dpo", "--config", str(file), "--beta", "0.7", "--shuffle"])
+    assert config == parse_train(["dpo", "--beta", "0.7", f"--config={file}", "--shuffle"])
     assert config.train.learning_rate == 1e-5 and config.train.warmup_steps == 3 and config.train.max_steps is None
     assert config.loss.beta == 0.7 and config.data.shuffle and config.model.gradient_checkpointing
     assert config.data.completion_only_loss is True
@@ -256,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(workspace, ca
 
 
 def test_methods_are_named_without_loading_them():
-    assert cli.METHODS == tuple(LOSSES)
+    assert options.METHODS == tuple(LOSSES)
 
 
 def test_help_lists_commands_and_options(capsys):
@@ -310,7 +311,7 @@ def test_options_out_of_range_or_unread_are_one_sentence(words, message, capsys)
 
 
 def test_options_of_a_loss_are_of_its_own_class():
-    assert type(cli.parse_train(["dpo", "--loss_type", "cdpo", "--label_smoothing", "0.1"]).loss) is LOSSES["dpo"]
+    assert type(parse_train(["dpo", "--loss_type", "cdpo", "--label_smoothing", "0.1"]).loss) is LOSSES["dpo"]
 
 
 def test_commands_that_only_an_installed_package_has_are_said_to_be_missing(monkeypatch, capsys):

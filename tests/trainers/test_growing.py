@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.benchmarks.peers import truths
-from logratio.trainers import cli, growing, loop, setup
+from logratio.trainers import growing, loop, setup
 from logratio.trainers.errors import UserError
 from logratio.trainers.growing import Growth, make_growth
 from logratio.trainers.memory import Memory
+from logratio.trainers.options import parse_train
 
 MIB = 2**20
 GRADIENTS = 3 * MIB
@@ -90,7 +91,7 @@ def test_a_run_that_grows_trains_what_another_does(words, tmp_path, monkeypatch)
     """Small micro-batches first, whole steps after the first; the step that is packed ahead is packed again."""
     seen = {}
     for name, tokens in (("grown", "auto"), ("given", "8192")):
-        config = cli.parse_train([*words, "--max_steps", "3", "--micro_batch_tokens", tokens, "--output_dir", name])
+        config = parse_train([*words, "--max_steps", "3", "--micro_batch_tokens", tokens, "--output_dir", name])
         monkeypatch.chdir(tmp_path)
         run = setup.build(config)
         if tokens == "auto":
@@ -117,10 +118,10 @@ def test_a_run_that_grows_trains_what_another_does(words, tmp_path, monkeypatch)
 def test_a_run_that_has_grown_goes_on_so(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words += ["--micro_batch_tokens", "auto", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out"]
-    run = setup.build(cli.parse_train(words))
+    run = setup.build(parse_train(words))
     run.step.micro_batch_tokens = 12_345
     loop.train_run(run, quiet=True)
-    again = setup.build(cli.parse_train([*words, "--resume_from_checkpoint", "out/checkpoint-1"]))
+    again = setup.build(parse_train([*words, "--resume_from_checkpoint", "out/checkpoint-1"]))
     again.growth.meter = Device(10**9, 0, 1)
     loop.restore(again)
     assert again.step.micro_batch_tokens == 12_345 and again.growth.meter is None

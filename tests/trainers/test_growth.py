@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from logratio.benchmarks.peers import truths
-from logratio.trainers import cli, loop, setup
+from logratio.trainers import loop, setup
+from logratio.trainers.options import parse_train
 
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
 KEEPING = ("kto", "grpo")  # of these most is kept from step to step: the default form
@@ -32,7 +33,7 @@ def run_of(method: str, folder: Path, steps: int, every: int = 1) -> setup.Run:
     if method in ("dpo", "kto", "grpo"):
         # the reference adapter's rank grows up to the eighth synchronization
         words += ["--sync_ref_model", "--ref_model_sync_steps", str(every), "--ref_model_mixup_alpha", "0.9"]
-    return setup.build(cli.parse_train([method, *words]))
+    return setup.build(parse_train([method, *words]))
 
 
 def alive() -> Counter[str]:

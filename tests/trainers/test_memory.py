@@ -12,6 +12,7 @@ from logratio.benchmarks.peers import truths
 from logratio.trainers import again, cli, loop, setup
 from logratio.trainers.ground import randomness
 from logratio.trainers.logs.journal import TIMED
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
@@ -136,7 +137,7 @@ def test_a_smaller_budget_is_found_and_gives_its_own_bits(method, options, where
 
 def run_of(method, folder, *words):
     """A run that the command line would build."""
-    return setup.build(cli.parse_train([method, "--lora_r", "4", "--output_dir", str(folder), *words]))
+    return setup.build(parse_train([method, "--lora_r", "4", "--output_dir", str(folder), *words]))
 
 
 def test_what_was_done_of_the_step_is_dropped(within, tmp_path):

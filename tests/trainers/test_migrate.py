@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from logratio.trainers import cli, migrate
+from logratio.trainers import migrate
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
 
 GIVEN = (
     "max_seq_length: 64\nlearning_rate: 5e-5\nwarmup_ratio: 0.1\npacking: true\nmodel_init_kwargs: {dtype: float16}\n"
@@ -87,10 +88,10 @@ def test_rloo_is_grpo_with_its_loss(theirs, capsys, tmp_path):
     assert migrate.main(["theirs.yaml", "--method", "rloo", "--output", "ours.yaml"]) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("A_VARIABLE", "0")
-        config = cli.parse_train(["grpo", "--config", "ours.yaml"])
-        assert cli.parse_train(["rloo", "--config", "theirs.yaml"]) == config
+        config = parse_train(["grpo", "--config", "ours.yaml"])
+        assert parse_train(["rloo", "--config", "theirs.yaml"]) == config
         assert os.environ["A_VARIABLE"] == "1"
     assert config.method == "grpo" and config.loss.loss_type == "rloo" and config.loss.beta == 0
     rollout = config.rollout
     assert (rollout.advantage_type, rollout.num_generations, rollout.reward_kl_coef) == ("rloo", 4, 0.05)
-    assert cli.parse_train(["rloo", "--reward_kl_coef", "0.05", "--num_generations", "4"]) == config
+    assert parse_train(["rloo", "--reward_kl_coef", "0.05", "--num_generations", "4"]) == config

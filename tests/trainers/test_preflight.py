@@ -8,11 +8,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from logratio.trainers import setup
-from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.data.table.extremes import extremes_of
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.preflight import Shape, check_before, longest_sequence, read_model
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import BloomConfig, BloomForCausalLM
 
 from logratio.losses import LOSSES
-from logratio.trainers.cli import parse_train
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.optimizer import make_optimizer
+from logratio.trainers.options import parse_train
 from logratio.trainers.setup import batches, build, count_steps, start_accelerator
 
 

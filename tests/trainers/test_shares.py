@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from logratio.trainers.cli import main, parse_train
+from logratio.trainers.cli import main
+from logratio.trainers.options import parse_train
 from logratio.trainers.preflight import copies_of_weights
 
 

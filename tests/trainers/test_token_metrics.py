@@ -9,9 +9,9 @@ from transformers import LlamaConfig
 from logratio.benchmarks.peers.truths import random_model, random_rows
 from logratio.losses import LOSSES
 from logratio.reference import trl
-from logratio.trainers import cli
 from logratio.trainers.data.examples import prepare
 from logratio.trainers.data.rows import Rows
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference
 from logratio.trainers.policy.tiny import tiny_tokenizer
@@ -58,6 +58,6 @@ def test_they_are_trls(method, model):
 
 def test_training_asks_for_them_and_the_loss_alone_does_not(tmp_path):
     options = f"sft --z_loss_coef 1e-4 --learning_rate 1e-3 --output_dir {tmp_path}/out"
-    run = cli.parse_train(options.split())
+    run = parse_train(options.split())
     policy, _ = make_policy(run, torch.device("cpu"))
     assert set(policy.stats) == {"log_z", "entropy", "is_top1"} and run.loss.stats == ("log_z",)

@@ -22,11 +22,11 @@ from .. import loop
 from ..checkpoints.hub import push
 from ..checkpoints.model import base_model, save
 from ..checkpoints.output_dir import locked, model_files
-from ..cli import config_of
 from ..config import RunConfig
 from ..errors import UserError
 from ..ground.given import giving
 from ..ground.signals import stopping
+from ..options import config_of
 from ..policy.load import without_bars
 from ..processes.sharding import full_weights
 from ..processes.watching import ending_together

@@ -10,7 +10,7 @@ import pytest
 from logratio.benchmarks.memory.geometry import Geometry
 from logratio.benchmarks.own.command import name_of, names_a_run, parsed, train_words
 from logratio.trainers import cli
-from logratio.trainers.cli import parse_train
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_config
 
 from ..pages._chromium import browser, chromium

@@ -23,9 +23,9 @@ from logratio.benchmarks.own.subject import EQUAL, build_subject
 from logratio.benchmarks.own.theirs import case_of, loss_options, trl_options
 from logratio.losses import CPOLoss, DPOLoss, GRPOLoss, KTOLoss, SFTLoss
 from logratio.trainers import preflight
-from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
 from logratio.trainers.setup import batches
 
 NAMED = {"beta", "loss_type", "loss_weights", "epsilon_high", "label_smoothing", "desirable_weight"}

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from logratio.losses import LOSSES, Kind
-from logratio.trainers.cli import parse_train
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.layers.lora_layers import FusedLora
 from logratio.trainers.loop import train_run
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.dropout import as_configured, rates, switch_off
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy import reference
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.reference import (

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from logratio.benchmarks.peers.truths import exact
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.cli import parse_train
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER, Policy
 from logratio.trainers.policy.reference import AdapterReference, ModelReference

@@ -23,11 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from logratio.losses.advantages import ADVANTAGES
 from logratio.trainers import cli, loop, setup
-from logratio.trainers.cli import parse_train
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.memory import Memory
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.reference import ModelReference
 from logratio.trainers.processes import summing
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state

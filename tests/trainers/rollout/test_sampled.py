@@ -8,8 +8,8 @@ import torch
 
 from logratio.trainers import cli, loop, setup
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.reference import behavior_of
 from logratio.trainers.rollout.windows import roll_out
 

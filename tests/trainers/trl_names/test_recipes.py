@@ -11,6 +11,7 @@ import torch
 from logratio.losses import DPOLoss, GRPOLoss, KTOLoss, ORPOLoss, SFTLoss
 from logratio.trainers import cli, migrate
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, RunConfig, SaveConfig, TrainConfig
+from logratio.trainers.options import parse_train
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("sft", "dpo", "kto", "orpo", "grpo")
@@ -115,7 +116,7 @@ def recipe(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_becomes_the_run_that_it_means(method, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli.parse_train([method, "--config", recipe(method)]) == EXPECTED[method]
+    assert parse_train([method, "--config", recipe(method)]) == EXPECTED[method]
     shown = capsys.readouterr().out
     assert shown.startswith(f"--config {recipe(method)}, judged by TRL 1.16's names\n")
     assert "refused" not in shown and "\x1b" not in shown
@@ -124,17 +125,17 @@ def test_it_becomes_the_run_that_it_means(method, monkeypatch, capsys):
 def test_a_files_variables_are_set_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     (tmp_path / "theirs.yaml").write_text("env: {TOKENIZERS_PARALLELISM: false}\nno_cuda: true\n")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    cli.parse_train(["sft", "--config", str(tmp_path / "theirs.yaml")])
+    parse_train(["sft", "--config", str(tmp_path / "theirs.yaml")])
     assert os.environ["TOKENIZERS_PARALLELISM"] == "False" and os.environ["ACCELERATE_USE_CPU"] == "true"
     (tmp_path / "ours.yaml").write_text("env: {TOKENIZERS_PARALLELISM: 1}\nlora_r: 4\n")
     capsys.readouterr()
-    assert cli.parse_train(["sft", "--config", str(tmp_path / "ours.yaml")]).model.lora_r == 4
+    assert parse_train(["sft", "--config", str(tmp_path / "ours.yaml")]).model.lora_r == 4
     assert os.environ["TOKENIZERS_PARALLELISM"] == "1" and capsys.readouterr().out == ""
 
 
 def test_another_process_than_the_first_shows_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    cli.parse_train(["dpo", "--config", recipe("dpo")])
+    parse_train(["dpo", "--config", recipe("dpo")])
     assert capsys.readouterr().out == ""
 
 
@@ -151,7 +152,7 @@ def test_migrated_it_is_the_same_run_and_says_nothing_more(method, monkeypatch, 
     assert migrate.main([recipe(method), "--method", method, "--output", str(written)]) == 0
     said = capsys.readouterr().out
     assert said.endswith(f"written to {written}: logratio train {method} --config {written}\n")
-    assert cli.parse_train([method, "--config", str(written)]) == EXPECTED[method]
+    assert parse_train([method, "--config", str(written)]) == EXPECTED[method]
     assert capsys.readouterr().out == ""
 
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logratio.trainers.cli import parse_train
 from logratio.trainers.config import DataConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.data.table.load import load_data
@@ -17,6 +16,7 @@ from logratio.trainers.data.table.stored import Table
 from logratio.trainers.data.table.writer import TableWriter
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import batches, build
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from logratio.trainers.processes import once
-from logratio.trainers.cli import parse_train
+from logratio.trainers.options import parse_train
 from logratio.trainers.data.examples import Preparation
 from logratio.trainers.data.table import making
 from logratio.trainers.data.table.load import load_data

@@ -8,13 +8,13 @@ import datasets
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.cli import parse_train
 from logratio.trainers.data.examples import Preparation, Rows, load_rows, prepare, prepare_prompts
 from logratio.trainers.data.table import streaming
 from logratio.trainers.data.table.load import load_data
 from logratio.trainers.data.table.streaming import Stream
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
+from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import batches, build
 
