@@ -1,10 +1,10 @@
 """The suite `rollout`: completions of prompts, and the whole GRPO steps that learn from them, beside TRL's trainer.
 
 A step is what a run does with its prompts: rollouts, rewards, advantages, packing or padding, forward, backward and the
-update. Of it `rollout_ms` is the time in which completions are sampled. Contestants take turns, each on a copy of the
-same weights under the same adapters, with the same prompts, options and number of completions; what they sample are
-tokens of their own. With `ends` a completion ends at every token with the same probability, so that lengths are
-geometric with a mean of half the limit; else only the limit ends one.
+update. Of it `rollout_ms` is the time in which completions are sampled, on the host's clock: all have their tokens there
+at its end. Contestants take turns, each on a copy of the same weights under the same adapters, with the same prompts,
+options and number of completions; what they sample are tokens of their own. With `ends` a completion ends at every token
+with the same probability, so that lengths are geometric with a mean of half the limit; else only the limit ends one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from logratio.reference._trl_drive import constructed
 from logratio.trainers.again import learn
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
+from logratio.trainers.layers.fused import fuse_layers
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.optimizer import adamw, trained_parameters
 from logratio.trainers.policy.policy import Policy
@@ -40,9 +42,10 @@ from logratio.trainers.rollout.windows import roll_out
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .clock import wait
+from .clock import interleaved
 from .contestants import LEARNING_RATE, apply_update
 from .models import build
+from .step import Figures, attempt
 
 CONTESTANTS = ("logratio", "trl", "transformers")
 LENGTHS = (125, 92, 93, 83)
@@ -88,16 +91,18 @@ def cases(gpu: bool) -> list[RolloutCase]:
     return [RolloutCase(**shape, ends=ends) for ends in (False, True)]
 
 
-class Took(NamedTuple):
-    """One turn. rollout_ms: of sampling. step_ms: of all; None where only samples were drawn. tokens: sampled."""
+class Sampled(NamedTuple):
+    """Of one turn. ms: that sampling took. tokens: that were sampled."""
 
-    rollout_ms: float
-    step_ms: float | None
+    ms: float
     tokens: int
 
 
 class Contestant(Protocol):
-    def turn(self) -> Took: ...
+    learns: bool
+    """A turn is a whole step, and not of rollouts alone."""
+
+    def turn(self) -> Sampled: ...
 
 
 def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -108,10 +113,13 @@ def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
 class Ours:
     """logratio, as `logratio train grpo` takes a step."""
 
+    learns = True
+
     def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
         tokenizer, loss = tiny_tokenizer(), GRPOLoss(max_completion_length=case.tokens)
         fuse_lora(model)
-        policy = Policy(model, stats=loss.stats)
+        fuse_layers(model)
+        policy = Policy(model, stats=(*loss.stats, *loss.metric_stats))
         share_prompts(policy)
         accelerator = start_accelerator("no")
         self.step = Step(accelerator, policy, loss, None, micro_batch_tokens=MICRO_BATCH_TOKENS, max_length=4096)
@@ -122,19 +130,21 @@ class Ours:
             [Prompt(tokenizer(text)["input_ids"], text, {}, row) for row, text in enumerate(case.texts())]
         )
 
-    def turn(self) -> Took:
-        begun = time.perf_counter()
+        policy.train()
+
+    def turn(self) -> Sampled:
         self.rollouts.state.global_step += 1  # other random numbers
         window = roll_out(self.rollouts, self.step, self.prompts)
-        learn(self.step, window)
+        learn(self.step, window).reduced(self.step.accelerator)  # the metrics, which TRL counts in its step as well
         apply_update(self.optimizer)
-        took = 1e3 * (time.perf_counter() - begun)
         tokens = sum(len(c.ids) for e in window.examples for c in e.completions)
-        return Took(float(window.metrics["rollout_ms"].total), took, tokens)
+        return Sampled(float(window.metrics["rollout_ms"].total), tokens)
 
 
 class Trl:
     """TRL's GRPOTrainer, its rollouts by transformers, all completions in one micro-batch."""
+
+    learns = True
 
     def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
         count = case.prompts * case.group
@@ -154,28 +164,32 @@ class Trl:
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.current_gradient_accumulation_steps = 1
-        self.took, self.tokens = 0.0, 0
+        self.sampled: list[Sampled] = []
         generate = trainer._generate
 
         def timed(prompts: Any) -> Any:
             begun = time.perf_counter()
             said = generate(prompts)
-            self.took = 1e3 * (time.perf_counter() - begun)
-            self.tokens = sum(len(ids) for ids in said[1])
+            took = 1e3 * (time.perf_counter() - begun)
+            self.sampled.append(Sampled(took, sum(len(ids) for ids in said[1])))  # (prompts, completions, ...)
             return said
 
         trainer._generate = timed
 
-    def turn(self) -> Took:
-        begun, trainer = time.perf_counter(), self.trainer
+    def turn(self) -> Sampled:
+        trainer = self.trainer
         trainer.model.train()
         trainer.training_step(trainer.model_wrapped, list(self.rows), None)
         apply_update(trainer.optimizer)
-        return Took(self.took, 1e3 * (time.perf_counter() - begun), self.tokens)
+        (sampled,) = self.sampled  # once in every step
+        self.sampled.clear()
+        return sampled
 
 
 class Generate:
     """transformers' `generate` alone."""
+
+    learns = False
 
     def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
         self.model, tokenizer = model, tiny_tokenizer()
@@ -188,15 +202,14 @@ class Generate:
             max_new_tokens=case.tokens, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=self.eos
         )
 
-    def turn(self) -> Took:
+    def turn(self) -> Sampled:
         begun = time.perf_counter()
         with inference(self.model):
             out = self.model.generate(input_ids=self.ids, attention_mask=self.mask, generation_config=self.config)
-        wait(self.ids.device)
+        said = out[:, self.ids.shape[1] :].cpu()
         took = 1e3 * (time.perf_counter() - begun)
-        said = out[:, self.ids.shape[1] :]
         ended = (said == self.eos).long().cumsum(1) - (said == self.eos).long()
-        return Took(took, None, int((ended == 0).sum()))
+        return Sampled(took, int((ended == 0).sum()))
 
 
 MAKES: dict[str, Any] = {"logratio": Ours, "trl": Trl, "transformers": Generate}
@@ -204,23 +217,34 @@ MAKES: dict[str, Any] = {"logratio": Ours, "trl": Trl, "transformers": Generate}
 
 def run(
     case: RolloutCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
-) -> dict[str, dict[str, Any]]:
-    """{contestant: status and figures}, of medians over the turns."""
+) -> dict[str, Figures]:
+    """{contestant: status and figures}; a contestant that cannot be built or takes no first turn does not end the
+    others."""
     dtype = getattr(torch, case.dtype)
     whole = build(case.model, case.adapter, dtype=dtype, device=device, seed=seed)
+    rows: dict[str, Figures] = {}
+    running: dict[str, Any] = {}
+    turns: dict[str, list[Sampled]] = {name: [] for name in only}
+
+    def make(name: str, stack: ExitStack) -> Contestant:
+        model = copy.deepcopy(whole)
+        contestant: Contestant = MAKES[name](case, model, device, stack)
+        stack.callback(ending(model, ENDS / case.tokens if case.ends else None).remove)
+        contestant.turn()  # compiles, and makes the optimizer's state
+        return contestant
+
+    def take(name: str, round_: int) -> None:
+        turns[name].append(running[name].turn())
+
+    torch.manual_seed(seed)  # what peers sample by
     with ExitStack() as stack:
-        contestants: dict[str, Contestant] = {}
-        for name in only:
-            model = copy.deepcopy(whole)
-            contestants[name] = MAKES[name](case, model, device, stack)
-            stack.callback(ending(model, ENDS / case.tokens if case.ends else None).remove)
-        turns: dict[str, list[Took]] = {name: [] for name in contestants}
-        for contestant in contestants.values():
-            contestant.turn()
-        for _ in range(repeats):
-            for name, contestant in contestants.items():
-                turns[name].append(contestant.turn())
-    return {name: figures(took) for name, took in turns.items()}
+        for name in sorted(only, key=CONTESTANTS.index):  # ours resets accelerate's state, too
+            attempt(name, rows, running, partial(make, name, stack))
+        works: dict[str, Callable[[int], None]] = {name: partial(take, name) for name in running}
+        times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
+        for name, values in times.items():
+            rows[name] |= figures(turns[name], values if running[name].learns else None)
+    return rows
 
 
 def ending(model: Any, rate: float | None) -> Any:
@@ -240,15 +264,14 @@ def ending(model: Any, rate: float | None) -> Any:
     return base.get_output_embeddings().register_forward_hook(hook)
 
 
-def figures(took: Sequence[Took]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "status": "ok",
-        "rollout_ms_p50": statistics.median(t.rollout_ms for t in took),
-        "rollout_tokens_per_s": sum(t.tokens for t in took) / sum(t.rollout_ms for t in took) * 1e3,
-        "tokens": [t.tokens for t in took],
-        "rollout_times_ms": [t.rollout_ms for t in took],
+def figures(sampled: Sequence[Sampled], step_ms: Sequence[float] | None) -> Figures:
+    """Medians over the turns. step_ms: None where nothing was learned."""
+    found: Figures = {
+        "rollout_ms_p50": statistics.median(one.ms for one in sampled),
+        "rollout_tokens_per_s": sum(one.tokens for one in sampled) / sum(one.ms for one in sampled) * 1e3,
+        "tokens": [one.tokens for one in sampled],
+        "rollout_times_ms": [one.ms for one in sampled],
     }
-    steps = [t.step_ms for t in took if t.step_ms is not None]
-    if steps:
-        found |= {"step_ms_p50": statistics.median(steps), "times_ms": steps}
+    if step_ms is not None:
+        found |= {"step_ms_p50": statistics.median(step_ms), "times_ms": list(step_ms)}
     return found

@@ -1,34 +1,85 @@
 """The suite `rollout` on the tiny model: what is timed is what is said to be."""
 
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import rollout
+from logratio.benchmarks.measure import clock, rollout
 from logratio.benchmarks.measure.models import build
 from logratio.benchmarks.measure.rollout import RolloutCase, ending, run
 
 CASE = RolloutCase("tiny", prompts=2, group=2, tokens=5)
+CPU = torch.device("cpu")
 
 
 def test_every_contestant_samples_as_much_and_steps():
-    found = run(CASE, torch.device("cpu"), repeats=1, seed=0)
+    found = run(CASE, CPU, repeats=2, seed=0)
     assert found.keys() == {"logratio", "trl", "transformers"}
     for name, figures in found.items():
-        assert figures["tokens"] == [20] and figures["status"] == "ok" and figures["rollout_ms_p50"] > 0
+        assert figures["tokens"] == [20, 20] and figures["status"] == "ok" and figures["rollout_ms_p50"] > 0
         assert ("step_ms_p50" in figures) == (name != "transformers")
         if name != "transformers":
-            assert figures["step_ms_p50"] > figures["rollout_ms_p50"]
+            assert all(a < b for a, b in zip(figures["rollout_times_ms"], figures["times_ms"], strict=True))
+
+
+def test_what_a_contestant_left_to_the_device_is_not_in_the_next_ones_time(monkeypatch):
+    """The device is drained before and after each turn that is timed, and the order rotates."""
+    said = []
+    monkeypatch.setattr(clock, "wait", lambda device: said.append("wait"))
+    for name in rollout.MAKES:
+        monkeypatch.setitem(rollout.MAKES, name, lambda *given, name=name: Silent(name, said))
+    run(CASE, CPU, repeats=2, seed=0)
+    built, turns = said[:3], said[3:]
+    assert built == ["logratio", "trl", "transformers"], "a turn that is not timed"
+    order = ["logratio", "trl", "transformers", "trl", "transformers", "logratio"]
+    assert turns == [word for name in order for word in ("wait", name, "wait")]
+
+
+class Silent:
+    """A contestant that says when it is its turn."""
+
+    learns = True
+
+    def __init__(self, name, said):
+        self.name, self.said = name, said
+
+    def turn(self):
+        self.said.append(self.name)
+        return rollout.Sampled(1.0, 1)
+
+
+def test_one_that_fails_does_not_end_the_others(monkeypatch):
+    def fails(*given):
+        raise ImportError("another version of TRL")
+
+    monkeypatch.setitem(rollout.MAKES, "trl", fails)
+    found = run(CASE, CPU, repeats=1, seed=0)
+    assert found["trl"] == {"status": "failed", "error": "ImportError: another version of TRL"}
+    assert found["logratio"]["status"] == found["transformers"]["status"] == "ok"
+
+
+def test_our_step_is_that_of_training():
+    """With what its metrics need, and adapters that changed; in training mode, as TRL's."""
+    with ExitStack() as stack:
+        model = build("tiny", "lora", dtype=torch.float32, device=CPU)
+        ours = rollout.Ours(CASE, model, CPU, stack)
+        before = [p.detach().clone() for p in model.parameters()]
+        assert ours.step.policy.model.training and "entropy" in ours.step.policy.stats
+        ours.turn()
+        trained = [p.requires_grad for p in model.parameters()]
+        changed = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert any(changed) and not any(c and not t for c, t in zip(changed, trained, strict=True))
 
 
 def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
-    """Of 32 completions, on average; and what is sampled in training is not touched."""
+    """Of each contestant's 32, on average; and what is sampled in training is not touched."""
     case = dataclasses.replace(CASE, prompts=4, group=8, tokens=24, ends=True)
-    (figures,) = run(case, torch.device("cpu"), repeats=1, seed=0, only=["transformers"]).values()
-    assert 32 * 12 * 0.6 < figures["tokens"][0] < 32 * 12 * 1.4
-    model = build("tiny", "lora", dtype=torch.float32, device=torch.device("cpu"))
+    for figures in run(case, CPU, repeats=1, seed=0).values():
+        assert 32 * 12 * 0.6 < figures["tokens"][0] < 32 * 12 * 1.4
+    model = build("tiny", "lora", dtype=torch.float32, device=CPU)
     ids = torch.tensor([[5, 6, 7]])
     plain = model(input_ids=ids).logits
     handle = ending(model, 0.25)
@@ -37,6 +88,11 @@ def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
         logits = model(input_ids=ids).logits
     eos = rollout.tiny_tokenizer().eos_token_id
     assert logits.softmax(-1)[..., eos].flatten().tolist() == pytest.approx([0.25] * 3, abs=1e-5)
+    handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain)
+        handle = ending(model, None)
+        assert model(input_ids=ids).logits[..., eos].eq(-torch.inf).all()
     handle.remove()
 
 
