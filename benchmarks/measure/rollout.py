@@ -1,10 +1,11 @@
 """The suite `rollout`: completions of prompts, and the whole GRPO steps that learn from them, beside TRL's trainer.
 
 A step is what a run does with its prompts: rollouts, rewards, advantages, packing or padding, forward, backward and the
-update. Of it `rollout_ms` is the time in which completions are sampled, on the host's clock: all have their tokens there
-at its end. Contestants take turns, each on a copy of the same weights under the same adapters, with the same prompts,
-options and number of completions; what they sample are tokens of their own. With `ends` a completion ends at every token
-with the same probability, so that lengths are geometric with a mean of half the limit; else only the limit ends one.
+update. Of it `rollout_ms` is the time in which completions are sampled, on the host's clock: at its end all have their
+tokens there. Contestants take turns, each on a copy of the same weights under the same adapters, with the same prompts,
+options and number of completions; what they sample are tokens of their own. With `ends` a completion ends at every
+token with the same probability, so that lengths are geometric with a mean of half the limit; else only the limit ends
+one.
 """
 
 from __future__ import annotations
