@@ -29,7 +29,9 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     """
     changed: list[nn.Linear] = []
     try:
-        for layer in model.modules() if rows and available() else ():
+        # autocast decides in which dtype a layer multiplies, and a packed one would not ask
+        wanted = rows and not torch.is_autocast_enabled("cpu") and available()
+        for layer in model.modules() if wanted else ():
             if type(layer) is nn.Linear and "forward" not in layer.__dict__ and fits(layer.weight):
                 layer.__dict__["forward"] = product_of(layer, min(rows, MOST_ROWS))
                 changed.append(layer)

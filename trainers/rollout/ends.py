@@ -9,6 +9,7 @@ from typing import Any
 from ..data.examples import Example, Prompt
 from ..data.templates import closing_ids
 
+_MARGIN = 8
 _LOOKED_AT = 1000  # examples that show how training ends its completions
 
 
@@ -23,6 +24,19 @@ def ends_of(tokenizer: Any, *, conversational: bool) -> list[int]:
     """The tokenizer's EOS, and in conversations the token that its chat template closes an assistant's turn with."""
     ends = [tokenizer.eos_token_id, *(closing_ids(tokenizer) if conversational else ())]
     return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def holds_string(tokenizer: Any, ids: Sequence[int], strings: Sequence[str]) -> bool:
+    """Whether the text of these tokens holds one of the strings, which that of all but the last did not.
+
+    A token is a byte at least, so only as many of the last ones are read as the longest string has bytes, and some more
+    for those that are no text, or begin another way at the start of one.
+    """
+    if not strings:
+        return False
+    tail = ids[-(max(len(s.encode()) for s in strings) + _MARGIN) :]
+    text = tokenizer.decode(tail, skip_special_tokens=False)
+    return any(s in text for s in strings)
 
 
 def name_ends(model: Any, tokenizer: Any, data: Sequence[Example | Prompt]) -> list[str]:

@@ -76,7 +76,7 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
         if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
             raise UserError(
                 f"the divergence from the reference is not finite (row {example.row} of the data set); "
-                "use float32, or another --reward_kl_estimator"
+                "take another --reward_kl_estimator, a smaller --learning_rate, or float32 where it is not"
             )
     return sums, Mean(sums.sum(), tokens)
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from logratio.trainers import cli
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.tiny import EOS, PAD, START, tiny_model, tiny_tokenizer
-from logratio.trainers.rollout.ends import ends_of, name_ends, named_ends
+from logratio.trainers.rollout.ends import ends_of, holds_string, name_ends, named_ends
 
 CLOSED = "{% for m in messages %}" + START + "{{ m.role }}\n{{ m.content }}" + EOS + "\n{% endfor %}"
 CHAT = [{"role": "user", "content": "hi"}]
@@ -75,3 +75,15 @@ def test_the_saved_model_stops_where_it_learned_to(tmp_path, method, capsys):
     assert (
         "completions end with <|im_end|>, which the model's generation_config did not name" in capsys.readouterr().out
     )
+
+
+def test_a_string_is_found_at_the_end_whatever_its_bytes_and_however_long_the_text():
+    """Where the last token completes it: of all before that none, and no more is read than it takes."""
+    tokenizer, read = tiny_tokenizer(), []
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **options: (read.append(len(ids)), decode(ids, **options))[1]
+    for string in ("</answer>", "é€😀", "x"):
+        ids = tokenizer("a" * 500 + string)["input_ids"]
+        assert holds_string(tokenizer, ids, ["never in it", string])
+        assert not holds_string(tokenizer, ids[:-1], [string])
+    assert max(read) < 40 and not holds_string(tokenizer, [], ["x"]) and not holds_string(tokenizer, ids, [])

@@ -194,6 +194,8 @@ def test_packed_weights_multiply_the_same(monkeypatch):
         assert module.has_packed(layer)
         assert torch.allclose(layer(few), own, atol=1e-5) and torch.equal(layer(many), own_many)
     assert "forward" not in layer.__dict__ and not module.has_packed(layer)
+    with torch.autocast("cpu", torch.bfloat16), packed_weights(layer, 5):  # the policy would train in bfloat16
+        assert "forward" not in layer.__dict__
     with packed_weights(layer, 0), packed_weights(layer.double(), 5):
         assert "forward" not in layer.__dict__
 

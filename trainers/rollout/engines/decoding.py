@@ -8,6 +8,7 @@ trained, so that no weight is touched or copied, and what is sampled from is wha
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 from logratio.losses import Support, Transform
 
 from ...policy.policy import Policy
+from ..ends import holds_string
 from .drawing import Drawing, check_finite, support_of_each, uniforms
 from .protocol import Request, Sample, Sampling
 from .slots import SlotCache
@@ -34,7 +36,7 @@ class Row:
 
     place: tuple[int, int]
     prompt_ids: Sequence[int]
-    numbers: Tensor
+    numbers: Sequence[float]
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     supports: list[Support] = field(default_factory=list)
@@ -110,7 +112,7 @@ class Decoder:
         new = []
         for i, k in entering:
             seed = requests[i].seeds[k]
-            numbers = torch.full((limit,), torch.nan, dtype=torch.float64) if seed is None else uniforms(seed, limit)
+            numbers = [math.nan] * limit if seed is None else uniforms(seed, limit).tolist()
             new.append(Row((i, k), requests[i].prompt_ids, numbers))
         which = torch.tensor([prefilled.at[i] for i, _ in entering], device=self.device)
         self.cache.enter(prefilled.cache, which, prefilled.lengths[which])
@@ -155,7 +157,7 @@ class Decoder:
 
     def say(self, rows: Sequence[Row], logits: Tensor, start: int) -> None:
         """Draw the next token of each of these rows, the last of the live ones from `start` on; drop who has ended."""
-        numbers = torch.tensor([float(row.numbers[len(row.ids)]) for row in rows], dtype=torch.float64)
+        numbers = torch.tensor([row.numbers[len(row.ids)] for row in rows], dtype=torch.float64)
         history = self.history(rows) if self.draw.wants_history else None
         tokens, logps, kept = self.draw(logits, numbers.to(self.device), history)
         supports = [None] * len(rows) if kept is None else support_of_each(kept)
@@ -167,7 +169,9 @@ class Decoder:
             row.ids.append(token)
             row.logps.append(logp)
             row.supports += [] if support is None else [support]
-            stopped = token in self.sampling.stop_ids or self.holds_stop_string(row)
+            stopped = token in self.sampling.stop_ids or holds_string(
+                self.tokenizer, row.ids, self.sampling.stop_strings
+            )
             if stopped or len(row.ids) == self.sampling.max_new_tokens:
                 self.done[row.place] = row.sample(stopped, self.version)
                 ended.append(at)
@@ -181,13 +185,6 @@ class Decoder:
         held = [[*row.prompt_ids, *row.ids] for row in rows]
         width = max(map(len, held))
         return torch.tensor([ids + ids[-1:] * (width - len(ids)) for ids in held], device=self.device)
-
-    def holds_stop_string(self, row: Row) -> bool:
-        strings = self.sampling.stop_strings
-        if not strings:
-            return False
-        text = self.tokenizer.decode(row.ids, skip_special_tokens=False)
-        return any(s in text for s in strings)
 
 
 @dataclass

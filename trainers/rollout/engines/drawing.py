@@ -145,6 +145,6 @@ def check_finite(logps: Tensor) -> None:
     """Raise UserError where a drawn token's log-probability is not finite."""
     if not bool(logps.isfinite().all()):
         raise UserError(
-            "the policy's logits are not finite while completions are sampled: use float32 or bfloat16, a smaller "
-            "learning rate, or another checkpoint"
+            "the policy's logits are not finite while completions are sampled: take a smaller --learning_rate, another "
+            "checkpoint, or another --dtype where it is float16, which overflows where bfloat16 does not"
         )

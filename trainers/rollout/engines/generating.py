@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from logratio.losses import Support
 
+from ..ends import holds_string
 from .drawing import Drawing, check_finite, support_of_each, uniforms
 from .protocol import Sample, Sampling
 
@@ -45,8 +46,9 @@ class StopStrings(StoppingCriteria):
         self.tokenizer, self.strings, self.width = tokenizer, strings, width
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.width :])
-        return torch.tensor([any(s in text for s in self.strings) for text in texts], device=input_ids.device)
+        said = input_ids[:, self.width :].tolist()
+        held = [holds_string(self.tokenizer, ids, self.strings) for ids in said]
+        return torch.tensor(held, device=input_ids.device)
 
 
 @contextlib.contextmanager
@@ -100,12 +102,7 @@ def generated(
 
 def ends(tokens: Sequence[int], last: int, sampling: Sampling, tokenizer: Any) -> bool:
     """Whether a completion ends with the token at `last`."""
-    if tokens[last] in sampling.stop_ids:
-        return True
-    if not sampling.stop_strings:
-        return False
-    text = tokenizer.decode(tokens[: last + 1], skip_special_tokens=False)
-    return any(s in text for s in sampling.stop_strings)
+    return tokens[last] in sampling.stop_ids or holds_string(tokenizer, tokens[: last + 1], sampling.stop_strings)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
