@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -85,6 +85,19 @@ def test_cuts_and_penalty_are_those_of_transformers():
     assert torch.equal(tokens, inverse(wanted.exp(), numbers))
 
 
+def test_the_inverse_is_the_whole_sums_in_any_width():
+    """Of rows wider than a block, and of no number of whole blocks."""
+    draw = torch.Generator().manual_seed(0)
+    for width in (100, 128, 1000, 2048):
+        probabilities = torch.rand(1, width, generator=draw, dtype=torch.float64).expand(3000, width)
+        numbers = torch.rand(3000, generator=draw, dtype=torch.float64)
+        sums = probabilities.cumsum(-1)
+        wanted = torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
+        assert torch.equal(inverse(probabilities, numbers), wanted)
+
+
+@example([0.0, 1.0], 0.0)
+@example([*[0.0] * 200, 0.5, 0.0, 0.5], 0.5)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.floats(0, 1, exclude_max=True))
 def test_the_inverse_is_a_plain_search(probabilities, number):
     """The place where the exact running sum passes the number's share, up to rounding; never one of probability 0."""

@@ -82,8 +82,8 @@ def test_a_string_is_found_at_the_end_whatever_its_bytes_and_however_long_the_te
     tokenizer, read = tiny_tokenizer(), []
     decode = tokenizer.decode
     tokenizer.decode = lambda ids, **options: (read.append(len(ids)), decode(ids, **options))[1]
-    for string in ("</answer>", "é€😀", "x"):
+    for string in ("</answer>", "é€😀é€😀", "x"):
         ids = tokenizer("a" * 500 + string)["input_ids"]
-        assert holds_string(tokenizer, ids, ["never in it", string])
+        assert holds_string(tokenizer, ids, [string]) and holds_string(tokenizer, ids, ["never in it", string])
         assert not holds_string(tokenizer, ids[:-1], [string])
     assert max(read) < 40 and not holds_string(tokenizer, [], ["x"]) and not holds_string(tokenizer, ids, [])

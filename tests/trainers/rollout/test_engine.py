@@ -13,7 +13,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.layers.lora_layers import fuse_lora
 from logratio.trainers.layers.packed_weights import available, packed_weights
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.rollout.engines import in_process
+from logratio.trainers.rollout.engines import decoding, in_process
 from logratio.trainers.rollout.engines.decoding import Decoder
 from logratio.trainers.rollout.engines.generating import generated
 from logratio.trainers.rollout.engines.in_process import InProcess, why_not
@@ -161,9 +161,40 @@ def test_what_was_said_before_memory_ran_out_is_kept(policy, tokenizer, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         advance(self)
 
+    begun: list[tuple[int, int]] = []
+    enter = Decoder.enter
+
+    def entered(self, requests, prefilled, entering):
+        assert not self.done.keys() & set(entering)
+        begun.extend(entering)
+        enter(self, requests, prefilled, entering)
+
     monkeypatch.setattr(Decoder, "advance", small)
+    monkeypatch.setattr(Decoder, "enter", entered)
     close(engine.sample(REQUESTS, sampling), wanted, 1e-9)
-    assert engine.rows < 12
+    assert engine.rows < 12 and len(begun) > len(set(begun)) == 12
+
+
+def test_prompts_are_computed_once_and_in_as_few_tokens_as_are_allowed(policy, tokenizer, monkeypatch):
+    """However few rows there are; and no more prompts at a time than rows."""
+    computed = []
+    prefill = Decoder.prefill
+
+    def watched(self, requests, waiting, free):
+        found = prefill(self, requests, waiting, free)
+        computed.append(list(found.at))
+        assert len(found.at) == 1 or len(found.at) * max(len(PROMPTS[i]) for i in found.at) <= 16
+        assert len(found.at) <= free
+        return found
+
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(Decoder, "prefill", watched)
+    for rows in (1, 2, 256):
+        engine = InProcess(policy, tokenizer, rows=rows)
+        engine.obstacle = ""
+        computed.clear()
+        engine.sample(REQUESTS, Sampling(max_new_tokens=3))
+        assert sorted(i for some in computed for i in some) == list(range(5)) and len(computed) < 6
 
 
 def test_no_weight_is_touched(tokenizer):

@@ -16,6 +16,9 @@ from logratio.trainers.rollout.windows import roll_out
 WORDS = ["--num_generations", "3", "--max_completion_length", "6", "--batch_size", "4", "--max_steps", "2"]
 
 
+GRADED = ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward"]
+
+
 def run_of(folder, *words):
     return setup.build(parse_train(["grpo", "--output_dir", str(folder), *WORDS, *words]))
 
@@ -46,7 +49,7 @@ def test_on_policy_the_sampler_said_what_the_trainer_says(tmp_path, words):
 
 def test_another_sampler_shows(tmp_path):
     """What is sampled cut off is not what is trained: the difference is logged, and corrected where asked for."""
-    words = ["--top_k", "2", "--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward"]
+    words = ["--top_k", "2", *GRADED]
     row, _ = row_of(run_of(tmp_path, *words))
     assert row["sampling/logp_diff_mean"] > 0.01 and row["sampling/ratio_max"] <= 1
     low = str(row["sampling/ratio_mean"])
@@ -74,14 +77,15 @@ def test_a_cut_window_keeps_what_was_sampled():
 def test_a_window_that_goes_on_has_what_was_sampled(tmp_path):
     """A checkpoint between the steps on one window holds it: the same bits as without a stop."""
     words = ["train", "grpo", *WORDS, "--max_steps", "4", "--num_iterations", "2", "--lora_r", "2"]
-    words += ["--sampling_correction", "token_truncate", "--mask_truncated_completions"]
-    words += ["--top_p", "0.9", "--keep_sampling_mask"]
+    words += ["--sampling_correction", "token_truncate", "--top_p", "0.5", "--keep_sampling_mask", *GRADED]
     assert cli.main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     assert cli.main([*words, "--output_dir", str(tmp_path / "cut"), "--save_steps", "1"]) == 0
     for step in (2, 3, 4):
         (tmp_path / "cut" / f"checkpoint-{step}").rename(tmp_path / f"later-{step}")
     assert cli.main([*words, "--output_dir", str(tmp_path / "cut"), "--save_steps", "1",
                      "--resume_from_checkpoint", "latest"]) == 0  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows)
     one, other = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("whole", "cut"))
     assert one.rpartition("hash")[2] == other.rpartition("hash")[2]
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
@@ -93,7 +97,7 @@ def test_a_window_that_goes_on_has_what_was_sampled(tmp_path):
 def test_a_thousand_updates_leave_what_is_frozen_to_the_bit(tmp_path, words):
     """Adapters are never merged into it, and the last step's sampler is the policy of the last step."""
     small = ["--batch_size", "1", "--num_generations", "2", "--max_completion_length", "4", "--max_steps", "1000"]
-    small += ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward", "--learning_rate", "1e-3"]
+    small += [*GRADED, "--learning_rate", "1e-3"]
     run = setup.build(parse_train(["grpo", "--lora_r", "2", *small, *words, "--output_dir", str(tmp_path / "out")]))
     frozen = {name: p.detach().clone() for name, p in run.policy.named_parameters() if not p.requires_grad}
     trained = {name: p.detach().clone() for name, p in run.policy.named_parameters() if p.requires_grad}
