@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStopping
 from transformers.utils import logging
 
 import logratio.trainers
-from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers import randoms
 from logratio.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -43,7 +43,7 @@ def here(tmp_path, monkeypatch):
 
 
 def rows(method="dpo", n=12):
-    return truths.random_rows(method, 7, n)
+    return randoms.random_rows(method, 7, n)
 
 
 def trained(folder):
