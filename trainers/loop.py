@@ -37,7 +37,7 @@ from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout.generation import numbered
-from .rollout.windows import roll_out
+from .rollout.windows import windows
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 
@@ -139,7 +139,6 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     metrics, tokens = reduced(run, window, result)
     progress.step, progress.position = step, window.position
     progress.num_tokens += tokens
-    progress.window = window if window.taken < iterations(run) else None
     stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     row["epoch"] = step / run.steps_per_epoch
@@ -187,28 +186,18 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
-    if progress.window is not None:
-        for _ in range(progress.window.taken, iterations(run)):
-            yield progress.window
-    for items, position in batches(
+    source = batches(
         run.data.train,
         config.batch_size,
         shuffle=run.config.data.shuffle,
         seed=config.seed,
         start=progress.position,
-    ):
-        if run.rollouts is None:
-            window = Window(items, run.step.micro_batches(items))
-        else:
-            window = roll_out(run.rollouts, run.step, items)
-        window.position = position
-        for _ in range(iterations(run)):
-            yield window
-
-
-def iterations(run: Run) -> int:
-    """How many steps learn from a window."""
-    return 1 if run.rollouts is None else run.rollouts.config.num_iterations
+    )
+    if run.rollouts is not None:
+        left = lambda: run.total_steps - progress.step  # noqa: E731
+        yield from windows(run.rollouts, run.step, source, progress.windows, left=left)
+    for items, position in source:
+        yield Window(items, run.step.micro_batches(items), position=position)
 
 
 class Ahead(Iterator[Window]):

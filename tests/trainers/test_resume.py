@@ -201,7 +201,7 @@ OTHER = {
     ),
     "log": ([], "out/metrics.jsonl is not the log of the run that goes on: up to step 6 it has other lines"),
     "folder": (["--resume_from_checkpoint", "out/no"], "--resume_from_checkpoint out/no: there is no such folder"),
-    "format": ([], "out/checkpoint-6 has the format 0, this version reads 2"),
+    "format": ([], "out/checkpoint-6 has the format 0, this version reads 3"),
 }
 
 

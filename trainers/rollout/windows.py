@@ -1,10 +1,10 @@
-"""A window of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from it."""
+"""Windows of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, islice, pairwise
 
 import torch
 from torch import Tensor
@@ -14,39 +14,90 @@ from logratio.losses import KL_ESTIMATORS, Mean
 from ..batches.packing import split_groups
 from ..data.examples import Example, Prompt
 from ..errors import UserError
-from ..processes.dealing import share
+from ..processes.dealing import shares
 from ..step import MicroBatch, Step, Window
 from .generation import numbered
 from .rollouts import Rollouts
 
+Batches = Iterator[tuple[Sequence[Prompt], Mapping[str, int]]]
+
+
+def windows(
+    rollouts: Rollouts, step: Step, batches: Batches, waiting: list[Window], *, left: Callable[[], int]
+) -> Iterator[Window]:
+    """What each optimizer step learns from, for ever: sets of rollouts, each dealt to its steps in turn and gone over
+    `num_iterations` times, as TRL does.
+
+    batches: the prompts of a step, and where the data go on behind them. waiting: windows of the last set that are
+    still to come, which a checkpoint keeps. left: how many steps the run still has; none is sampled for another.
+    """
+    config = rollouts.config
+    while True:
+        if not waiting:
+            ahead = list(islice(batches, min(config.steps_per_generation, left())))
+            made = roll_out_steps(rollouts, step, [prompts for prompts, _ in ahead])
+            for window in made:
+                window.position = ahead[-1][1]
+            waiting += made * config.num_iterations
+        window = waiting.pop(0)
+        yield window
+        for other in {id(w): w for w in waiting if w is not window}.values():
+            other.taken += 1
+
 
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
-    """What the process learns from its share of the prompts: rollouts with advantages, and old log-probs where later
-    steps will differ from the policy that sampled them."""
+    """`roll_out_steps` for one step."""
+    return roll_out_steps(rollouts, step, [prompts])[0]
+
+
+def roll_out_steps(rollouts: Rollouts, step: Step, batches: Sequence[Sequence[Prompt]]) -> list[Window]:
+    """What the process learns in the steps of these prompts from its share of them: rollouts with advantages, and old
+    log-probs where steps will differ from the policy that sampled them. All are sampled and compared at once."""
     config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(share(numbered(prompts), accelerator))
-    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
+    prompts = numbered([prompt for some in batches for prompt in some])
+    own = shares([len(some) for some in batches], accelerator)
+    places = [place for some in own for place in some]
+    rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
+    metrics = {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
+    ends = list(accumulate(map(len, own), initial=0))
+    of_steps = [rolled.examples[start:end] for start, end in pairwise(ends)]
+    later = len(batches) * config.num_iterations > 1
 
-    def packed() -> tuple[list[Example], list[MicroBatch]]:
-        # whole groups are compared; ones that do not fit a micro-batch are divided
-        parts = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
-        micros = step.micro_batches(parts, dealt=True)
-        if config.num_iterations > 1 or config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_old(micros))
-        if config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_reference(micros))
-        return parts, micros
+    def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
+        return [
+            packed_step(step, examples, old=later or config.reward_kl_coef > 0, ref=config.reward_kl_coef > 0)
+            for examples in of_steps
+        ]
 
-    examples, micros = step.memory.again(packed)
+    parts = step.memory.again(packed)
+    examples, micros = ([one for some in each for one in some] for each in zip(*parts, strict=True))
+    kl = None
     if config.reward_kl_coef:
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
-        if config.num_iterations == 1:  # on policy, as without the penalty
+        if not later:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
     advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
     give_advantages(examples, micros, advantages)
-    return Window(give_advantages(rolled.examples, [], advantages), micros, metrics, dealt=True)
+    whole = give_advantages(rolled.examples, [], advantages)
+    of_steps = [whole[start:end] for start, end in pairwise(ends)]
+    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(of_steps, parts, strict=True)]
+
+
+def packed_step(
+    step: Step, examples: Sequence[Example], *, old: bool, ref: bool
+) -> tuple[list[Example], list[MicroBatch]]:
+    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy that sampled them
+    and of the reference, where these are asked for."""
+    # whole groups are compared; ones that do not fit a micro-batch are divided
+    parts = split_groups(examples, step.micro_batch_tokens, step.policy.shared)
+    micros = step.micro_batches(parts, dealt=True)
+    if old:
+        step.memory.together(lambda: step.fill_old(micros))
+    if ref:
+        step.memory.together(lambda: step.fill_reference(micros))
+    return parts, micros
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:
