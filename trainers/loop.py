@@ -36,7 +36,7 @@ from .processes.dealing import largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
-from .rollout.generation import numbered
+from .rollout import evaluation
 from .rollout.windows import windows
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
@@ -264,10 +264,9 @@ def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, flo
 def evaluate(run: Run) -> dict[str, float]:
     """Loss and metrics of the held-out examples, as if they were one step without an update."""
     if run.rollouts is not None:
-        rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        rolled = run.rollouts(numbered(run.data.evaluation)[rank::world], "evaluation")
         zero = torch.zeros((), device=run.accelerator.device)
-        result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
+        metrics = evaluation.evaluate(run.rollouts, run.data.evaluation, run.accelerator)
+        result = StepResult(zero, on(zero.device, metrics))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
     held_out = list(run.data.evaluation)  # one step holds all of them
 

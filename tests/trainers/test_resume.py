@@ -31,10 +31,16 @@ CASES = {
     "cpo": LORA,
     "tpo": LORA,
     "grpo": [*LORA, *SYNC, *ROLL, "--beta", "0.1"],  # 3 steps end in the middle of a set of rollouts
+    "grpo several": [*LORA, *SYNC, *ROLL, "--steps_per_generation", "2"],  # 3 steps end in the middle of four
     "grpo full": [*ROLL, "--beta", "0.1", "--reward_kl_coef", "0.1"],
 }
 
-QUICK = ("dpo", "kto", "grpo")
+QUICK = ("dpo", "kto", "grpo", "grpo several")
+SAMPLED = {  # step that a completion was sampled for, of 4, 4 and 2 prompts in turn
+    "grpo": [1] * 12 + [3] * 12 + [5] * 6,
+    "grpo full": [1] * 12 + [3] * 12 + [5] * 6,
+    "grpo several": [1] * 24 + [5] * 18,
+}
 
 
 @pytest.mark.parametrize(
@@ -51,8 +57,7 @@ def test_it_ends_with_the_same_bits(case):
     assert log("out")[:3] == before
     state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
     if method == "grpo":
-        steps = [row["step"] for row in completions("out")]
-        assert steps == [1] * 12 + [3] * 12 + [5] * 6, "of 4, 4 and 2 prompts"
+        assert [row["step"] for row in completions("out")] == SAMPLED[case]
     assert bool(state["loss_state"]) == (case in ("kto", "dpo full"))
     assert Path("out/checkpoint-3/rollouts.json").exists() == (method == "grpo")
     assert Path("out/checkpoint-3/reference.safetensors").exists() == ("--sync_ref_model" in CASES[case])

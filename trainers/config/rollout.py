@@ -24,6 +24,8 @@ class RolloutConfig:
 
     num_generations: int = 8
     """Completions of each prompt."""
+    num_generations_eval: Count | None = None
+    """Completions of each prompt in evaluations (default: num_generations)."""
     temperature: Positive = 1.0
     """Of sampling, and of the log-probs that are trained."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0

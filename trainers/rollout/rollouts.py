@@ -70,13 +70,14 @@ class Rollouts:
         return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
-        """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
-        advantages want it.
+        """Sample `num_generations` completions of each prompt, in evaluations `num_generations_eval`, and score them;
+        in training a greedy one too, where the advantages want it.
 
         prompts: this process's part of the step's `numbered` ones.
         """
-        group = self.config.num_generations
-        greedy = purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+        config = self.config
+        group = config.num_generations if purpose == "train" else config.num_generations_eval or config.num_generations
+        greedy = purpose == "train" and ADVANTAGES[config.advantage_type].wants_greedy
         seeds = [
             [
                 completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
