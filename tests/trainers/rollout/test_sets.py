@@ -1,4 +1,4 @@
-"""Rollouts of several steps: sampled at once, dealt to the steps in TRL's order, compared with the policy that said them."""
+"""Rollouts of several steps: sampled at once, dealt to the steps in TRL's order, compared with what sampled them."""
 
 import json
 
@@ -150,4 +150,3 @@ def test_micro_batches_change_nothing(tmp_path, monkeypatch):
     for one, other in zip(*logs, strict=True):
         for name in ("loss", "grad_norm", "reward", "kl", "sampling/logp_diff_max"):
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=2e-5), (one["step"], name)
-    assert logs[0][1]["sampling/logp_diff_max"] > 1e-3, "the second step is off policy"
