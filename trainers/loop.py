@@ -186,16 +186,17 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
+    singly = run.rollouts is not None and run.rollouts.config.dynamic_sampling > 1
     source = batches(
         run.data.train,
-        config.batch_size,
+        1 if singly else config.batch_size,
         shuffle=run.config.data.shuffle,
         seed=config.seed,
         start=progress.position,
     )
     if run.rollouts is not None:
         left = lambda: run.total_steps - progress.step  # noqa: E731
-        yield from windows(run.rollouts, run.step, source, progress.windows, left=left)
+        yield from windows(run.rollouts, run.step, source, progress.windows, batch_size=config.batch_size, left=left)
     for items, position in source:
         yield Window(items, run.step.micro_batches(items), position=position)
 

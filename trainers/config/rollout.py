@@ -53,6 +53,9 @@ class RolloutConfig:
     num_iterations: Count = 1
     """Passes over each set of rollouts, a step each (times steps_per_generation); from the second on they are off
     policy."""
+    dynamic_sampling: Count = 1
+    """Rounds of sampling for a step, at most: where all rewards of a prompt's completions are equal, which teaches
+    nothing, the next prompt takes its place (DAPO; verl's max_num_gen_batches). 1: whatever comes is learned from."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
     """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
@@ -94,6 +97,11 @@ class RolloutConfig:
         if self.num_generations < advantage.smallest_group:
             needed = advantage.smallest_group
             raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
+        if self.dynamic_sampling > 1 and advantage.smallest_group == 1:
+            raise UserError(
+                f"--dynamic_sampling {self.dynamic_sampling}: with --advantage_type {self.advantage_type} completions "
+                "of equal reward teach too; leave it out"
+            )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"

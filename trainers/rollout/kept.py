@@ -56,12 +56,12 @@ def kept_rows(
     engine: str,
     by_function: Mapping[str, Tensor],
     rewards: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     extra: Mapping[str, Sequence[str | None]],
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
-    one that nobody gave. sampler_logp: the mean over a completion's tokens, in nats; policy_version: the steps that the
-    policy had taken which said it.
+    one that nobody gave; advantages are None of completions that nothing is learned from. sampler_logp: the mean over a
+    completion's tokens, in nats; policy_version: the steps that the policy had taken which said it.
     """
     return [
         {
@@ -71,7 +71,7 @@ def kept_rows(
             "completion": completions[i],
             **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
             "reward": known(rewards[i]),
-            "advantage": float(advantages[i]),
+            "advantage": None if advantages is None else float(advantages[i]),
             "completion_length": len(samples[i].ids),
             "finish_reason": samples[i].finish_reason,
             "sampler_logp": mean(samples[i].logps),

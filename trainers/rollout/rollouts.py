@@ -65,8 +65,9 @@ class Rollouts:
         of_each = self.config.num_generations + ADVANTAGES[self.config.advantage_type].wants_greedy
         longest = self.max_completion_length
         steps = self.config.steps_per_generation
-        made_of = f"{counted(prompts * steps, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
-        sampled = f"{prompts * steps * of_each * longest:,} tokens: {made_of}"
+        prompts *= steps * self.config.dynamic_sampling
+        made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
+        sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
         return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
@@ -215,7 +216,12 @@ class Rollouts:
             self._keep(rolled, advantages[own], accelerator)
         return advantages[own]
 
-    def _keep(self, rolled: Rolled, advantages: Tensor, accelerator: Accelerator) -> None:
+    def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
+        """Let `taken` have completions that nothing is learned from, which have no advantage."""
+        if self.config.log_completions:
+            self._keep(rolled, None, accelerator)
+
+    def _keep(self, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
         """Let `taken` have the completions of all processes."""
         group = rolled.by_function.shape[1]
         places = rolled.places or range(len(rolled.examples))
@@ -228,7 +234,7 @@ class Rollouts:
             engine=self.engine.name,
             by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
             rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=advantages.flatten(),
+            advantages=None if advantages is None else advantages.flatten(),
             extra=rolled.extra,
         )
         self._kept += of_all(accelerator, {at: rows[i * group :][:group] for i, at in enumerate(places)})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from logratio.losses import KL_ESTIMATORS, Mean
@@ -16,28 +17,43 @@ from ..data.examples import Example, Prompt
 from ..errors import UserError
 from ..processes.dealing import shares
 from ..step import MicroBatch, Step, Window
+from .dynamic import Position, sample_differing
 from .generation import numbered
+from .rolled import Share
 from .rollouts import Rollouts
 
-Batches = Iterator[tuple[Sequence[Prompt], Mapping[str, int]]]
+Batches = Iterator[tuple[Sequence[Prompt], Position]]
 
 
 def windows(
-    rollouts: Rollouts, step: Step, batches: Batches, waiting: list[Window], *, left: Callable[[], int]
+    rollouts: Rollouts,
+    step: Step,
+    batches: Batches,
+    waiting: list[Window],
+    *,
+    batch_size: int,
+    left: Callable[[], int],
 ) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: sets of rollouts, each dealt to its steps in turn and gone over
     `num_iterations` times, as TRL does.
 
-    batches: the prompts of a step, and where the data go on behind them. waiting: windows of the last set that are
-    still to come, which a checkpoint keeps. left: how many steps the run still has; none is sampled for another.
+    batches: the prompts of a step, or with `dynamic_sampling` one each, and where the data go on behind them. waiting:
+    windows of the last set that are still to come, which a checkpoint keeps. left: how many steps the run still has;
+    none is sampled for another.
     """
     config = rollouts.config
     while True:
         if not waiting:
-            ahead = list(islice(batches, min(config.steps_per_generation, left())))
-            made = roll_out_steps(rollouts, step, [prompts for prompts, _ in ahead])
+            steps = min(config.steps_per_generation, left())
+            if config.dynamic_sampling > 1:
+                each = ((prompt, position) for (prompt,), position in batches)
+                found, position = sample_differing(rollouts, step.accelerator, each, [batch_size] * steps)
+            else:
+                ahead = list(islice(batches, steps))
+                found, position = sample(rollouts, step.accelerator, [prompts for prompts, _ in ahead]), ahead[-1][1]
+            made = compared(rollouts, step, found)
             for window in made:
-                window.position = ahead[-1][1]
+                window.position = position
             waiting += made * config.num_iterations
         window = waiting.pop(0)
         yield window
@@ -46,43 +62,46 @@ def windows(
 
 
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
-    """`roll_out_steps` for one step."""
-    return roll_out_steps(rollouts, step, [prompts])[0]
+    """What the process learns in one step from its share of these prompts."""
+    return compared(rollouts, step, sample(rollouts, step.accelerator, [prompts]))[0]
 
 
-def roll_out_steps(rollouts: Rollouts, step: Step, batches: Sequence[Sequence[Prompt]]) -> list[Window]:
-    """What the process learns in the steps of these prompts from its share of them: rollouts with advantages, and old
-    log-probs where steps will differ from the policy that sampled them. All are sampled and compared at once."""
-    config, accelerator = rollouts.config, step.accelerator
+def sample(rollouts: Rollouts, accelerator: Accelerator, batches: Sequence[Sequence[Prompt]]) -> Share:
+    """The process's share of the rollouts of the steps that have these prompts, all sampled at once."""
     prompts = numbered([prompt for some in batches for prompt in some])
     own = shares([len(some) for some in batches], accelerator)
     places = [place for some in own for place in some]
     rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
-    metrics = {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
-    ends = list(accumulate(map(len, own), initial=0))
-    of_steps = [rolled.examples[start:end] for start, end in pairwise(ends)]
-    later = len(batches) * config.num_iterations > 1
+    return Share(rolled, list(map(len, own)), {**rollouts.metrics(rolled, accelerator), **rollouts.timed})
+
+
+def compared(rollouts: Rollouts, step: Step, sampled: Share) -> list[Window]:
+    """What the process learns in each of the steps: rollouts with advantages among all of the set, and old log-probs
+    where steps will differ from the policy that sampled them."""
+    config, (rolled, counts, metrics) = rollouts.config, sampled
+    later, penalized = len(counts) * config.num_iterations > 1, config.reward_kl_coef > 0
 
     def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
-        return [
-            packed_step(step, examples, old=later or config.reward_kl_coef > 0, ref=config.reward_kl_coef > 0)
-            for examples in of_steps
-        ]
+        return [packed_step(step, own, old=later or penalized, ref=penalized) for own in dealt(rolled.examples, counts)]
 
     parts = step.memory.again(packed)
     examples, micros = ([one for some in each for one in some] for each in zip(*parts, strict=True))
     kl = None
-    if config.reward_kl_coef:
+    if penalized:
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
         if not later:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
-    advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
+    advantages = rollouts.advantages(rolled, step.accelerator, kl).flatten().tolist()
     give_advantages(examples, micros, advantages)
-    whole = give_advantages(rolled.examples, [], advantages)
-    of_steps = [whole[start:end] for start, end in pairwise(ends)]
-    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(of_steps, parts, strict=True)]
+    whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
+    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(whole, parts, strict=True)]
+
+
+def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[Example]]:
+    """The next so many of them for each step."""
+    return [examples[start:end] for start, end in pairwise(accumulate(counts, initial=0))]
 
 
 def packed_step(
