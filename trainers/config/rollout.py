@@ -45,6 +45,8 @@ class RolloutConfig:
     """Where they are, as http://localhost:8000; commas between several."""
     vllm_server_timeout: Positive = 240.0
     """Seconds that a server may be silent before the run ends."""
+    rollout_func: str | None = None
+    """module:function that makes the completions, in turns with tools or an environment, as TRL's rollout_func."""
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
