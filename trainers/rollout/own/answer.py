@@ -130,11 +130,13 @@ def listed(name: Any, values: Any, count: int) -> list[Any]:
     """A list with an entry for each of the prompts."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple):
-        raise UserError(f"{name} must be a list with an entry for each of {count} completions, got {shown(values)}")
+        raise UserError(
+            f"{name} must be a list with an entry for each of {counted(count, 'completion')}, got {shown(values)}"
+        )
     if len(values) != count:
         raise UserError(
-            f"{name} has {len(values)} entries for {count} completions: the function is given every prompt as often as "
-            "it wants completions, and answers each once"
+            f"{name} has the length {len(values)} for {counted(count, 'completion')}: a function is given a prompt as "
+            "often as completions of it are wanted, and answers each time with one"
         )
     return list(values)
 

@@ -47,14 +47,19 @@ class Turns:
         """Of each completion the turns so far: what the model went on from, and with."""
 
     def sample(
-        self, ids: Iterable[Sequence[int]], which: Iterable[int] | None = None, *, stop_strings: Sequence[str] = ()
+        self,
+        ids: Iterable[Sequence[int]],
+        which: Iterable[int] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
     ) -> list[Sample]:
         """What the model goes on with behind each of these token ids: `ids`, `logps`, `finish_reason`.
 
         ids: the prompt and all that was said since. which: of which prompts these are, by their places; None: of all.
-        stop_strings: what ends a turn beside the run's own ends. Where nothing is left of max_completion_length,
-        nothing is said, with the finish_reason "length". What is said depends on the completion's seed, on how often it
-        was asked before, and on `ids`.
+        max_new_tokens, stop_strings: what ends a turn beside the run's own ends. Where nothing is left of
+        max_completion_length, nothing is said, with the finish_reason "length". What is said depends on the
+        completion's seed, on how often it was asked before, and on `ids`.
         """
         contexts = [[checked_id(token, self._words) for token in one] for one in ids]
         places = list(range(len(self._prompts))) if which is None else [operator.index(i) for i in which]
@@ -63,7 +68,8 @@ class Turns:
         said = [Sample([], "length", []) for _ in places]
         for at, (i, context) in enumerate(zip(places, contexts, strict=True)):
             began = len(self.heard[i][0][0]) if self.heard[i] else len(context)
-            room = self.max_completion_length - (len(context) - began)
+            left = self.max_completion_length - (len(context) - began)
+            room = left if max_new_tokens is None else min(left, max_new_tokens)
             if room > 0:
                 asked.setdefault((tuple(context), room), []).append(at)
         requests = [
