@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -231,3 +233,14 @@ def test_what_a_function_raises_ends_the_run_in_one_sentence(functions, capsys):
         "logratio: step 1: --rollout_func _functions:rollout: the reward 'wants_level' needs 'level', which is neither "
         "a column of the data set (even) nor one of "
     )
+
+
+def test_the_pages_example_runs(functions):
+    page = (Path(__file__).parents[4] / "docs" / "rollouts.md").read_text().partition("## In turns")[2]
+    (title, code), (command,) = (
+        re.search(r'```python title="(.*?)"\n(.*?)```', page, re.DOTALL).groups(),
+        re.search(r"```sh\n(.*?)```", page, re.DOTALL).groups(),
+    )
+    Path(title).write_text(code)
+    assert cli.main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+    assert all(" Are you sure? " in row["completion"] for row in completions("runs/turns"))
