@@ -11,6 +11,7 @@ from ..policy.own_model import OwnModel
 
 MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
+ROLLOUT = f"{PREFIX}rollout_func"
 NOT_TAKEN = {
     "data_collator": "micro-batches are packed by the trainer",
     "compute_metrics": "evaluations report the method's metrics",
@@ -19,9 +20,8 @@ NOT_TAKEN = {
     "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
     "formatting_func": "format the rows with train_dataset.map beforehand",
     "reward_processing_classes": "rewards are functions, not models",
-    "rollout_func": "completions are sampled by the trainer",
-    "tools": "completions are sampled without tools",
-    "environment_factory": "completions are sampled without an environment",
+    "tools": "let a function of yours call them: rollout_func= (docs/rollouts.md)",
+    "environment_factory": "let a function of yours make and ask the environments: rollout_func= (docs/rollouts.md)",
 }
 """What TRL's trainers take and ours does not -> why, and what to do."""
 
@@ -120,6 +120,14 @@ class Objects:
             return
         each: Sequence[Any] = funcs if isinstance(funcs, list | tuple) else [funcs]
         self.options["reward_funcs"] = [self._reward(i, one) for i, one in enumerate(each)]
+
+    def add_rollout_func(self, function: Any) -> None:
+        """A function, or module:function."""
+        if function is None or isinstance(function, str):
+            self.options |= {} if function is None else {"rollout_func": function}
+            return
+        name = f"{ROLLOUT}:{getattr(function, '__name__', type(function).__name__)}"
+        self.found[name], self.options["rollout_func"] = function, name
 
     def _reward(self, i: int, reward: str | Callable[..., Any]) -> str:
         if isinstance(reward, str):

@@ -66,6 +66,7 @@ class Trainer:
         self.objects.add_adapters(given.get("peft_config"))
         self.objects.add_quantization(given.get("quantization_config"))
         self.objects.add_rewards(given.get("reward_funcs"))
+        self.objects.add_rollout_func(given.get("rollout_func"))
         self.config = self._configured()
         self._trained = False
         self.events.call("on_init_end")
@@ -255,11 +256,12 @@ class TPOTrainer(Trainer):
 
 
 class GRPOTrainer(Trainer):
-    """Group relative policy optimization. reward_funcs: functions as TRL calls them, or names of ours."""
+    """Group relative policy optimization. reward_funcs: functions as TRL calls them, or names of ours. rollout_func:
+    one that makes the completions, as TRL calls it."""
 
     kind = arguments.GRPOConfig
     order = ("model", "reward_funcs", "args")
-    more = ("reward_funcs",)
+    more = ("reward_funcs", "rollout_func")
 
 
 class RLOOTrainer(Trainer):

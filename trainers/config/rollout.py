@@ -47,6 +47,8 @@ class RolloutConfig:
     """Where they are, as http://localhost:8000; commas between several."""
     vllm_server_timeout: Positive = 240.0
     """Seconds that a server may be silent before the run ends."""
+    rollout_func: str | None = None
+    """module:function that makes the completions, in turns with tools or an environment, as TRL's rollout_func."""
     steps_per_generation: Count = 1
     """Optimizer steps that a set of rollouts is sampled for at once and dealt to; from the second on they are off
     policy. Beside gradient_accumulation_steps it counts micro-steps, as in TRL, which must fill whole steps."""

@@ -102,8 +102,9 @@ class Asked:
         return f"completion {number} of row {row} of the data set, {text[:57] + '...' if len(text) > 60 else text!r}"
 
 
-def check_signature(name: str, reward: Reward, columns: Collection[str]) -> None:
-    """UserError where the reward wants what it will not be given, or a column has the name of what it is given."""
+def check_signature(name: str, reward: Reward, columns: Collection[str], *, more: bool = False) -> None:
+    """UserError where the reward wants what it will not be given, or a column has the name of what it is given. more:
+    it may be given others, too."""
     for column in columns:
         if column in GIVEN:
             raise UserError(
@@ -114,7 +115,7 @@ def check_signature(name: str, reward: Reward, columns: Collection[str]) -> None
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise UserError(f"the reward {name!r} takes {parameter.name!r} by position, but is called by name")
-        if parameter.default is parameter.empty and parameter.name not in (*GIVEN, *columns):
+        if parameter.default is parameter.empty and not more and parameter.name not in (*GIVEN, *columns):
             hint = _HINTS.get(parameter.name)
             raise UserError(
                 f"the reward {name!r} needs {parameter.name!r}, which is neither a column of the data set "

@@ -44,6 +44,13 @@ def completion_seed(purpose: Purpose, seed: int, step: int, row: int, number: in
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
+def turn_seed(seed: int | None, turn: int) -> int | None:
+    """Of the random numbers of one of a completion's turns: in the first its own; None: of a greedy one."""
+    if seed is None or not turn:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:8], "little")
+
+
 def stop_ids(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> frozenset[int]:
     """What ends a completion: every EOS of the tokenizer and the checkpoint, and in conversations the token that closes
     a turn."""

@@ -63,18 +63,19 @@ REWARDS: dict[str, Reward] = {
 """The rewards that have a name of their own."""
 
 
-def load_rewards(specs: Sequence[str], columns: Collection[str]) -> dict[str, Reward]:
+def load_rewards(specs: Sequence[str], columns: Collection[str], *, more: bool = False) -> dict[str, Reward]:
     """The rewards that the command line names, by the names of their metrics.
 
-    columns: of the data set, beside the prompt. Raises UserError where there is no reward, or one wants something else.
+    columns: of the data set, beside the prompt. more: there will be others, which are not known yet. Raises UserError
+    where there is no reward, or one wants something else.
     """
     if not specs:
         raise UserError("--reward_funcs names no reward function, so nothing could be learned: name at least one")
     rewards = [load_reward(spec) for spec in specs]
     named = dict(zip(names_of(list(zip(specs, rewards, strict=True))), rewards, strict=True))
     for name, reward in named.items():
-        check_signature(name, reward, columns)
-        if reward is accuracy_reward and not {"solution", "answer"} & set(columns):
+        check_signature(name, reward, columns, more=more)
+        if reward is accuracy_reward and not more and not {"solution", "answer"} & set(columns):
             raise UserError(f"the reward {name!r} needs the column 'solution' or 'answer', the right answer in LaTeX")
     return named
 

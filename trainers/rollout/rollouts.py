@@ -25,6 +25,7 @@ from .engines.protocol import Request, Sample, Sampling
 from .generation import Purpose, completion_seed, stop_ids
 from .kept import kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics
+from .own.function import Function, OwnRollouts
 from .rolled import Rolled, Scored
 from .watch import Watch
 
@@ -48,6 +49,7 @@ class Rollouts:
         accelerator: Accelerator | None = None,
         seed: int = 0,
         output_dir: str = "",
+        rollout_func: Function | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length, self.seed = max_completion_length, seed
@@ -59,6 +61,11 @@ class Rollouts:
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
+        self.own = None
+        if rollout_func is not None:
+            known: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "rewards": rewards}
+            known |= {"state": self.state, "accelerator": accelerator}
+            self.own = OwnRollouts(config.rollout_func or "", rollout_func, self.engine, **known)
 
     def at_most(self, prompts: int) -> str:
         """One line: the tokens that are sampled for a step of so many prompts."""
@@ -67,6 +74,7 @@ class Rollouts:
         steps = self.config.steps_per_generation
         prompts *= steps * self.config.dynamic_sampling
         made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
+        made_of += ", what an environment writes among them" if self.own is not None else ""
         sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
         return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
@@ -91,17 +99,18 @@ class Rollouts:
             for prompt, own in zip(prompts, seeds, strict=True)
         ]
         said = self.sample(asked, prompts)
-        repeated = [prompt for prompt in prompts for _ in range(group)]
         sampled = [sample for samples in said for sample in samples[:group]]
+        repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
         scored = self.score(repeated, sampled)
         by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
         baseline = None
         if greedy:
-            rewards = self.score(prompts, [samples[-1] for samples in said]).rewards
+            best = [samples[-1] for samples in said]
+            rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
             baseline = sum_then_normalize(rewards[:, None], self.weights)
         examples = [
             Example(
-                prompt.prompt_ids,
+                repeated[i * group].prompt_ids,
                 [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
                 row=prompt.row,
             )
@@ -127,8 +136,11 @@ class Rollouts:
         )
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
-        said = self.engine.sample(requests, sampling)
-        seconds, tokens = time.perf_counter() - started, sum(len(s.ids) for samples in said for s in samples)
+        if self.own is None:
+            said = self.engine.sample(requests, sampling)
+        else:
+            said = self.own(prompts, [request.seeds for request in requests], sampling)
+        seconds, tokens = time.perf_counter() - started, sum(len(s.own_logps) for samples in said for s in samples)
         # means over processes: of their times, and of all their tokens over all their times
         self.timed = {
             "rollout_ms": Mean(torch.tensor(1e3 * seconds), torch.tensor(1.0)),
@@ -142,7 +154,7 @@ class Rollouts:
 
     def completion(self, sampled: Sample) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended
-        scored = [False] * len(sampled.ids) if cut else None
+        scored = [False] * len(sampled.ids) if cut else sampled.written
         return Completion(sampled.ids, scored, behavior=sampled.logps, support=sampled.support)
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:

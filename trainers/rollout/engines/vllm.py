@@ -16,10 +16,11 @@ own; min_p is applied before top_k and top_p; and a greedy completion's log-prob
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from accelerate import Accelerator
 from ...errors import UserError
 from ...policy.policy import Policy
 from ...processes.once import raised_together
-from .protocol import Request, Sample, Sampling
+from .protocol import Request, Sample, Sampling, Say
 from .pushing import Adapters
 from .server import Refused, Server, Unavailable
 
@@ -80,12 +81,21 @@ class VLLM:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         """Of this process's requests; what one process raises, all raise."""
         said: list[list[Sample]] = []
-        with raised_together(self.accelerator):
-            if sampling.reshapes and requests:
-                for server in self.servers:
-                    self._check_processed(server, requests[0].prompt_ids)
-            said = self._sample(requests, sampling)
+        with self.rounds() as say:
+            said = say(requests, sampling)
         return said
+
+    @contextlib.contextmanager
+    def rounds(self) -> Iterator[Say]:
+        """What one process raises inside, all raise at the end."""
+        with raised_together(self.accelerator):
+            yield self._round
+
+    def _round(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        if sampling.reshapes and requests:
+            for server in self.servers:
+                self._check_processed(server, requests[0].prompt_ids)
+        return self._sample(requests, sampling)
 
     def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         stop = threading.Event()
@@ -97,7 +107,7 @@ class VLLM:
             try:
                 for i, request in enumerate(requests):
                     server = self.servers[(first + i) % len(self.servers)]
-                    of_prompt = {"prompt": list(request.prompt_ids), **options}
+                    of_prompt = {"prompt": list(request.prompt_ids), **options, "max_tokens": request.limit(sampling)}
                     futures.append([pool.submit(self._say, server, of_prompt, s, stop) for s in request.seeds])
                 done, _ = wait([f for some in futures for f in some], return_when=FIRST_EXCEPTION)
                 failed = next((f for f in done if f.exception() is not None), None)
