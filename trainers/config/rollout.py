@@ -51,6 +51,9 @@ class RolloutConfig:
     """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
+    reward_timeout: Positive | None = None
+    """Seconds after which a reward that has not answered ends the run. Each reward is then called in a thread of its
+    own, beside the others."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
     step."""

@@ -21,7 +21,7 @@ from ..data.tokenization import Text
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
+from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.choosing import engine_of
 from .engines.protocol import Request, Sample, Sampling
 from .generation import Purpose, completion_seed, stop_ids
@@ -96,6 +96,11 @@ class Rollouts:
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
+        self.calls = Calls(
+            timeout=config.reward_timeout,
+            device=None if accelerator is None else accelerator.device,
+            tell=lambda text: self.watch.note("draw", text),
+        )
         self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
@@ -175,6 +180,7 @@ class Rollouts:
 
     def close(self) -> None:
         """Nothing is sampled any more."""
+        self.calls.close()
         self.engine.close()
 
     def completion(self, sampled: Sample) -> Completion:
@@ -200,7 +206,7 @@ class Rollouts:
             )
             limit = self.max_completion_length
             try:
-                by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
+                by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)
