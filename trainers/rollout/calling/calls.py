@@ -17,6 +17,7 @@ from .apart import Outcome, Worker, cancel, in_loop, is_async, outcome_of
 from .asked import Asked, Reward, RewardLog, TrainerState, unwrapped
 from .said import FAILURES, failed, late, numbers
 
+TICK_S = 0.1  # between two looks at the clock; and a signal that comes just before a wait is seen behind it
 DRAW = (
     "rewards drew from the random numbers that all share (of random, numpy or torch) while others ran beside them, so "
     "that which of them got which is chance, and the run cannot be repeated bit by bit: let a reward that draws have a "
@@ -162,13 +163,10 @@ class Calls:
     def _end(self, calls: Sequence[Call], asked: Asked) -> None:
         """Wait for those that run elsewhere; of several that fail at a time the first one's error is raised."""
         while running := {call.future: call for call in calls if call.future is not None}:
-            left = None
-            if self.timeout is not None:
-                left = max(0.0, min(call.since for call in running.values()) + self.timeout - time.monotonic())
-            done, _ = wait(running, left, FIRST_COMPLETED)
-            if not done:
-                assert self.timeout is not None
-                raise late(min(running.values(), key=lambda call: call.since).name, self.timeout, asked)
+            done, _ = wait(running, TICK_S, FIRST_COMPLETED)
+            first = min(running.values(), key=lambda call: call.since)
+            if not done and self.timeout is not None and time.monotonic() - first.since > self.timeout:
+                raise late(first.name, self.timeout, asked)
             for future, call in running.items():
                 if future in done:
                     self._settle(call, future.result(), asked)
