@@ -97,7 +97,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer, accelerator)
-    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
+    kept: dict[str, Any] = {"device": accelerator.device, "dtype": config.model.dtype}
+    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns, **kept) if config.rollout else {}
     total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
     model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps, saves=saves)
 

@@ -38,6 +38,14 @@ _TAKEN |= {"rollout_ms", "rollout_tokens_per_s"}
 _TAKEN_PREFIXES = ("rewards/", "completions/", "clip_ratio/", "sampling/", "eval_")
 
 
+class CompletionError(UserError):
+    """A reward cannot say anything of one completion. index: among those that it is asked about."""
+
+    def __init__(self, index: int, text: str) -> None:
+        super().__init__(text)
+        self.index = index
+
+
 @dataclass
 class TrainerState:
     """How far training is: of TRL's trainer_state what there is here.
@@ -195,7 +203,7 @@ def names_of(rewards: Sequence[tuple[str, Reward]]) -> list[str]:
     for spec, reward in rewards:
         reward = unwrapped(reward)
         name = getattr(reward, "__name__", type(reward).__name__)
-        if not name.isidentifier():  # a lambda
+        if name == "<lambda>":
             name = spec.rpartition(":")[2]
         unique, number = name, 1
         while unique in names:

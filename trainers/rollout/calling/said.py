@@ -12,13 +12,15 @@ import torch
 
 from ...data.tokenization import shown
 from ...errors import UserError, counted
-from .asked import Asked, finite
+from .asked import Asked, CompletionError, finite
 
 AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 
 
 def failed(name: str, error: BaseException, asked: Asked) -> UserError:
+    if isinstance(error, CompletionError):
+        return UserError(f"the reward {name!r}: {asked.place(error.index)}: {error}")
     if isinstance(error, UserError):
         return UserError(f"the reward {name!r}: {error}")
     if isinstance(error, SystemExit):
