@@ -48,7 +48,8 @@ class RolloutConfig:
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, module:function with TRL's signature, or a reward model:
+    its folder, or its name on the Hub."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
     reward_timeout: Positive | None = None
