@@ -59,9 +59,13 @@ class RolloutConfig:
     """Rounds of sampling for a step, at most: where all rewards of a prompt's completions are equal, which teaches
     nothing, the next prompt takes its place (DAPO; verl's max_num_gen_batches). 1: whatever comes is learned from."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, module:function with TRL's signature, or a reward model:
+    its folder, or its name on the Hub."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
+    reward_timeout: Positive | None = None
+    """Seconds after which a reward that has not answered ends the run. Each reward is then called in a thread of its
+    own, beside the others."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
     step."""

@@ -19,7 +19,7 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
+from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.choosing import engine_of
 from .engines.protocol import Request, Sample, Sampling
 from .generation import Purpose, completion_seed, stop_ids
@@ -57,6 +57,11 @@ class Rollouts:
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
+        self.calls = Calls(
+            timeout=config.reward_timeout,
+            device=None if accelerator is None else accelerator.device,
+            tell=lambda text: self.watch.note("draw", text),
+        )
         self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
@@ -150,6 +155,7 @@ class Rollouts:
 
     def close(self) -> None:
         """Nothing is sampled any more."""
+        self.calls.close()
         self.engine.close()
 
     def completion(self, sampled: Sample) -> Completion:
@@ -175,7 +181,7 @@ class Rollouts:
             )
             limit = self.max_completion_length
             try:
-                by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
+                by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)

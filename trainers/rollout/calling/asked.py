@@ -1,25 +1,23 @@
-"""How rewards are called: what they are given, what they may answer with, and what is said where one fails."""
+"""What rewards are asked, and what they are given to say it with."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
-import threading
-import traceback
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..data.tokenization import Text, shown
-from ..errors import UserError
-from .kept import check_extra
+from ...data.tokenization import Text, shown
+from ...errors import UserError
+from ..kept import check_extra
 
 Reward = Callable[..., Any]
+R = TypeVar("R", bound=Reward)
 
 GIVEN = (
     "prompts",
@@ -33,12 +31,19 @@ GIVEN = (
 """What every reward may take by name, beside the columns of the data set."""
 
 LARGEST = torch.finfo(torch.float32).max
-_FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
 _TAKEN = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
 _TAKEN |= {"peak_mem_mib", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"}
 _TAKEN |= {"rollout_ms", "rollout_tokens_per_s"}
 _TAKEN_PREFIXES = ("rewards/", "completions/", "clip_ratio/", "sampling/", "dynamic/", "eval_")
+
+
+class CompletionError(UserError):
+    """A reward cannot say anything of one completion. index: among those that it is asked about."""
+
+    def __init__(self, index: int, text: str) -> None:
+        super().__init__(text)
+        self.index = index
 
 
 @dataclass
@@ -81,6 +86,13 @@ class RewardLog:
         if self.columns.setdefault(name, texts) != texts:
             raise UserError(f"log_extra({name!r}, ...) was given other values before: choose another name")
 
+    def add(self, other: RewardLog) -> None:
+        """What another reward logged of the same completions, behind what is here."""
+        for name, values in other.metrics.items():
+            self.metrics[name] += values
+        for column, texts in other.columns.items():
+            self.log_extra(column, texts)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -100,6 +112,25 @@ class Asked:
         text = self.completions[index]
         text = text if isinstance(text, str) else str(text[-1].get("content") or "")
         return f"completion {number} of row {row} of the data set, {text[:57] + '...' if len(text) > 60 else text!r}"
+
+    def question(self, reward: Reward, log: RewardLog, **more: Any) -> Callable[[], Any]:
+        """The call of one reward, which logs into a log of its own. more: what else it may take by name."""
+        given = {  # lists of its own, so that no reward changes what another one sees, or what is trained on
+            **{column: list(values) for column, values in self.columns.items()},
+            "prompts": list(self.prompts),
+            "completions": list(self.completions),
+            "completion_ids": [list(ids) for ids in self.completion_ids],
+            "log_extra": log.log_extra,
+            "log_metric": log.log_metric,
+            **more,
+        }
+        taken = _taken(reward, given)
+
+        def ask() -> Any:
+            answer = reward(**taken)
+            return list(answer) if isinstance(answer, Iterator) else answer  # a generator does its work when it is read
+
+        return ask
 
 
 def check_signature(name: str, reward: Reward, columns: Collection[str], *, more: bool = False) -> None:
@@ -124,42 +155,6 @@ def check_signature(name: str, reward: Reward, columns: Collection[str], *, more
             )
 
 
-def call_rewards(
-    rewards: Mapping[str, Reward], asked: Asked, *, max_completion_length: int, state: TrainerState, log: RewardLog
-) -> list[list[float | None]]:
-    """What each reward says of every completion; None where it has no opinion. Async ones run side by side.
-
-    Raises UserError where one fails, or answers with anything but a finite number or None for each completion.
-    """
-    results: dict[str, Any] = {}
-    waiting: dict[str, Awaitable[Any]] = {}
-    try:
-        for name, reward in rewards.items():
-            given = {  # lists of its own, so that no reward changes what another one sees, or what is trained on
-                **{column: list(values) for column, values in asked.columns.items()},
-                "prompts": list(asked.prompts),
-                "completions": list(asked.completions),
-                "completion_ids": [list(ids) for ids in asked.completion_ids],
-                "max_completion_length": max_completion_length,
-                "trainer_state": state,
-                "log_extra": log.log_extra,
-                "log_metric": log.log_metric,
-            }
-            try:
-                results[name] = reward(**_taken(reward, given))
-            except _FAILURES as error:
-                raise _failed(name, error, asked) from error
-            if inspect.isawaitable(results[name]):
-                waiting[name] = results[name]
-        if waiting:
-            results |= _awaited(waiting, asked)
-    finally:
-        for awaitable in waiting.values():
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()  # without effect where it was awaited
-    return [_numbers(name, results[name], asked) for name in rewards]
-
-
 def _parameters(reward: Reward) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(reward).parameters.values())
@@ -176,103 +171,6 @@ def _taken(reward: Reward, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
-
-
-class _Stopped(Exception):
-    """Carries what a coroutine raised out of the event loop's thread, which a BaseException would end."""
-
-    def __init__(self, name: str, error: BaseException) -> None:
-        self.name, self.error = name, error
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One for the whole process, since what rewards keep (a client, a lock) belongs to a loop; in a thread, since the
-    caller may be in a loop of its own."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop
-
-
-def _awaited(waiting: Mapping[str, Awaitable[Any]], asked: Asked) -> dict[str, Any]:
-    async def one(name: str, awaitable: Awaitable[Any]) -> Any:
-        try:
-            return await awaitable
-        except BaseException as error:
-            raise _Stopped(name, error) from error
-
-    async def together() -> list[Any]:
-        tasks = [asyncio.ensure_future(one(*item)) for item in waiting.items()]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    running = asyncio.run_coroutine_threadsafe(together(), _event_loop())
-    try:
-        return dict(zip(waiting, running.result(), strict=True))
-    except _Stopped as stopped:
-        if isinstance(stopped.error, _FAILURES):
-            raise _failed(stopped.name, stopped.error, asked) from stopped.error
-        raise stopped.error from None
-    except BaseException:
-        running.cancel()
-        raise
-
-
-def _failed(name: str, error: BaseException, asked: Asked) -> UserError:
-    if isinstance(error, UserError):
-        return UserError(f"the reward {name!r}: {error}")
-    if isinstance(error, SystemExit):
-        return UserError(f"the reward {name!r} wanted to end the program (SystemExit: {error})")
-    rows = sorted(set(asked.rows))
-    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-    said = " ".join(str(error).split())
-    return UserError(
-        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; it was called "
-        f"with {len(asked.completions)} completions (rows {', '.join(map(str, rows[:16]))}{more} of the data set)"
-        + (AS_MESSAGES if isinstance(asked.completions[0], list) else "")
-    )
-
-
-def _line(error: BaseException) -> str:
-    """Where in the reward's file it was raised, or in what it called from there."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    if not frames:
-        return ""
-    frame = [f for f in frames if f.filename == frames[0].filename][-1]
-    return f" ({frame.filename}, line {frame.lineno})"
-
-
-def _numbers(name: str, result: Any, asked: Asked) -> list[float | None]:
-    """One for each completion; tensors and arrays are taken as lists are."""
-    if isinstance(result, torch.Tensor) or hasattr(result, "tolist"):
-        result = result.tolist()
-    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
-        raise UserError(
-            f"the reward {name!r} must return a list with a number or None for each of "
-            f"{len(asked.completions)} completions, got {shown(result)}"
-        )
-    try:
-        values = list(result)
-    except _FAILURES as error:  # of a generator
-        raise _failed(name, error, asked) from error
-    if len(values) != len(asked.completions):
-        raise UserError(f"the reward {name!r} returned {len(values)} numbers for {len(asked.completions)} completions")
-    numbers: list[float | None] = []
-    for index, value in enumerate(values):
-        number = None if value is None else finite(value)
-        if number is None and value is not None:
-            raise UserError(
-                f"the reward {name!r} must return a finite number (in float32, too) or None for {asked.place(index)}: "
-                f"got {shown(value)}"
-            )
-        numbers.append(number)
-    return numbers
-
-
 def finite(value: Any) -> float | None:
     """A number, or a scalar of a library, as a float; None where it is none, or not one that float32 holds."""
     try:
@@ -283,6 +181,20 @@ def finite(value: Any) -> float | None:
     return number if abs(number) <= LARGEST else None
 
 
+def main_thread(reward: R) -> R:
+    """The reward, marked as one that is called in the thread that trains, whatever runs beside it: only there an alarm
+    (`signal.alarm`) can be set."""
+    reward.main_thread = True  # type: ignore[attr-defined]
+    return reward
+
+
+def unwrapped(reward: Any) -> Any:
+    """The function or object under partials."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
+
 def names_of(rewards: Sequence[tuple[str, Reward]]) -> list[str]:
     """A name for the metrics of each reward, all different. rewards: as written on the command line, and loaded.
 
@@ -290,10 +202,9 @@ def names_of(rewards: Sequence[tuple[str, Reward]]) -> list[str]:
     """
     names: list[str] = []
     for spec, reward in rewards:
-        while isinstance(reward, functools.partial):
-            reward = reward.func
+        reward = unwrapped(reward)
         name = getattr(reward, "__name__", type(reward).__name__)
-        if not name.isidentifier():  # a lambda
+        if name == "<lambda>":
             name = spec.rpartition(":")[2]
         unique, number = name, 1
         while unique in names:
