@@ -179,8 +179,7 @@ def summary(figures: dict[str, Any]) -> str:
             if figures[name] is not None
         )
     if "accuracy" in figures:
-        found = f"{figures['accuracy']:.3f} ± {figures['accuracy_se']:.3f} right after {figures['steps']} steps"
-        return f"{found}, {figures['cpu_s']:.0f} s of CPU time"
+        return f"{figures['accuracy']:.3f} ± {figures['accuracy_se']:.3f} right, {figures['cpu_s']:.0f} s of CPU time"
     parts = [f"{figures['rollout_ms_p50']:.1f} ms of rollouts"] if "rollout_ms_p50" in figures else []
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
     if time_ms is not None:

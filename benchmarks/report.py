@@ -19,6 +19,7 @@ import tyro
 
 from logratio.trainers.errors import UserError, counted
 
+from .reporting.learned import learning_tables
 from .reporting.records import STATUSES, read
 from .reporting.rows import Row, groups, lines_of, named, sources
 from .reporting.tables import (
@@ -80,6 +81,7 @@ SUITES: dict[str, tuple[str, tuple[str, ...], Any]] = {
     "scale": ("Scaling", ("model", "adapter", "workload", "method", "axis"), scale_tables),
     "host": ("The host: steps of a model that has next to nothing to compute", ("model", "adapter"), host_tables),
     "rollout": ("Rollouts, and the GRPO steps that learn from them", ("model", "adapter"), rollout_tables),
+    "learning": ("Learning: GRPO on the embedded task, beside TRL's trainer", (), learning_tables),
     "data": ("Data: examples to micro-batches", (), data_tables),
 }
 """suite -> its heading, the fields that each of its tables is of, and what makes the tables."""

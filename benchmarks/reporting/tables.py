@@ -108,7 +108,7 @@ def head_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         return " / ".join(found) if set(found) != {"-"} else ""
 
     unit = "ms, p50 (p20-p80), and" if absolute else "as"
-    return _titled(
+    return titled(
         rows,
         {
             f"Time, {unit} multiple of ours": matrix(rows, keys, time, base="(1×)"),
@@ -127,7 +127,7 @@ def _memory(row: Row, base: Row | None) -> str:
     return ", ".join(filter(None, [number(row.get("peak_mem_mib"), 1), times(quotient(row, base, "peak_mem_mib"))]))
 
 
-def _titled(rows: Sequence[Row], tables: dict[str, str]) -> list[str]:
+def titled(rows: Sequence[Row], tables: dict[str, str]) -> list[str]:
     out = [f"**{title}**\n\n{text}" for title, text in tables.items() if text]
     if not out:  # nothing was measured, which is said all the same
         return [text for text in [reasons(rows)] if text]
@@ -211,7 +211,7 @@ def scale_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         return predicted(row)
 
     unit = "ms of a step, p50 (p20-p80), and" if absolute else "as"
-    return _titled(
+    return titled(
         rows,
         {
             f"Time, {unit} multiple of ours": matrix(rows, keys, time, base="(1×)"),
@@ -228,7 +228,7 @@ def host_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         return matrix(rows, {"method": "method"}, lambda row, base: number(row.get(key)))
 
     tables = {"A step": of("units"), "Forward and backward of the model that it trains": of("passes_units")}
-    return _titled(rows, {f"{name}, in passes of the plain model": text for name, text in tables.items()})
+    return titled(rows, {f"{name}, in passes of the plain model": text for name, text in tables.items()})
 
 
 def rollout_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
@@ -243,7 +243,7 @@ def rollout_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         return cell
 
     unit = "ms (p50), and " if absolute else ""
-    return _titled(
+    return titled(
         rows,
         {
             f"Rollouts, {unit}as multiple of ours": matrix(rows, keys, of("rollout_ms"), base="(1×)"),
@@ -274,4 +274,4 @@ def data_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         )
         for row in sorted(rows, key=lambda row: row["rows"])
     ]
-    return _titled(rows, {"Examples out of their table, in a training process without a model": table(head, lines)})
+    return titled(rows, {"Examples out of their table, in a training process without a model": table(head, lines)})

@@ -1,0 +1,55 @@
+"""The tables of the suite `learning`: what was learned, and at what cost, with one seed after the other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from .rows import OURS, Row, quotient
+from .tables import matrix, number, times, titled
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""number of seeds -> how many standard errors of their mean hold 95 %, of Student's distribution."""
+NORMAL = 1.96
+
+
+def learning_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
+    """A line for each seed, and one of them all."""
+    keys = {"seed": "seed", "questions of a step": "prompts", "completions each": "group", "steps": "steps"}
+
+    def right(row: Row, base: Row | None) -> str:
+        return f"{row['accuracy']:.1%} ± {row['accuracy_95']:.1%}"
+
+    def cost(row: Row, base: Row | None) -> str:
+        seconds = f"{number(row.get('cpu_s'))} s" if absolute else ""
+        return ", ".join(filter(None, [seconds, times(quotient(row, base, "cpu_s"))]))
+
+    each = [row | {"accuracy_95": NORMAL * row["accuracy_se"]} if row["status"] == "ok" else row for row in rows]
+    before = "; ".join(
+        f"seed {row['seed']}: {row['accuracy_before']:.1%}"
+        for row in rows
+        if row["contestant"] == OURS and row["status"] == "ok"
+    )
+    return titled(
+        rows,
+        {
+            "Right answers to test questions, with 95 % of what other questions would give; of all, what other seeds "
+            f"would (before: {before})": matrix([*each, *of_all_seeds(rows)], keys, right),
+            "CPU time of training, as multiple of ours": matrix(rows, keys, cost, base="(1×)"),
+        },
+    )
+
+
+def of_all_seeds(rows: Sequence[Row]) -> list[Row]:
+    """A row for each contestant that several seeds were measured of: the mean, by Student's distribution."""
+    found = []
+    for name in dict.fromkeys(row["contestant"] for row in rows):
+        own = [row for row in rows if row["contestant"] == name and row["status"] == "ok"]
+        if len(own) not in STUDENT:
+            continue
+        accuracies = [row["accuracy"] for row in own]
+        half = STUDENT[len(own)] * statistics.stdev(accuracies) / math.sqrt(len(own))
+        mean = {"accuracy": statistics.mean(accuracies), "accuracy_95": half}
+        found.append(own[0] | {"case": "all", "seed": "all"} | mean)
+    return found
