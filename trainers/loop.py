@@ -37,7 +37,7 @@ from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout.generation import numbered
-from .rollout.windows import roll_out
+from .rollout.windows import windows
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 
@@ -185,25 +185,19 @@ def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, a
 
 def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
-    config = run.config.train
+    config, kept = run.config.train, progress.window
     assert config.batch_size is not None
-    if progress.window is not None:
-        for _ in range(progress.window.taken, iterations(run)):
-            yield progress.window
-    for items, position in batches(
+    source = batches(
         run.data.train,
         config.batch_size,
         shuffle=run.config.data.shuffle,
         seed=config.seed,
         start=progress.position,
-    ):
-        if run.rollouts is None:
-            window = Window(items, run.step.micro_batches(items))
-        else:
-            window = roll_out(run.rollouts, run.step, items)
-        window.position = position
-        for _ in range(iterations(run)):
-            yield window
+    )
+    if run.rollouts is not None:
+        yield from windows(run.rollouts, run.step, source, [] if kept is None else [kept])
+    for items, position in source:
+        yield Window(items, run.step.micro_batches(items), position=position)
 
 
 def iterations(run: Run) -> int:

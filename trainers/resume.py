@@ -24,6 +24,7 @@ from logratio.losses import Mean, Support
 from .batches.packing import split_groups
 from .checkpoints.best import Best
 from .checkpoints.checkpoint import (
+    AHEAD,
     FORMAT,
     OPTIMIZER,
     RANDOM,
@@ -72,6 +73,7 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
     config, output_dir = run.config, Path(run.config.train.output_dir)
     randoms = gather_object([as_json(random_states(run.accelerator.device))])
     rollouts = None if progress.window is None else gather_object([unpacked(progress.window)])
+    ahead = None if run.rollouts is None else run.rollouts.flights.landed()
     state = state_of(run, progress)
     weights = full_weights(run.policy, run.accelerator)
     optimizer = optimizer_state(run.policy, run.optimizer, run.accelerator)
@@ -89,6 +91,8 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
             save_file(
                 {f"{i}/{k}": t for i, (_, kept) in enumerate(rollouts) for k, t in kept.items()}, folder / ROLLOUT_LOGPS
             )
+        if ahead:
+            (folder / AHEAD).write_text(json.dumps(ahead))
         write_json(folder / STATE, state)
 
     def write() -> None:
@@ -180,6 +184,7 @@ def restore(run: Run) -> Progress:
     if run.rollouts is not None:
         run.rollouts.load_state_dict(state["rollouts"])
         run.rollouts.after(checkpoint.step)
+        run.rollouts.flights.restore(checkpoint.json(AHEAD) or [])
     progress = Progress(
         step=checkpoint.step,
         position=state["position"],

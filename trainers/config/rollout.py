@@ -45,6 +45,9 @@ class RolloutConfig:
     """Where they are, as http://localhost:8000; commas between several."""
     vllm_server_timeout: Positive = 240.0
     """Seconds that a server may be silent before the run ends."""
+    max_staleness: NotNegativeCount = 0
+    """Let the servers sample while the policy learns: what a step first learns from was sampled by the policy of so
+    many optimizer steps before; 0: by the policy as it is."""
     num_iterations: Count = 1
     """Optimizer steps on each set of rollouts; from the second on they are off policy."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
@@ -120,6 +123,11 @@ class RolloutConfig:
             raise UserError(
                 f"--vllm_server_base_url {self.vllm_server_base_url} is read only with --rollout_engine vllm; add it, "
                 "or leave this out"
+            )
+        if self.rollout_engine != "vllm" and self.max_staleness:
+            raise UserError(
+                f"--max_staleness {self.max_staleness} lets servers sample while this process trains: add "
+                "--rollout_engine vllm, or leave it out"
             )
 
     @property

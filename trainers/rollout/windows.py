@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -16,16 +16,51 @@ from ..data.examples import Example, Prompt
 from ..errors import UserError
 from ..processes.dealing import share
 from ..step import MicroBatch, Step, Window
+from .engines.protocol import Said
+from .flights import Coming, Metrics
 from .generation import numbered
 from .rollouts import Rollouts
 
+Batches = Iterator[tuple[Sequence[Prompt], Mapping[str, int]]]
+
+
+def windows(rollouts: Rollouts, step: Step, batches: Batches, kept: Sequence[Window] = ()) -> Iterator[Window]:
+    """What each optimizer step learns from, for ever: each window `num_iterations` times.
+
+    batches: the prompts of a step, and where the data go on behind them. kept: a window from a checkpoint, that steps
+    are still to learn from.
+    """
+    each, done = rollouts.config.num_iterations, rollouts.state
+    all_of_them = (Coming.of(prompts, position, each, step.accelerator) for prompts, position in batches)
+    left = sum(each - window.taken for window in kept)
+    flights = rollouts.flights
+    flights.over(all_of_them, step.accelerator, first=done.global_step + left, total=done.max_steps)
+    window = next(iter(kept), None)
+    while True:
+        flights.before(done.global_step)
+        if window is None or window.taken == each:
+            coming, said, timed = flights.land()
+            window = learned_from(rollouts, step, coming.prompts, said, timed)
+            window.position = coming.position
+        yield window
+
 
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
-    """What the process learns from its share of the prompts: rollouts with advantages, and old log-probs where later
-    steps will differ from the policy that sampled them."""
+    """What the process learns from its share of the prompts: sampled now, see `learned_from`."""
+    return learned_from(rollouts, step, share(numbered(prompts), step.accelerator))
+
+
+def learned_from(
+    rollouts: Rollouts, step: Step, prompts: Sequence[Prompt], said: Said | None = None, timed: Metrics | None = None
+) -> Window:
+    """What the process learns from its prompts: rollouts with advantages, and old log-probs where later steps will
+    differ from the policy of now, which is what a ratio is clipped to, whichever has sampled them.
+
+    said, timed: what was sampled of them already, and metrics of that.
+    """
     config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(share(numbered(prompts), accelerator))
-    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
+    rolled = rollouts(prompts, said=said)
+    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
 
     def packed() -> tuple[list[Example], list[MicroBatch]]:
         # whole groups are compared; ones that do not fit a micro-batch are divided

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from logratio.losses import Support
+
+from .background import Begun
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,6 +72,10 @@ class Sample:
         return self.finish_reason == "stop"
 
 
+Said = list[list[Sample]]
+"""Of each request its completions."""
+
+
 class Engine(Protocol):
     """Samples completions of the policy as it was when `sync` was last called.
 
@@ -85,7 +91,15 @@ class Engine(Protocol):
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]: ...
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said: ...
 
     def close(self) -> None:
         """Give back what it holds; nothing is sampled afterwards."""
+
+
+@runtime_checkable
+class Background(Protocol):
+    """An engine that samples elsewhere, while the policy goes on learning."""
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
+        """As `sample`, of the policy as it is now, in the background. What it raises, this process alone raises."""
