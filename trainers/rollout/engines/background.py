@@ -42,7 +42,11 @@ class Begun(Generic[T]):
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """The result is not wanted any more."""
         self._stop.set()
+
+    def close(self) -> None:
+        """Stop, and wait a little for it."""
+        self.stop()
         self._thread.join(GOODBYE_S)

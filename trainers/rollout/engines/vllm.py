@@ -79,6 +79,8 @@ class VLLM:
 
     def close(self) -> None:
         for begun in self.begun:
+            begun.stop()  # all at once
+        for begun in self.begun:
             begun.close()
         self.begun.clear()
         self.adapters.close()

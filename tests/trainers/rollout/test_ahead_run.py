@@ -1,0 +1,219 @@
+"""`logratio train grpo --max_staleness`: servers sample what later steps learn from while this one is taken."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from logratio.trainers import cli
+from logratio.trainers.checkpoints.folder import checkpoints_in
+from logratio.trainers.ground.signals import STATUS
+from logratio.trainers.policy.tiny import tiny_model
+from logratio.trainers.rollout.engines import server as server_module
+from logratio.trainers.rollout.engines import vllm
+from logratio.trainers.rollout.rollouts import Rollouts
+from logratio.trainers.step import Step
+
+from .._runs import LATEST, assert_same, back_to, completions, log, notes
+from ..processes._launch import launch
+from ._server import SmallServer
+
+WORDS = ["--lora_r", "2", "--max_steps", "6", "--batch_size", "2", "--num_generations", "3", "--learning_rate", "1e-2"]
+WORDS += ["--max_completion_length", "4", "--save_steps", "1", "--reward_funcs", "own:odd"]
+PATIENCE_S = 30.0  # that an event is waited for which comes at once
+
+
+@pytest.fixture
+def small(tokenizer, monkeypatch):
+    monkeypatch.setattr(server_module, "FIRST_PAUSE_S", 0.01)
+    server = SmallServer(tiny_model(42), tokenizer)
+    yield server
+    server.close()
+
+
+def words(server, staleness, *more, output="out", timeout="60"):
+    rows = [{"prompt": f"{i % 5}+{i % 3}="} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at = ["--rollout_engine", "vllm", "--vllm_server_base_url", server.url, "--vllm_server_timeout", timeout]
+    ahead = ["--max_staleness", str(staleness)] if staleness else []
+    return ["train", "grpo", "--dataset_name", "rows.jsonl", "--output_dir", output, *WORDS, *at, *ahead, *more]
+
+
+def train(server, staleness, *more, status=0, **where):
+    assert cli.main(words(server, staleness, *more, **where)) == status
+    assert not [t for t in threading.enumerate() if t.name == "sampling ahead"]
+
+
+def of_version(version):
+    """Whether a request is for a completion of this version."""
+    return lambda path, body: path == "/v1/completions" and body["model"].endswith(f"-{version}")
+
+
+def versions(folder):
+    """{step: versions that its completions are of}"""
+    found = {}
+    for row in completions(folder):
+        found.setdefault(row["step"], set()).add(row["policy_version"])
+    return found
+
+
+def test_a_server_samples_while_the_policy_trains(small, workspace, monkeypatch):
+    """Each waits for the other: no step ends before what comes behind it is asked for, nor is that said before."""
+    asked, training, call = threading.Event(), threading.Event(), Step.__call__
+    ours, met = of_version(1), []
+
+    def held(path, body):
+        if ours(path, body):
+            asked.set()
+            met.append(training.wait(PATIENCE_S))
+
+    def computing(self, *args, **kwargs):
+        if small.adapters and max(int(name.rpartition("-")[2]) for name in small.adapters) == 1:
+            training.set()
+            met.append(asked.wait(PATIENCE_S))
+        return call(self, *args, **kwargs)
+
+    small.before = held
+    monkeypatch.setattr(Step, "__call__", computing)
+    train(small, 1, "--max_steps", "3")
+    assert met == [True] * 7  # 2 prompts x 3, and the step
+
+
+@pytest.mark.parametrize(("staleness", "iterations"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_versions_are_those_of_the_schedule_and_are_seen(small, workspace, monkeypatch, staleness, iterations):
+    """In the table of completions and in the log; and the evaluations between them are of the policy as it is."""
+    found, sample, most = [], Rollouts.sample, [0]
+
+    def watched(self, requests, prompts):
+        said = sample(self, requests, prompts)
+        found.append(({s.version for samples in said for s in samples}, self.state.global_step))
+        return said
+
+    def loaded(path, body):
+        if path == "/v1/completions":
+            most[0] = max(most[0], len(small.adapters))
+
+    small.before = loaded
+    monkeypatch.setattr(Rollouts, "sample", watched)
+    more = ["--num_iterations", str(iterations), "--eval_steps", "2", "--eval_size", "2"]
+    train(small, staleness, *more)
+    firsts = list(range(0, 6, iterations))
+    assert versions("out") == {first + 1: {max(0, first - staleness)} for first in firsts}
+    for row in log("out"):
+        first = (row["step"] - 1) // iterations * iterations
+        assert row["sampling/staleness_mean"] == row["sampling/staleness_max"] == min(first, staleness)
+        assert row["rollout_wait_ms"] >= 0 and row["rollout_ms"] > 0
+        assert (row["sampling/logp_diff_mean"] > 1e-3) == (first > 0), "of other weights than those that learn"
+    assert found == [({step}, step) for step in (2, 4, 6)]
+    assert most[0] <= staleness + 2  # one more for a moment, when a new one has come
+    assert small.models() == [] and not Path("out/.adapters").exists()
+
+
+def test_by_default_nothing_is_sampled_ahead(small, workspace, monkeypatch):
+    monkeypatch.setattr(vllm, "Begun", None)
+    train(small, 0, "--max_steps", "2", "--num_iterations", "2")
+    assert not {"sampling/staleness_mean", "rollout_wait_ms"} & log("out")[0].keys()
+    assert versions("out") == {1: {0}} and not list(Path("out").rglob("ahead.json"))
+
+
+@pytest.mark.parametrize(("staleness", "iterations"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, iterations):
+    """To the same bits, without asking again, though the policy that said it is not there any more."""
+    more = ["--num_iterations", str(iterations)]
+    train(small, staleness, *more, output="whole")
+    for step in (1, 3):
+        train(small, staleness, *more)
+        landed = json.loads(Path(f"out/checkpoint-{step}/ahead.json").read_text())
+        in_flight = [f for f in range(0, 6, iterations) if step <= f and f - staleness < step]
+        assert [{s["version"] for some in window for s in some} for window in landed] == [
+            {max(0, first - staleness)} for first in in_flight
+        ]
+        back_to(step)
+        small.asked.clear()
+        train(small, staleness, *more, *LATEST)
+        assert_same("whole", "out")
+        later = [f for f in range(0, 6, iterations) if f >= step + staleness]
+        assert sum(path == "/v1/completions" for path, _ in small.asked) == 6 * len(later)
+        shutil.rmtree("out")
+
+
+def test_a_server_that_dies_meanwhile_and_comes_back_costs_time(small, workspace):
+    """It is given all adapters again that are still sampled from."""
+    train(small, 2, output="whole")
+    ours, count = of_version(2), [0]
+
+    def dies(path, body):
+        count[0] += ours(path, body)
+        if count[0] == 3:
+            count[0] += 1
+            small.kill()
+            small.start()
+
+    small.before = dies
+    train(small, 2)
+    assert count[0] > 6
+    assert_same("whole", "out")
+
+
+def test_one_that_stays_away_ends_the_run_at_the_step_that_needed_it(small, workspace, capsys):
+    """Its checkpoint is whole; what had not been said is sampled later, by a policy that is less old."""
+    ours = of_version(2)
+
+    def dies(path, body):
+        if ours(path, body) and small.http is not None:
+            small.kill()
+
+    small.before = dies
+    train(small, 1, status=1, timeout="0.5")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(
+            f"step 4: the vLLM server {small.url} has not answered for 0.5 s (Connection refused): start it, correct "
+            "--vllm_server_base_url, or wait longer with --vllm_server_timeout"
+        )
+    )
+    assert [step for step, _ in checkpoints_in(Path("out"))] == [1, 2, 3]
+    assert Path("out/checkpoint-2/ahead.json").exists() and not Path("out/checkpoint-3/ahead.json").exists()
+    small.before = lambda path, body: None
+    small.start()
+    train(small, 1, *LATEST)
+    assert versions("out") == {1: {0}, 2: {0}, 3: {1}, 4: {3}, 5: {3}, 6: {4}}
+    assert [row["step"] for row in log("out")] == [1, 2, 3, 4, 5, 6] and small.models() == []
+
+
+def test_a_signal_in_the_middle_of_it_ends_the_run_in_good_order(small, workspace, capsys):
+    train(small, 1, output="whole")
+    ours, sent = of_version(2), []
+
+    def stops(path, body):
+        if ours(path, body) and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    small.before = stops
+    train(small, 1, status=STATUS)
+    assert [step for step, _ in checkpoints_in(Path("out"))] == [1, 2, 3] and small.models() == []
+    train(small, 1, *LATEST)
+    assert_same("whole", "out")
+
+
+def test_it_is_said_that_nothing_corrects_for_it(small, workspace):
+    said = (
+        "completions are sampled by earlier policies than the one that learns from them, and weigh as if they were not: "
+        "--sampling_correction decoupled, or token_truncate, its bounded form"
+    )
+    train(small, 1, "--max_steps", "1")
+    assert said in [text for _, text in notes("out")]
+    train(small, 1, "--max_steps", "1", "--sampling_correction", "decoupled", output="other")
+    assert said not in [text for _, text in notes("other")]
+
+
+def test_the_engine_in_the_process_cannot(capsys):
+    assert cli.main(["train", "grpo", "--max_staleness", "1"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "--max_staleness 1 lets servers sample while this process trains: add --rollout_engine vllm, or leave it out\n"
+    )
