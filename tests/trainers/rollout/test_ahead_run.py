@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from logratio.trainers import cli
 from logratio.trainers.checkpoints.folder import checkpoints_in
@@ -18,13 +19,15 @@ from logratio.trainers.rollout.engines import vllm
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.step import Step
 
-from .._runs import LATEST, assert_same, back_to, completions, log, notes
+from .._runs import LATEST, back_to, completions, log, notes, weights
 from ..processes._launch import launch
 from ._server import SmallServer
 
-WORDS = ["--lora_r", "2", "--max_steps", "6", "--batch_size", "2", "--num_generations", "3", "--learning_rate", "1e-2"]
-WORDS += ["--max_completion_length", "4", "--save_steps", "1", "--reward_funcs", "own:odd"]
-PATIENCE_S = 30.0  # that an event is waited for which comes at once
+STEPS = 5
+WORDS = ["--lora_r", "2", "--max_steps", f"{STEPS}", "--batch_size", "2", "--num_generations", "3", "--save_steps", "1"]
+WORDS += ["--max_completion_length", "4", "--reward_funcs", "own:odd", "--learning_rate", "1e-2"]
+PATIENCE_S = 30.0  # for what comes at once
+SAVED = "ahead.json"
 
 
 @pytest.fixture
@@ -48,7 +51,14 @@ def train(server, staleness, *more, status=0, **where):
     assert not [t for t in threading.enumerate() if t.name == "sampling ahead"]
 
 
-def of_version(version):
+def assert_same(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert log(one)[-1]["hash"] == log(other)[-1]["hash"] and len(log(other)) == STEPS
+    assert completions(one) == completions(other)
+
+
+def says(version):
     """Whether a request is for a completion of this version."""
     return lambda path, body: path == "/v1/completions" and body["model"].endswith(f"-{version}")
 
@@ -61,10 +71,14 @@ def versions(folder):
     return found
 
 
+def saved_after(folder="out"):
+    return sorted(step for step, _ in checkpoints_in(Path(folder)))
+
+
 def test_a_server_samples_while_the_policy_trains(small, workspace, monkeypatch):
     """Each waits for the other: no step ends before what comes behind it is asked for, nor is that said before."""
     asked, training, call = threading.Event(), threading.Event(), Step.__call__
-    ours, met = of_version(1), []
+    ours, met = says(1), []
 
     def held(path, body):
         if ours(path, body):
@@ -72,7 +86,7 @@ def test_a_server_samples_while_the_policy_trains(small, workspace, monkeypatch)
             met.append(training.wait(PATIENCE_S))
 
     def computing(self, *args, **kwargs):
-        if small.adapters and max(int(name.rpartition("-")[2]) for name in small.adapters) == 1:
+        if any(name.endswith("-1") for name in small.adapters) and not training.is_set():
             training.set()
             met.append(asked.wait(PATIENCE_S))
         return call(self, *args, **kwargs)
@@ -83,7 +97,13 @@ def test_a_server_samples_while_the_policy_trains(small, workspace, monkeypatch)
     assert met == [True] * 7  # 2 prompts x 3, and the step
 
 
-@pytest.mark.parametrize(("staleness", "iterations"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+MANY = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("staleness", "iterations"),
+    [(1, 1), pytest.param(2, 1, marks=MANY), pytest.param(1, 2, marks=MANY), pytest.param(3, 2, marks=MANY)],
+)
 def test_versions_are_those_of_the_schedule_and_are_seen(small, workspace, monkeypatch, staleness, iterations):
     """In the table of completions and in the log; and the evaluations between them are of the policy as it is."""
     found, sample, most = [], Rollouts.sample, [0]
@@ -99,52 +119,58 @@ def test_versions_are_those_of_the_schedule_and_are_seen(small, workspace, monke
 
     small.before = loaded
     monkeypatch.setattr(Rollouts, "sample", watched)
-    more = ["--num_iterations", str(iterations), "--eval_steps", "2", "--eval_size", "2"]
-    train(small, staleness, *more)
-    firsts = list(range(0, 6, iterations))
+    train(small, staleness, "--num_iterations", str(iterations), "--eval_steps", "2", "--eval_size", "2")
+    firsts = list(range(0, STEPS, iterations))
     assert versions("out") == {first + 1: {max(0, first - staleness)} for first in firsts}
     for row in log("out"):
         first = (row["step"] - 1) // iterations * iterations
         assert row["sampling/staleness_mean"] == row["sampling/staleness_max"] == min(first, staleness)
         assert row["rollout_wait_ms"] >= 0 and row["rollout_ms"] > 0
         assert (row["sampling/logp_diff_mean"] > 1e-3) == (first > 0), "of other weights than those that learn"
-    assert found == [({step}, step) for step in (2, 4, 6)]
+    assert found == [({step}, step) for step in (2, 4, STEPS)]
     assert most[0] <= staleness + 2  # one more for a moment, when a new one has come
     assert small.models() == [] and not Path("out/.adapters").exists()
 
 
 def test_by_default_nothing_is_sampled_ahead(small, workspace, monkeypatch):
     monkeypatch.setattr(vllm, "Begun", None)
-    train(small, 0, "--max_steps", "2", "--num_iterations", "2")
+    train(small, 0, "--max_steps", "2")
     assert not {"sampling/staleness_mean", "rollout_wait_ms"} & log("out")[0].keys()
-    assert versions("out") == {1: {0}} and not list(Path("out").rglob("ahead.json"))
+    assert versions("out") == {1: {0}, 2: {1}} and not list(Path("out").rglob(SAVED))
 
 
-@pytest.mark.parametrize(("staleness", "iterations"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, iterations):
+@pytest.mark.parametrize(
+    ("staleness", "iterations", "step"),
+    [
+        (2, 1, 2),
+        pytest.param(1, 1, 1, marks=MANY),
+        pytest.param(3, 2, 1, marks=MANY),
+        pytest.param(1, 2, 3, marks=MANY),
+    ],
+)
+def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, iterations, step):
     """To the same bits, without asking again, though the policy that said it is not there any more."""
     more = ["--num_iterations", str(iterations)]
     train(small, staleness, *more, output="whole")
-    for step in (1, 3):
-        train(small, staleness, *more)
-        landed = json.loads(Path(f"out/checkpoint-{step}/ahead.json").read_text())
-        in_flight = [f for f in range(0, 6, iterations) if step <= f and f - staleness < step]
-        assert [{s["version"] for some in window for s in some} for window in landed] == [
-            {max(0, first - staleness)} for first in in_flight
-        ]
-        back_to(step)
-        small.asked.clear()
-        train(small, staleness, *more, *LATEST)
-        assert_same("whole", "out")
-        later = [f for f in range(0, 6, iterations) if f >= step + staleness]
-        assert sum(path == "/v1/completions" for path, _ in small.asked) == 6 * len(later)
-        shutil.rmtree("out")
+    shutil.copytree("whole", "out")
+    path, firsts = Path(f"out/checkpoint-{step}", SAVED), range(0, STEPS, iterations)
+    landed = json.loads(path.read_text()) if path.exists() else []
+    in_flight = [max(0, f - staleness) for f in firsts if f >= step and f - staleness < step]
+    assert [{s["version"] for some in window for s in some} for window in landed] == [{v} for v in in_flight]
+    back_to(step)
+    small.asked.clear()
+    train(small, staleness, *more, *LATEST)
+    assert_same("whole", "out")
+    later = [f for f in firsts if f - staleness >= step]
+    assert sum(path == "/v1/completions" for path, _ in small.asked) == 6 * len(later)
+    assert not Path(f"out/checkpoint-{STEPS}", SAVED).exists(), "nothing is sampled for nobody"
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_meanwhile_and_comes_back_costs_time(small, workspace):
     """It is given all adapters again that are still sampled from."""
     train(small, 2, output="whole")
-    ours, count = of_version(2), [0]
+    ours, count = says(2), [0]
 
     def dies(path, body):
         count[0] += ours(path, body)
@@ -161,7 +187,7 @@ def test_a_server_that_dies_meanwhile_and_comes_back_costs_time(small, workspace
 
 def test_one_that_stays_away_ends_the_run_at_the_step_that_needed_it(small, workspace, capsys):
     """Its checkpoint is whole; what had not been said is sampled later, by a policy that is less old."""
-    ours = of_version(2)
+    ours = says(2)
 
     def dies(path, body):
         if ours(path, body) and small.http is not None:
@@ -177,18 +203,18 @@ def test_one_that_stays_away_ends_the_run_at_the_step_that_needed_it(small, work
             "--vllm_server_base_url, or wait longer with --vllm_server_timeout"
         )
     )
-    assert [step for step, _ in checkpoints_in(Path("out"))] == [1, 2, 3]
-    assert Path("out/checkpoint-2/ahead.json").exists() and not Path("out/checkpoint-3/ahead.json").exists()
+    assert saved_after() == [1, 2, 3]
+    assert Path("out/checkpoint-2", SAVED).exists() and not Path("out/checkpoint-3", SAVED).exists()
     small.before = lambda path, body: None
     small.start()
     train(small, 1, *LATEST)
-    assert versions("out") == {1: {0}, 2: {0}, 3: {1}, 4: {3}, 5: {3}, 6: {4}}
-    assert [row["step"] for row in log("out")] == [1, 2, 3, 4, 5, 6] and small.models() == []
+    assert versions("out") == {1: {0}, 2: {0}, 3: {1}, 4: {3}, 5: {3}}
+    assert [row["step"] for row in log("out")] == [1, 2, 3, 4, 5] and small.models() == []
 
 
-def test_a_signal_in_the_middle_of_it_ends_the_run_in_good_order(small, workspace, capsys):
+def test_a_signal_in_the_middle_of_it_ends_the_run_in_good_order(small, workspace):
     train(small, 1, output="whole")
-    ours, sent = of_version(2), []
+    ours, sent = says(2), []
 
     def stops(path, body):
         if ours(path, body) and not sent:
@@ -196,15 +222,48 @@ def test_a_signal_in_the_middle_of_it_ends_the_run_in_good_order(small, workspac
 
     small.before = stops
     train(small, 1, status=STATUS)
-    assert [step for step, _ in checkpoints_in(Path("out"))] == [1, 2, 3] and small.models() == []
+    assert saved_after() == [1, 2, 3] and small.models() == []
     train(small, 1, *LATEST)
     assert_same("whole", "out")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [False, True])
+def test_several_processes_ask_alike_and_end_together(small, workspace, dead):
+    """And what one had in flight, two go on with."""
+    slowly = ["--learning_rate", "1e-4"]  # by which the rounding of a sum over processes counts in AdamW's first steps
+    train(small, 1, *slowly, output="alone")
+    ours = says(1)
+    small.before = lambda path, body: (500, "no") if dead and ours(path, body) else None
+
+    def two(output, *more):
+        given = words(small, 1, *slowly, *more, output=output, timeout="3" if dead else "60")
+        return launch(2, ["-m", "logratio.trainers.cli", *given], Path.cwd(), PYTHONPATH=str(Path.cwd()))
+
+    done = two("out")
+    if dead:
+        assert done.returncode != 0 and "step 3: the vLLM server" in done.stderr
+        assert "has not answered for 3 s (500: no)" in done.stderr
+        assert done.stderr.count("Traceback") == 1, "the launcher's own"
+        return
+    assert done.returncode == 0, done.stderr
+    shutil.copytree("alone", "again")
+    back_to(2, "again")
+    done = two("again", *LATEST)
+    assert done.returncode == 0, done.stderr
+    for folder in ("out", "again"):
+        assert [{**row, "sampler_logp": 0} for row in completions(folder)] == [
+            {**row, "sampler_logp": 0} for row in completions("alone")
+        ]
+        assert [row["sampling/staleness_max"] for row in log(folder)] == [0, 1, 1, 1, 1]
+        a, b = weights("alone"), weights(folder)
+        assert all(torch.allclose(a[k], b[k], rtol=0, atol=5e-6) for k in a)
+
+
 def test_it_is_said_that_nothing_corrects_for_it(small, workspace):
     said = (
-        "completions are sampled by earlier policies than the one that learns from them, and weigh as if they were not: "
-        "--sampling_correction decoupled, or token_truncate, its bounded form"
+        "completions are sampled by earlier policies than the one that learns from them, and weigh as if they were "
+        "not: --sampling_correction decoupled corrects for it, token_truncate does so within bounds"
     )
     train(small, 1, "--max_steps", "1")
     assert said in [text for _, text in notes("out")]
