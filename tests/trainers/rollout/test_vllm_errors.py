@@ -102,6 +102,12 @@ def not_numbers(small, engine):
     small.before = lambda path, body: (200, {"choices": [choice]}) if path == "/v1/completions" else None
 
 
+def another_adapter(small, engine):
+    choice = {"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "length"}
+    answer = {"model": "an-older-one", "choices": [choice]}
+    small.before = lambda path, body: (200, answer) if path == "/v1/completions" else None
+
+
 SENTENCES = [
     (
         gone,
@@ -149,6 +155,11 @@ SENTENCES = [
         forgetful,
         "the vLLM server URL forgets the adapter that it is given (NAME): start it with --max-loras 2, and let no "
         "other run use it",
+    ),
+    (
+        another_adapter,
+        "the vLLM server URL answers as 'an-older-one' where the adapter NAME was asked: what another policy says is "
+        "refused; look at its log, and at what stands between it and the run",
     ),
     (
         not_numbers,
