@@ -134,10 +134,15 @@ def test_versions_are_those_of_the_schedule_and_are_seen(small, workspace, monke
 
 
 def test_by_default_nothing_is_sampled_ahead(small, workspace, monkeypatch):
+    """And a policy that never changes says the same however early it is asked."""
+    still = ["--max_steps", "3", "--learning_rate", "0"]
+    train(small, 2, *still, output="ahead")
     monkeypatch.setattr(vllm, "Begun", None)
-    train(small, 0, "--max_steps", "2")
+    train(small, 0, *still)
     assert not {"sampling/staleness_mean", "rollout_wait_ms"} & log("out")[0].keys()
-    assert versions("out") == {1: {0}, 2: {1}} and not list(Path("out").rglob(SAVED))
+    assert versions("out") == {1: {0}, 2: {1}, 3: {2}} and not list(Path("out").rglob(SAVED))
+    ahead, out = ([{**row, "policy_version": 0} for row in completions(folder)] for folder in ("ahead", "out"))
+    assert ahead == out and len({row["completion"] for row in out}) > 9
 
 
 @pytest.mark.slow
