@@ -5,8 +5,8 @@ trainer_state.json            step, position in the data, loss, schedule, log, o
 optimizer.safetensors         moments, by parameter
 rng_state.json                of each process
 reference.safetensors         a reference that follows the policy
-rollouts.json, .safetensors   rollouts that are still being trained on
-ahead.json                    completions that were sampled for the steps to come
+rollouts.json, .safetensors   rollouts that steps to come learn from
+ahead.json                    completions that were sampled for the steps behind these
 manifest.json                 the size and SHA-256 of each of them
 """
 
@@ -31,7 +31,7 @@ from .folder import find, remove_unfinished
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
 AHEAD = "ahead.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

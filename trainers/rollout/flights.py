@@ -20,7 +20,7 @@ from logratio.losses import Mean
 
 from ..data.examples import Prompt
 from ..errors import UserError
-from ..processes.dealing import gather_rows, share
+from ..processes.dealing import gather_rows, shares
 from ..processes.once import raised_together
 from .ahead import Schedule, check_staleness
 from .engines.background import Begun
@@ -29,21 +29,35 @@ from .generation import numbered
 from .metrics import time_metrics
 
 Metrics = dict[str, Mean]
+Position = Mapping[str, Any]
 
 
 class Coming(NamedTuple):
-    """prompts: this process's of a window. places: theirs among those of all processes. position: where the data go on
-    behind the window. steps: how many learn from it."""
+    """A set of rollouts that is sampled at once, for one or more steps.
+
+    prompts: this process's. places: theirs among those of all processes. counts: how many are of each step. steps: that
+    learn from it, `passes` over these. position: where the data go on behind it.
+    """
 
     prompts: Sequence[Prompt]
     places: Sequence[int]
-    position: Mapping[str, int]
+    counts: list[int]
     steps: int
+    position: Position
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], position: Mapping[str, int], steps: int, accelerator: Accelerator) -> Coming:
-        """prompts: of all processes."""
-        return cls(share(numbered(prompts), accelerator), share(range(len(prompts)), accelerator), position, steps)
+    def of(
+        cls,
+        batches: Sequence[Sequence[Prompt]],
+        accelerator: Accelerator,
+        passes: int = 1,
+        position: Position | None = None,
+    ) -> Coming:
+        """batches: of each step, of all processes."""
+        prompts = numbered([prompt for some in batches for prompt in some])
+        own = shares([len(some) for some in batches], accelerator)
+        places = [place for some in own for place in some]
+        return cls([prompts[i] for i in places], places, list(map(len, own)), len(batches) * passes, position or {})
 
 
 Sampling = Begun[Said] | Said | None

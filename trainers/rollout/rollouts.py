@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +16,6 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
-from ..data.tokenization import Text
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
@@ -29,47 +27,8 @@ from .flights import Flights
 from .generation import Purpose, requests_of, sampling_of, stop_ids
 from .kept import kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics, time_metrics
+from .rolled import Rolled, Scored
 from .watch import Watch
-
-
-@dataclass(frozen=True)
-class Rolled:
-    """A process's rollouts, before they are compared.
-
-    examples: one a prompt, with `num_generations` completions and no advantages yet.
-    by_function: [prompts, G, K] float64 rewards, NaN where a reward function returned None.
-    baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
-    ended: [prompts, G], False where the length limit cut a completion; None: all ended.
-    logged: the metrics that the rewards logged themselves.
-    prompts, samples, texts, extra: of each completion, as the engine said it and the rewards saw it, and the columns
-        that these gave to log_extra.
-    """
-
-    examples: list[Example]
-    by_function: Tensor
-    baseline: Tensor | None = None
-    ended: Tensor | None = None
-    logged: dict[str, Mean] = field(default_factory=dict)
-    prompts: Sequence[Text] = ()
-    samples: Sequence[Sample] = ()
-    texts: Sequence[str] = ()
-    extra: dict[str, list[str | None]] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> Tensor:
-        """[prompts, G] float64, tokens of each completion."""
-        lengths = [len(c.ids) for e in self.examples for c in e.completions]
-        return torch.tensor(lengths, dtype=torch.float64).reshape(self.by_function.shape[:2])
-
-
-class Scored(NamedTuple):
-    """rewards: [completions, functions] float64, NaN where a reward function returned None. texts: of the completions.
-    logged, extra: what the rewards logged, as metrics and as columns."""
-
-    rewards: Tensor
-    texts: list[str]
-    logged: dict[str, Mean]
-    extra: dict[str, list[str | None]]
 
 
 class Rollouts:
@@ -97,7 +56,7 @@ class Rollouts:
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
-        self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
+        self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
         self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
@@ -108,17 +67,19 @@ class Rollouts:
         """One line: the tokens that are sampled for a step of so many prompts."""
         of_each = self.config.num_generations + ADVANTAGES[self.config.advantage_type].wants_greedy
         longest = self.max_completion_length
+        steps = self.config.steps_per_generation
+        prompts *= steps * self.config.dynamic_sampling
         made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
-        return f"a step samples up to {prompts * of_each * longest:,} tokens: {made_of}"
+        sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
+        return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train", said: Said | None = None) -> Rolled:
-        """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
-        advantages want it.
+        """Sample `num_generations` completions of each prompt, in evaluations `num_generations_eval`, and score them;
+        in training a greedy one too, where the advantages want it.
 
         prompts: this process's part of the step's `numbered` ones. said: what was sampled of them already.
         """
-        group = self.config.num_generations
-        greedy = purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+        group, greedy = self.group(purpose), self.greedy(purpose)
         if said is None:
             said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
         repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -141,10 +102,18 @@ class Rollouts:
         texts = [prompt.prompt for prompt in repeated]
         return Rolled(examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra)
 
+    def group(self, purpose: Purpose) -> int:
+        """Sampled completions of a prompt."""
+        config = self.config
+        return config.num_generations if purpose == "train" else config.num_generations_eval or config.num_generations
+
+    def greedy(self, purpose: Purpose) -> bool:
+        """Whether a greedy one comes behind them."""
+        return purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+
     def requests(self, prompts: Sequence[Prompt], purpose: Purpose, step: int) -> list[Request]:
         """What is asked of the engine for them; step: see `completion_seed`."""
-        greedy = purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
-        group = self.config.num_generations
+        group, greedy = self.group(purpose), self.greedy(purpose)
         return requests_of(prompts, group, purpose=purpose, seed=self.seed, step=step, greedy=greedy)
 
     def sampling(self, prompts: Sequence[Prompt]) -> Sampling:
@@ -218,7 +187,7 @@ class Rollouts:
         return sorted({name for _, some in said for name in some})
 
     def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
-        """[prompts, G] float64 advantages of a process's rollouts, among those of the step on all processes.
+        """[prompts, G] float64 advantages of a process's rollouts, among all that were sampled with them.
 
         kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
         """
@@ -246,9 +215,15 @@ class Rollouts:
             self._keep(rolled, advantages[own], accelerator)
         return advantages[own]
 
-    def _keep(self, rolled: Rolled, advantages: Tensor, accelerator: Accelerator) -> None:
+    def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
+        """Let `taken` have completions that nothing is learned from, which have no advantage."""
+        if self.config.log_completions:
+            self._keep(rolled, None, accelerator)
+
+    def _keep(self, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
         """Let `taken` have the completions of all processes."""
         group = rolled.by_function.shape[1]
+        places = rolled.places or range(len(rolled.examples))
         rows = kept_rows(
             self.state.global_step + 1,
             prompts=rolled.prompts,
@@ -258,10 +233,10 @@ class Rollouts:
             engine=self.engine.name,
             by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
             rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=advantages.flatten(),
+            advantages=None if advantages is None else advantages.flatten(),
             extra=rolled.extra,
         )
-        self._kept += of_all(accelerator, [rows[i : i + group] for i in range(0, len(rows), group)])
+        self._kept += of_all(accelerator, {at: rows[i * group :][:group] for i, at in enumerate(places)})
 
     def taken(self) -> list[dict[str, Any]]:
         """The completions that were sampled for training since the last time, of all processes; none on others than the

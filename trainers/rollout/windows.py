@@ -1,87 +1,140 @@
-"""A window of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from it."""
+"""Windows of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, islice, pairwise
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from logratio.losses import KL_ESTIMATORS, Mean
 
 from ..batches.packing import split_groups
+from ..config import RolloutConfig
 from ..data.examples import Example, Prompt
 from ..errors import UserError
-from ..processes.dealing import share
 from ..step import MicroBatch, Step, Window
+from .dynamic import Position, sample_differing
 from .engines.protocol import Said
-from .flights import Coming, Metrics
-from .generation import numbered
+from .flights import Coming
+from .rolled import Share
 from .rollouts import Rollouts
 
-Batches = Iterator[tuple[Sequence[Prompt], Mapping[str, int]]]
+Batches = Iterator[tuple[Sequence[Prompt], Position]]
 
 
-def windows(rollouts: Rollouts, step: Step, batches: Batches, kept: Sequence[Window] = ()) -> Iterator[Window]:
-    """What each optimizer step learns from, for ever: each window `num_iterations` times.
+def windows(
+    rollouts: Rollouts,
+    step: Step,
+    batches: Batches,
+    waiting: list[Window],
+    *,
+    batch_size: int,
+    left: Callable[[], int],
+) -> Iterator[Window]:
+    """What each optimizer step learns from, for ever: sets of rollouts, each dealt to its steps in turn and gone over
+    `num_iterations` times, as TRL does.
 
-    batches: the prompts of a step, and where the data go on behind them. kept: a window from a checkpoint, that steps
-    are still to learn from.
+    batches: the prompts of a step, or with `dynamic_sampling` one each, and where the data go on behind them. waiting:
+    windows of the last set that are still to come, which a checkpoint keeps. left: how many steps the run still has;
+    none is sampled for another.
     """
-    each, done = rollouts.config.num_iterations, rollouts.state
-    all_of_them = (Coming.of(prompts, position, each, step.accelerator) for prompts, position in batches)
-    left = sum(each - window.taken for window in kept)
-    flights = rollouts.flights
-    flights.over(all_of_them, step.accelerator, first=done.global_step + left, total=done.max_steps)
-    window = next(iter(kept), None)
+    config, flights, accelerator = rollouts.config, rollouts.flights, step.accelerator
+    first, total = rollouts.state.global_step + len(waiting), rollouts.state.global_step + left()
+    flights.over(sets(config, batches, accelerator, total - first), accelerator, first=first, total=total)
     while True:
-        flights.before(done.global_step)
-        if window is None or window.taken == each:
-            coming, said, timed = flights.land()
-            window = learned_from(rollouts, step, coming.prompts, said, timed)
-            window.position = coming.position
+        if config.dynamic_sampling == 1:
+            flights.before(rollouts.state.global_step)
+        if not waiting:
+            if config.dynamic_sampling > 1:
+                each = ((prompt, position) for (prompt,), position in batches)
+                sizes = [batch_size] * min(config.steps_per_generation, left())
+                found, position = sample_differing(rollouts, accelerator, each, sizes)
+            else:
+                coming, said, timed = flights.land()
+                found, position = sampled(rollouts, accelerator, coming, said, timed), coming.position
+            made = compared(rollouts, step, found)
+            for window in made:
+                window.position = position
+            waiting += made * config.num_iterations
+        window = waiting.pop(0)
         yield window
+        for other in {id(w): w for w in waiting if w is not window}.values():
+            other.taken += 1
+
+
+def sets(config: RolloutConfig, batches: Batches, accelerator: Accelerator, left: int) -> Iterator[Coming]:
+    """What is sampled at once. left: how many steps the run still has, that are to learn from them."""
+    while ahead := list(islice(batches, max(1, min(config.steps_per_generation, left)))):
+        coming = Coming.of([prompts for prompts, _ in ahead], accelerator, config.num_iterations, ahead[-1][1])
+        left -= coming.steps
+        yield coming
 
 
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
-    """What the process learns from its share of the prompts: sampled now, see `learned_from`."""
-    return learned_from(rollouts, step, share(numbered(prompts), step.accelerator))
+    """What the process learns in one step from its share of these prompts."""
+    coming = Coming.of([prompts], step.accelerator)
+    return compared(rollouts, step, sampled(rollouts, step.accelerator, coming))[0]
 
 
-def learned_from(
-    rollouts: Rollouts, step: Step, prompts: Sequence[Prompt], said: Said | None = None, timed: Metrics | None = None
-) -> Window:
-    """What the process learns from its prompts: rollouts with advantages, and old log-probs where later steps will
-    differ from the policy of now, which is what a ratio is clipped to, whichever has sampled them.
+def sampled(
+    rollouts: Rollouts,
+    accelerator: Accelerator,
+    coming: Coming,
+    said: Said | None = None,
+    timed: dict[str, Mean] | None = None,
+) -> Share:
+    """The process's share of a set of rollouts. said, timed: what was sampled of it already, and metrics of that."""
+    rolled = dataclasses.replace(rollouts(coming.prompts, said=said), places=coming.places)
+    metrics = {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
+    return Share(rolled, coming.counts, metrics)
 
-    said, timed: what was sampled of them already, and metrics of that.
-    """
-    config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(prompts, said=said)
-    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
 
-    def packed() -> tuple[list[Example], list[MicroBatch]]:
-        # whole groups are compared; ones that do not fit a micro-batch are divided
-        parts = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
-        micros = step.micro_batches(parts, dealt=True)
-        if config.num_iterations > 1 or config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_old(micros))
-        if config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_reference(micros))
-        return parts, micros
+def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
+    """What the process learns in each of the steps: rollouts with advantages among all of the set, and old log-probs
+    where steps will differ from the policy of now, which is what a ratio is clipped to, whichever has sampled them."""
+    config, (rolled, counts, metrics) = rollouts.config, found
+    later, penalized = len(counts) * config.num_iterations > 1, config.reward_kl_coef > 0
 
-    examples, micros = step.memory.again(packed)
-    if config.reward_kl_coef:
+    def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
+        return [packed_step(step, own, old=later or penalized, ref=penalized) for own in dealt(rolled.examples, counts)]
+
+    parts = step.memory.again(packed)
+    examples, micros = ([one for some in each for one in some] for each in zip(*parts, strict=True))
+    kl = None
+    if penalized:
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
-        if config.num_iterations == 1:  # on policy, as without the penalty
+        if not later:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
-    advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
+    advantages = rollouts.advantages(rolled, step.accelerator, kl).flatten().tolist()
     give_advantages(examples, micros, advantages)
-    return Window(give_advantages(rolled.examples, [], advantages), micros, metrics, dealt=True)
+    whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
+    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(whole, parts, strict=True)]
+
+
+def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[Example]]:
+    """The next so many of them for each step."""
+    return [examples[start:end] for start, end in pairwise(accumulate(counts, initial=0))]
+
+
+def packed_step(
+    step: Step, examples: Sequence[Example], *, old: bool, ref: bool
+) -> tuple[list[Example], list[MicroBatch]]:
+    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy of now and of the
+    reference, where these are asked for."""
+    # whole groups are compared; ones that do not fit a micro-batch are divided
+    parts = split_groups(examples, step.micro_batch_tokens, step.policy.shared)
+    micros = step.micro_batches(parts, dealt=True)
+    if old:
+        step.memory.together(lambda: step.fill_old(micros))
+    if ref:
+        step.memory.together(lambda: step.fill_reference(micros))
+    return parts, micros
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:

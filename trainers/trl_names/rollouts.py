@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 from .rules import rule
 from .verdicts import Asked, Verdict, number
@@ -57,25 +58,35 @@ def cut(a: Asked) -> Verdict:
     return a.taken()
 
 
-@rule("num_generations_eval")
-def evaluated(a: Asked) -> Verdict:
-    """num_generations, if anything."""
-    if a.value == a.says("num_generations", 2 if a.method == "rloo" else 8):
-        return a.no_effect("evaluations sample num_generations in any case")
-    return a.refused("evaluations sample num_generations of each prompt; leave it out")
-
-
-@rule("steps_per_generation", "generation_batch_size")
+@rule("steps_per_generation")
 def generated(a: Asked) -> Verdict:
-    """What one optimizer step holds, if anything: every step samples for itself (num_iterations learns again)."""
-    accumulation = int(number(a.says("gradient_accumulation_steps", 1)))
-    step = accumulation
-    if a.key == "generation_batch_size":
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        step *= int(number(a.says("per_device_train_batch_size", PER_DEVICE))) * processes
-    if a.number() == step:
-        return a.no_effect("every optimizer step samples for itself")
-    return a.refused(f"every optimizer step samples for itself, which is {step} here; leave it out")
+    """As here, in micro-steps: a multiple of gradient_accumulation_steps is so many optimizer steps; as many (TRL's
+    default), or a part that they are a multiple of, is one."""
+    if a.says("generation_batch_size"):
+        return a.refused("generation_batch_size says it too; leave one out, as TRL asks for")
+    return micro_steps(a, a.number(), a.taken) if not a.ours else a.taken()
+
+
+@rule("generation_batch_size")
+def generation(a: Asked) -> Verdict:
+    """steps_per_generation: this / (per_device_train_batch_size x processes)."""
+    device = int(number(a.says("per_device_train_batch_size", PER_DEVICE))) * int(os.environ.get("WORLD_SIZE", "1"))
+    if a.number() % device:
+        return a.refused(f"must be a multiple of per_device_train_batch_size x processes, {device}, in TRL too")
+    count = int(a.number()) // device
+    return micro_steps(a, count, lambda reason: a.translated(reason, steps_per_generation=count))
+
+
+def micro_steps(a: Asked, count: float, taken: Callable[[str], Verdict]) -> Verdict:
+    """On so many of them a generation. taken: what is said where they are several optimizer steps."""
+    step = int(number(a.says("gradient_accumulation_steps", 1)))
+    if count > step and count % step == 0:
+        return taken(f"{int(count // step)} optimizer steps, each with whole groups")
+    if count < 1 or step % count:
+        return a.refused(f"no whole number of steps; make it a multiple of gradient_accumulation_steps, {step}")
+    if count < step and number(a.says("num_iterations", 1)) > 1:
+        return a.refused("with num_iterations TRL learns twice from a part of a step; leave it out")
+    return a.no_effect("every optimizer step samples for itself")
 
 
 VLLM_PLACE = "http://0.0.0.0:8000"

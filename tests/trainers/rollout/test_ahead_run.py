@@ -1,6 +1,7 @@
 """`logratio train grpo --max_staleness`: servers sample what later steps learn from while this one is taken."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -146,13 +147,22 @@ def test_by_default_nothing_is_sampled_ahead(small, workspace, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("staleness", "iterations", "step"), [(2, 1, 2), (1, 1, 1), (3, 2, 1), (1, 2, 3)])
-def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, iterations, step):
+@pytest.mark.parametrize(
+    ("staleness", "option", "each", "step"),
+    [
+        (2, "num_iterations", 1, 2),
+        (1, "num_iterations", 1, 1),
+        (3, "num_iterations", 2, 1),
+        (1, "num_iterations", 2, 3),
+        (2, "steps_per_generation", 2, 1),
+    ],
+)
+def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, option, each, step):
     """To the same bits, without asking again, though the policy that said it is not there any more."""
-    more = ["--num_iterations", str(iterations)]
+    more = [f"--{option}", str(each)]
     train(small, staleness, *more, output="whole")
     shutil.copytree("whole", "out")
-    path, firsts = Path(f"out/checkpoint-{step}", SAVED), range(0, STEPS, iterations)
+    path, firsts = Path(f"out/checkpoint-{step}", SAVED), range(0, STEPS, each)
     landed = json.loads(path.read_text()) if path.exists() else []
     in_flight = [max(0, f - staleness) for f in firsts if f >= step and f - staleness < step]
     assert [{s["version"] for some in window for s in some} for window in landed] == [{v} for v in in_flight]
@@ -161,7 +171,8 @@ def test_a_run_goes_on_with_what_was_in_flight(small, workspace, staleness, iter
     train(small, staleness, *more, *LATEST)
     assert_same("whole", "out")
     later = [f for f in firsts if f - staleness >= step]
-    assert sum(path == "/v1/completions" for path, _ in small.asked) == 6 * len(later)
+    sizes = [min(each, STEPS - f) if option == "steps_per_generation" else 1 for f in later]
+    assert sum(path == "/v1/completions" for path, _ in small.asked) == 6 * sum(sizes)
     assert not Path(f"out/checkpoint-{STEPS}", SAVED).exists(), "nothing is sampled for nobody"
 
 
@@ -184,24 +195,24 @@ def test_a_server_that_dies_meanwhile_and_comes_back_costs_time(small, workspace
     assert_same("whole", "out")
 
 
-def test_one_that_stays_away_ends_the_run_at_the_step_that_needed_it(small, workspace, capsys):
+def test_one_that_stays_away_ends_the_run_at_the_step_that_needed_it(small, workspace, capsys, monkeypatch):
     """Its checkpoint is whole; what had not been said is sampled later, by a policy that is less old."""
-    ours = says(2)
+    ours, until = says(2), server_module.Server._until
 
     def dies(path, body):
         if ours(path, body) and small.http is not None:
             small.kill()
 
+    def never(self, began, timeout):
+        """The time is over as soon as it is dead, however slow this machine is."""
+        return until(self, began, timeout) if small.http is not None else -math.inf
+
     small.before = dies
-    train(small, 1, status=1, timeout="0.5")
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .endswith(
-            f"step 4: the vLLM server {small.url} has not answered for 0.5 s (Connection refused): start it, correct "
-            "--vllm_server_base_url, or wait longer with --vllm_server_timeout"
-        )
-    )
+    monkeypatch.setattr(server_module.Server, "_until", never)
+    train(small, 1, status=1)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"step 4: the vLLM server {small.url} has not answered for 60 s (" in said
+    assert said.endswith("): start it, correct --vllm_server_base_url, or wait longer with --vllm_server_timeout")
     assert saved_after() == [1, 2, 3]
     assert Path("out/checkpoint-2", SAVED).exists() and not Path("out/checkpoint-3", SAVED).exists()
     small.before = lambda path, body: None
@@ -274,8 +285,14 @@ def test_it_is_said_that_nothing_corrects_for_it(small, workspace):
         run.close()
 
 
-def test_the_engine_in_the_process_cannot(capsys):
+def test_what_does_not_go_with_it(capsys):
     assert cli.main(["train", "grpo", "--max_staleness", "1"]) == 1
     assert capsys.readouterr().err.endswith(
         "--max_staleness 1 lets servers sample while this process trains: add --rollout_engine vllm, or leave it out\n"
+    )
+    served = ["--rollout_engine", "vllm", "--vllm_server_base_url", "http://a", "--lora_r", "2"]
+    assert cli.main(["train", "grpo", "--max_staleness", "1", "--dynamic_sampling", "2", *served]) == 1
+    assert capsys.readouterr().err.endswith(
+        "--max_staleness 1 does not go with --dynamic_sampling 2: which prompts come next is known when the rewards "
+        "are; leave one of them out\n"
     )

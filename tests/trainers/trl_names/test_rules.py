@@ -148,7 +148,21 @@ BECOMES = [
     ("grpo", {"reward_funcs": "my_module:reward"}, {"reward_funcs": "my_module:reward"}),
     ("grpo", {"scale_rewards": True}, {"scale_rewards": "group"}),
     ("grpo", {"scale_rewards": False}, {"scale_rewards": "none"}),
-    ("grpo", {"num_generations_eval": 4, "num_generations": 4}, {"num_generations": 4}),
+    ("grpo", {"num_generations_eval": 4, "num_generations": 4}, {"num_generations_eval": 4, "num_generations": 4}),
+    ("grpo", {"num_generations_eval": None}, {}),
+    ("grpo", {"steps_per_generation": 2, "gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 4}),
+    (
+        "grpo",
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 4},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 4},
+    ),
+    ("grpo", {"generation_batch_size": 24}, {"steps_per_generation": 3}),
+    ("grpo", {"generation_batch_size": 8}, {}),
+    (
+        "grpo",
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 3, "batch_size": 2},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 3, "batch_size": 2},
+    ),
     ("grpo", {"steps_per_generation": 4, "gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 4}),
     (
         "grpo",
