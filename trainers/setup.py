@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,8 +38,9 @@ from .preflight import check_before, describe_stuck, read_model
 from .processes.launching import check_alike, check_processes, describe_processes, load_everywhere, refuse_untried
 from .processes.sharding import describe_whole, wrap
 from .processes.watching import watch_over
-from .rollout.calling import TrainerState
+from .rollout.calling import Reward, TrainerState
 from .rollout.ends import name_ends
+from .rollout.own.function import Function, load_function
 from .rollout.rewards import load_rewards
 from .rollout.rollouts import Rollouts
 from .step import Step
@@ -101,7 +102,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer, accelerator)
-    rewards = load_rewards(config.rollout.reward_funcs, data.train[0].columns) if config.rollout else {}
+    rewards, rollout_func = load_functions(config, data.train[0].columns, accelerator.device)
     total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
     model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps, saves=saves)
 
@@ -129,7 +130,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         state = TrainerState(max_steps=total_steps, steps_per_epoch=epoch_steps(data.epoch_size, config))
         limit = config.loss.max_completion_length
         shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
-        shared["output_dir"] = config.train.output_dir
+        shared |= {"output_dir": config.train.output_dir, "rollout_func": rollout_func}
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
@@ -160,6 +161,19 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         checkpoint=checkpoint,
         frozen=frozen,
     )
+
+
+def load_functions(
+    config: RunConfig, columns: Collection[str], device: torch.device
+) -> tuple[dict[str, Reward], Function | None]:
+    """The rewards, and what makes completions, where that is a function of the user's. columns: of the data set.
+    device: of reward models."""
+    options = config.rollout
+    if options is None:
+        return {}, None
+    own = None if options.rollout_func is None else load_function(options.rollout_func)
+    kept: dict[str, Any] = {"device": device, "dtype": config.model.dtype}
+    return load_rewards(options.reward_funcs, columns, more=own is not None, **kept), own
 
 
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:

@@ -155,7 +155,8 @@ def preferred(policy: Any) -> dict[str, Mean]:
 def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     """Of completions that the model samples."""
     prompts, report = prepare_prompts(rows_of(options, Kind.GROUPED), tokenizer, max_length=options.max_length)
-    rewards = load_rewards(options.reward_funcs, prompts[0].columns)
+    kept = {"device": policy.causal_lm.device, "dtype": options.dtype}
+    rewards = load_rewards(options.reward_funcs, prompts[0].columns, **kept)
     if options.num_generations < 2:
         raise UserError("--num_generations: sample 2 at least, whose mean is closer to pass@1 than one sample is")
     config = RolloutConfig(

@@ -50,6 +50,8 @@ class RolloutConfig:
     max_staleness: NotNegativeCount = 0
     """Let the servers sample while the policy learns: what a step first learns from was sampled by the policy of so
     many optimizer steps before; 0: by the policy as it is."""
+    rollout_func: str | None = None
+    """module:function that makes the completions, in turns with tools or an environment, as TRL's rollout_func."""
     steps_per_generation: Count = 1
     """Optimizer steps that a set of rollouts is sampled for at once and dealt to; from the second on they are off
     policy. Beside gradient_accumulation_steps it counts micro-steps, as in TRL, which must fill whole steps."""
@@ -60,9 +62,13 @@ class RolloutConfig:
     """Rounds of sampling for a step, at most: where all rewards of a prompt's completions are equal, which teaches
     nothing, the next prompt takes its place (DAPO; verl's max_num_gen_batches). 1: whatever comes is learned from."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, module:function with TRL's signature, or a reward model:
+    its folder, or its name on the Hub."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
+    reward_timeout: Positive | None = None
+    """Seconds after which a reward that has not answered ends the run. Each reward is then called in a thread of its
+    own, beside the others."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
     step."""
@@ -143,9 +149,15 @@ class RolloutConfig:
                 f"--max_staleness {self.max_staleness} lets servers sample while this process trains: add "
                 "--rollout_engine vllm, or leave it out"
             )
-        if self.max_staleness and self.dynamic_sampling > 1:
-            both = f"--max_staleness {self.max_staleness} does not go with --dynamic_sampling {self.dynamic_sampling}"
-            raise UserError(f"{both}: which prompts come next is known when the rewards are; leave one of them out")
+        for name, why in (
+            ("rollout_func", "it is called when its completions are learned from"),
+            ("dynamic_sampling", "which prompts come next is known when the rewards are"),
+        ):
+            if self.max_staleness and (value := getattr(self, name)) not in (None, 1):
+                raise UserError(
+                    f"--max_staleness {self.max_staleness} does not go with --{name} {value}: {why}; leave one of them "
+                    "out"
+                )
 
     def resolved(self, accumulation: int | None) -> RolloutConfig:
         """With steps_per_generation in optimizer steps. accumulation: gradient_accumulation_steps, where given."""

@@ -73,6 +73,13 @@ def sampling_of(config: RolloutConfig, max_new_tokens: int, stops: frozenset[int
     )
 
 
+def turn_seed(seed: int | None, turn: int) -> int | None:
+    """Of the random numbers of one of a completion's turns: in the first its own; None: of a greedy one."""
+    if seed is None or not turn:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:8], "little")
+
+
 def stop_ids(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> frozenset[int]:
     """What ends a completion: every EOS of the tokenizer and the checkpoint, and in conversations the token that closes
     a turn."""

@@ -60,8 +60,9 @@ def kept_rows(
     extra: Mapping[str, Sequence[str | None]],
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
-    one that nobody gave; advantages are None of completions that nothing is learned from. sampler_logp: the mean over a
-    completion's tokens, in nats; policy_version: the steps that the policy had taken which said it.
+    one that nobody gave; advantages are None of completions that nothing is learned from. completion_length: tokens
+    that the model wrote; sampler_logp: the mean over them, in nats; policy_version: the steps that the policy had taken
+    which said it.
     """
     return [
         {
@@ -72,9 +73,9 @@ def kept_rows(
             **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
             "reward": known(rewards[i]),
             "advantage": None if advantages is None else float(advantages[i]),
-            "completion_length": len(samples[i].ids),
+            "completion_length": len(samples[i].own_logps),
             "finish_reason": samples[i].finish_reason,
-            "sampler_logp": mean(samples[i].logps),
+            "sampler_logp": mean(samples[i].own_logps),
             "policy_version": samples[i].version,
             "engine": engine,
             **{column: values[i] for column, values in extra.items()},

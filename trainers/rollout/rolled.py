@@ -43,8 +43,8 @@ class Rolled:
 
     @property
     def lengths(self) -> Tensor:
-        """[prompts, G] float64, tokens of each completion."""
-        lengths = [len(c.ids) for e in self.examples for c in e.completions]
+        """[prompts, G] float64, tokens of each completion, without those of an environment."""
+        lengths = [len(s.own_logps) for s in self.samples] or [len(c.ids) for e in self.examples for c in e.completions]
         return torch.tensor(lengths, dtype=torch.float64).reshape(self.by_function.shape[:2])
 
     def take(self, prompts: Sequence[int]) -> Rolled:

@@ -19,7 +19,7 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
+from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
@@ -27,6 +27,7 @@ from .flights import Flights
 from .generation import Purpose, requests_of, sampling_of, stop_ids
 from .kept import kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics, time_metrics
+from .own.function import Function, OwnRollouts
 from .rolled import Rolled, Scored
 from .watch import Watch
 
@@ -50,6 +51,7 @@ class Rollouts:
         accelerator: Accelerator | None = None,
         seed: int = 0,
         output_dir: str = "",
+        rollout_func: Function | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.config, self.rewards = policy, tokenizer, config, rewards
         self.max_completion_length, self.seed = max_completion_length, seed
@@ -57,11 +59,21 @@ class Rollouts:
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[dict[str, Any]] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
+        self.calls = Calls(
+            timeout=config.reward_timeout,
+            device=None if accelerator is None else accelerator.device,
+            tell=lambda text: self.watch.note("draw", text),
+        )
         self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
         self.flights = Flights(self.begin, config.max_staleness)
+        self.own = None
+        if rollout_func is not None:
+            known: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "rewards": rewards}
+            known |= {"state": self.state, "accelerator": accelerator}
+            self.own = OwnRollouts(config.rollout_func or "", rollout_func, self.engine, **known)
 
     def at_most(self, prompts: int) -> str:
         """One line: the tokens that are sampled for a step of so many prompts."""
@@ -70,6 +82,7 @@ class Rollouts:
         steps = self.config.steps_per_generation
         prompts *= steps * self.config.dynamic_sampling
         made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
+        made_of += ", what an environment writes among them" if self.own is not None else ""
         sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
         return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
@@ -82,17 +95,18 @@ class Rollouts:
         group, greedy = self.group(purpose), self.greedy(purpose)
         if said is None:
             said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
-        repeated = [prompt for prompt in prompts for _ in range(group)]
         sampled = [sample for samples in said for sample in samples[:group]]
+        repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
         scored = self.score(repeated, sampled)
         by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
         baseline = None
         if greedy:
-            rewards = self.score(prompts, [samples[-1] for samples in said]).rewards
+            best = [samples[-1] for samples in said]
+            rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
             baseline = sum_then_normalize(rewards[:, None], self.weights)
         examples = [
             Example(
-                prompt.prompt_ids,
+                repeated[i * group].prompt_ids,
                 [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
                 row=prompt.row,
             )
@@ -125,7 +139,10 @@ class Rollouts:
         """What the engine says to the requests, which are of these prompts."""
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
-        said = self.engine.sample(requests, self.sampling(prompts))
+        if self.own is None:
+            said = self.engine.sample(requests, self.sampling(prompts))
+        else:
+            said = self.own(prompts, [request.seeds for request in requests], self.sampling(prompts))
         self.timed = time_metrics(time.perf_counter() - started, said)
         return said
 
@@ -137,11 +154,12 @@ class Rollouts:
 
     def close(self) -> None:
         """Nothing is sampled any more."""
+        self.calls.close()
         self.engine.close()
 
     def completion(self, sampled: Sample) -> Completion:
         cut = self.config.mask_truncated_completions and not sampled.ended
-        scored = [False] * len(sampled.ids) if cut else None
+        scored = [False] * len(sampled.ids) if cut else sampled.written
         return Completion(sampled.ids, scored, behavior=sampled.logps, support=sampled.support)
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:
@@ -162,7 +180,7 @@ class Rollouts:
             )
             limit = self.max_completion_length
             try:
-                by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
+                by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)

@@ -18,7 +18,7 @@ PER_DEVICE = 8  # TRL's default of per_device_train_batch_size
 @rule("reward_funcs")
 def rewards(a: Asked) -> Verdict:
     """accuracy_reward is ours; think_format_reward and reasoning_accuracy_reward are the installed TRL's; a dotted path
-    becomes module:function."""
+    becomes module:function; a folder, or a name with a slash, is a reward model's, as here."""
     given = [a.value] if isinstance(a.value, str) else list(a.value)
     if not all(isinstance(name, str) for name in given):
         return a.refused("must name functions: module:function")
@@ -28,14 +28,37 @@ def rewards(a: Asked) -> Verdict:
     if wanting and importlib.util.find_spec("trl") is None:
         return a.refused(f"{wanting[0]} is TRL's, which is not installed; pip install trl, or name one of your own")
     became = [reward_named(name) for name in given]
-    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS]
+    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS and not is_model(name)]
     if unknown:
-        return a.refused(f"{unknown[0]} is unknown; name module:function, or one of {', '.join(OWN_REWARDS)}")
+        return a.refused(
+            f"{unknown[0]} is unknown; name module:function, a reward model, or one of {', '.join(OWN_REWARDS)}"
+        )
+    became = [*of_model(a), *became]
     return a.taken() if became == given else a.translated(reward_funcs=became)
+
+
+@rule("reward_model_name_or_path")
+def by_model(a: Asked) -> Verdict:
+    """The first of reward_funcs."""
+    if a.says("reward_funcs") is not None:
+        return a.no_effect("it has become the first of reward_funcs")
+    return a.translated(reward_funcs=of_model(a))
+
+
+def of_model(a: Asked) -> list[str]:
+    """The reward model that TRL's script names by itself."""
+    return [str(name)] if (name := a.says("reward_model_name_or_path")) else []
+
+
+def is_model(name: str) -> bool:
+    """Whether it is a reward model's: a folder, or a name on the Hub."""
+    return "/" in name or os.path.isdir(name)
 
 
 def reward_named(name: str) -> str:
     """As our command line has it."""
+    if is_model(name):
+        return name
     if name in TRL_REWARDS:
         return f"trl.rewards:{name}"
     module, _, function = name.rpartition(".")

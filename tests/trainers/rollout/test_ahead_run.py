@@ -291,8 +291,9 @@ def test_what_does_not_go_with_it(capsys):
         "--max_staleness 1 lets servers sample while this process trains: add --rollout_engine vllm, or leave it out\n"
     )
     served = ["--rollout_engine", "vllm", "--vllm_server_base_url", "http://a", "--lora_r", "2"]
-    assert cli.main(["train", "grpo", "--max_staleness", "1", "--dynamic_sampling", "2", *served]) == 1
-    assert capsys.readouterr().err.endswith(
-        "--max_staleness 1 does not go with --dynamic_sampling 2: which prompts come next is known when the rewards "
-        "are; leave one of them out\n"
-    )
+    for other, why in (
+        (["--dynamic_sampling", "2"], "--dynamic_sampling 2: which prompts come next is known when the rewards are; "),
+        (["--rollout_func", "own:f"], "--rollout_func own:f: it is called when its completions are learned from; "),
+    ):
+        assert cli.main(["train", "grpo", "--max_staleness", "1", *other, *served]) == 1
+        assert capsys.readouterr().err.endswith(f"--max_staleness 1 does not go with {why}leave one of them out\n")

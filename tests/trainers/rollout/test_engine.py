@@ -116,6 +116,21 @@ def test_stop_strings_end_a_completion_with_the_token_that_completes_them(policy
         assert string in tokenizer.decode(said.ids) and string not in tokenizer.decode(said.ids[:-1])
 
 
+def test_a_request_may_have_less_room_than_others(policy, tokenizer):
+    """Its completions are those of more room, cut; what ended before has ended."""
+    ends = frozenset(range(0, 256, 8))
+    sampling = Sampling(max_new_tokens=9, top_k=20, keep_support=True, stop_ids=ends)
+    engine = InProcess(policy, tokenizer)
+    rooms = [4, 1, 30, None, 9]
+    asked = [Request(r.prompt_ids, r.seeds, room) for r, room in zip(REQUESTS, rooms, strict=True)]
+    for obstacle in ("", "by generate"):
+        engine.obstacle = obstacle
+        whole, said = engine.sample(REQUESTS, sampling), engine.sample(asked, sampling)
+        assert any(s.ended and len(s.ids) < 9 for some in whole for s in some)
+        for room, some, cut in zip(rooms, whole, said, strict=True):
+            close([[s.first(room or 9) for s in some]], [cut], 1e-5)
+
+
 def test_log_probs_are_the_trainers(policy, tokenizer):
     """What a packed forward pass of the policy gives to the same tokens, at the same temperature, float32."""
     policy = copy.deepcopy(policy)

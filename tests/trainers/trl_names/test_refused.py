@@ -70,8 +70,8 @@ REFUSED = [
     (
         "grpo",
         {"reward_funcs": ["mine"]},
-        "reward_funcs: [mine]: mine is unknown; name module:function, or one of accuracy_reward, exact_answer, "
-        "answer_format, overlong",
+        "reward_funcs: [mine]: mine is unknown; name module:function, a reward model, or one of accuracy_reward, "
+        "exact_answer, answer_format, overlong",
     ),
     (
         "grpo",

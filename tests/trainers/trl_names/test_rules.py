@@ -146,6 +146,13 @@ BECOMES = [
     # rollouts
     ("grpo", {"reward_funcs": ["accuracy_reward", "a.b.c"]}, {"reward_funcs": ["accuracy_reward", "a.b:c"]}),
     ("grpo", {"reward_funcs": "my_module:reward"}, {"reward_funcs": "my_module:reward"}),
+    ("grpo", {"reward_funcs": ["a/b-1.5", "a.b.c"]}, {"reward_funcs": ["a/b-1.5", "a.b:c"]}),
+    ("grpo", {"reward_model_name_or_path": "a/b.c"}, {"reward_funcs": ["a/b.c"]}),
+    (
+        "rloo",
+        {"reward_model_path": "a/b", "reward_funcs": ["accuracy_reward"]},
+        {"loss_type": "rloo", "advantage_type": "rloo", "reward_funcs": ["a/b", "accuracy_reward"]},
+    ),
     ("grpo", {"scale_rewards": True}, {"scale_rewards": "group"}),
     ("grpo", {"scale_rewards": False}, {"scale_rewards": "none"}),
     ("grpo", {"num_generations_eval": 4, "num_generations": 4}, {"num_generations_eval": 4, "num_generations": 4}),

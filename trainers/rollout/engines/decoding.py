@@ -32,7 +32,8 @@ PREFILL_TOKENS = 8192
 
 @dataclass
 class Row:
-    """A completion that is being said. place: (request, number) in the answer."""
+    """A completion that is being said. place: (request, number) in the answer. numbers: of as many tokens as it may
+    have."""
 
     place: tuple[int, int]
     prompt_ids: Sequence[int]
@@ -108,10 +109,9 @@ class Decoder:
 
     def enter(self, requests: Sequence[Request], prefilled: Prefilled, entering: list[tuple[int, int]]) -> None:
         """Draw the first token of these completions, and let them take rows."""
-        limit = self.sampling.max_new_tokens
         new = []
         for i, k in entering:
-            seed = requests[i].seeds[k]
+            seed, limit = requests[i].seeds[k], requests[i].limit(self.sampling)
             numbers = [math.nan] * limit if seed is None else uniforms(seed, limit).tolist()
             new.append(Row((i, k), requests[i].prompt_ids, numbers))
         which = torch.tensor([prefilled.at[i] for i, _ in entering], device=self.device)
@@ -172,7 +172,7 @@ class Decoder:
             stopped = token in self.sampling.stop_ids or holds_string(
                 self.tokenizer, row.ids, self.sampling.stop_strings
             )
-            if stopped or len(row.ids) == self.sampling.max_new_tokens:
+            if stopped or len(row.ids) == len(row.numbers):
                 self.done[row.place] = row.sample(stopped, self.version)
                 ended.append(at)
         if ended:

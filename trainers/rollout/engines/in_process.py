@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ...policy.sharing import LOW_PRECISION_TOLERANCE, MASKED_ATTENTION, configu
 from ...processes.sharding import gathered
 from .decoding import Decoder
 from .generating import generated
-from .protocol import Request, Sample, Sampling
+from .protocol import Request, Sample, Sampling, Say
 
 ROWS = 256
 """Completions said at a time at first."""
@@ -63,16 +63,26 @@ class InProcess:
     def close(self) -> None:
         pass
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
         which each takes its time."""
+        with self.rounds() as say:
+            return say(requests, sampling)
+
+    @contextlib.contextmanager
+    def rounds(self) -> Iterator[Say]:
+        """Inside, whole weights are at hand."""
+        with gathered(self.policy, self.accelerator):
+            yield self._round
+
+    @torch.no_grad()
+    def _round(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
-        with gathered(self.policy, self.accelerator), mixed, inference(self.policy):
+        with mixed, inference(self.policy):
             return self.say(requests, sampling)
 
     def say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """The same, with whole weights at hand."""
+        """The same, by the policy as it is."""
         done: dict[tuple[int, int], Sample] = {}
         wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
         while len(done) < len(wanted):
@@ -112,7 +122,8 @@ class InProcess:
             here = places[start : start + rows]
             asked = [(requests[i].prompt_ids, requests[i].seeds[k]) for i, k in here]
             said = generated(self.policy.causal_lm, self.tokenizer, asked, sampling, self.version)
-            done.update(zip(here, said, strict=True))
+            cut = [s.first(requests[i].limit(sampling)) for (i, _), s in zip(here, said, strict=True)]
+            done.update(zip(here, cut, strict=True))
 
 
 @torch.no_grad()

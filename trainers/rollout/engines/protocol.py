@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import compress, repeat
 from typing import Literal, Protocol, runtime_checkable
+
+import torch
 
 from logratio.losses import Support
 
+from ...data.examples import Prompt
 from .background import Begun
 
 FinishReason = Literal["stop", "length"]
@@ -15,10 +20,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and the seed of each completion that is wanted of it; None: a greedy one."""
+    """A prompt, and the seed of each completion that is wanted of it; None: a greedy one. room: tokens that these may
+    have, where it is fewer than `Sampling.max_new_tokens`."""
 
     prompt_ids: Sequence[int]
     seeds: Sequence[int | None]
+    room: int | None = None
+
+    def limit(self, sampling: Sampling) -> int:
+        """Tokens of each completion at most."""
+        return sampling.max_new_tokens if self.room is None else min(self.room, sampling.max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,8 @@ class Sample:
     """A completion. ids: its tokens, with the one that ended it. logps: the log-probability of each, in nats, in the
     distribution that it was drawn from; of a greedy one that of the model at the temperature. version: of the policy
     that said it. support: of each token, what could have been drawn, where that was asked for and is not everything.
+    Of a rollout function: written, which tokens the model wrote, where others stand between them, whose logps say
+    nothing (None: all); told: the prompt, with what the function said of the completion among its columns.
     """
 
     ids: list[int]
@@ -65,15 +78,30 @@ class Sample:
     logps: list[float]
     version: int = 0
     support: Support | None = field(default=None, compare=False)
+    written: list[bool] | None = None
+    told: Prompt | None = field(default=None, compare=False)
 
     @property
     def ended(self) -> bool:
         """False where max_new_tokens cut it."""
         return self.finish_reason == "stop"
 
+    @property
+    def own_logps(self) -> list[float]:
+        """Of the tokens that the model wrote."""
+        return list(compress(self.logps, self.written or repeat(True)))
+
+    def first(self, tokens: int) -> Sample:
+        """The same, had it been cut behind so many tokens."""
+        if len(self.ids) <= tokens:
+            return self
+        support = None if self.support is None else self.support.take(torch.arange(tokens))
+        return Sample(self.ids[:tokens], "length", self.logps[:tokens], self.version, support)
+
 
 Said = list[list[Sample]]
-"""Of each request its completions."""
+"""Of each request its samples, one a seed."""
+Say = Callable[[Sequence[Request], Sampling], Said]
 
 
 class Engine(Protocol):
@@ -92,6 +120,9 @@ class Engine(Protocol):
         """The policy has changed, and is called `version` from now on."""
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said: ...
+
+    def rounds(self) -> AbstractContextManager[Say]:
+        """Inside, each process may ask as often as it likes; entered and left by all together."""
 
     def close(self) -> None:
         """Give back what it holds; nothing is sampled afterwards."""

@@ -16,10 +16,11 @@ own; min_p is applied before top_k and top_p; and a greedy completion's log-prob
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ...errors import UserError
 from ...policy.policy import Policy
 from ...processes.once import raised_together
 from .background import Begun
-from .protocol import Request, Said, Sample, Sampling
+from .protocol import Request, Said, Sample, Sampling, Say
 from .pushing import Adapters, version_of
 from .server import Refused, Server, Unavailable
 
@@ -89,9 +90,16 @@ class VLLM:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
         """Of this process's requests; what one process raises, all raise."""
         said: Said = []
-        with raised_together(self.accelerator):
-            said = self._sample(requests, sampling, self.adapters.name, threading.Event())
+        with self.rounds() as say:
+            said = say(requests, sampling)
         return said
+
+    @contextlib.contextmanager
+    def rounds(self) -> Iterator[Say]:
+        """What one process raises inside, all raise at the end."""
+        name, stop = self.adapters.name, threading.Event()
+        with raised_together(self.accelerator):
+            yield lambda requests, sampling: self._sample(requests, sampling, name, stop)
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
         """The same with the policy of now in the background; what is raised is this process's alone."""
@@ -113,7 +121,7 @@ class VLLM:
             try:
                 for i, request in enumerate(requests):
                     server = self.servers[(first + i) % len(self.servers)]
-                    of_prompt = {"prompt": list(request.prompt_ids), **options}
+                    of_prompt = {"prompt": list(request.prompt_ids), **options, "max_tokens": request.limit(sampling)}
                     futures.append([pool.submit(self._say, server, of_prompt, s, stop) for s in request.seeds])
                 done, _ = wait([f for some in futures for f in some], return_when=FIRST_EXCEPTION)
                 failed = next((f for f in done if f.exception() is not None), None)

@@ -1,0 +1,1 @@
+"""Completions in turns, by a function of the user's own (`--rollout_func`), with TRL's signature."""
