@@ -144,6 +144,11 @@ class RolloutConfig:
                 f"--vllm_server_base_url {self.vllm_server_base_url} is read only with --rollout_engine vllm; add it, "
                 "or leave this out"
             )
+        if self.rollout_engine == "vllm" and self.keep_sampling_mask:
+            raise UserError(
+                "--keep_sampling_mask needs to know which tokens could have been drawn, which vLLM does not say: leave "
+                "it out, and correct with --sampling_correction"
+            )
         if self.rollout_engine != "vllm" and self.max_staleness:
             raise UserError(
                 f"--max_staleness {self.max_staleness} lets servers sample while this process trains: add "

@@ -277,5 +277,9 @@ def test_options_that_do_not_fit():
         RolloutConfig(vllm_server_base_url="http://a")
     with pytest.raises(UserError, match="--vllm_server_timeout must be positive, got 0"):
         RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a", vllm_server_timeout=0)
+    with pytest.raises(
+        UserError, match="^--keep_sampling_mask needs to know which tokens .* vLLM does not say: leave it"
+    ):
+        RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a", keep_sampling_mask=True, top_k=5)
     several = RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a/, http://b:1,http://a")
     assert several.servers == ["http://a", "http://b:1"]
