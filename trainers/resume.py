@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from .checkpoints.best import Best
 from .checkpoints.checkpoint import (
+    AHEAD,
     FORMAT,
     OPTIMIZER,
     RANDOM,
@@ -64,6 +65,7 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
     randoms = gather_object([as_json(random_states(run.accelerator.device))])
     once = distinct(progress.windows)
     rollouts = gather_object([[unpacked(window) for window in once]]) if once else None
+    ahead = None if run.rollouts is None else run.rollouts.flights.landed()
     state = state_of(run, progress)
     weights = full_weights(run.policy, run.accelerator)
     optimizer = optimizer_state(run.policy, run.optimizer, run.accelerator)
@@ -80,6 +82,8 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
             write_json(folder / ROLLOUTS, [[share for share, _ in own] for own in rollouts])
             logps = {f"{i}/{w}": kept for i, own in enumerate(rollouts) for w, (_, kept) in enumerate(own)}
             save_file({f"{at}/{k}": t for at, kept in logps.items() for k, t in kept.items()}, folder / ROLLOUT_LOGPS)
+        if ahead:
+            (folder / AHEAD).write_text(json.dumps(ahead))
         write_json(folder / STATE, state)
 
     def write() -> None:
@@ -171,6 +175,7 @@ def restore(run: Run) -> Progress:
     if run.rollouts is not None:
         run.rollouts.load_state_dict(state["rollouts"])
         run.rollouts.after(checkpoint.step)
+        run.rollouts.flights.restore(checkpoint.json(AHEAD) or [])
     progress = Progress(
         step=checkpoint.step,
         position=state["position"],

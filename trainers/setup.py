@@ -50,6 +50,10 @@ UNTRAINED = (
     "`logratio train sft` first, and give its output_dir as --model_name_or_path, one with adapters as "
     "--adapter_name_or_path"
 )
+UNCORRECTED = (
+    "completions are sampled by earlier policies than the one that learns from them, and weigh as if they were not: "
+    "--sampling_correction decoupled corrects for it, token_truncate does so within bounds"
+)
 
 
 @dataclass
@@ -131,6 +135,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
         if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
+        if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
+            notes.append(UNCORRECTED)
     frozen = fingerprint(policy, reference_model(reference))
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:

@@ -6,6 +6,7 @@ optimizer.safetensors         moments, by parameter
 rng_state.json                of each process
 reference.safetensors         a reference that follows the policy
 rollouts.json, .safetensors   rollouts that steps to come learn from
+ahead.json                    completions that were sampled for the steps behind these
 manifest.json                 the size and SHA-256 of each of them
 """
 
@@ -29,6 +30,7 @@ from .folder import find, remove_unfinished
 
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
+AHEAD = "ahead.json"
 FORMAT = 3
 
 

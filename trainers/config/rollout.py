@@ -47,6 +47,9 @@ class RolloutConfig:
     """Where they are, as http://localhost:8000; commas between several."""
     vllm_server_timeout: Positive = 240.0
     """Seconds that a server may be silent before the run ends."""
+    max_staleness: NotNegativeCount = 0
+    """Let the servers sample while the policy learns: what a step first learns from was sampled by the policy of so
+    many optimizer steps before; 0: by the policy as it is."""
     rollout_func: str | None = None
     """module:function that makes the completions, in turns with tools or an environment, as TRL's rollout_func."""
     steps_per_generation: Count = 1
@@ -141,6 +144,25 @@ class RolloutConfig:
                 f"--vllm_server_base_url {self.vllm_server_base_url} is read only with --rollout_engine vllm; add it, "
                 "or leave this out"
             )
+        if self.rollout_engine == "vllm" and self.keep_sampling_mask:
+            raise UserError(
+                "--keep_sampling_mask needs to know which tokens could have been drawn, which vLLM does not say: leave "
+                "it out, and correct with --sampling_correction"
+            )
+        if self.rollout_engine != "vllm" and self.max_staleness:
+            raise UserError(
+                f"--max_staleness {self.max_staleness} lets servers sample while this process trains: add "
+                "--rollout_engine vllm, or leave it out"
+            )
+        for name, why in (
+            ("rollout_func", "it is called when its completions are learned from"),
+            ("dynamic_sampling", "which prompts come next is known when the rewards are"),
+        ):
+            if self.max_staleness and (value := getattr(self, name)) not in (None, 1):
+                raise UserError(
+                    f"--max_staleness {self.max_staleness} does not go with --{name} {value}: {why}; leave one of them "
+                    "out"
+                )
 
     def resolved(self, accumulation: int | None) -> RolloutConfig:
         """With steps_per_generation in optimizer steps. accumulation: gradient_accumulation_steps, where given."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UserError
 
-TIMED = ("tokens_per_s", "step_ms", "peak_mem_mib", "rollout_ms", "rollout_tokens_per_s")
+TIMED = ("tokens_per_s", "step_ms", "peak_mem_mib", "rollout_ms", "rollout_tokens_per_s", "rollout_wait_ms")
 
 
 def chained(previous: str, row: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ..config import RolloutConfig
 from ..data.examples import Prompt
 from ..policy.policy import Policy
 from .ends import ends_of, named_ends
@@ -37,11 +38,39 @@ def numbered(prompts: Sequence[Prompt]) -> list[Prompt]:
 def completion_seed(purpose: Purpose, seed: int, step: int, row: int, number: int) -> int:
     """Of one completion's random numbers, in 64 bits.
 
-    seed: the run's. step: optimizer steps done so far. row: of the data set. number: of the completion among those that
-    the step has of this row.
+    seed: the run's. step: optimizer steps that are done when it is first learned from, or evaluated. row: of the data
+    set. number: of the completion among those that the step has of this row.
     """
     name = f"{purpose}/{seed}/{step}/{row}/{number}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def requests_of(
+    prompts: Sequence[Prompt], group: int, *, purpose: Purpose, seed: int, step: int, greedy: bool = False
+) -> list[Request]:
+    """For `group` completions of each prompt, and a greedy one behind them. seed, step: see `completion_seed`."""
+
+    def seeds(prompt: Prompt) -> list[int | None]:
+        first = prompt.occurrence * group
+        own = [completion_seed(purpose, seed, step, prompt.row, first + k) for k in range(group)]
+        return [*own, None] if greedy else [*own]
+
+    return [Request(prompt.prompt_ids, seeds(prompt)) for prompt in prompts]
+
+
+def sampling_of(config: RolloutConfig, max_new_tokens: int, stops: frozenset[int]) -> Sampling:
+    """As the options of a run have it. stops: see `stop_ids`."""
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=config.repetition_penalty,
+        stop_ids=stops,
+        stop_strings=config.stop_strings,
+        keep_support=config.keep_sampling_mask,
+    )
 
 
 def turn_seed(seed: int | None, turn: int) -> int | None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from logratio.losses import Mean
 from logratio.losses.advantages import sum_then_normalize
 
+from .engines.protocol import Said
+
 
 def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Mean]:
     """lengths: of the step's completions, in tokens. ended: False where the length limit cut one."""
@@ -25,6 +27,16 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Mean]:
         metrics[f"completions/min{name}_length"] = Mean.of(ascending[:1])
         metrics[f"completions/max{name}_length"] = Mean.of(ascending[-1:])
     return metrics
+
+
+def time_metrics(seconds: float, said: Said) -> dict[str, Mean]:
+    """Of a process's rollouts, which took so long: means over processes of their times, and of all their tokens over
+    all their times."""
+    tokens = sum(len(s.own_logps) for samples in said for s in samples)
+    return {
+        "rollout_ms": Mean(torch.tensor(1e3 * seconds), torch.tensor(1.0)),
+        "rollout_tokens_per_s": Mean(torch.tensor(float(tokens)), torch.tensor(seconds)),
+    }
 
 
 def reward_metrics(by_function: Tensor, weights: Tensor, names: Sequence[str]) -> dict[str, Mean]:

@@ -20,11 +20,13 @@ from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
 from .calling import Asked, Calls, Reward, RewardLog, TrainerState
+from .engines.background import Begun
 from .engines.choosing import engine_of
-from .engines.protocol import Request, Sample, Sampling
-from .generation import Purpose, completion_seed, stop_ids
+from .engines.protocol import Background, Request, Said, Sample, Sampling
+from .flights import Flights
+from .generation import Purpose, requests_of, sampling_of, stop_ids
 from .kept import kept_rows, of_all
-from .metrics import completion_metrics, reward_metrics
+from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
 from .rolled import Rolled, Scored
 from .watch import Watch
@@ -66,6 +68,7 @@ class Rollouts:
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
+        self.flights = Flights(self.begin, config.max_staleness)
         self.own = None
         if rollout_func is not None:
             known: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "rewards": rewards}
@@ -83,27 +86,15 @@ class Rollouts:
         sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
         return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
-    def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
+    def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train", said: Said | None = None) -> Rolled:
         """Sample `num_generations` completions of each prompt, in evaluations `num_generations_eval`, and score them;
         in training a greedy one too, where the advantages want it.
 
-        prompts: this process's part of the step's `numbered` ones.
+        prompts: this process's part of the step's `numbered` ones. said: what was sampled of them already.
         """
-        config = self.config
-        group = config.num_generations if purpose == "train" else config.num_generations_eval or config.num_generations
-        greedy = purpose == "train" and ADVANTAGES[config.advantage_type].wants_greedy
-        seeds = [
-            [
-                completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
-                for k in range(group)
-            ]
-            for prompt in prompts
-        ]
-        asked = [
-            Request(prompt.prompt_ids, [*own, None] if greedy else own)
-            for prompt, own in zip(prompts, seeds, strict=True)
-        ]
-        said = self.sample(asked, prompts)
+        group, greedy = self.group(purpose), self.greedy(purpose)
+        if said is None:
+            said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
         sampled = [sample for samples in said for sample in samples[:group]]
         repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
         scored = self.score(repeated, sampled)
@@ -125,33 +116,41 @@ class Rollouts:
         texts = [prompt.prompt for prompt in repeated]
         return Rolled(examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra)
 
-    def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> list[list[Sample]]:
-        """What the engine says to the requests, which are of these prompts."""
+    def group(self, purpose: Purpose) -> int:
+        """Sampled completions of a prompt."""
         config = self.config
-        sampling = Sampling(
-            max_new_tokens=self.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=config.repetition_penalty,
-            stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
-            stop_strings=config.stop_strings,
-            keep_support=config.keep_sampling_mask,
-        )
+        return config.num_generations if purpose == "train" else config.num_generations_eval or config.num_generations
+
+    def greedy(self, purpose: Purpose) -> bool:
+        """Whether a greedy one comes behind them."""
+        return purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+
+    def requests(self, prompts: Sequence[Prompt], purpose: Purpose, step: int) -> list[Request]:
+        """What is asked of the engine for them; step: see `completion_seed`."""
+        group, greedy = self.group(purpose), self.greedy(purpose)
+        return requests_of(prompts, group, purpose=purpose, seed=self.seed, step=step, greedy=greedy)
+
+    def sampling(self, prompts: Sequence[Prompt]) -> Sampling:
+        """How completions of these prompts are drawn."""
+        stops = stop_ids(self.policy.causal_lm, self.tokenizer, prompts)
+        return sampling_of(self.config, self.max_completion_length, stops)
+
+    def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Said:
+        """What the engine says to the requests, which are of these prompts."""
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
         if self.own is None:
-            said = self.engine.sample(requests, sampling)
+            said = self.engine.sample(requests, self.sampling(prompts))
         else:
-            said = self.own(prompts, [request.seeds for request in requests], sampling)
-        seconds, tokens = time.perf_counter() - started, sum(len(s.own_logps) for samples in said for s in samples)
-        # means over processes: of their times, and of all their tokens over all their times
-        self.timed = {
-            "rollout_ms": Mean(torch.tensor(1e3 * seconds), torch.tensor(1.0)),
-            "rollout_tokens_per_s": Mean(torch.tensor(float(tokens)), torch.tensor(seconds)),
-        }
+            said = self.own(prompts, [request.seeds for request in requests], self.sampling(prompts))
+        self.timed = time_metrics(time.perf_counter() - started, said)
         return said
+
+    def begin(self, prompts: Sequence[Prompt], first: int) -> Begun[Said]:
+        """Let the engine sample in the background what is first learned from when so many steps are done."""
+        assert isinstance(self.engine, Background)
+        self.engine.sync(self.state.global_step)
+        return self.engine.begin(self.requests(prompts, "train", first), self.sampling(prompts))
 
     def close(self) -> None:
         """Nothing is sampled any more."""

@@ -13,12 +13,13 @@ from torch import Tensor
 from logratio.losses import KL_ESTIMATORS, Mean
 
 from ..batches.packing import split_groups
+from ..config import RolloutConfig
 from ..data.examples import Example, Prompt
 from ..errors import UserError
-from ..processes.dealing import shares
 from ..step import MicroBatch, Step, Window
 from .dynamic import Position, sample_differing
-from .generation import numbered
+from .engines.protocol import Said
+from .flights import Coming
 from .rolled import Share
 from .rollouts import Rollouts
 
@@ -41,16 +42,20 @@ def windows(
     windows of the last set that are still to come, which a checkpoint keeps. left: how many steps the run still has;
     none is sampled for another.
     """
-    config = rollouts.config
+    config, flights, accelerator = rollouts.config, rollouts.flights, step.accelerator
+    first, total = rollouts.state.global_step + len(waiting), rollouts.state.global_step + left()
+    flights.over(sets(config, batches, accelerator, total - first), accelerator, first=first, total=total)
     while True:
+        if config.dynamic_sampling == 1:
+            flights.before(rollouts.state.global_step)
         if not waiting:
-            steps = min(config.steps_per_generation, left())
             if config.dynamic_sampling > 1:
                 each = ((prompt, position) for (prompt,), position in batches)
-                found, position = sample_differing(rollouts, step.accelerator, each, [batch_size] * steps)
+                sizes = [batch_size] * min(config.steps_per_generation, left())
+                found, position = sample_differing(rollouts, accelerator, each, sizes)
             else:
-                ahead = list(islice(batches, steps))
-                found, position = sample(rollouts, step.accelerator, [prompts for prompts, _ in ahead]), ahead[-1][1]
+                coming, said, timed = flights.land()
+                found, position = sampled(rollouts, accelerator, coming, said, timed), coming.position
             made = compared(rollouts, step, found)
             for window in made:
                 window.position = position
@@ -61,24 +66,37 @@ def windows(
             other.taken += 1
 
 
+def sets(config: RolloutConfig, batches: Batches, accelerator: Accelerator, left: int) -> Iterator[Coming]:
+    """What is sampled at once. left: how many steps the run still has, that are to learn from them."""
+    while ahead := list(islice(batches, max(1, min(config.steps_per_generation, left)))):
+        coming = Coming.of([prompts for prompts, _ in ahead], accelerator, config.num_iterations, ahead[-1][1])
+        left -= coming.steps
+        yield coming
+
+
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
     """What the process learns in one step from its share of these prompts."""
-    return compared(rollouts, step, sample(rollouts, step.accelerator, [prompts]))[0]
+    coming = Coming.of([prompts], step.accelerator)
+    return compared(rollouts, step, sampled(rollouts, step.accelerator, coming))[0]
 
 
-def sample(rollouts: Rollouts, accelerator: Accelerator, batches: Sequence[Sequence[Prompt]]) -> Share:
-    """The process's share of the rollouts of the steps that have these prompts, all sampled at once."""
-    prompts = numbered([prompt for some in batches for prompt in some])
-    own = shares([len(some) for some in batches], accelerator)
-    places = [place for some in own for place in some]
-    rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
-    return Share(rolled, list(map(len, own)), {**rollouts.metrics(rolled, accelerator), **rollouts.timed})
+def sampled(
+    rollouts: Rollouts,
+    accelerator: Accelerator,
+    coming: Coming,
+    said: Said | None = None,
+    timed: dict[str, Mean] | None = None,
+) -> Share:
+    """The process's share of a set of rollouts. said, timed: what was sampled of it already, and metrics of that."""
+    rolled = dataclasses.replace(rollouts(coming.prompts, said=said), places=coming.places)
+    metrics = {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
+    return Share(rolled, coming.counts, metrics)
 
 
-def compared(rollouts: Rollouts, step: Step, sampled: Share) -> list[Window]:
+def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
     """What the process learns in each of the steps: rollouts with advantages among all of the set, and old log-probs
-    where steps will differ from the policy that sampled them."""
-    config, (rolled, counts, metrics) = rollouts.config, sampled
+    where steps will differ from the policy of now, which is what a ratio is clipped to, whichever has sampled them."""
+    config, (rolled, counts, metrics) = rollouts.config, found
     later, penalized = len(counts) * config.num_iterations > 1, config.reward_kl_coef > 0
 
     def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
@@ -107,8 +125,8 @@ def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[E
 def packed_step(
     step: Step, examples: Sequence[Example], *, old: bool, ref: bool
 ) -> tuple[list[Example], list[MicroBatch]]:
-    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy that sampled them
-    and of the reference, where these are asked for."""
+    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy of now and of the
+    reference, where these are asked for."""
     # whole groups are compared; ones that do not fit a micro-batch are divided
     parts = split_groups(examples, step.micro_batch_tokens, step.policy.shared)
     micros = step.micro_batches(parts, dealt=True)

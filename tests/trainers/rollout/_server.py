@@ -143,7 +143,8 @@ class SmallServer:
             "logprobs": {"token_logprobs": logps},
             "finish_reason": sample.finish_reason,
         }
-        return 200, {"choices": [{name: value for name, value in choice.items() if name not in self.without}]}
+        choice = {name: value for name, value in choice.items() if name not in self.without}
+        return 200, {"model": body["model"], "choices": [choice]}
 
 
 def refusal(status, message):

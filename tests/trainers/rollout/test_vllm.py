@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logratio.trainers.rollout.engines.in_process import InProcess
 from logratio.trainers.rollout.engines.protocol import Request, Sampling
+from logratio.trainers.rollout.engines.server import Cancelled
 from logratio.trainers.rollout.engines.vllm import VLLM
 
 from ._server import RealServer, SmallServer, logps_of, small_model, with_adapter
@@ -68,8 +69,8 @@ def engine_of(tmp_path):
     """engine_of(policy, *urls, timeout=...), closed at the end."""
     made = []
 
-    def make(policy, *urls, timeout=60.0):
-        made.append(VLLM(policy, urls, timeout=timeout, folder=tmp_path / "adapters"))
+    def make(policy, *urls, timeout=60.0, behind=1):
+        made.append(VLLM(policy, urls, timeout=timeout, folder=tmp_path / "adapters", behind=behind))
         return made[-1]
 
     yield make
@@ -182,6 +183,50 @@ def test_completions_are_those_of_the_engine_in_the_process(small, engine_of, to
         small.asked.clear()
     assert {tuple(p) for p in prompts[0]}.isdisjoint({tuple(p) for p in prompts[1]}), "a prompt has one server"
     other.close()
+
+
+def test_in_the_background_the_policy_of_then_says_it_while_newer_ones_come(small, engine_of):
+    """As many as may be behind stay loaded, and are given again by name."""
+    policy = with_adapter(small_model())
+    engine = engine_of(policy, small.url, behind=2)
+    engine.sync(1)
+    wanted = engine.sample(REQUESTS, SAMPLING)
+    held, asked = threading.Event(), threading.Event()
+
+    def hold(path, body):
+        if body.get("model", "").endswith("-1"):
+            asked.set()
+            assert held.wait(30)
+
+    small.before = hold
+    begun = engine.begin(REQUESTS, SAMPLING)
+    assert asked.wait(30)
+    for version in (2, 3):
+        another(policy)
+        engine.sync(version)
+        ((newer,),) = engine.sample(REQUESTS[2:3], SAMPLING)
+        assert newer.version == version
+    assert [name.rpartition("-")[2] for name in small.models()] == ["1", "2", "3"]
+    small.kill()
+    small.start()
+    held.set()
+    assert begun.result() == wanted and {s.version for some in wanted for s in some} == {1}
+    assert [name.rpartition("-")[2] for name in small.models()] == ["1"], "given again, as it was asked for"
+    engine.sync(4)
+    assert [name.rpartition("-")[2] for name in small.models()] == ["4"], "three behind, it is not any more"
+
+
+def test_what_is_begun_ends_with_the_engine(small, engine_of):
+    engine = engine_of(with_adapter(small_model()), small.url)
+    engine.sync(1)
+    never = threading.Event()
+    small.before = lambda path, body: never.wait(30) and None if path == "/v1/completions" else None
+    begun = engine.begin(REQUESTS, SAMPLING)
+    engine.close()
+    assert not begun.alive
+    with pytest.raises(Cancelled):
+        begun.result()
+    never.set()
 
 
 def test_it_is_asked_again_while_it_is_not_well(small, engine_of):

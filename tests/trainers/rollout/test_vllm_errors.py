@@ -102,6 +102,12 @@ def not_numbers(small, engine):
     small.before = lambda path, body: (200, {"choices": [choice]}) if path == "/v1/completions" else None
 
 
+def another_adapter(small, engine):
+    choice = {"token_ids": [1, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "length"}
+    answer = {"model": "an-older-one", "choices": [choice]}
+    small.before = lambda path, body: (200, answer) if path == "/v1/completions" else None
+
+
 SENTENCES = [
     (
         gone,
@@ -149,6 +155,11 @@ SENTENCES = [
         forgetful,
         "the vLLM server URL forgets the adapter that it is given (NAME): start it with --max-loras 2, and let no "
         "other run use it",
+    ),
+    (
+        another_adapter,
+        "the vLLM server URL answers as 'an-older-one' where the adapter NAME was asked: what another policy says is "
+        "refused; look at its log, and at what stands between it and the run",
     ),
     (
         not_numbers,
@@ -266,5 +277,9 @@ def test_options_that_do_not_fit():
         RolloutConfig(vllm_server_base_url="http://a")
     with pytest.raises(UserError, match="--vllm_server_timeout must be positive, got 0"):
         RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a", vllm_server_timeout=0)
+    with pytest.raises(
+        UserError, match="^--keep_sampling_mask needs to know which tokens .* vLLM does not say: leave it"
+    ):
+        RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a", keep_sampling_mask=True, top_k=5)
     several = RolloutConfig(rollout_engine="vllm", vllm_server_base_url="http://a/, http://b:1,http://a")
     assert several.servers == ["http://a", "http://b:1"]

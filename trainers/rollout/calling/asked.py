@@ -34,7 +34,7 @@ LARGEST = torch.finfo(torch.float32).max
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
 _TAKEN = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens", "tokens_per_s", "step_ms"}
 _TAKEN |= {"peak_mem_mib", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"}
-_TAKEN |= {"rollout_ms", "rollout_tokens_per_s"}
+_TAKEN |= {"rollout_ms", "rollout_tokens_per_s", "rollout_wait_ms"}
 _TAKEN_PREFIXES = ("rewards/", "completions/", "clip_ratio/", "sampling/", "dynamic/", "eval_")
 
 

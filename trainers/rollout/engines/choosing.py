@@ -31,5 +31,6 @@ def engine_of(
     if config.rollout_engine == "vllm":
         folder = Path(output_dir) / ADAPTERS
         timeout = config.vllm_server_timeout
-        return VLLM(policy, config.servers, timeout=timeout, folder=folder, accelerator=accelerator)
+        shared: dict[str, Any] = {"accelerator": accelerator, "behind": max(1, config.max_staleness)}
+        return VLLM(policy, config.servers, timeout=timeout, folder=folder, **shared)
     return InProcess(policy, tokenizer, tell=tell, accelerator=accelerator)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import compress, repeat
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
 from logratio.losses import Support
 
 from ...data.examples import Prompt
+from .background import Begun
 
 FinishReason = Literal["stop", "length"]
 
@@ -98,8 +99,9 @@ class Sample:
         return Sample(self.ids[:tokens], "length", self.logps[:tokens], self.version, support)
 
 
-Say = Callable[[Sequence[Request], Sampling], list[list[Sample]]]
-"""Requests -> the samples of each, one a seed."""
+Said = list[list[Sample]]
+"""Of each request its samples, one a seed."""
+Say = Callable[[Sequence[Request], Sampling], Said]
 
 
 class Engine(Protocol):
@@ -117,10 +119,18 @@ class Engine(Protocol):
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]: ...
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said: ...
 
     def rounds(self) -> AbstractContextManager[Say]:
         """Inside, each process may ask as often as it likes; entered and left by all together."""
 
     def close(self) -> None:
         """Give back what it holds; nothing is sampled afterwards."""
+
+
+@runtime_checkable
+class Background(Protocol):
+    """An engine that samples elsewhere, while the policy goes on learning."""
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
+        """As `sample`, of the policy as it is now, in the background. What it raises, this process alone raises."""

@@ -1,8 +1,8 @@
 """The policy's adapter at the servers: written beside its place, given by a name of its own for every version.
 
 A server that is told to load another adapter under a name it knows reads files again whenever it likes, and its prefix
-cache would hold what the old one computed. So every version has a name; the one before stays loaded for requests that
-still run, and what is unloaded keeps its files for one sync more.
+cache would hold what the old one computed. So every version has a name; the one before, or as many as may still be
+sampled from, stay loaded for requests that still run, and what is unloaded keeps its files for one sync more.
 """
 
 from __future__ import annotations
@@ -78,14 +78,32 @@ def write_adapter(policy: Policy, weights: Any, folder: Path) -> None:
         partial.rename(folder)
 
 
+def name_of(run: str, version: int) -> str:
+    return f"logratio-{run}-{version}"
+
+
+def version_of(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
 class Adapters:
     """The versions that the servers have. folder: of this run alone, for their files; emptied first.
+    behind: see `VLLM`.
 
     With several processes the main one writes and tells the servers, and all have what became of it.
     """
 
-    def __init__(self, policy: Policy, servers: Sequence[Server], folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        servers: Sequence[Server],
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        behind: int = 1,
+    ) -> None:
         check_adapter(policy)
+        self.kept = behind + 1  # versions, with the last
         self.policy, self.servers, self.accelerator = policy, servers, accelerator
         self.folder = folder.resolve()
         self.rank = int(policy.model.peft_config["default"].r)
@@ -99,11 +117,12 @@ class Adapters:
         self.name = on_main(self.accelerator, lambda: self._push(version, weights))
 
     def _push(self, version: int, weights: Any) -> str:
-        name = f"logratio-{self.run}-{version}"
+        name = name_of(self.run, version)
         if not self.loaded:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         write_adapter(self.policy, weights, self.folder / name)
-        gone, self.loaded = self.loaded[:-1], [*self.loaded[-1:], name]
+        split = max(0, len(self.loaded) + 1 - self.kept)
+        gone, self.loaded = self.loaded[:split], [*self.loaded[split:], name]
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(lambda server: self.give(server, name), self.servers))
             for old in gone:
@@ -125,7 +144,7 @@ class Adapters:
                 return
             raise UserError(self._why(server, path, refused)) from refused
         finally:
-            server.given = time.monotonic()
+            server.given[name] = time.monotonic()
 
     def _why(self, server: Server, path: Path, refused: Refused) -> str:
         begin = f"the vLLM server {server.url}"
@@ -146,16 +165,17 @@ class Adapters:
             f"{self.rank}, and the base model that is trained"
         )
 
-    def give_again(self, server: Server, since: float, stop: threading.Event) -> None:
-        """Load the last adapter, which the server does not know, unless another thread has done so after `since`."""
+    def give_again(self, server: Server, name: str, since: float, stop: threading.Event) -> None:
+        """Load an adapter that the server does not know, unless another thread has done so after `since`."""
         with server.lock:
-            if server.given < since:
-                self.give(server, self.name, stop)
+            if server.given.get(name, -float("inf")) < since:
+                self.give(server, name, stop)
 
     def take(self, server: Server, name: str) -> None:
         """Unload an adapter, if it is there: a server that has begun anew does not know it."""
         with contextlib.suppress(Refused, Unavailable):
             server.ask("/v1/unload_lora_adapter", {"lora_name": name}, once=GOODBYE_S)
+        server.given.pop(name, None)
 
     def close(self) -> None:
         """Leave nothing behind, neither at the servers nor on the disk."""

@@ -69,7 +69,7 @@ class Server:
         self.prefix = parts.path.rstrip("/").removesuffix("/v1")  # with which other clients want it
         self.heard = -float("inf")  # when it last answered
         self.lock = threading.Lock()  # of who gives it an adapter again
-        self.given = -float("inf")  # when it was last given one
+        self.given: dict[str, float] = {}  # when it was last given which
 
     def ask(
         self,

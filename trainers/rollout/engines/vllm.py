@@ -30,8 +30,9 @@ from accelerate import Accelerator
 from ...errors import UserError
 from ...policy.policy import Policy
 from ...processes.once import raised_together
-from .protocol import Request, Sample, Sampling, Say
-from .pushing import Adapters
+from .background import Begun
+from .protocol import Request, Said, Sample, Sampling, Say
+from .pushing import Adapters, version_of
 from .server import Refused, Server, Unavailable
 
 ROWS = 256
@@ -45,7 +46,8 @@ FIELDS = ("token_ids", "logprobs", "finish_reason")
 
 class VLLM:
     """urls: of the servers. timeout: seconds that one may be silent. folder: of this run alone, for adapters, on a disk
-    that the servers see under the same path. rows: requests under way at a time at each server."""
+    that the servers see under the same path. rows: requests of a `sample` under way at a time at each server. behind:
+    versions by which what is still sampled may lag behind the last one."""
 
     def __init__(
         self,
@@ -56,13 +58,15 @@ class VLLM:
         folder: Path,
         accelerator: Accelerator | None = None,
         rows: int = ROWS,
+        behind: int = 1,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
         self.servers = [Server(url, timeout) for url in urls]
-        self.adapters = Adapters(policy, self.servers, folder, self.accelerator)
+        self.adapters = Adapters(policy, self.servers, folder, self.accelerator, behind=behind)
         self.vocabulary = int(policy.causal_lm.get_output_embeddings().weight.shape[0])
         self.rows, self.version = rows, -1
         self.processed: set[Server] = set()  # those that were seen to give the log-probs of what they sample from
+        self.begun: list[Begun[Any]] = []
 
     @property
     def name(self) -> str:
@@ -75,12 +79,17 @@ class VLLM:
             self.version = version
 
     def close(self) -> None:
+        for begun in self.begun:
+            begun.stop()  # all at once
+        for begun in self.begun:
+            begun.close()
+        self.begun.clear()
         self.adapters.close()
         self.version = -1
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
         """Of this process's requests; what one process raises, all raise."""
-        said: list[list[Sample]] = []
+        said: Said = []
         with self.rounds() as say:
             said = say(requests, sampling)
         return said
@@ -88,18 +97,23 @@ class VLLM:
     @contextlib.contextmanager
     def rounds(self) -> Iterator[Say]:
         """What one process raises inside, all raise at the end."""
+        name, stop = self.adapters.name, threading.Event()
         with raised_together(self.accelerator):
-            yield self._round
+            yield lambda requests, sampling: self._sample(requests, sampling, name, stop)
 
-    def _round(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
+        """The same with the policy of now in the background; what is raised is this process's alone."""
+        name = self.adapters.name
+        self.begun = [begun for begun in self.begun if begun.alive]
+        self.begun.append(Begun(lambda stop: self._sample(requests, sampling, name, stop)))
+        return self.begun[-1]
+
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, name: str, stop: threading.Event) -> Said:
+        """name: of the adapter. stop: set where the answer is not wanted any more."""
         if sampling.reshapes and requests:
             for server in self.servers:
-                self._check_processed(server, requests[0].prompt_ids)
-        return self._sample(requests, sampling)
-
-    def _sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        stop = threading.Event()
-        options = options_of(sampling)
+                self._check_processed(server, requests[0].prompt_ids, name, stop)
+        options = {"model": name, **options_of(sampling)}
         first = self.accelerator.process_index  # where there are more servers than prompts, all have some
         futures: list[list[Future[Sample]]] = []
         count = sum(len(request.seeds) for request in requests)
@@ -128,29 +142,36 @@ class VLLM:
         return self._completed(server, options, stop)
 
     def _completed(self, server: Server, options: dict[str, Any], stop: threading.Event) -> Sample:
-        def read(answer: Any) -> Sample:
-            return self._sample_of(server, answer)
+        name = options["model"]
 
-        body = {"model": self.adapters.name, "n": 1, "logprobs": 0, "return_token_ids": True, **options}
+        def read(answer: Any) -> Sample:
+            return self._sample_of(server, answer, name)
+
+        body = {"n": 1, "logprobs": 0, "return_token_ids": True, **options}
         for _ in range(FORGETS):
             began = time.monotonic()
             try:
                 return server.ask("/v1/completions", body, read=read, stop=stop)
             except Refused as refused:
-                if refused.status != 404 or self.adapters.name not in refused.reason:
+                if refused.status != 404 or name not in refused.reason:
                     raise UserError(
                         f"the vLLM server {server.url} refuses a prompt of {len(body['prompt'])} tokens with up to "
                         f"{body['max_tokens']} more ({refused}): if it says that this is too long, start it with a "
                         "larger --max-model-len"
                     ) from refused
-            self.adapters.give_again(server, began, stop)
+            self.adapters.give_again(server, name, began, stop)
         raise UserError(
-            f"the vLLM server {server.url} forgets the adapter that it is given ({self.adapters.name}): start it with "
-            "--max-loras 2, and let no other run use it"
+            f"the vLLM server {server.url} forgets the adapter that it is given ({name}): start it with "
+            f"--max-loras {self.adapters.kept}, and let no other run use it"
         )
 
-    def _sample_of(self, server: Server, answer: Any) -> Sample:
+    def _sample_of(self, server: Server, answer: Any, name: str) -> Sample:
         choice = choice_of(server, answer)
+        if (said_by := answer.get("model", name)) != name:
+            raise UserError(
+                f"the vLLM server {server.url} answers as {said_by!r} where the adapter {name} was asked: what another "
+                "policy says is refused; look at its log, and at what stands between it and the run"
+            )
         if choice["finish_reason"] not in ("stop", "length"):
             raise Unavailable(f"it ended a completion by {choice['finish_reason']!r}")
         ids, logps = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
@@ -159,16 +180,16 @@ class VLLM:
                 f"the vLLM server {server.url} gave {len(logps)} log-probabilities, not all of them numbers, for "
                 f"{len(ids)} tokens: look at its log, and take float32 or bfloat16"
             )
-        return Sample(ids, choice["finish_reason"], logps, self.version)
+        return Sample(ids, choice["finish_reason"], logps, version_of(name))
 
-    def _check_processed(self, server: Server, prompt_ids: Sequence[int]) -> None:
+    def _check_processed(self, server: Server, prompt_ids: Sequence[int], name: str, stop: threading.Event) -> None:
         """Raise UserError where the server's log-probs are of the raw logits: a token out of the vocabulary's middle
         that a bias makes certain has 0 then only in the distribution that it is drawn from."""
         if server in self.processed:
             return
-        options = {"prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1)), "seed": 0}
+        options = {"model": name, "prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1)), "seed": 0}
         options["logit_bias"] = {str(self.vocabulary // 2): CERTAIN}
-        if self._completed(server, options, threading.Event()).logps[0] < -0.05:
+        if self._completed(server, options, stop).logps[0] < -0.05:
             raise UserError(
                 f"the vLLM server {server.url} gives log-probabilities before temperature, penalties and cuts: start "
                 "it with --logprobs-mode processed_logprobs"
