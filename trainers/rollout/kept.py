@@ -6,14 +6,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..data.examples import Completion
 from ..data.tokenization import Text
 from ..errors import UserError
+from ..step import MicroBatch
 from .engines.protocol import Sample
 
 COLUMNS = (
@@ -26,6 +29,7 @@ COLUMNS = (
     "completion_length",
     "finish_reason",
     "sampler_logp",
+    "logp_diff",
     "policy_version",
     "engine",
 )
@@ -62,6 +66,7 @@ def kept_rows(
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
     one that nobody gave. completion_length: tokens that the model wrote; sampler_logp: the mean over them, in nats;
+    logp_diff: see `differences`, not known yet;
     policy_version: the steps that the policy had taken which said it.
     """
     return [
@@ -76,12 +81,44 @@ def kept_rows(
             "completion_length": len(samples[i].own_logps),
             "finish_reason": samples[i].finish_reason,
             "sampler_logp": mean(samples[i].own_logps),
+            "logp_diff": None,
             "policy_version": samples[i].version,
             "engine": engine,
             **{column: values[i] for column, values in extra.items()},
         }
         for i in range(len(completions))
     ]
+
+
+class Kept(NamedTuple):
+    """A process's rows of one set of rollouts, by prompt, and their completions, which the trainer has not seen yet."""
+
+    accelerator: Accelerator
+    groups: list[list[dict[str, Any]]]
+    completions: list[Completion]
+
+    def learned(self, differences: Mapping[int, float]) -> None:
+        """Fill in what is known now, by the id of a completion."""
+        for row, completion in zip(chain.from_iterable(self.groups), self.completions, strict=True):
+            row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
+
+
+def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:
+    """id of a completion -> the mean over its scored tokens of |log pi - log mu|, in nats, where both are known: mu
+    sampled it, pi is what its ratio is clipped to, or the policy of the first step on it (`sampling/logp_diff_mean`).
+    """
+    found = {}
+    for micro in micros:
+        own = micro.logps if micro.old is None else micro.old
+        if own is None or micro.behavior is None or micro.batch.is_filler:
+            continue
+        scored = micro.batch.scored
+        gaps = torch.where(scored, (own.double() - micro.behavior).abs(), 0.0).sum(-1)
+        completions = [c for example in micro.batch.examples for c in example.completions]
+        for completion, gap, tokens in zip(completions, gaps.tolist(), scored.sum(-1).tolist(), strict=True):
+            if tokens:
+                found[id(completion)] = gap / tokens
+    return found
 
 
 def mean(values: Sequence[float]) -> float | None:

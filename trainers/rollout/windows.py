@@ -46,6 +46,7 @@ def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Windo
                 micro.old = None
     advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
     give_advantages(examples, micros, advantages)
+    rollouts.learned(micros)  # as far as it is known before the steps on it
     return Window(give_advantages(rolled.examples, [], advantages), micros, metrics, dealt=True)
 
 
