@@ -6,6 +6,7 @@
     scale   how a step grows with sequence length, batch, vocabulary and group size
     host    what Python costs: steps of a deep, narrow model on one thread of a CPU
     rollout completions, and whole GRPO steps, beside TRL's trainer and transformers' generate
+    learning what GRPO learns of the embedded task with three seeds, and how soon, beside TRL's trainer
     data    rows to tokens to micro-batches, and a process's memory (--data_rows, --no-data_texts)
     all     head, step and scale
 
@@ -20,10 +21,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 import tyro
@@ -31,72 +30,18 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import data, head, host, rollout, step
+from .measure import head, learning, rollout, step
 from .measure.clock import free_memory
 from .measure.contestants import LEARNING_RATE
 from .measure.data import DataCase
 from .measure.head import HeadCase
+from .measure.learning import LearningCase
 from .measure.rollout import RolloutCase
-from .measure.step_cases import FIRST, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .measure.step_cases import FIRST, StepCase
 from .own import command
 from .progress import Progress
 from .reporting.records import Records, certificate, device_name
-
-HEADS = {
-    "Qwen2.5-0.5B": (896, 151936, 8192),
-    "Llama-3.1-8B": (4096, 128256, 8192),
-    "Qwen2.5-3B": (2048, 151936, 8192),
-    "RL-Kernel's": (2048, 131072, 4096),
-}
-"""model -> hidden size, vocabulary, tokens; the last in the size that github.com/RL-Align/RL-Kernel publishes."""
-SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
-
-Suite = Literal["quick", "head", "step", "scale", "host", "rollout", "data", "all"]
-
-
-@dataclass
-class Options:
-    """What to measure, and where to write it."""
-
-    suite: tyro.conf.Positional[Suite]
-    """Which cases."""
-    results: Path = Path("benchmarks/results")
-    """Folder of the JSON lines."""
-    only: list[str] = field(default_factory=list)
-    """Only cases whose names contain one of these, such as dpo-lora or Llama-3.1-8B-ultrafeedback."""
-    contestants: list[str] = field(default_factory=list)
-    """Only these: logratio, trl, trl+liger, of the head also eager, liger, torch, or one by its whole name."""
-    repeats: int = 5
-    """Rounds that are timed."""
-    seed: int = 0
-    """Of weights and tokens."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda where there is one."""
-    truth: bool = True
-    """Hold the steps' log-probs and gradients against float64, of models of up to two billion parameters."""
-    threads: int | None = None
-    """Of torch on a CPU (default: its own choice)."""
-    budget_s: float | None = None
-    """Begin no case after so many seconds."""
-    fresh: bool = False
-    """Measure again what has been measured."""
-    data_rows: int = 2000
-    """Of the suite data: rows of its file."""
-    data_processes: int = 1
-    """Of the suite data: processes that tokenize."""
-    data_texts: bool = True
-    """Of the suite data: begin with texts, or with a table of ids."""
-    dry_run: bool = False
-    """Print the cases' names and stop."""
-
-
-class Job(NamedTuple):
-    """A case, its contestants, and what measures them: {contestant: status and figures}."""
-
-    suite: str
-    case: HeadCase | StepCase | RolloutCase | DataCase
-    names: list[str]
-    run: Callable[[], dict[str, dict[str, Any]]]
+from .suites import Job, Options, Suite, jobs_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.names_a_run(argv, get_args(Suite)):
         return command.main(argv)
     options = tyro.cli(Options, args=argv, prog="logratio bench", description=__doc__)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = chosen_device("cpu" if options.suite in ("host", "data") else options.device)
-    names = (*head.CONTESTANTS, *step.CONTESTANTS, *rollout.CONTESTANTS)
+    if threads := options.threads or (1 if options.suite == "learning" else None):
+        torch.set_num_threads(threads)
+    device = chosen_device("cpu" if options.suite in ("host", "learning", "data") else options.device)
+    names = (*head.CONTESTANTS, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
     known = {word for name in names for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -133,69 +78,8 @@ def rank(case: str) -> int:
     return next((i for i, start in enumerate(FIRST) if case.startswith(start)), len(FIRST))
 
 
-def asked(names: Iterable[str], options: Options) -> list[str]:
-    """Those of a case's contestants that are to be measured, by their names or the first words of these."""
-    return [n for n in names if not options.contestants or {n, n.split(" ")[0]} & set(options.contestants)]
-
-
 def wanted(job: Job, only: Sequence[str]) -> bool:
     return not only or any(part in job.case.case for part in only)
-
-
-def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
-    """The suite's cases; on a CPU those that one can wait for."""
-    gpu = device.type == "cuda"
-    dtype = "bfloat16" if gpu else "float32"
-    suites = ("head", "step", "scale") if options.suite == "all" else (options.suite,)
-    if "head" in suites:
-        for name, (hidden, vocab, tokens) in (HEADS if gpu else SMALL_HEADS).items():
-            for trainable in (False, True):
-                yield head_job(HeadCase(name, hidden, vocab, tokens, dtype, trainable), options, device)
-    if "quick" in suites:
-        yield head_job(HeadCase("tiny", 128, 8192, 512, "float32", False), options, device)
-        for case in quick_cases():
-            yield step_job("step", case, options, device)
-    if "step" in suites:
-        for case in gpu_cases() if gpu else cpu_cases():
-            yield step_job("step", case, options, device)
-    if "host" in suites:
-        for case in host.cases():
-            yield step_job("host", case, options, device)
-    if "rollout" in suites:
-        for rollouts in rollout.cases(gpu):
-            yield rollout_job(rollouts, options, device)
-    if "data" in suites:
-        data_case = DataCase(options.data_rows, processes=options.data_processes, texts=options.data_texts)
-        names = asked(data.CONTESTANTS, options)
-        yield Job("data", data_case, names, lambda: data.run(data_case, seed=options.seed))
-    if "scale" in suites:
-        for case in scale_cases(gpu):
-            yield step_job("scale", case, options, device)
-
-
-def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
-    only = asked(head.CONTESTANTS, options)
-    return Job(
-        "head", case, only, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed, only=only)
-    )
-
-
-def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
-    only = asked(step.CONTESTANTS, options)
-    shared: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed, "only": only}
-    if suite == "host":
-        return Job(suite, case, only, lambda: host.run(case, device, **shared))
-    return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared))
-
-
-def rollout_job(case: RolloutCase, options: Options, device: torch.device) -> Job:
-    only = asked(rollout.CONTESTANTS, options)
-    return Job(
-        "rollout",
-        case,
-        only,
-        lambda: rollout.run(case, device, repeats=options.repeats, seed=options.seed, only=only),
-    )
 
 
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
@@ -235,7 +119,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
 
 def why_not(job: Job, name: str, device: torch.device) -> str | None:
     """Why a contestant cannot run here, or None."""
-    if isinstance(job.case, DataCase | RolloutCase):
+    if isinstance(job.case, DataCase | RolloutCase | LearningCase):
         return None
     return (head if isinstance(job.case, HeadCase) else step).why_not(name, device)
 
@@ -294,6 +178,9 @@ def summary(figures: dict[str, Any]) -> str:
             )
             if figures[name] is not None
         )
+    if "accuracy" in figures:
+        found = f"{figures['accuracy']:.3f} ± {figures['accuracy_se']:.3f} right after {figures['steps']} steps"
+        return f"{found}, {figures['cpu_s']:.0f} s of CPU time"
     parts = [f"{figures['rollout_ms_p50']:.1f} ms of rollouts"] if "rollout_ms_p50" in figures else []
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
     if time_ms is not None:

@@ -8,7 +8,7 @@ both are held against the oracle, and must be near it: ours at most twice as far
 luck, or as far as its own formula is where every sequence's log-probs and their sum are off to one side by what
 float32 rounds.
 
-`cases.py` lists what is compared, `truths.py` makes models and rows, `sides.py` computes the losses.
+`cases.py` lists what is compared, `truths.py` and `randoms.py` make models and rows, `sides.py` computes the losses.
 """
 
 from __future__ import annotations

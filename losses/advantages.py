@@ -1,14 +1,14 @@
 """Advantages: what the reward R of a rollout is worth beside its group's, or beside all of the optimizer step's.
 
 Everything is [groups, G] float64, one row a prompt; a group is complete, and the rows are those of the whole optimizer
-step, of all processes. NaN is the reward of a completion that no reward function had an opinion on: it counts for
-nothing, and its advantage is 0. Inside, an advantage that cannot be formed is NaN; `advantages_of` makes it 0.
+step (see 2), of all processes. NaN is the reward of a completion that no reward function had an opinion on: it counts
+for nothing, and its advantage is 0. Inside, an advantage that cannot be formed is NaN; `advantages_of` makes it 0.
 m and std are mean and standard deviation (with Bessel's correction) of a group unless said otherwise, eps is 1e-4.
 
 Differs from TRL 1.16:
 1. Equal rewards give exactly 0, in float64; there, in float32, the rounding of their mean over eps.
-2. Statistics "of the step" are of the optimizer step. TRL's are of a generation batch, which is the same thing where
-   steps_per_generation is gradient_accumulation_steps.
+2. Statistics "of the step" are of all rollouts that were sampled together, TRL's generation batch: those of an
+   optimizer step, or with `steps_per_generation` of several. TRL's may also be of a part of one.
 3. `reinforce_pp`, `reinforce_pp_baseline`, `remax` and `opo` are not in TRL, and whitening (`normalize_advantages`) is
    there in RLOO only, here for every type that is not whitened already.
 4. Where fewer than two completions of a group have a reward, none of them has an advantage (as in TRL), and none enters

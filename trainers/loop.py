@@ -36,8 +36,8 @@ from .processes.dealing import largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
-from .rollout.generation import numbered
-from .rollout.windows import roll_out
+from .rollout import evaluation
+from .rollout.windows import windows
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 
@@ -141,7 +141,6 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     metrics, tokens = reduced(run, window, result)
     progress.step, progress.position = step, window.position
     progress.num_tokens += tokens
-    progress.window = window if window.taken < iterations(run) else None
     stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     row["epoch"] = step / run.steps_per_epoch
@@ -189,28 +188,19 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     """What each optimizer step learns from, for ever: examples of the data set, or rollouts of its prompts."""
     config = run.config.train
     assert config.batch_size is not None
-    if progress.window is not None:
-        for _ in range(progress.window.taken, iterations(run)):
-            yield progress.window
-    for items, position in batches(
+    singly = run.rollouts is not None and run.rollouts.config.dynamic_sampling > 1
+    source = batches(
         run.data.train,
-        config.batch_size,
+        1 if singly else config.batch_size,
         shuffle=run.config.data.shuffle,
         seed=config.seed,
         start=progress.position,
-    ):
-        if run.rollouts is None:
-            window = Window(items, run.step.micro_batches(items))
-        else:
-            window = roll_out(run.rollouts, run.step, items)
-        window.position = position
-        for _ in range(iterations(run)):
-            yield window
-
-
-def iterations(run: Run) -> int:
-    """How many steps learn from a window."""
-    return 1 if run.rollouts is None else run.rollouts.config.num_iterations
+    )
+    if run.rollouts is not None:
+        left = lambda: run.total_steps - progress.step  # noqa: E731
+        yield from windows(run.rollouts, run.step, source, progress.windows, batch_size=config.batch_size, left=left)
+    for items, position in source:
+        yield Window(items, run.step.micro_batches(items), position=position)
 
 
 class Ahead(Iterator[Window]):
@@ -277,10 +267,9 @@ def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, flo
 def evaluate(run: Run) -> dict[str, float]:
     """Loss and metrics of the held-out examples, as if they were one step without an update."""
     if run.rollouts is not None:
-        rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        rolled = run.rollouts(numbered(run.data.evaluation)[rank::world], "evaluation")
         zero = torch.zeros((), device=run.accelerator.device)
-        result = StepResult(zero, on(zero.device, run.rollouts.metrics(rolled, run.accelerator)))
+        metrics = evaluation.evaluate(run.rollouts, run.data.evaluation, run.accelerator)
+        result = StepResult(zero, on(zero.device, metrics))
         return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
     held_out = list(run.data.evaluation)  # one step holds all of them
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from torch import Tensor
 
-from logratio.losses import Mean, Support
-
-from .batches.packing import split_groups
 from .checkpoints.best import Best
 from .checkpoints.checkpoint import (
     FORMAT,
@@ -35,30 +30,26 @@ from .checkpoints.checkpoint import (
 from .checkpoints.folder import keep_latest, name_of, write_whole
 from .checkpoints.model import base_model, load_weights, write_model
 from .checkpoints.tensors import flat, nested
-from .data.examples import Completion, Example
 from .ground.provenance import commit, versions
 from .ground.randomness import as_json, from_json, random_states, set_random_states
-from .policy.reference import by_completion, of_completions
 from .processes.once import on_main
 from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
+from .rollout.stored import distinct, restored, turns, unpacked
 from .setup import Run
 from .step import Window
-
-SUPPORT = ("support_ids", "support_offsets")
-LOGPS = ("old", "ref")  # of a micro-batch of rollouts, that later steps on them are compared with
 
 
 @dataclass
 class Progress:
     """Where a run is, besides what its objects know: steps done, position in the data behind them, tokens so far, the
-    log's hash, the rollouts that the next step learns from too, and the best evaluation."""
+    log's hash, the windows of rollouts that the next steps learn from in turn, and the best evaluation."""
 
     step: int = 0
     position: Mapping[str, int] | None = None
     num_tokens: int = 0
     log_hash: str = ""
-    window: Window | None = None
+    windows: list[Window] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     saved: int | None = None  # step of the last checkpoint that is whole
 
@@ -71,7 +62,8 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
     """
     config, output_dir = run.config, Path(run.config.train.output_dir)
     randoms = gather_object([as_json(random_states(run.accelerator.device))])
-    rollouts = None if progress.window is None else gather_object([unpacked(progress.window)])
+    once = distinct(progress.windows)
+    rollouts = gather_object([[unpacked(window) for window in once]]) if once else None
     state = state_of(run, progress)
     weights = full_weights(run.policy, run.accelerator)
     optimizer = optimizer_state(run.policy, run.optimizer, run.accelerator)
@@ -85,10 +77,9 @@ def save_checkpoint(run: Run, progress: Progress, flush_log: Callable[[], str]) 
             tensors, state["reference_terms"] = run.reference_sync.state()
             save_file({name: t.contiguous() for name, t in tensors.items()}, folder / REFERENCE)
         if rollouts is not None:
-            write_json(folder / ROLLOUTS, [share for share, _ in rollouts])
-            save_file(
-                {f"{i}/{k}": t for i, (_, kept) in enumerate(rollouts) for k, t in kept.items()}, folder / ROLLOUT_LOGPS
-            )
+            write_json(folder / ROLLOUTS, [[share for share, _ in own] for own in rollouts])
+            logps = {f"{i}/{w}": kept for i, own in enumerate(rollouts) for w, (_, kept) in enumerate(own)}
+            save_file({f"{at}/{k}": t for at, kept in logps.items() for k, t in kept.items()}, folder / ROLLOUT_LOGPS)
         write_json(folder / STATE, state)
 
     def write() -> None:
@@ -118,7 +109,7 @@ def state_of(run: Run, progress: Progress) -> dict[str, Any]:
         "loss_state": dict(run.step.state),
         "micro_batch_tokens": run.step.micro_batch_tokens,
         "may_grow": run.growth.meter is not None,
-        "rollouts_taken": 0 if progress.window is None else progress.window.taken,
+        "windows": turns(progress.windows),
         "health": run.health.state_dict(),
         "rollouts": None if run.rollouts is None else run.rollouts.state_dict(),
         "scheduler": run.scheduler.state_dict(),
@@ -189,81 +180,12 @@ def restore(run: Run) -> Progress:
         saved=checkpoint.step,
     )
     if (shares := checkpoint.json(ROLLOUTS)) is not None:
-        logps, taken = checkpoint.tensors(ROLLOUT_LOGPS), state["rollouts_taken"]
-        progress.window = restored_window(run, shares, logps, state["position"], taken)
+        once = restored(run.step, shares, checkpoint.tensors(ROLLOUT_LOGPS), state["position"])
+        progress.windows += [once[w] for w in state["windows"]]
     randoms = checkpoint.json(RANDOM)
     if rank < len(randoms):  # others began with the seed, as processes that are there from the beginning do
         set_random_states(from_json(randoms[rank]), device)
     return progress
-
-
-def unpacked(window: Window) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """This process's share of a window of rollouts, whatever its micro-batches: (examples and metrics as JSON, {"old",
-    "ref": the log-probs of all scored tokens in the order of the examples; and their support})."""
-    share = {
-        "examples": [dataclasses.asdict(plain(example)) for example in window.examples],
-        "metrics": {name: [float(total), float(count)] for name, (total, count) in window.metrics.items()},
-    }
-    kept = {}
-    for name in LOGPS:
-        table = by_completion((m.batch, getattr(m, name)) for m in window.micros if getattr(m, name) is not None)
-        if table:
-            kept[name] = torch.cat([table[id(c)] for example in window.examples for c in example.completions])
-    completions = [c for example in window.examples for c in example.completions]
-    if any(c.support is not None for c in completions):
-        support = Support.cat([c.support or Support.whole(len(c.ids)) for c in completions])
-        kept |= dict(zip(SUPPORT, support, strict=True))
-    return share, kept
-
-
-def plain(example: Example, supports: Iterator[Support] | None = None) -> Example:
-    """The example without its completions' support, which is no JSON, or with the next ones of these."""
-    completions = [
-        dataclasses.replace(c, support=None if supports is None else next(supports)) for c in example.completions
-    ]
-    return dataclasses.replace(example, completions=completions)
-
-
-def restored_window(run: Run, shares: Sequence[Any], logps: Mapping[str, Tensor], position: Any, taken: int) -> Window:
-    """The inverse: on as many processes each its own share, on another number all of them dealt anew."""
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    examples = [[example_of(e) for e in share["examples"]] for share in shares]
-    for i, own in enumerate(examples):
-        if f"{i}/{SUPPORT[0]}" in logps:
-            counts = [len(c.ids) for e in own for c in e.completions]
-            supports = iter(Support(*(logps[f"{i}/{part}"] for part in SUPPORT)).split(counts))
-            examples[i] = [plain(e, supports) for e in own]
-    tables: dict[str, dict[int, Tensor]] = {name: {} for name in LOGPS}
-    for (name, table), (i, own) in itertools.product(tables.items(), enumerate(examples)):
-        if (values := logps.get(f"{i}/{name}")) is not None:
-            completions = [c for e in own for c in e.completions]
-            counts = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
-            table |= {id(c): own for c, own in zip(completions, values.split(counts), strict=True)}
-    if len(shares) == world:
-        mine, metrics = examples[rank], shares[rank]["metrics"]
-    else:
-        everyone = [e for own in examples for e in own]
-        mine, metrics = everyone[rank::world], summed([share["metrics"] for share in shares[rank::world]], shares)
-    parts = split_groups(mine, run.step.micro_batch_tokens, run.policy.shared)
-    micros = run.step.micro_batches(parts, dealt=True)
-    for micro, (name, table) in itertools.product(micros, tables.items()):
-        if table:
-            setattr(micro, name, of_completions(micro.batch, table))
-    means = {name: Mean(*torch.tensor(mean, dtype=torch.float64)) for name, mean in metrics.items()}
-    return Window(mine, micros, means, dealt=True, taken=taken, position=position)
-
-
-def summed(some: Sequence[dict[str, list[float]]], shares: Sequence[Any]) -> dict[str, list[float]]:
-    """The metrics of some shares together, 0 of 0 where none of them has one: every process has the same names."""
-    names = sorted({name for share in shares for name in share["metrics"]})
-    zero = [0.0, 0.0]
-    return {name: [sum(m.get(name, zero)[i] for m in some) for i in (0, 1)] for name in names}
-
-
-def example_of(entry: dict[str, Any]) -> Example:
-    completions = [Completion(**completion) for completion in entry.pop("completions")]
-    advantages = entry.pop("advantages")
-    return Example(**entry, completions=completions, advantages=None if advantages is None else tuple(advantages))
 
 
 def load_best(run: Run, progress: Progress) -> list[str]:

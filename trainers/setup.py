@@ -18,7 +18,7 @@ from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.hub import check_push
 from .checkpoints.output_dir import check_output, clear
 from .checkpoints.tensors import fingerprint
-from .config import RolloutConfig, RunConfig
+from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
 from .growing import Growth, make_growth
@@ -98,7 +98,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer, accelerator)
-    rewards, rollout_func = load_functions(config.rollout, data.train[0].columns) if config.rollout else ({}, None)
+    rewards, rollout_func = load_functions(config, data.train[0].columns, accelerator.device)
     total_steps = count_steps(data.epoch_size, config, accelerator.num_processes)
     model_notes += check_before(config, [data.train, data.evaluation], shapes, total_steps, saves=saves)
 
@@ -157,11 +157,17 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     )
 
 
-def load_functions(options: RolloutConfig, columns: Collection[str]) -> tuple[dict[str, Reward], Function | None]:
-    """The rewards, and what makes completions, where that is a function of the user's. columns: of the data set."""
-    if options.rollout_func is None:
-        return load_rewards(options.reward_funcs, columns), None
-    return load_rewards(options.reward_funcs, columns, more=True), load_function(options.rollout_func)
+def load_functions(
+    config: RunConfig, columns: Collection[str], device: torch.device
+) -> tuple[dict[str, Reward], Function | None]:
+    """The rewards, and what makes completions, where that is a function of the user's. columns: of the data set.
+    device: of reward models."""
+    options = config.rollout
+    if options is None:
+        return {}, None
+    own = None if options.rollout_func is None else load_function(options.rollout_func)
+    kept: dict[str, Any] = {"device": device, "dtype": config.model.dtype}
+    return load_rewards(options.reward_funcs, columns, more=own is not None, **kept), own
 
 
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:

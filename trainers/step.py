@@ -55,7 +55,8 @@ class Window:
 
     examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled, in whole groups).
     micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
-    taken: how many steps have learned from it. position: where the data go on behind it, see `setup.batches`.
+    taken: how many steps were taken since it was made, on it or on others that were sampled with it.
+    position: where the data go on behind it and these, see `setup.batches`.
     """
 
     examples: Sequence[Example]

@@ -19,7 +19,7 @@ class Case:
 
     trl: the trainer, None where TRL has no such loss. differs: why TRL's value is another one although it has the loss.
     state: what the loss carries from earlier steps. weighted: rows have token weights. sampled: rollouts were drawn by
-    another policy than the old one.
+    another policy than the old one. kept: so many words that most tokens could have been, the others of all; None: all.
     """
 
     method: str
@@ -29,6 +29,7 @@ class Case:
     state: dict[str, float] = field(default_factory=dict)
     weighted: bool = False
     sampled: bool = False
+    kept: int | None = None
 
     @property
     def loss(self) -> Loss:
@@ -54,6 +55,7 @@ class Case:
             if key != "loss_type":
                 words.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
         words += ["weighted rows"] if self.weighted else []
+        words += [f"support of {self.kept} words"] if self.kept else []
         words += ["sampled by another"] if self.sampled and "sampling_correction" not in self.options else []
         return ",".join(words)
 
@@ -242,4 +244,18 @@ def sampling_cases() -> Iterator[Case]:
     yield case("cispo", "dppo_tv", None)
 
 
-CASES: list[Case] = [*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *grpo_cases(), *sampling_cases()]
+def support_cases() -> Iterator[Case]:
+    """GRPO on the distributions that top-k, top-p or min-p left; in TRL log-probs are of all words."""
+    for options, sampled in (
+        ({"loss_type": "dapo", "beta": 0.04}, False),
+        ({"loss_type": "dapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4}, False),
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, False),
+        ({"loss_type": "cispo", "sampling_correction": "token_truncate"} | NARROW, True),
+    ):
+        yield Case("grpo", options, sampled=sampled, kept=7)
+
+
+CASES: list[Case] = [
+    *(*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases()),
+    *(*grpo_cases(), *sampling_cases(), *support_cases()),
+]

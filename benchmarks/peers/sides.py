@@ -20,7 +20,8 @@ from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
 from .cases import Case
-from .truths import LONGEST, MAX_LENGTH, Gradient, Subject, random_rows
+from .randoms import random_rows
+from .truths import LONGEST, MAX_LENGTH, Gradient, Subject
 
 MICRO_BATCH_TOKENS = 40
 
@@ -42,8 +43,8 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     examples = subject.examples(case)
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
-        old = StoredReference(subject.old(dtype), reference)
-        behavior = StoredReference(subject.behavior(dtype), reference)
+        old = StoredReference(subject.old(dtype, case.kept), reference)
+        behavior = StoredReference(subject.behavior(dtype, case.kept), reference)
         for micro in micros:
             micro.old = old(micro.batch)
             micro.behavior = behavior(micro.batch) if case.sampled else None
@@ -125,7 +126,8 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
     ref = [x for e in examples for k in range(size) for x in subject.reference_passes([e], k)]
     policy, entropy = [x.completion for x in out], [x.entropy for x in out]
     old, behavior = (
-        [x for parts in table(torch.float64).values() for x in parts] for table in (subject.old, subject.behavior)
+        [x for parts in table(torch.float64, case.kept).values() for x in parts]
+        for table in (subject.old, subject.behavior)
     )
     advantages = [a for e in examples for a in e.advantages or ()]
     drawn = [[x] for x in behavior] if case.sampled else [None] * len(old)

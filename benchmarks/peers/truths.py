@@ -6,8 +6,6 @@ Models are a tiny random Llama and Qwen2 with LoRA. `sides.py` computes a loss o
 from __future__ import annotations
 
 import copy
-import random
-import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from logratio.losses import LOSSES, Kind
+from logratio.losses import Kind
 from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.batches.packing import PackedBatch
-from logratio.trainers.data.examples import Completion, Example, prepare
+from logratio.trainers.data.examples import Example, prepare
 from logratio.trainers.data.rows import Rows
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key
@@ -31,6 +29,7 @@ from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 from .cases import Case
+from .randoms import old_logps, random_groups, random_rows, sampled_by_another, words_of
 
 MAX_LENGTH = 1024
 LONGEST = 12
@@ -91,65 +90,6 @@ def exact(model: Any) -> Any:
     return model
 
 
-def random_rows(
-    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24
-) -> list[dict[str, Any]]:
-    """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0."""
-    rng = random.Random(seed)
-
-    def text(low: int, high: int) -> str:
-        return "".join(rng.choices(string.ascii_letters + string.digits + "éß", k=rng.randint(low, high)))
-
-    rows = []
-    for i in range(count):
-        row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
-        if LOSSES[method].kind is Kind.PAIRED:
-            row |= {"chosen": " " + text(1, longest), "rejected": " " + text(1, longest)}
-        else:
-            row["completion"] = " " + text(1, longest)
-        if method == "tpo":
-            row["reference"] = " " + text(1, longest)
-        if method == "kto":
-            row["label"] = i % 3 != 1
-        if weighted:
-            row["weight"] = 0.0 if i == 1 else rng.randint(1, 24) / 8
-        rows.append(row)
-    return rows
-
-
-def random_groups(seed: int, groups: int = 2, size: int = 3) -> list[Example]:
-    """Rollouts of random tokens with advantages."""
-    rng = random.Random(seed)
-    examples = []
-    for row in range(groups):
-        completions = [Completion([rng.randrange(256) for _ in range(rng.randint(1, 14))]) for _ in range(size)]
-        prompt = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
-        examples.append(Example(prompt, completions, row=row, advantages=tuple(rng.gauss(0, 1) for _ in range(size))))
-    return examples
-
-
-def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
-    """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
-    generator = torch.Generator().manual_seed(seed)
-    table: dict[str, list[Tensor]] = {}
-    with torch.no_grad():
-        for example in examples:
-            logps = [oracle.sequence_logps(model, example.prompt_ids, c.ids).completion for c in example.completions]
-            table[tokens_key(example)] = [
-                x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps
-            ]
-    return table
-
-
-def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, list[Tensor]]:
-    """Log-probs of a sampler that is not the old policy: noise of float32 that takes ratios out of a narrow range."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype) for x in values]
-        for key, values in old.items()
-    }
-
-
 class Subject:
     """One random model in both precisions, with the rows that cases share; what is asked twice is computed once.
 
@@ -187,7 +127,8 @@ class Subject:
         live = AdapterReference(policy)
 
         def remembered(batch: PackedBatch) -> Tensor:
-            key = ("reference", dtype, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
+            kept = any(c.support is not None for e in batch.examples for c in e.completions)
+            key = ("reference", dtype, kept, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
             logps: Tensor = self.once(key, lambda: live(batch))
             return logps
 
@@ -197,25 +138,27 @@ class Subject:
         """What `random_rows` and `random_groups` are after tokenization."""
         loss = case.loss
         if loss.kind is Kind.GROUPED:
-            return random_groups(self.seed)
+            return random_groups(self.seed, kept=case.kept)
         rows = Rows("random", random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST))
         return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
 
-    def old(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    def old(self, dtype: torch.dtype, kept: int | None = None) -> dict[str, list[Tensor]]:
         """`old_logps` of `random_groups`: numbers of float32, so that both precisions are given the same."""
 
         def make() -> dict[str, list[Tensor]]:
-            table = old_logps(self.models[torch.float64], random_groups(self.seed), self.seed)
+            table = old_logps(self.models[torch.float64], random_groups(self.seed, kept=kept), self.seed)
             return {key: [x.float().to(dtype) for x in values] for key, values in table.items()}
 
-        table: dict[str, list[Tensor]] = self.once(("old", dtype), make)
+        table: dict[str, list[Tensor]] = self.once(("old", dtype, kept), make)
         return table
 
-    def behavior(self, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    def behavior(self, dtype: torch.dtype, kept: int | None = None) -> dict[str, list[Tensor]]:
         """The same of what drew the rollouts where that was not the old policy."""
 
-        old = self.old(dtype)
-        table: dict[str, list[Tensor]] = self.once(("behavior", dtype), lambda: sampled_by_another(old, self.seed + 1))
+        def make() -> dict[str, list[Tensor]]:
+            return sampled_by_another(self.old(dtype, kept), self.seed + 1)
+
+        table: dict[str, list[Tensor]] = self.once(("behavior", dtype, kept), make)
         return table
 
     def rollout_rows(self, sampled: bool = False) -> list[dict[str, Any]]:
@@ -248,19 +191,20 @@ class Subject:
 
         reference: of the model without its adapters, and without a gradient.
         """
-        ids, model = example.completions[which].ids, self.models[dtype]
+        completion, model = example.completions[which], self.models[dtype]
+        ids, words = completion.ids, words_of(completion)
 
         def compute() -> SequenceLogps:
             trained = dtype == torch.float64 and not reference
             with model.disable_adapter() if reference else nullcontext(), torch.set_grad_enabled(trained):
-                out = oracle.sequence_logps(model, example.prompt_ids, ids)
+                out = oracle.sequence_logps(model, example.prompt_ids, ids, words)
             if not trained:
                 return out
             leaves = SequenceLogps(*(x.detach().requires_grad_() for x in out))
             self.graphs += zip(leaves, out, strict=True)
             return leaves
 
-        key = ("passed", tuple(example.prompt_ids), tuple(ids), dtype, reference)
+        key = ("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference)
         passed: SequenceLogps = self.once(key, compute)
         return passed
 

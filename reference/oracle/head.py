@@ -57,25 +57,32 @@ def token_logps(
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
         z = z / temperature
-        rows.append(_row(z, target) if words is None else _row(z[list(words)], list(words).index(target)))
+        rows.append(_row(z, target, words))
     if not rows:
         return TokenLogps(*(hidden.new_zeros(0, dtype=torch.float64) for _ in TokenLogps._fields))
     return TokenLogps(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def sequence_logps(model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> SequenceLogps:
+def sequence_logps(
+    model: Any,
+    prompt_ids: Sequence[int],
+    completion_ids: Sequence[int],
+    support: Sequence[Sequence[int] | None] | None = None,
+) -> SequenceLogps:
     """One forward of a causal language model on prompt + completion alone, neither padded nor packed: full logits.
 
-    In the model's dtype (meant for a float64 model), with its graph and on its device. Raises ValueError without a
-    prompt, since nothing then predicts the first token.
+    In the model's dtype (meant for a float64 model), with its graph and on its device. support: of each completion
+    token the words that the softmax is over, None: all. Raises ValueError without a prompt, since nothing then predicts
+    the first token.
     """
     if not len(prompt_ids):
         raise ValueError("sequence_logps needs at least one prompt token to predict the first completion token")
     ids = [*prompt_ids, *completion_ids]
     device = model.get_input_embeddings().weight.device
     logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-    rows = [_row(logits[t - 1], ids[t]) for t in range(1, len(ids))]
     first = len(prompt_ids) - 1  # the row that predicts the first completion token
+    supports = [*[None] * first, *(support or [None] * len(completion_ids))]
+    rows = [_row(logits[t], ids[t + 1], supports[t]) for t in range(len(ids) - 1)]
 
     def column(name: str, start: int, end: int) -> Tensor:
         values = [getattr(row, name) for row in rows[start:end]]
@@ -90,8 +97,10 @@ def sequence_logps(model: Any, prompt_ids: Sequence[int], completion_ids: Sequen
     )
 
 
-def _row(z: Tensor, target: int) -> TokenLogps:
-    """The statistics of one position's logits z [V], as scalars."""
+def _row(z: Tensor, target: int, words: Sequence[int] | None = None) -> TokenLogps:
+    """The statistics of one position's logits z [V], or of those of some words, as scalars."""
+    if words is not None:
+        z, target = z[list(words)], list(words).index(target)
     largest = z.detach().max()
     log_z = largest + torch.log(torch.sum(torch.exp(z - largest)))
     log_p = z - log_z

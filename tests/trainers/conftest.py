@@ -113,9 +113,11 @@ def pack_one(monkeypatch: pytest.MonkeyPatch) -> Callable[..., packing.PackedBat
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A folder of its own to work in, with a reward `own:odd`."""
+    """A folder of its own to work in, with the rewards `own:odd` and `own:now_and_then`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("own.py").write_text(
         "def odd(completions, **_):\n    return [sum(map(ord, c)) % 5 / 5 for c in completions]\n"
+        "def now_and_then(prompts, completions, **_):\n"
+        "    return [r * (int(p[0]) % 2) for p, r in zip(prompts, odd(completions))]\n"
     )

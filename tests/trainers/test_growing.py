@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers import randoms
 from logratio.trainers import growing, loop, setup
 from logratio.trainers.errors import UserError
 from logratio.trainers.growing import Growth, make_growth
@@ -83,7 +83,7 @@ def test_sharded_processes_are_refused(monkeypatch):
 
 @pytest.fixture
 def words(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truths.random_rows("dpo", 7, 24)))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in randoms.random_rows("dpo", 7, 24)))
     return ["dpo", "--dataset_name", str(tmp_path / "rows.jsonl"), "--lora_r", "4", "--batch_size", "8"]
 
 

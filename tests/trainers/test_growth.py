@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers import randoms
 from logratio.trainers import loop, setup
 from logratio.trainers.options import parse_train
 
@@ -28,7 +28,7 @@ def run_of(method: str, folder: Path, steps: int, every: int = 1) -> setup.Run:
         words += ["--num_generations", "2", "--max_completion_length", "3", "--num_iterations", "2", "--beta", "0.1"]
     else:
         path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in truths.random_rows(method, 1, 12)))
+        path.write_text("".join(json.dumps(row) + "\n" for row in randoms.random_rows(method, 1, 12)))
         words += ["--dataset_name", str(path), "--eval_size", "2", "--eval_steps", str(6 * every)]
     if method in ("dpo", "kto", "grpo"):
         # the reference adapter's rank grows up to the eighth synchronization

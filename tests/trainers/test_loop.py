@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers import randoms, truths
 from logratio.losses import DPO_TYPES, LOSSES, DPOType, Kind
 from logratio.reference import trl
 from logratio.trainers import setup
@@ -34,7 +34,7 @@ BATCH = 4
 
 
 def rows_of(method: str, count: int) -> list[dict[str, Any]]:
-    return truths.random_rows(method, 7, count)
+    return randoms.random_rows(method, 7, count)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -107,8 +107,8 @@ def trajectory(method: str, steps: int, output: Path) -> tuple[dict[str, list[fl
 
 def rollouts(model: Any, steps: int) -> tuple[list[Any], list[dict[str, Any]], dict[str, list[Tensor]]]:
     """Fixed off-policy rollouts, two completions a prompt, as examples and as TRL's rows."""
-    examples = truths.random_groups(5, groups=BATCH // 2 * steps, size=2)
-    old = truths.old_logps(model, examples, 5)
+    examples = randoms.random_groups(5, groups=BATCH // 2 * steps, size=2)
+    old = randoms.old_logps(model, examples, 5)
     rows = [
         {"prompt_ids": e.prompt_ids, "completion_ids": c.ids, "advantage": a, "old_per_token_logps": o}
         for e in examples

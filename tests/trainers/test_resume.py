@@ -31,10 +31,38 @@ CASES = {
     "cpo": LORA,
     "tpo": LORA,
     "grpo": [*LORA, *SYNC, *ROLL, "--beta", "0.1"],  # 3 steps end in the middle of a set of rollouts
+    "grpo several": [
+        *LORA,
+        *SYNC,
+        *ROLL,
+        "--beta",
+        "0.1",
+        "--steps_per_generation",
+        "2",
+    ],  # 3 steps end in the middle of four
+    "grpo dynamic": [
+        *(
+            *LORA,
+            *SYNC,
+            "--beta",
+            "0.1",
+            *ROLL[:-1],
+            "own:now_and_then",
+            "--steps_per_generation",
+            "2",
+            "--dynamic_sampling",
+            "3",
+        ),
+    ],
     "grpo full": [*ROLL, "--beta", "0.1", "--reward_kl_coef", "0.1"],
 }
 
-QUICK = ("dpo", "kto", "grpo")
+QUICK = ("dpo", "kto", "grpo", "grpo dynamic")
+SAMPLED = {  # step that a completion was sampled for, of 4, 4 and 2 prompts in turn
+    "grpo": [1] * 12 + [3] * 12 + [5] * 6,
+    "grpo full": [1] * 12 + [3] * 12 + [5] * 6,
+    "grpo several": [1] * 24 + [5] * 18,
+}
 
 
 @pytest.mark.parametrize(
@@ -51,8 +79,11 @@ def test_it_ends_with_the_same_bits(case):
     assert log("out")[:3] == before
     state = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())
     if method == "grpo":
-        steps = [row["step"] for row in completions("out")]
-        assert steps == [1] * 12 + [3] * 12 + [5] * 6, "of 4, 4 and 2 prompts"
+        rows = completions("out")
+        if case == "grpo dynamic":
+            assert {row["step"] for row in rows if row["advantage"] is None} == {1, 5}
+        else:
+            assert [row["step"] for row in rows] == SAMPLED[case]
     assert bool(state["loss_state"]) == (case in ("kto", "dpo full"))
     assert Path("out/checkpoint-3/rollouts.json").exists() == (method == "grpo")
     assert Path("out/checkpoint-3/reference.safetensors").exists() == ("--sync_ref_model" in CASES[case])
@@ -201,7 +232,7 @@ OTHER = {
     ),
     "log": ([], "out/metrics.jsonl is not the log of the run that goes on: up to step 6 it has other lines"),
     "folder": (["--resume_from_checkpoint", "out/no"], "--resume_from_checkpoint out/no: there is no such folder"),
-    "format": ([], "out/checkpoint-6 has the format 0, this version reads 2"),
+    "format": ([], "out/checkpoint-6 has the format 0, this version reads 3"),
 }
 
 

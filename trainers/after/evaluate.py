@@ -2,7 +2,7 @@
 
 Rows of text, messages, or prompt and completion: nats a scored token and the perplexity, exp of it. Rows with chosen
 and rejected: how often the chosen one is more likely, by the sum over its tokens and by their mean. Prompts with
-rewards (--reward_funcs): mean rewards of sampled completions; of a reward that is 0 or 1, pass@1.
+rewards (--reward_funcs): mean rewards of sampled completions with a 95 % interval; of a reward that is 0 or 1, pass@k.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..policy.policy import Policy
 from ..policy.reference import inference
 from ..policy.sharing import share_prompts
+from ..rollout.evaluation import figures
 from ..rollout.generation import numbered
 from ..rollout.rewards import load_rewards
 from ..rollout.rollouts import Rollouts
@@ -154,7 +155,8 @@ def preferred(policy: Any) -> dict[str, Mean]:
 def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     """Of completions that the model samples."""
     prompts, report = prepare_prompts(rows_of(options, Kind.GROUPED), tokenizer, max_length=options.max_length)
-    rewards = load_rewards(options.reward_funcs, prompts[0].columns)
+    kept = {"device": policy.causal_lm.device, "dtype": options.dtype}
+    rewards = load_rewards(options.reward_funcs, prompts[0].columns, **kept)
     if options.num_generations < 2:
         raise UserError("--num_generations: sample 2 at least, whose mean is closer to pass@1 than one sample is")
     config = RolloutConfig(
@@ -167,6 +169,7 @@ def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
         values = rolled.by_function[..., column]
         answer[f"rewards/{name}/mean"] = float(values.nanmean())
         answer[f"rewards/{name}/best_of_{options.num_generations}"] = best(values)
+        answer |= {f"rewards/{name}/{figure}": value for figure, value in figures(values).items()}
     ended = torch.ones(1) if rolled.ended is None else rolled.ended
     return {
         **answer,

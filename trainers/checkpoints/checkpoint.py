@@ -5,7 +5,7 @@ trainer_state.json            step, position in the data, loss, schedule, log, o
 optimizer.safetensors         moments, by parameter
 rng_state.json                of each process
 reference.safetensors         a reference that follows the policy
-rollouts.json, .safetensors   rollouts that are still being trained on
+rollouts.json, .safetensors   rollouts that steps to come learn from
 manifest.json                 the size and SHA-256 of each of them
 """
 
@@ -29,7 +29,7 @@ from .folder import find, remove_unfinished
 
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

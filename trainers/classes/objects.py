@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
 from ..ground.given import PREFIX
 from ..policy.own_model import OwnModel
+from ..rollout.reward_model import OwnReward
 
 MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
@@ -19,7 +20,6 @@ NOT_TAKEN = {
     "optimizer_cls_and_kwargs": "the optimizer is AdamW, by the option optim",
     "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
     "formatting_func": "format the rows with train_dataset.map beforehand",
-    "reward_processing_classes": "rewards are functions, not models",
     "tools": "let a function of yours call them: rollout_func= (docs/rollouts.md)",
     "environment_factory": "let a function of yours make and ask the environments: rollout_func= (docs/rollouts.md)",
 }
@@ -114,12 +114,21 @@ class Objects:
                     "say so, or load the model with yours and give the model"
                 )
 
-    def add_rewards(self, funcs: Any) -> None:
-        """Functions, or names as on the command line."""
+    def add_rewards(self, funcs: Any, tokenizers: Any) -> None:
+        """Functions, classifiers of transformers, or names as on the command line; a tokenizer for each of them, which
+        only a model reads, or None."""
         if funcs is None:
             return
         each: Sequence[Any] = funcs if isinstance(funcs, list | tuple) else [funcs]
-        self.options["reward_funcs"] = [self._reward(i, one) for i, one in enumerate(each)]
+        given: Sequence[Any] = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers]
+        if tokenizers is not None and len(given) != len(each):
+            raise UserError(
+                f"reward_processing_classes= has {len(given)} tokenizers for {len(each)} reward_funcs=: one each, None "
+                "for what is a function"
+            )
+        if tokenizers is None:
+            given = [None] * len(each)
+        self.options["reward_funcs"] = [self._reward(i, *one) for i, one in enumerate(zip(each, given, strict=True))]
 
     def add_rollout_func(self, function: Any) -> None:
         """A function, or module:function."""
@@ -129,11 +138,12 @@ class Objects:
         name = f"{ROLLOUT}:{getattr(function, '__name__', type(function).__name__)}"
         self.found[name], self.options["rollout_func"] = function, name
 
-    def _reward(self, i: int, reward: str | Callable[..., Any]) -> str:
-        if isinstance(reward, str):
+    def _reward(self, i: int, reward: Any, tokenizer: Any) -> str:
+        if isinstance(reward, str) and tokenizer is None:
             return reward
         name = f"{REWARD}{i}:{getattr(reward, '__name__', type(reward).__name__)}"
-        self.found[name] = reward
+        is_model = isinstance(reward, str) or hasattr(reward, "get_input_embeddings")
+        self.found[name] = OwnReward(reward, tokenizer) if is_model else reward
         return name
 
 

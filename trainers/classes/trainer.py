@@ -65,7 +65,7 @@ class Trainer:
         self.objects.add_data(given.get("train_dataset"), given.get("eval_dataset"))
         self.objects.add_adapters(given.get("peft_config"))
         self.objects.add_quantization(given.get("quantization_config"))
-        self.objects.add_rewards(given.get("reward_funcs"))
+        self.objects.add_rewards(given.get("reward_funcs"), given.get("reward_processing_classes"))
         self.objects.add_rollout_func(given.get("rollout_func"))
         self.config = self._configured()
         self._trained = False
@@ -256,17 +256,19 @@ class TPOTrainer(Trainer):
 
 
 class GRPOTrainer(Trainer):
-    """Group relative policy optimization. reward_funcs: functions as TRL calls them, or names of ours. rollout_func:
+    """Group relative policy optimization. reward_funcs: functions as TRL calls them, classifiers of transformers, or
+    names of ours. reward_processing_classes: their tokenizers, where those of their files are not meant. rollout_func:
     one that makes the completions, as TRL calls it."""
 
     kind = arguments.GRPOConfig
     order = ("model", "reward_funcs", "args")
-    more = ("reward_funcs", "rollout_func")
+    more = ("reward_funcs", "reward_processing_classes", "rollout_func")
 
 
 class RLOOTrainer(Trainer):
-    """REINFORCE leave-one-out. reward_funcs: functions as TRL calls them, or names of ours."""
+    """REINFORCE leave-one-out. reward_funcs: functions as TRL calls them, classifiers of transformers, or
+    names of ours. reward_processing_classes: their tokenizers, where those of their files are not meant."""
 
     kind = arguments.RLOOConfig
     order = ("model", "reward_funcs", "args")
-    more = ("reward_funcs",)
+    more = ("reward_funcs", "reward_processing_classes")

@@ -24,6 +24,8 @@ class RolloutConfig:
 
     num_generations: int = 8
     """Completions of each prompt."""
+    num_generations_eval: Count | None = None
+    """Completions of each prompt in evaluations (default: num_generations)."""
     temperature: Positive = 1.0
     """Of sampling, and of the log-probs that are trained."""
     top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
@@ -47,12 +49,23 @@ class RolloutConfig:
     """Seconds that a server may be silent before the run ends."""
     rollout_func: str | None = None
     """module:function that makes the completions, in turns with tools or an environment, as TRL's rollout_func."""
+    steps_per_generation: Count = 1
+    """Optimizer steps that a set of rollouts is sampled for at once and dealt to; from the second on they are off
+    policy. Beside gradient_accumulation_steps it counts micro-steps, as in TRL, which must fill whole steps."""
     num_iterations: Count = 1
-    """Optimizer steps on each set of rollouts; from the second on they are off policy."""
+    """Passes over each set of rollouts, a step each (times steps_per_generation); from the second on they are off
+    policy."""
+    dynamic_sampling: Count = 1
+    """Rounds of sampling for a step, at most: where all rewards of a prompt's completions are equal, which teaches
+    nothing, the next prompt takes its place (DAPO; verl's max_num_gen_batches). 1: whatever comes is learned from."""
     reward_funcs: tuple[str, ...] = ("exact_answer",)
-    """exact_answer, accuracy_reward, answer_format, overlong, or module:function with TRL's signature."""
+    """exact_answer, accuracy_reward, answer_format, overlong, module:function with TRL's signature, or a reward model:
+    its folder, or its name on the Hub."""
     reward_weights: tuple[float, ...] | None = None
     """Weight of each reward (default: 1)."""
+    reward_timeout: Positive | None = None
+    """Seconds after which a reward that has not answered ends the run. Each reward is then called in a thread of its
+    own, beside the others."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
     step."""
@@ -90,6 +103,11 @@ class RolloutConfig:
         if self.num_generations < advantage.smallest_group:
             needed = advantage.smallest_group
             raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
+        if self.dynamic_sampling > 1 and advantage.smallest_group == 1:
+            raise UserError(
+                f"--dynamic_sampling {self.dynamic_sampling}: with --advantage_type {self.advantage_type} completions "
+                "of equal reward teach too; leave it out"
+            )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
@@ -123,6 +141,26 @@ class RolloutConfig:
                 f"--vllm_server_base_url {self.vllm_server_base_url} is read only with --rollout_engine vllm; add it, "
                 "or leave this out"
             )
+
+    def resolved(self, accumulation: int | None) -> RolloutConfig:
+        """With steps_per_generation in optimizer steps. accumulation: gradient_accumulation_steps, where given."""
+        micro_steps, of_step = self.steps_per_generation, accumulation or 1
+        if micro_steps % of_step and of_step % micro_steps:
+            raise UserError(
+                f"--steps_per_generation {micro_steps} is no multiple of --gradient_accumulation_steps {of_step}: "
+                "rollouts are sampled for whole steps"
+            )
+        if 1 < micro_steps < of_step and self.num_iterations > 1:
+            raise UserError(
+                f"--steps_per_generation {micro_steps} is less than a step (--gradient_accumulation_steps {of_step}), "
+                "which --num_iterations learns from as a whole: leave it out"
+            )
+        return dataclasses.replace(self, steps_per_generation=max(1, micro_steps // of_step))
+
+    @property
+    def steps_of_a_set(self) -> int:
+        """Optimizer steps that learn from a set of rollouts."""
+        return self.steps_per_generation * self.num_iterations
 
     @property
     def servers(self) -> list[str]:

@@ -65,8 +65,9 @@ class RunConfig:
     def resolved(self, num_processes: int) -> RunConfig:
         """With every default filled in that depends on other options, the method or the number of processes."""
         completions = self.rollout.num_generations if self.rollout else 1
+        rollout = self.rollout and self.rollout.resolved(self.train.gradient_accumulation_steps)
         train = self.train.resolved(self.method, num_processes, completions)
-        return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train)
+        return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train, rollout=rollout)
 
     @property
     def wants_reference(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +73,27 @@ class Trackers:
     def log(self, row: Mapping[str, Any]) -> list[str]:
         """One line of the log; returns what to tell of a tracker that failed, which is given up."""
         values = {name: value for name, value in row.items() if name != "step"}
-        return self._each("log", values, step=row["step"])
+        return self._each(lambda tracker: tracker.log(named_for(tracker.name, values), step=row["step"]))
 
     def close(self) -> list[str]:
-        notes = self._each("finish")
+        notes = self._each(lambda tracker: tracker.finish())
         self.running = []
         return notes
 
-    def _each(self, call: str, *given: Any, **options: Any) -> list[str]:
+    def _each(self, call: Callable[[Any], Any]) -> list[str]:
         notes = []
         for tracker in list(self.running):
             try:
-                getattr(tracker, call)(*given, **options)
+                call(tracker)
             except Exception as error:
                 self.running.remove(tracker)
                 notes.append(f"--report_to {tracker.name}: {first_line(error)}; the run goes on without")
         return notes
+
+
+def named_for(tracker: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics by names that the tracker takes: MLflow has no @ in them."""
+    return {name.replace("@", "_at_") if tracker == "mlflow" else name: value for name, value in values.items()}
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,13 @@ def share(prompts: Sequence[T], accelerator: Accelerator) -> Sequence[T]:
     if len(prompts) < world:
         raise UserError(f"a step of {len(prompts)} prompts cannot be dealt to {world} processes; raise --batch_size")
     return prompts[rank::world]
+
+
+def shares(sizes: Sequence[int], accelerator: Accelerator) -> list[Sequence[int]]:
+    """`share` of consecutive steps of so many prompts: of each step, the places of this process's own among those of
+    all steps."""
+    ends = list(accumulate(sizes, initial=0))
+    return [share(range(*between), accelerator) for between in pairwise(ends)]
 
 
 def any_process(accelerator: Accelerator | None, here: bool) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 from ..data.tokenization import Text
 from ..errors import UserError
 from .answers import final_answer, text_of
+from .calling import main_thread
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 _COMMAND = re.compile(r"\\(?:text|mathrm|textbf)\{[^}]*\}|\\[A-Za-z]+")
@@ -33,6 +34,7 @@ def check_installed() -> None:
         raise UserError("the reward 'accuracy_reward' needs math-verify: pip install 'math-verify>=0.9,<0.10'")
 
 
+@main_thread
 def accuracy_reward(
     completions: list[Text], solution: list[Any] | None = None, answer: list[Any] | None = None, **_: Any
 ) -> list[float | None]:

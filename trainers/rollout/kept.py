@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -61,12 +61,12 @@ def kept_rows(
     engine: str,
     by_function: Mapping[str, Tensor],
     rewards: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     extra: Mapping[str, Sequence[str | None]],
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
-    one that nobody gave. completion_length: tokens that the model wrote; sampler_logp: the mean over them, in nats;
-    logp_diff: see `differences`, not known yet;
+    one that nobody gave; advantages are None of completions that nothing is learned from. completion_length: tokens
+    that the model wrote; sampler_logp: the mean over them, in nats; logp_diff: see `differences`, not known yet;
     policy_version: the steps that the policy had taken which said it.
     """
     return [
@@ -77,7 +77,7 @@ def kept_rows(
             "completion": completions[i],
             **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
             "reward": known(rewards[i]),
-            "advantage": float(advantages[i]),
+            "advantage": None if advantages is None else float(advantages[i]),
             "completion_length": len(samples[i].own_logps),
             "finish_reason": samples[i].finish_reason,
             "sampler_logp": mean(samples[i].own_logps),
@@ -91,15 +91,16 @@ def kept_rows(
 
 
 class Kept(NamedTuple):
-    """A process's rows of one set of rollouts, by prompt, and their completions, which the trainer has not seen yet."""
+    """A process's rows of a set of rollouts, by the place of their prompt among all processes', and their completions in
+    the same order."""
 
     accelerator: Accelerator
-    groups: list[list[dict[str, Any]]]
+    groups: Mapping[int, list[dict[str, Any]]]
     completions: list[Completion]
 
     def learned(self, differences: Mapping[int, float]) -> None:
         """Fill in what is known now, by the id of a completion."""
-        for row, completion in zip(chain.from_iterable(self.groups), self.completions, strict=True):
+        for row, completion in zip(chain.from_iterable(self.groups.values()), self.completions, strict=True):
             row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
 
 
@@ -130,13 +131,14 @@ def known(value: Tensor) -> float | None:
     return None if math.isnan(number) else number
 
 
-def of_all(accelerator: Accelerator, groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all processes, whose prompts were dealt to them in turn; for the main process, [] on the others.
+def of_all(accelerator: Accelerator, groups: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all processes, in the order of the prompts; for the main process, [] on the others.
 
-    groups: this process's rows, by prompt.
+    groups: this process's rows, by the place of their prompt among all processes'.
     """
-    shares = [groups] if accelerator.num_processes == 1 else gather_object([groups])
+    mine = [dict(groups)]
+    shares = mine if accelerator.num_processes == 1 else gather_object(mine)
     if not accelerator.is_main_process:
         return []
-    in_turn = chain.from_iterable(zip_longest(*shares, fillvalue=[]))
-    return list(chain.from_iterable(in_turn))
+    everyone = {place: rows for some in shares for place, rows in some.items()}
+    return [row for place in sorted(everyone) for row in everyone[place]]

@@ -10,7 +10,7 @@ prompts and completions are as in the data set: text, or messages. completion_id
 padding. Every further column of the data set comes as a list by its own name. trainer_state has global_step,
 max_steps and epoch. log_metric(name, value) adds a metric to the step's, log_extra(column, values) a column to the
 table of completions. A reward takes what it needs by name. It may be an async function, an
-object that can be called, or a class of such objects that is made without arguments.
+object that can be called, a class of such objects that is made without arguments, or a model (`reward_model.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from ..ground.plugins import import_object
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
 from .calling import Reward, check_signature, names_of
+from .reward_model import is_module, looks_like_one, reward_model
+
+CPU = torch.device("cpu")
 
 
 def exact_answer(completions: list[Text], answer: list[Any], **_: Any) -> list[float | None]:
@@ -63,15 +66,22 @@ REWARDS: dict[str, Reward] = {
 """The rewards that have a name of their own."""
 
 
-def load_rewards(specs: Sequence[str], columns: Collection[str], *, more: bool = False) -> dict[str, Reward]:
+def load_rewards(
+    specs: Sequence[str],
+    columns: Collection[str],
+    *,
+    more: bool = False,
+    device: torch.device = CPU,
+    dtype: str = "float32",
+) -> dict[str, Reward]:
     """The rewards that the command line names, by the names of their metrics.
 
-    columns: of the data set, beside the prompt. more: there will be others, which are not known yet. Raises UserError
-    where there is no reward, or one wants something else.
+    columns: of the data set, beside the prompt. more: there will be others, which are not known yet. device, dtype: of
+    reward models. Raises UserError where there is no reward, or one wants something else.
     """
     if not specs:
         raise UserError("--reward_funcs names no reward function, so nothing could be learned: name at least one")
-    rewards = [load_reward(spec) for spec in specs]
+    rewards = [load_reward(spec, device, dtype) for spec in specs]
     named = dict(zip(names_of(list(zip(specs, rewards, strict=True))), rewards, strict=True))
     for name, reward in named.items():
         check_signature(name, reward, columns, more=more)
@@ -80,13 +90,18 @@ def load_rewards(specs: Sequence[str], columns: Collection[str], *, more: bool =
     return named
 
 
-def load_reward(name: str) -> Reward:
-    """The reward called `name`: one of `REWARDS`, or `module:function` (`import_object`)."""
+def load_reward(name: str, device: torch.device = CPU, dtype: str = "float32") -> Reward:
+    """The reward called `name`: one of `REWARDS`, `module:function` (`import_object`), or a reward model."""
     if (own := given(name)) is not None:
-        return checked(own, name)
+        return reward_model(own, device, dtype) if is_module(own) else checked(own, name)
     if ":" not in name:
         if name not in REWARDS:
-            raise UserError(f"the reward {name!r} is unknown, expected one of {', '.join(REWARDS)}, or module:function")
+            if looks_like_one(name):
+                return reward_model(name, device, dtype)
+            raise UserError(
+                f"the reward {name!r} is unknown, expected one of {', '.join(REWARDS)}, module:function, or a reward "
+                "model: its folder, or its name on the Hub (OWNER/NAME)"
+            )
         if REWARDS[name] is accuracy_reward:
             check_installed()
         return REWARDS[name]
@@ -94,13 +109,13 @@ def load_reward(name: str) -> Reward:
         reward = import_object(name, "reward")
     except SystemExit as error:
         raise UserError(f"reward={name!r}: its module wanted to end the program (SystemExit: {error})") from error
-    return checked(reward, name)
+    return reward_model(reward, device, dtype) if is_module(reward) else checked(reward, name)
 
 
 def checked(reward: Any, name: str) -> Reward:
-    """What is called, of whatever has been named. Raises UserError where that is nothing to call, or a model."""
-    if isinstance(reward, torch.nn.Module) or (inspect.isclass(reward) and issubclass(reward, torch.nn.Module)):
-        raise UserError(f"reward={name!r} is a model: write a function of completions that calls it")
+    """What is called, of whatever has been named. Raises UserError where that is nothing to call."""
+    if inspect.isclass(reward) and issubclass(reward, torch.nn.Module):
+        raise UserError(f"reward={name!r} is a class of models: name a model, or write a function that calls it")
     if inspect.isclass(reward):
         try:
             reward = reward()

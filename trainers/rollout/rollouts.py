@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,59 +16,19 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
-from ..data.tokenization import Text
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
 from ..step import MicroBatch
-from .calling import Asked, Reward, RewardLog, TrainerState, call_rewards
+from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.choosing import engine_of
 from .engines.protocol import Request, Sample, Sampling
 from .generation import Purpose, completion_seed, stop_ids
 from .kept import Kept, differences, kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics
 from .own.function import Function, OwnRollouts
+from .rolled import Rolled, Scored
 from .watch import Watch
-
-
-@dataclass(frozen=True)
-class Rolled:
-    """A process's rollouts, before they are compared.
-
-    examples: one a prompt, with `num_generations` completions and no advantages yet.
-    by_function: [prompts, G, K] float64 rewards, NaN where a reward function returned None.
-    baseline: [prompts, 1] float64 reward of a greedy completion, where the advantages want it.
-    ended: [prompts, G], False where the length limit cut a completion; None: all ended.
-    logged: the metrics that the rewards logged themselves.
-    prompts, samples, texts, extra: of each completion, as the engine said it and the rewards saw it, and the columns
-        that these gave to log_extra.
-    """
-
-    examples: list[Example]
-    by_function: Tensor
-    baseline: Tensor | None = None
-    ended: Tensor | None = None
-    logged: dict[str, Mean] = field(default_factory=dict)
-    prompts: Sequence[Text] = ()
-    samples: Sequence[Sample] = ()
-    texts: Sequence[str] = ()
-    extra: dict[str, list[str | None]] = field(default_factory=dict)
-
-    @property
-    def lengths(self) -> Tensor:
-        """[prompts, G] float64, tokens of each completion, without those of an environment."""
-        lengths = [len(s.own_logps) for s in self.samples] or [len(c.ids) for e in self.examples for c in e.completions]
-        return torch.tensor(lengths, dtype=torch.float64).reshape(self.by_function.shape[:2])
-
-
-class Scored(NamedTuple):
-    """rewards: [completions, functions] float64, NaN where a reward function returned None. texts: of the completions.
-    logged, extra: what the rewards logged, as metrics and as columns."""
-
-    rewards: Tensor
-    texts: list[str]
-    logged: dict[str, Mean]
-    extra: dict[str, list[str | None]]
 
 
 class Rollouts:
@@ -98,7 +57,12 @@ class Rollouts:
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
         self._kept: list[Kept] = []
-        self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.num_iterations))
+        self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
+        self.calls = Calls(
+            timeout=config.reward_timeout,
+            device=None if accelerator is None else accelerator.device,
+            tell=lambda text: self.watch.note("draw", text),
+        )
         self.timed: dict[str, Mean] = {}  # of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
@@ -113,18 +77,22 @@ class Rollouts:
         """One line: the tokens that are sampled for a step of so many prompts."""
         of_each = self.config.num_generations + ADVANTAGES[self.config.advantage_type].wants_greedy
         longest = self.max_completion_length
+        steps = self.config.steps_per_generation
+        prompts *= steps * self.config.dynamic_sampling
         made_of = f"{counted(prompts, 'prompt')} x {of_each} completions x --max_completion_length {longest}"
         made_of += ", what an environment writes among them" if self.own is not None else ""
-        return f"a step samples up to {prompts * of_each * longest:,} tokens: {made_of}"
+        sampled = f"{prompts * of_each * longest:,} tokens: {made_of}"
+        return f"a step samples up to {sampled}" if steps == 1 else f"up to {sampled} are sampled for {steps} steps"
 
     def __call__(self, prompts: Sequence[Prompt], purpose: Purpose = "train") -> Rolled:
-        """Sample `num_generations` completions of each prompt, and score them; in training a greedy one too, where the
-        advantages want it.
+        """Sample `num_generations` completions of each prompt, in evaluations `num_generations_eval`, and score them;
+        in training a greedy one too, where the advantages want it.
 
         prompts: this process's part of the step's `numbered` ones.
         """
-        group = self.config.num_generations
-        greedy = purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+        config = self.config
+        group = config.num_generations if purpose == "train" else config.num_generations_eval or config.num_generations
+        greedy = purpose == "train" and ADVANTAGES[config.advantage_type].wants_greedy
         seeds = [
             [
                 completion_seed(purpose, self.seed, self.state.global_step, prompt.row, prompt.occurrence * group + k)
@@ -188,6 +156,7 @@ class Rollouts:
 
     def close(self) -> None:
         """Nothing is sampled any more."""
+        self.calls.close()
         self.engine.close()
 
     def completion(self, sampled: Sample) -> Completion:
@@ -213,7 +182,7 @@ class Rollouts:
             )
             limit = self.max_completion_length
             try:
-                by_reward = call_rewards(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
+                by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)
@@ -238,7 +207,7 @@ class Rollouts:
         return sorted({name for _, some in said for name in some})
 
     def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
-        """[prompts, G] float64 advantages of a process's rollouts, among those of the step on all processes.
+        """[prompts, G] float64 advantages of a process's rollouts, among all that were sampled with them.
 
         kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
         """
@@ -266,9 +235,15 @@ class Rollouts:
             self._keep(rolled, advantages[own], accelerator)
         return advantages[own]
 
-    def _keep(self, rolled: Rolled, advantages: Tensor, accelerator: Accelerator) -> None:
+    def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
+        """Let `taken` have completions that nothing is learned from, which have no advantage."""
+        if self.config.log_completions:
+            self._keep(rolled, None, accelerator)
+
+    def _keep(self, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
         """Let `taken` have the completions."""
         group = rolled.by_function.shape[1]
+        places = rolled.places or range(len(rolled.examples))
         rows = kept_rows(
             self.state.global_step + 1,
             prompts=rolled.prompts,
@@ -278,10 +253,10 @@ class Rollouts:
             engine=self.engine.name,
             by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
             rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=advantages.flatten(),
+            advantages=None if advantages is None else advantages.flatten(),
             extra=rolled.extra,
         )
-        groups = [rows[i : i + group] for i in range(0, len(rows), group)]
+        groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}
         self._kept.append(Kept(accelerator, groups, [c for e in rolled.examples for c in e.completions]))
 
     def taken(self) -> list[dict[str, Any]]:

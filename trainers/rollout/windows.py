@@ -1,12 +1,13 @@
-"""A window of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from it."""
+"""Windows of rollouts: sampled, rewarded, packed and compared once, for the steps that learn from them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, islice, pairwise
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from logratio.losses import KL_ESTIMATORS, Mean
@@ -14,40 +15,109 @@ from logratio.losses import KL_ESTIMATORS, Mean
 from ..batches.packing import split_groups
 from ..data.examples import Example, Prompt
 from ..errors import UserError
-from ..processes.dealing import share
+from ..processes.dealing import shares
 from ..step import MicroBatch, Step, Window
+from .dynamic import Position, sample_differing
 from .generation import numbered
+from .rolled import Share
 from .rollouts import Rollouts
+
+Batches = Iterator[tuple[Sequence[Prompt], Position]]
+
+
+def windows(
+    rollouts: Rollouts,
+    step: Step,
+    batches: Batches,
+    waiting: list[Window],
+    *,
+    batch_size: int,
+    left: Callable[[], int],
+) -> Iterator[Window]:
+    """What each optimizer step learns from, for ever: sets of rollouts, each dealt to its steps in turn and gone over
+    `num_iterations` times, as TRL does.
+
+    batches: the prompts of a step, or with `dynamic_sampling` one each, and where the data go on behind them. waiting:
+    windows of the last set that are still to come, which a checkpoint keeps. left: how many steps the run still has;
+    none is sampled for another.
+    """
+    config = rollouts.config
+    while True:
+        if not waiting:
+            steps = min(config.steps_per_generation, left())
+            if config.dynamic_sampling > 1:
+                each = ((prompt, position) for (prompt,), position in batches)
+                found, position = sample_differing(rollouts, step.accelerator, each, [batch_size] * steps)
+            else:
+                ahead = list(islice(batches, steps))
+                found, position = sample(rollouts, step.accelerator, [prompts for prompts, _ in ahead]), ahead[-1][1]
+            made = compared(rollouts, step, found)
+            for window in made:
+                window.position = position
+            waiting += made * config.num_iterations
+        window = waiting.pop(0)
+        yield window
+        for other in {id(w): w for w in waiting if w is not window}.values():
+            other.taken += 1
 
 
 def roll_out(rollouts: Rollouts, step: Step, prompts: Sequence[Prompt]) -> Window:
-    """What the process learns from its share of the prompts: rollouts with advantages, and old log-probs where later
-    steps will differ from the policy that sampled them."""
-    config, accelerator = rollouts.config, step.accelerator
-    rolled = rollouts(share(numbered(prompts), accelerator))
-    kl, metrics = None, {**rollouts.metrics(rolled, accelerator), **rollouts.timed}
+    """What the process learns in one step from its share of these prompts."""
+    return compared(rollouts, step, sample(rollouts, step.accelerator, [prompts]))[0]
 
-    def packed() -> tuple[list[Example], list[MicroBatch]]:
-        # whole groups are compared; ones that do not fit a micro-batch are divided
-        parts = split_groups(rolled.examples, step.micro_batch_tokens, step.policy.shared)
-        micros = step.micro_batches(parts, dealt=True)
-        if config.num_iterations > 1 or config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_old(micros))
-        if config.reward_kl_coef:
-            step.memory.together(lambda: step.fill_reference(micros))
-        return parts, micros
 
-    examples, micros = step.memory.again(packed)
-    if config.reward_kl_coef:
+def sample(rollouts: Rollouts, accelerator: Accelerator, batches: Sequence[Sequence[Prompt]]) -> Share:
+    """The process's share of the rollouts of the steps that have these prompts, all sampled at once."""
+    prompts = numbered([prompt for some in batches for prompt in some])
+    own = shares([len(some) for some in batches], accelerator)
+    places = [place for some in own for place in some]
+    rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
+    return Share(rolled, list(map(len, own)), {**rollouts.metrics(rolled, accelerator), **rollouts.timed})
+
+
+def compared(rollouts: Rollouts, step: Step, sampled: Share) -> list[Window]:
+    """What the process learns in each of the steps: rollouts with advantages among all of the set, and old log-probs
+    where steps will differ from the policy that sampled them."""
+    config, (rolled, counts, metrics) = rollouts.config, sampled
+    later, penalized = len(counts) * config.num_iterations > 1, config.reward_kl_coef > 0
+
+    def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
+        return [packed_step(step, own, old=later or penalized, ref=penalized) for own in dealt(rolled.examples, counts)]
+
+    parts = step.memory.again(packed)
+    examples, micros = ([one for some in each for one in some] for each in zip(*parts, strict=True))
+    kl = None
+    if penalized:
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
-        if config.num_iterations == 1:  # on policy, as without the penalty
+        if not later:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
-    advantages = rollouts.advantages(rolled, accelerator, kl).flatten().tolist()
+    advantages = rollouts.advantages(rolled, step.accelerator, kl).flatten().tolist()
     give_advantages(examples, micros, advantages)
-    rollouts.learned(micros)  # as far as it is known before the steps on it
-    return Window(give_advantages(rolled.examples, [], advantages), micros, metrics, dealt=True)
+    rollouts.learned(micros)  # as far as it is known before the steps on them
+    whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
+    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(whole, parts, strict=True)]
+
+
+def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[Example]]:
+    """The next so many of them for each step."""
+    return [examples[start:end] for start, end in pairwise(accumulate(counts, initial=0))]
+
+
+def packed_step(
+    step: Step, examples: Sequence[Example], *, old: bool, ref: bool
+) -> tuple[list[Example], list[MicroBatch]]:
+    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy that sampled them
+    and of the reference, where these are asked for."""
+    # whole groups are compared; ones that do not fit a micro-batch are divided
+    parts = split_groups(examples, step.micro_batch_tokens, step.policy.shared)
+    micros = step.micro_batches(parts, dealt=True)
+    if old:
+        step.memory.together(lambda: step.fill_old(micros))
+    if ref:
+        step.memory.together(lambda: step.fill_reference(micros))
+    return parts, micros
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 from .rules import rule
 from .verdicts import Asked, Verdict, number
@@ -17,7 +18,7 @@ PER_DEVICE = 8  # TRL's default of per_device_train_batch_size
 @rule("reward_funcs")
 def rewards(a: Asked) -> Verdict:
     """accuracy_reward is ours; think_format_reward and reasoning_accuracy_reward are the installed TRL's; a dotted path
-    becomes module:function."""
+    becomes module:function; a folder, or a name with a slash, is a reward model's, as here."""
     given = [a.value] if isinstance(a.value, str) else list(a.value)
     if not all(isinstance(name, str) for name in given):
         return a.refused("must name functions: module:function")
@@ -27,14 +28,37 @@ def rewards(a: Asked) -> Verdict:
     if wanting and importlib.util.find_spec("trl") is None:
         return a.refused(f"{wanting[0]} is TRL's, which is not installed; pip install trl, or name one of your own")
     became = [reward_named(name) for name in given]
-    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS]
+    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS and not is_model(name)]
     if unknown:
-        return a.refused(f"{unknown[0]} is unknown; name module:function, or one of {', '.join(OWN_REWARDS)}")
+        return a.refused(
+            f"{unknown[0]} is unknown; name module:function, a reward model, or one of {', '.join(OWN_REWARDS)}"
+        )
+    became = [*of_model(a), *became]
     return a.taken() if became == given else a.translated(reward_funcs=became)
+
+
+@rule("reward_model_name_or_path")
+def by_model(a: Asked) -> Verdict:
+    """The first of reward_funcs."""
+    if a.says("reward_funcs") is not None:
+        return a.no_effect("it has become the first of reward_funcs")
+    return a.translated(reward_funcs=of_model(a))
+
+
+def of_model(a: Asked) -> list[str]:
+    """The reward model that TRL's script names by itself."""
+    return [str(name)] if (name := a.says("reward_model_name_or_path")) else []
+
+
+def is_model(name: str) -> bool:
+    """Whether it is a reward model's: a folder, or a name on the Hub."""
+    return "/" in name or os.path.isdir(name)
 
 
 def reward_named(name: str) -> str:
     """As our command line has it."""
+    if is_model(name):
+        return name
     if name in TRL_REWARDS:
         return f"trl.rewards:{name}"
     module, _, function = name.rpartition(".")
@@ -57,25 +81,35 @@ def cut(a: Asked) -> Verdict:
     return a.taken()
 
 
-@rule("num_generations_eval")
-def evaluated(a: Asked) -> Verdict:
-    """num_generations, if anything."""
-    if a.value == a.says("num_generations", 2 if a.method == "rloo" else 8):
-        return a.no_effect("evaluations sample num_generations in any case")
-    return a.refused("evaluations sample num_generations of each prompt; leave it out")
-
-
-@rule("steps_per_generation", "generation_batch_size")
+@rule("steps_per_generation")
 def generated(a: Asked) -> Verdict:
-    """What one optimizer step holds, if anything: every step samples for itself (num_iterations learns again)."""
-    accumulation = int(number(a.says("gradient_accumulation_steps", 1)))
-    step = accumulation
-    if a.key == "generation_batch_size":
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        step *= int(number(a.says("per_device_train_batch_size", PER_DEVICE))) * processes
-    if a.number() == step:
-        return a.no_effect("every optimizer step samples for itself")
-    return a.refused(f"every optimizer step samples for itself, which is {step} here; leave it out")
+    """As here, in micro-steps: a multiple of gradient_accumulation_steps is so many optimizer steps; as many (TRL's
+    default), or a part that they are a multiple of, is one."""
+    if a.says("generation_batch_size"):
+        return a.refused("generation_batch_size says it too; leave one out, as TRL asks for")
+    return micro_steps(a, a.number(), a.taken) if not a.ours else a.taken()
+
+
+@rule("generation_batch_size")
+def generation(a: Asked) -> Verdict:
+    """steps_per_generation: this / (per_device_train_batch_size x processes)."""
+    device = int(number(a.says("per_device_train_batch_size", PER_DEVICE))) * int(os.environ.get("WORLD_SIZE", "1"))
+    if a.number() % device:
+        return a.refused(f"must be a multiple of per_device_train_batch_size x processes, {device}, in TRL too")
+    count = int(a.number()) // device
+    return micro_steps(a, count, lambda reason: a.translated(reason, steps_per_generation=count))
+
+
+def micro_steps(a: Asked, count: float, taken: Callable[[str], Verdict]) -> Verdict:
+    """On so many of them a generation. taken: what is said where they are several optimizer steps."""
+    step = int(number(a.says("gradient_accumulation_steps", 1)))
+    if count > step and count % step == 0:
+        return taken(f"{int(count // step)} optimizer steps, each with whole groups")
+    if count < 1 or step % count:
+        return a.refused(f"no whole number of steps; make it a multiple of gradient_accumulation_steps, {step}")
+    if count < step and number(a.says("num_iterations", 1)) > 1:
+        return a.refused("with num_iterations TRL learns twice from a part of a step; leave it out")
+    return a.no_effect("every optimizer step samples for itself")
 
 
 VLLM_PLACE = "http://0.0.0.0:8000"

@@ -159,7 +159,6 @@ ONLY = {
         (*NOTHING, {}),
         "sampling has temperature, top_p, top_k, min_p, repetition_penalty, stop_strings and max_completion_length",
     ),
-    "reward_model_name_or_path": Only(NOTHING, "write a function that calls the model, and name it in reward_funcs"),
     "reward_clip_range": Only(NOTHING, "clip in the reward function itself"),
     "use_adaptive_entropy": Only(NOTHING, "the entropy bonus has a fixed weight: entropy_coef"),
     "max_tool_calling_iterations": Only(NOTHING, "a rollout_func of yours calls tools, as often as it likes"),
@@ -170,7 +169,8 @@ OURS = frozenset(
     "batch_size micro_batch_tokens mixed_precision shuffle eval_size on_bad_row streaming_buffer "
     "dataset_weights fused_lora fused_layers adapter_name_or_path ref_model_name_or_path early_stopping_patience "
     "z_loss_coef irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
-    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator kl_estimator log_completions_steps "
-    "sampling_correction sampling_clip_min sampling_clip_max stop_strings rollout_engine rollout_func".split()
+    "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator reward_timeout kl_estimator "
+    "log_completions_steps sampling_correction sampling_clip_min sampling_clip_max stop_strings rollout_engine "
+    "dynamic_sampling rollout_func".split()
 )
 """Options that TRL has not: a file with one of them is ours, and what TRL has too is meant as here."""

@@ -19,10 +19,21 @@ def test_every_contestant_samples_as_much_and_steps():
     found = run(CASE, CPU, repeats=2, seed=0)
     assert found.keys() == {"logratio", "trl", "transformers"}
     for name, figures in found.items():
-        assert figures["tokens"] == [20, 20] and figures["status"] == "ok" and figures["rollout_ms_p50"] > 0
+        assert figures["sampled_tokens"] == [20, 20] and figures["status"] == "ok" and figures["rollout_ms_p50"] > 0
         assert ("step_ms_p50" in figures) == (name != "transformers")
         if name != "transformers":
             assert all(a < b for a, b in zip(figures["rollout_times_ms"], figures["times_ms"], strict=True))
+
+
+def test_words_that_end_a_published_models_texts_end_nothing_here(monkeypatch):
+    def published(*given, **options):
+        model = build(*given, **options)
+        model.generation_config.eos_token_id = list(range(200))
+        return model
+
+    monkeypatch.setattr(rollout, "build", published)
+    for name, figures in run(CASE, CPU, repeats=1, seed=0).items():
+        assert figures["sampled_tokens"] == [20], name
 
 
 def test_what_a_contestant_left_to_the_device_is_not_in_the_next_ones_time(monkeypatch):
@@ -78,7 +89,7 @@ def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
     """Of each contestant's 32, on average; and what is sampled in training is not touched."""
     case = dataclasses.replace(CASE, prompts=4, group=8, tokens=24, ends=True)
     for figures in run(case, CPU, repeats=1, seed=0).values():
-        assert 32 * 12 * 0.6 < figures["tokens"][0] < 32 * 12 * 1.4
+        assert 32 * 12 * 0.6 < figures["sampled_tokens"][0] < 32 * 12 * 1.4
     model = build("tiny", "lora", dtype=torch.float32, device=CPU)
     ids = torch.tensor([[5, 6, 7]])
     plain = model(input_ids=ids).logits

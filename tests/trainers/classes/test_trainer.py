@@ -11,11 +11,17 @@ import torch
 import trl
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+)
 from transformers.utils import logging
 
 import logratio.trainers
-from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers import randoms
 from logratio.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -28,7 +34,7 @@ from logratio.trainers import (
     UserError,
     cli,
 )
-from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 PLAIN = {"gradient_checkpointing": False, "save_strategy": "no", "max_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
 ADAPTERS = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
@@ -43,7 +49,7 @@ def here(tmp_path, monkeypatch):
 
 
 def rows(method="dpo", n=12):
-    return truths.random_rows(method, 7, n)
+    return randoms.random_rows(method, 7, n)
 
 
 def trained(folder):
@@ -217,6 +223,24 @@ def test_rewards_are_functions(here):
     assert "rewards/longer/mean" in trainer.state.log_history[0]
 
 
+def test_rewards_are_models_too(here):
+    """With a tokenizer of the program's own, or that of their files."""
+    torch.manual_seed(0)
+    judge = LlamaForSequenceClassification(tiny_config(num_labels=1, num_hidden_layers=1)).train()
+    judge.save_pretrained("judge")
+    tiny_tokenizer().save_pretrained("judge")
+    before = {name: weight.clone() for name, weight in judge.state_dict().items()}
+    args = GRPOConfig("out", **PLAIN | {"batch_size": 2, "num_generations": 4, "max_completion_length": 6})
+    given = {"train_dataset": rows("grpo"), "peft_config": LoraConfig(**ADAPTERS)}
+    trainer = GRPOTrainer(
+        "model", ["judge", judge, "overlong"], args, reward_processing_classes=[None, tiny_tokenizer(), None], **given
+    )
+    trainer.train()
+    for row in trainer.state.log_history:
+        assert row["rewards/judge/mean"] == row["rewards/LlamaForSequenceClassification/mean"] != 0
+    assert_same(judge.state_dict(), before)
+
+
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
 def test_what_trl_takes_without_a_name_comes_in_its_order(name):
     """And whatever else its trainers take by name is taken or refused with a reason here."""
@@ -250,6 +274,11 @@ REFUSED = {
     ),
     "prompt learning": (lambda: SFTTrainer("model", peft_config={}), UserError, "must be a LoraConfig, got dict"),
     "callback": (lambda: SFTTrainer("model", callbacks=[len]), UserError, "must be TrainerCallbacks of transformers"),
+    "tokenizers": (
+        lambda: GRPOTrainer("model", ["overlong", "judge"], reward_processing_classes=[None]),
+        UserError,
+        "reward_processing_classes= has 1 tokenizers for 2 reward_funcs=: one each, None for what is a function",
+    ),
     "too many": (lambda: SFTTrainer("model", SFTConfig(), []), TypeError, "takes model, args without a name"),
 }
 

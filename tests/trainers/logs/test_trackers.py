@@ -9,7 +9,7 @@ import pytest
 from logratio.trainers.errors import UserError
 from logratio.trainers.logs import trackers
 from logratio.trainers.logs.runlog import RunLog
-from logratio.trainers.logs.trackers import chosen, flat
+from logratio.trainers.logs.trackers import chosen, flat, named_for
 
 from .._runs import LATEST, back_to, log, train
 
@@ -95,6 +95,13 @@ def test_one_that_fails_is_given_up_and_the_run_goes_on(tmp_path, monkeypatch, c
     assert said.count("--report_to shut: no key; the run goes on without") == 1
     assert said.count("the run goes on without") == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_metrics_have_names_that_the_tracker_takes():
+    """MLflow refuses every sign but _ - . : / and the space."""
+    values = {"eval_rewards/right/pass@4": 0.5, "loss": 1.0}
+    assert named_for("mlflow", values) == {"eval_rewards/right/pass_at_4": 0.5, "loss": 1.0}
+    assert named_for("wandb", values) == values
 
 
 def test_other_processes_report_nothing(tmp_path, monkeypatch):

@@ -68,6 +68,11 @@ def longer(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [len(ids) + 0.1 * (sum(ids) % 7) for ids in completion_ids]
 
 
+def now_and_then(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that tells nothing of every other prompt."""
+    return [r * (int(p[0]) % 2) for p, r in zip(prompts, longer(completion_ids), strict=True)]
+
+
 def share_held(model: torch.nn.Module) -> float:
     """Of its parameters, how much this process holds."""
     parts = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()]

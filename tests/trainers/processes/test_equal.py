@@ -2,6 +2,7 @@
 
 import math
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ DDP = {
     "orpo": ("orpo", "full"),
     "cpo": ("cpo", "lora"),
     "tpo": ("tpo", "qlora"),
-    "grpo": ("grpo", "lora", "--eval_size", "1", "--num_iterations", "2"),  # the second process evaluates nothing
+    "grpo": ("grpo", "lora", "--eval_size", "1", "--num_generations_eval", "4"),  # the second process evaluates nothing
 }
 THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
@@ -39,7 +40,10 @@ TWO = tuple(DDP)
 DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
 # Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
 KEPT = {
-    "ddp": ("grpo", "lora", "--num_iterations", "2", "--beta", "0.1", "--save_steps", "3"),
+    "ddp": (
+        *("grpo", "lora", "--steps_per_generation", "2", "--num_iterations", "2", "--beta", "0.1"),
+        *("--dynamic_sampling", "3", "--reward_funcs", "_worker:now_and_then", "--save_steps", "3"),
+    ),
     "fsdp2": ("dpo", "full", "--save_steps", "2"),
 }
 LONG = {f"every-{method}-{way}": (method, way) for method in METHODS for way in WAYS}
@@ -246,6 +250,10 @@ def test_two_processes_sample_what_one_does(two, alone, folder):
     """Every completion has random numbers of its own, whichever process asks for it."""
     _worker.train(words_for(*KEPT["ddp"][:2], folder, kept(folder, "ddp", "alone"), *KEPT["ddp"][2:]))
     assert_equal(kept(folder, "ddp", "alone"), kept(folder, "ddp"))
+    one, other = (pq.read_table(kept(folder, "ddp", name) / "completions.parquet") for name in ("alone", "whole"))
+    columns = ["step", "row", "prompt", "completion", "reward", "policy_version"]
+    assert one["advantage"].null_count >= 3 and one.num_rows - one["advantage"].null_count == 18
+    assert one.select(columns).equals(other.select(columns))
 
 
 @pytest.mark.slow

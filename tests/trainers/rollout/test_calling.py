@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import Asked, RewardLog, TrainerState, call_rewards, check_signature
+from logratio.trainers.rollout.calling import Asked, Calls, RewardLog, TrainerState, check_signature
 
 
 def asked(**columns):
@@ -24,7 +24,7 @@ def asked(**columns):
 def called(*rewards, log=None, state=None, **columns):
     named = {f"r{i}" if i else "mine": reward for i, reward in enumerate(rewards)}
     log, state = log or RewardLog(), state or TrainerState()
-    return call_rewards(named, asked(**columns), max_completion_length=10, state=state, log=log)
+    return Calls()(named, asked(**columns), max_completion_length=10, state=state, log=log)
 
 
 def returning(value):
@@ -239,7 +239,7 @@ def test_an_interrupt_passes(make):
 def test_a_wrong_call_has_no_line_of_ours():
     with pytest.raises(UserError, match=r"raised TypeError: .*'other'; it was called") as caught:
         called(functools.partial(lambda other, completions: [], completions=[]))
-    assert os.path.basename(sys.modules[call_rewards.__module__].__file__) not in str(caught.value)
+    assert os.path.basename(sys.modules[Calls.__module__].__file__) not in str(caught.value)
 
 
 # Async ---------------------------------------------------------------------------------------------------------------

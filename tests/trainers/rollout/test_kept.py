@@ -75,12 +75,12 @@ def test_nothing_is_kept_where_it_is_not_wanted(tmp_path, monkeypatch, capsys):
     assert "completions are not kept (--no_log_completions), nor what rewards give to log_extra: tokens" in said
 
 
-def test_processes_take_turns_as_their_prompts_were_dealt(monkeypatch):
-    """Prompts 0..4 over two processes: 0, 2, 4 and 1, 3."""
-    shares = [[[{"row": i}, {"row": i}] for i in rows] for rows in ((0, 2, 4), (1, 3))]
+def test_rows_of_all_processes_are_in_the_order_of_the_prompts(monkeypatch):
+    """Two steps of three prompts over two processes: 0, 2, 3, 5 and 1, 4."""
+    shares = [{place: [{"row": place}] * 2 for place in places} for places in ((0, 2, 3, 5), (1, 4))]
     monkeypatch.setattr(kept, "gather_object", lambda mine: shares)
     main = types.SimpleNamespace(num_processes=2, is_main_process=True)
-    assert [row["row"] for row in kept.of_all(main, shares[0])] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [row["row"] for row in kept.of_all(main, shares[0])] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert kept.of_all(types.SimpleNamespace(num_processes=2, is_main_process=False), shares[1]) == []
 
 

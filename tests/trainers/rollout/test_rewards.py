@@ -24,6 +24,17 @@ def test_overlong_falls_from_four_fifths_to_the_full_length():
     assert values == [0, 0, -0.25, -0.5, -1]
 
 
+@pytest.mark.parametrize("limit", [5, 100, 1280, 20480])
+def test_overlong_is_trls_with_a_fifth_as_its_cache(limit):
+    """DAPO trains with 16,384 tokens and a cache of 4,096 behind them: a fifth of all."""
+    rewards = pytest.importorskip("trl.rewards")
+    theirs = rewards.get_soft_overlong_punishment(max_completion_len=limit, soft_punish_cache=limit // 5)
+    ids = [
+        [1] * n for n in {*range(0, limit, max(1, limit // 40)), limit * 4 // 5, limit * 4 // 5 + 1, limit - 1, limit}
+    ]
+    assert overlong(completion_ids=ids, max_completion_length=limit) == pytest.approx(theirs(completion_ids=ids))
+
+
 MODULE = """
 import torch
 
@@ -80,7 +91,10 @@ def test_rewards_are_found_by_name_and_by_module(modules):
         ("my_rewards:sharp", "the module 'my_rewards' .*my_rewards.py. has no 'sharp'"),
         ("my_rewards:number", "must be a function, but is int"),
         ("my_rewards:Silent", "must be a function, but is Silent"),
-        ("my_rewards:model", "is a model: write a function of completions that calls it"),
+        (
+            "my_rewards:model",
+            "the reward Linear is no classifier of transformers: write a function of completions that calls",
+        ),
         ("my_rewards:Picky", "is a class of which no object could be made without arguments .TypeError: .*'base'"),
         ("leaving_rewards:flat", "its module wanted to end the program .SystemExit: 0."),
     ],

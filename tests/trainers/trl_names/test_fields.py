@@ -24,6 +24,7 @@ SAME = {
     "optim",  # the same algorithm
     "loss_type",  # a list there, a tuple here; RLOO's is chosen
     *("max_steps", "dataset_num_proc", "gradient_accumulation_steps"),  # -1, None and 1 say what None, 1 and None do
+    "steps_per_generation",  # None, which becomes gradient_accumulation_steps, is one optimizer step, as 1 here
 }
 UNKNOWN = "no option here, nor of TRL"
 

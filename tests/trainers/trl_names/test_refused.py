@@ -70,18 +70,28 @@ REFUSED = [
     (
         "grpo",
         {"reward_funcs": ["mine"]},
-        "reward_funcs: [mine]: mine is unknown; name module:function, or one of accuracy_reward, exact_answer, "
-        "answer_format, overlong",
+        "reward_funcs: [mine]: mine is unknown; name module:function, a reward model, or one of accuracy_reward, "
+        "exact_answer, answer_format, overlong",
     ),
     (
         "grpo",
-        {"num_generations_eval": 2},
-        "num_generations_eval: 2: evaluations sample num_generations of each prompt; leave it out",
+        {"steps_per_generation": 2, "generation_batch_size": 16},
+        "steps_per_generation: 2: generation_batch_size says it too; leave one out, as TRL asks for",
     ),
     (
         "grpo",
-        {"steps_per_generation": 8, "gradient_accumulation_steps": 2},
-        "steps_per_generation: 8: every optimizer step samples for itself, which is 2 here; leave it out",
+        {"generation_batch_size": 20},
+        "generation_batch_size: 20: must be a multiple of per_device_train_batch_size x processes, 8, in TRL too",
+    ),
+    (
+        "grpo",
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "num_iterations": 2},
+        "steps_per_generation: 2: with num_iterations TRL learns twice from a part of a step; leave it out",
+    ),
+    (
+        "grpo",
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 3},
+        "steps_per_generation: 8: no whole number of steps; make it a multiple of gradient_accumulation_steps, 3",
     ),
     (
         "grpo",

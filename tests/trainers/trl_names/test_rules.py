@@ -146,9 +146,30 @@ BECOMES = [
     # rollouts
     ("grpo", {"reward_funcs": ["accuracy_reward", "a.b.c"]}, {"reward_funcs": ["accuracy_reward", "a.b:c"]}),
     ("grpo", {"reward_funcs": "my_module:reward"}, {"reward_funcs": "my_module:reward"}),
+    ("grpo", {"reward_funcs": ["a/b-1.5", "a.b.c"]}, {"reward_funcs": ["a/b-1.5", "a.b:c"]}),
+    ("grpo", {"reward_model_name_or_path": "a/b.c"}, {"reward_funcs": ["a/b.c"]}),
+    (
+        "rloo",
+        {"reward_model_path": "a/b", "reward_funcs": ["accuracy_reward"]},
+        {"loss_type": "rloo", "advantage_type": "rloo", "reward_funcs": ["a/b", "accuracy_reward"]},
+    ),
     ("grpo", {"scale_rewards": True}, {"scale_rewards": "group"}),
     ("grpo", {"scale_rewards": False}, {"scale_rewards": "none"}),
-    ("grpo", {"num_generations_eval": 4, "num_generations": 4}, {"num_generations": 4}),
+    ("grpo", {"num_generations_eval": 4, "num_generations": 4}, {"num_generations_eval": 4, "num_generations": 4}),
+    ("grpo", {"num_generations_eval": None}, {}),
+    ("grpo", {"steps_per_generation": 2, "gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 4}),
+    (
+        "grpo",
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 4},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 4},
+    ),
+    ("grpo", {"generation_batch_size": 24}, {"steps_per_generation": 3}),
+    ("grpo", {"generation_batch_size": 8}, {}),
+    (
+        "grpo",
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 3, "batch_size": 2},
+        {"steps_per_generation": 8, "gradient_accumulation_steps": 3, "batch_size": 2},
+    ),
     ("grpo", {"steps_per_generation": 4, "gradient_accumulation_steps": 4}, {"gradient_accumulation_steps": 4}),
     (
         "grpo",

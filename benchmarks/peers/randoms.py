@@ -1,0 +1,100 @@
+"""Ragged rows and rollouts at random, and the log-probabilities of who else has seen them."""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logratio.losses import LOSSES, Kind, Support
+from logratio.reference import oracle
+from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.policy.reference import tokens_key
+
+
+def random_rows(
+    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24
+) -> list[dict[str, Any]]:
+    """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return "".join(rng.choices(string.ascii_letters + string.digits + "éß", k=rng.randint(low, high)))
+
+    rows = []
+    for i in range(count):
+        row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
+        if LOSSES[method].kind is Kind.PAIRED:
+            row |= {"chosen": " " + text(1, longest), "rejected": " " + text(1, longest)}
+        else:
+            row["completion"] = " " + text(1, longest)
+        if method == "tpo":
+            row["reference"] = " " + text(1, longest)
+        if method == "kto":
+            row["label"] = i % 3 != 1
+        if weighted:
+            row["weight"] = 0.0 if i == 1 else rng.randint(1, 24) / 8
+        rows.append(row)
+    return rows
+
+
+def random_groups(seed: int, groups: int = 2, size: int = 3, kept: int | None = None) -> list[Example]:
+    """Rollouts of random tokens with advantages. kept: see `Case`."""
+    rng = random.Random(seed)
+    examples = []
+    for row in range(groups):
+        completions = [Completion([rng.randrange(256) for _ in range(rng.randint(1, 14))]) for _ in range(size)]
+        prompt = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
+        examples.append(Example(prompt, completions, row=row, advantages=tuple(rng.gauss(0, 1) for _ in range(size))))
+    if kept is not None:
+        for example in examples:
+            example.completions[:] = [replace(c, support=random_support(c.ids, rng, kept)) for c in example.completions]
+    return examples
+
+
+def random_support(ids: Sequence[int], rng: random.Random, kept: int) -> Support:
+    """Of each token so many words in any order, itself among them; of one in four all words."""
+
+    def words(token: int) -> Support:
+        own = [token, *rng.sample([word for word in range(256) if word != token], kept - 1)]
+        return Support(torch.tensor(rng.sample(own, kept), dtype=torch.int32), torch.tensor([0, kept]))
+
+    return Support.cat([Support.whole(1) if rng.random() < 1 / 4 else words(token) for token in ids])
+
+
+def words_of(completion: Completion) -> list[list[int] | None] | None:
+    """Its support as the oracle takes it."""
+    if completion.support is None:
+        return None
+    parts = completion.support.split([1] * len(completion.ids))
+    return [part.ids.tolist() or None for part in parts]
+
+
+def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
+    """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
+    generator = torch.Generator().manual_seed(seed)
+    table: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for example in examples:
+            logps = [
+                oracle.sequence_logps(model, example.prompt_ids, c.ids, words_of(c)).completion
+                for c in example.completions
+            ]
+            table[tokens_key(example)] = [
+                x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps
+            ]
+    return table
+
+
+def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, list[Tensor]]:
+    """Log-probs of a sampler that is not the old policy: noise of float32 that takes ratios out of a narrow range."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype) for x in values]
+        for key, values in old.items()
+    }

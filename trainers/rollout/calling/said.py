@@ -1,0 +1,86 @@
+"""What rewards say: the numbers of their answers, and a sentence where there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.tokenization import shown
+from ...errors import UserError, counted
+from .asked import Asked, CompletionError, finite
+
+AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
+FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
+
+
+def failed(name: str, error: BaseException, asked: Asked) -> UserError:
+    if isinstance(error, CompletionError):
+        return UserError(f"the reward {name!r}: {asked.place(error.index)}: {error}")
+    if isinstance(error, UserError):
+        return UserError(f"the reward {name!r}: {error}")
+    if isinstance(error, SystemExit):
+        return UserError(f"the reward {name!r} wanted to end the program (SystemExit: {error})")
+    said = " ".join(str(error).split())
+    remedy = ""
+    if isinstance(error, ValueError) and "signal only works in main thread" in said:
+        remedy = "; it sets an alarm, so mark it (REWARD.main_thread = True), and it is called where it can"
+    return UserError(
+        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; it was called "
+        f"with {with_what(asked)}" + (AS_MESSAGES if isinstance(asked.completions[0], list) else "") + remedy
+    )
+
+
+def late(name: str, seconds: float, asked: Asked) -> UserError:
+    return UserError(
+        f"the reward {name!r} has not answered within {seconds:g} s (--reward_timeout); it was called with "
+        f"{with_what(asked)}: allow it a longer time, or let it return None for what takes it too long"
+    )
+
+
+def with_what(asked: Asked) -> str:
+    rows = sorted(set(asked.rows))
+    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+    number = counted(len(asked.completions), "completion")
+    return f"{number} (rows {', '.join(map(str, rows[:16]))}{more} of the data set)"
+
+
+def _line(error: BaseException) -> str:
+    """Where in the reward's file it was raised, or in what it called from there."""
+    here = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != here]
+    if not frames:
+        return ""
+    frame = [f for f in frames if f.filename == frames[0].filename][-1]
+    return f" ({frame.filename}, line {frame.lineno})"
+
+
+def numbers(name: str, result: Any, asked: Asked) -> list[float | None]:
+    """One for each completion; tensors and arrays are taken as lists are. UserError for anything else."""
+    if isinstance(result, torch.Tensor) or hasattr(result, "tolist"):
+        result = result.tolist()
+    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+        raise UserError(
+            f"the reward {name!r} must return a list with a number or None for each of "
+            f"{len(asked.completions)} completions, got {shown(result)}"
+        )
+    try:
+        values = list(result)
+    except FAILURES as error:  # of a generator
+        raise failed(name, error, asked) from error
+    if len(values) != len(asked.completions):
+        raise UserError(f"the reward {name!r} returned {len(values)} numbers for {len(asked.completions)} completions")
+    found: list[float | None] = []
+    for index, value in enumerate(values):
+        number = None if value is None else finite(value)
+        if number is None and value is not None:
+            raise UserError(
+                f"the reward {name!r} must return a finite number (in float32, too) or None for {asked.place(index)}: "
+                f"got {shown(value)}"
+            )
+        found.append(number)
+    return found
