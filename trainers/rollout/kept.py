@@ -91,8 +91,8 @@ def kept_rows(
 
 
 class Kept(NamedTuple):
-    """A process's rows of a set of rollouts, by the place of their prompt among all processes', and their completions in
-    the same order."""
+    """A process's rows of a set of rollouts, by the place of their prompt among all processes', and their completions
+    in the same order."""
 
     accelerator: Accelerator
     groups: Mapping[int, list[dict[str, Any]]]

@@ -124,3 +124,7 @@ def test_every_completion_says_how_far_the_trainer_is_from_its_sampler(iteration
         assert len({row["logp_diff"] for row in here}) > 2 and min(row["logp_diff"] for row in here) > 0.1
     cut = pq.read_table("ended/completions.parquet").to_pylist()
     assert all((row["logp_diff"] is None) == (row["finish_reason"] == "length") for row in cut)
+    assert cli.main([*words.split(), "set", "--steps_per_generation", "2"]) == 0
+    rows = pq.read_table("set/completions.parquet").to_pylist()
+    assert {row["step"] for row in rows} == set(range(1, 2 * iterations + 1, 2 * iterations))
+    assert min(row["logp_diff"] for row in rows) > 0.1, "of the steps that are still to come, too"
