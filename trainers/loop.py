@@ -134,6 +134,8 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     result = learn(run.step, window, meanwhile=windows.prepare if known else None)
     updated = update(run, window.examples, step)
     run.growth.after(window.micros)
+    if run.rollouts is not None:
+        run.rollouts.learned(window.micros)
     asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
     result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
     metrics, tokens = reduced(run, window, result)

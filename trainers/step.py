@@ -34,7 +34,8 @@ from .processes.sharding import meet_inside
 
 @dataclass
 class MicroBatch:
-    """A packed batch and what was computed of it without gradient, [paths, T] each; own: see `Totals.own`.
+    """A packed batch and what was computed of it without gradient, [paths, T] each; logps: the policy's, in the last
+    step on it, where `behavior` is to be compared with them; own: see `Totals.own`.
 
     budget: the `micro_batch_tokens` that it was packed by, where it may be packed again.
     """
@@ -43,6 +44,7 @@ class MicroBatch:
     ref: Tensor | None = None
     old: Tensor | None = None
     behavior: Tensor | None = None
+    logps: Tensor | None = None
     own: Tensor | None = None
     budget: int | None = None
 
@@ -265,6 +267,7 @@ class Step:
             for micro in micros:
                 with self.memory.fitting(micro.batch), torch.set_grad_enabled(backward):
                     out = self.policy(micro.batch)
+                    micro.logps = None if micro.behavior is None else out.logps.detach()
                     inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
                     output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
                     if backward:

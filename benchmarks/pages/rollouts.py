@@ -20,6 +20,8 @@ from .words import number, shortened, tick
 
 FILE = "completions.parquet"
 STRETCHES, BINS, FUNCTIONS = 4, 24, 6
+SAMPLED = ("sampler_logp", "logp_diff")
+"""Means over a completion, in nats: of its log-probs as it was sampled, and of how far the trainer's are from them."""
 SHOWN = 3
 """Of the best and of the worst, and of pairs of early and late ones."""
 LOOKED_AT = 5000
@@ -73,7 +75,8 @@ def rollouts(run: Run) -> Rollouts | None:
     edges = np.linspace(first, last + 1, min(STRETCHES, last - first + 1) + 1).round().astype(int)
     found = Rollouts(table.num_rows, last=(int(edges[-2]), last))
     functions = sorted(name for name in names if name.startswith("rewards/"))[:FUNCTIONS]
-    for name in [*(["reward"] if "reward" in names else []), *(functions if len(functions) > 1 else [])]:
+    shown = [*(["reward"] if "reward" in names else []), *(functions if len(functions) > 1 else [])]
+    for name in [*shown, *(name for name in SAMPLED if name in names)]:
         values = floats(table, name)
         if np.isfinite(values).any():
             found.histograms.append((name, histogram(name, steps, values, edges)))
@@ -154,6 +157,9 @@ def samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
             figures.append(f"{one['completion_length']} tokens")
         if one.get("finish_reason"):
             figures.append(str(one["finish_reason"]))
+        figures += [f"{name} {number(one[name], 3)}" for name in SAMPLED if isinstance(one.get(name), int | float)]
+        if one.get("engine") and one.get("policy_version") is not None:
+            figures.append(f"by {one['engine']} with the policy after step {one['policy_version']}")
         prompt, text = text_of(one.get("prompt")), text_of(one["completion"])
         found.append(Sample(int(one["step"]), shortened(prompt), shortened(text), " · ".join(figures)))
     return found

@@ -20,7 +20,7 @@ from ..errors import UserError
 FOLDER = "completions.parquet"
 NAME = re.compile(r"step-(\d+)\.parquet")
 WHOLE = ("step", "row", "completion_length", "policy_version")
-REAL = ("reward", "advantage", "sampler_logp")
+REAL = ("reward", "advantage", "sampler_logp", "logp_diff")
 
 
 class CompletionParts:

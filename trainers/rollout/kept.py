@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..data.examples import Completion
 from ..data.tokenization import Text
 from ..errors import UserError
+from ..step import MicroBatch
 from .engines.protocol import Sample
 
 COLUMNS = (
@@ -25,6 +29,7 @@ COLUMNS = (
     "completion_length",
     "finish_reason",
     "sampler_logp",
+    "logp_diff",
     "policy_version",
     "engine",
 )
@@ -61,8 +66,8 @@ def kept_rows(
 ) -> list[dict[str, Any]]:
     """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
     one that nobody gave; advantages are None of completions that nothing is learned from. completion_length: tokens
-    that the model wrote; sampler_logp: the mean over them, in nats; policy_version: the steps that the policy had taken
-    which said it.
+    that the model wrote; sampler_logp: the mean over them, in nats; logp_diff: see `differences`, not known yet;
+    policy_version: the steps that the policy had taken which said it.
     """
     return [
         {
@@ -76,12 +81,45 @@ def kept_rows(
             "completion_length": len(samples[i].own_logps),
             "finish_reason": samples[i].finish_reason,
             "sampler_logp": mean(samples[i].own_logps),
+            "logp_diff": None,
             "policy_version": samples[i].version,
             "engine": engine,
             **{column: values[i] for column, values in extra.items()},
         }
         for i in range(len(completions))
     ]
+
+
+class Kept(NamedTuple):
+    """A process's rows of a set of rollouts, by the place of their prompt among all processes', and their completions
+    in the same order."""
+
+    accelerator: Accelerator
+    groups: Mapping[int, list[dict[str, Any]]]
+    completions: list[Completion]
+
+    def learned(self, differences: Mapping[int, float]) -> None:
+        """Fill in what is known now, by the id of a completion."""
+        for row, completion in zip(chain.from_iterable(self.groups.values()), self.completions, strict=True):
+            row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
+
+
+def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:
+    """id of a completion -> the mean over its scored tokens of |log pi - log mu|, in nats, where both are known: mu
+    sampled it, pi is what its ratio is clipped to, or the policy of the first step on it (`sampling/logp_diff_mean`).
+    """
+    found = {}
+    for micro in micros:
+        own = micro.logps if micro.old is None else micro.old
+        if own is None or micro.behavior is None or micro.batch.is_filler:
+            continue
+        scored = micro.batch.scored
+        gaps = torch.where(scored, (own.double() - micro.behavior).abs(), 0.0).sum(-1)
+        completions = [c for example in micro.batch.examples for c in example.completions]
+        for completion, gap, tokens in zip(completions, gaps.tolist(), scored.sum(-1).tolist(), strict=True):
+            if tokens:
+                found[id(completion)] = gap / tokens
+    return found
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -19,13 +19,14 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
+from ..step import MicroBatch
 from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
 from .flights import Flights
 from .generation import Purpose, requests_of, sampling_of, stop_ids
-from .kept import kept_rows, of_all
+from .kept import Kept, differences, kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
 from .rolled import Rolled, Scored
@@ -57,7 +58,7 @@ class Rollouts:
         self.max_completion_length, self.seed = max_completion_length, seed
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
-        self._kept: list[dict[str, Any]] = []
+        self._kept: list[Kept] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
         self.calls = Calls(
             timeout=config.reward_timeout,
@@ -239,7 +240,7 @@ class Rollouts:
             self._keep(rolled, None, accelerator)
 
     def _keep(self, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
-        """Let `taken` have the completions of all processes."""
+        """Let `taken` have the completions."""
         group = rolled.by_function.shape[1]
         places = rolled.places or range(len(rolled.examples))
         rows = kept_rows(
@@ -254,13 +255,22 @@ class Rollouts:
             advantages=None if advantages is None else advantages.flatten(),
             extra=rolled.extra,
         )
-        self._kept += of_all(accelerator, {at: rows[i * group :][:group] for i, at in enumerate(places)})
+        groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}
+        self._kept.append(Kept(accelerator, groups, [c for e in rolled.examples for c in e.completions]))
 
     def taken(self) -> list[dict[str, Any]]:
-        """The completions that were sampled for training since the last time, of all processes; none on others than the
-        main one, or where they are not kept."""
+        """The completions that were sampled for training since the last time, of all processes, which all call it;
+        none on others than the main one, or where they are not kept."""
         kept, self._kept = self._kept, []
-        return kept
+        return [row for some in kept for row in of_all(some.accelerator, some.groups)]
+
+    def learned(self, micros: Sequence[MicroBatch]) -> None:
+        """The trainer has seen them: let the completions that are kept say how far its log-probs are from the
+        sampler's."""
+        if self._kept:
+            found = differences(micros)
+            for some in self._kept:
+                some.learned(found)
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
         """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of

@@ -37,6 +37,20 @@ def test_best_and_worst_are_of_the_last_stretch_and_of_different_prompts(run: Pa
     assert one.best[0].figures == "reward 0.83 · advantage 0 · 2 tokens · stop"
 
 
+def test_what_sampled_them_is_shown(run: Path):
+    """By which engine and policy, its log-prob, and how far the trainer's is from it, in shares of the completions."""
+    by = {"engine": "vllm", "policy_version": 7}
+    rows = [completion(8, "a", 0.0, sampler_logp=-1.5, logp_diff=2e-7, **by)]
+    completions(run, [completion(1, "b", 1.0, sampler_logp=-2.5, logp_diff=None, **by), *rows])
+    one, _ = found(run)
+    assert one.equal[0].figures == (
+        "reward 0 · advantage 0 · 1 tokens · stop · sampler_logp -1.5 · logp_diff 2e-7 · by vllm with the policy after "
+        "step 7"
+    )
+    assert [name for name, _ in one.histograms] == ["reward", "sampler_logp", "logp_diff"]
+    assert re.findall(r"<title>(.*?)</title>", one.histograms[-1][1]) == ["2e-7: 100.0 %"]
+
+
 def test_early_and_late_are_of_the_same_prompts_where_there_are_such(run: Path):
     rows = [completion(1, "early", 0.0, prompt="p"), completion(1, "once", 0.0, prompt="q")]
     completions(run, [*rows, completion(4, "x", 0.0, prompt="z"), completion(8, "late", 1.0, prompt="p")])

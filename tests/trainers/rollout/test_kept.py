@@ -94,6 +94,37 @@ def test_a_row_has_none_for_a_reward_that_nobody_gave():
     )  # fmt: skip
     assert row == {
         "step": 7, "row": 3, "prompt": "p", "completion": "c", "rewards/one": None, "reward": None, "advantage": 0.0,
-        "completion_length": 2, "finish_reason": "length", "sampler_logp": -1.5, "policy_version": 6,
+        "completion_length": 2, "finish_reason": "length", "sampler_logp": -1.5, "logp_diff": None, "policy_version": 6,
         "engine": "logratio", "why": "x",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_every_completion_says_how_far_the_trainer_is_from_its_sampler(iterations, tmp_path, monkeypatch):
+    """Their mean over tokens is the step's metric, where the sampler's distribution was cut; of a completion that
+    nothing is learned from it is not known."""
+    (tmp_path / "kept_far.py").write_text(REWARDS)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = "train grpo --dataset_name rows.jsonl --num_generations 4 --max_completion_length 3 --batch_size 2"
+    words += (
+        f" --reward_funcs kept_far:first --micro_batch_tokens 24 --num_iterations {iterations} --learning_rate 1e-2"
+    )
+    words += f" --max_steps {2 * iterations} --top_k 40 --output_dir"
+    assert cli.main([*words.split(), "all"]) == 0
+    assert cli.main([*words.split(), "ended", "--mask_truncated_completions"]) == 0
+    rows = pq.read_table("all/completions.parquet").to_pylist()
+    log = [json.loads(line) for line in open("all/metrics.jsonl")]
+    for step in range(1, 2 * iterations + 1, iterations):
+        here = [row for row in rows if row["step"] == step]
+        total = sum(row["logp_diff"] * row["completion_length"] for row in here)
+        mean = total / sum(row["completion_length"] for row in here)
+        assert len(here) in (4, 8) and mean == pytest.approx(log[step - 1]["sampling/logp_diff_mean"], rel=1e-5)
+        assert len({row["logp_diff"] for row in here}) > 2 and min(row["logp_diff"] for row in here) > 0.1
+    cut = pq.read_table("ended/completions.parquet").to_pylist()
+    assert all((row["logp_diff"] is None) == (row["finish_reason"] == "length") for row in cut)
+    assert cli.main([*words.split(), "set", "--steps_per_generation", "2"]) == 0
+    rows = pq.read_table("set/completions.parquet").to_pylist()
+    assert {row["step"] for row in rows} == set(range(1, 2 * iterations + 1, 2 * iterations))
+    assert min(row["logp_diff"] for row in rows) > 0.1, "of the steps that are still to come, too"

@@ -58,7 +58,7 @@ class TopP(LogitsProcessor):
 
 
 class Draws(NamedTuple):
-    """tokens: [R] int64. logps: [R], in nats. kept: [R, V] bool, what could have been drawn; None where that is
+    """tokens: [R] int64. logps: [R] float64, in nats. kept: [R, V] bool, what could have been drawn; None where that is
     everything, or was not asked for."""
 
     tokens: Tensor
@@ -102,15 +102,17 @@ class Drawing:
         if cut and some_greedy:
             kept = torch.where(greedy[:, None], logits, kept)
         probabilities = kept.softmax(-1)
-        tokens = inverse(probabilities, numbers.nan_to_num(0.0))
+        tokens, whole = inverse(probabilities, numbers.nan_to_num(0.0))
         if some_greedy:
             tokens = torch.where(greedy, logits.argmax(-1), tokens)
-        logps = probabilities.gather(-1, tokens[:, None])[:, 0].log()
+        # torch's float32 probabilities of 150,000 words may add up to 1.00003: what is drawn is their share of that
+        logps = probabilities.gather(-1, tokens[:, None])[:, 0].double().log() - whole.log()
         return Draws(tokens, logps, kept > -torch.inf if cut and self.sampling.keep_support else None)
 
 
-def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """[R], of each row the first place where the running sum is above the number's share of the whole.
+def inverse(probabilities: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """[R] each, of each row the first place where the running sum is above the number's share of the whole; and the
+    whole, in float64.
 
     probabilities: [R, V], not negative; places of 0 are never found. numbers: [R] float64 in [0, 1). The sum runs over
     blocks of `BLOCK` places, then over those of the block that it ends in: all of them in float64 would take a CPU
@@ -125,7 +127,7 @@ def inverse(probabilities: Tensor, numbers: Tensor) -> Tensor:
     before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     inside = blocks[torch.arange(rows, device=block.device), block].cumsum(-1, dtype=torch.float64)
     place, _ = first_above(inside, wanted - before)
-    return (block * BLOCK + place).clamp(max=width - 1)
+    return (block * BLOCK + place).clamp(max=width - 1), sums[:, -1]
 
 
 def first_above(sums: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
