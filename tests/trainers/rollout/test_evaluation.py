@@ -54,7 +54,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Of prompts that are right with a chance of their own, few of them and most nearly always: 95 %, to the noise of
-    2,000 draws; taking completions for independent would hold it in 75 %."""
+    2,000 draws; taking completions for independent would hold it in 83 and 72 %."""
     rng = torch.Generator().manual_seed(0)
     for power, truth in ((0.2, 1 / 1.2), (1.0, 0.5)):  # chances u ** power
         held = 0
