@@ -73,6 +73,10 @@ def test_rewards_of_what_is_sampled(runs, tmp_path, capsys):
     answer = json.loads(run(capsys, *words))
     assert answer["prompts"] == 4 and answer["completions"] == 16
     assert 0 < answer["rewards/exact_answer/mean"] <= answer["rewards/exact_answer/best_of_4"] <= 1
+    assert answer["rewards/exact_answer/mean@4"] == pytest.approx(answer["rewards/exact_answer/pass@1"])
+    assert answer["rewards/exact_answer/pass@4"] == pytest.approx(answer["rewards/exact_answer/best_of_4"])
+    bounds = [answer[f"rewards/exact_answer/mean@4_{end}"] for end in ("low", "high")]
+    assert 0 < bounds[0] < answer["rewards/exact_answer/mean"] <= bounds[1] <= 1
     assert answer == json.loads(run(capsys, *words)), "seeded"
     first, *table = run(capsys, *words[:-1]).splitlines()
     assert first == f"{runs / 'full'} on {tmp_path / 'prompts.jsonl'}: 4 examples", "on one line"

@@ -105,11 +105,12 @@ def test_where_every_group_teaches_nothing_changes(words):
 
 
 def test_several_steps_are_filled_together(words):
-    _, windows = windows_of([*words, "--dynamic_sampling", "9", "--steps_per_generation", "2"])
-    assert [rows_of(window) for window in windows] == [[1, 3], [5, 7], [1, 3]]
-    assert value(windows[0], "dynamic/rounds") == 4, "0 to 3; 4, 5 for 0, 2; 6 for 4; 7 for 6"
-    one, other = (example.completions[0].ids for example in (windows[0].examples[0], windows[2].examples[0]))
-    assert one != other, "the same row later has other random numbers"
+    words = [*words, "--dynamic_sampling", "9", "--steps_per_generation", "2", "--batch_size", "3"]
+    _, windows = windows_of(words, 2)
+    assert [rows_of(window) for window in windows] == [[1, 3, 5], [7, 1, 3]]
+    assert value(windows[0], "dynamic/rounds") == 4, "0 to 5; 6, 7, 0 for 0, 2, 4; 1, 2 for 6, 0; 3 for 2"
+    one, other = (example.completions[0].ids for example in (windows[0].examples[0], windows[1].examples[1]))
+    assert one != other, "a row that comes again has other random numbers"
 
 
 def test_what_was_left_out_is_kept_without_an_advantage(words):

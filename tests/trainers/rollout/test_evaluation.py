@@ -41,7 +41,7 @@ def test_what_cannot_be_said_is_left_out():
     assert of([1.0, NAN, 0.0]) == {"mean@3": 0.5, "pass@1": 0.5, "pass@2": 1.0}, "one prompt; no three of two"
     assert of([0.5], [0.5]) == {"mean@1": 0.5, "mean@1_low": 0.5, "mean@1_high": 0.5}
     certain = of(*[[1.0, 1.0]] * 50)
-    assert certain["mean@2_high"] == pytest.approx(1) and 0.9 < certain["mean@2_low"] < 0.95
+    assert certain["mean@2_high"] == 1 and 0.9 < certain["mean@2_low"] < 0.95
     assert of(*[[0.0, 1.0]] * 50)["mean@2_low"] == pytest.approx(0.366, abs=1e-3), "alike prompts count once each"
 
 
@@ -54,7 +54,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     """Of prompts that are right with a chance of their own, few of them and most nearly always: 95 %, to the noise of
-    2,000 draws; taking completions for independent would hold it in 75 %."""
+    2,000 draws; taking completions for independent would hold it in 83 and 72 %."""
     rng = torch.Generator().manual_seed(0)
     for power, truth in ((0.2, 1 / 1.2), (1.0, 0.5)):  # chances u ** power
         held = 0
