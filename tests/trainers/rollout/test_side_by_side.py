@@ -249,6 +249,31 @@ def test_one_that_does_not_answer_in_time_is_one_sentence(kind, first, ended):
     assert called(Calls(timeout=LONG), quick=quiet, other=later) == [[3, 3, 5], [1.0] * 3], "others get a loop"
 
 
+@pytest.mark.parametrize("kind", ["thread", "blocking"])
+def test_one_that_computes_on_is_let_go(kind):
+    """Torch in a thread that is still at work while the process ends would abort it."""
+    threads = []
+
+    def spinning(**_):
+        threads.append(threading.current_thread())
+        while True:
+            torch.ones(9).sum()
+
+    async def blocking(**_):
+        spinning()
+
+    with pytest.raises(UserError, match="has not answered within 0.2 s"):
+        called(Calls(timeout=0.2), slow=spinning if kind == "thread" else blocking)
+    if kind == "thread":
+        threads[0].join(20)
+        assert not threads[0].is_alive()
+    else:  # the loop's own thread is idle again
+        loop_stops = time.monotonic() + 20
+        while sys._current_frames()[threads[0].ident].f_code.co_name == "spinning" and time.monotonic() < loop_stops:
+            time.sleep(0.01)
+        assert time.monotonic() < loop_stops
+
+
 def test_one_that_has_the_thread_that_asks_is_late_when_it_answers():
     slow = main_thread(lambda **_: time.sleep(0.3) or [0.0] * 3)
     with pytest.raises(UserError) as caught:
@@ -321,7 +346,7 @@ with stopping() as stop:
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_reward_that_hangs_keeps_neither_the_process_nor_a_signal():
     command = [sys.executable, "-c", PROGRAM]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -6,12 +6,14 @@ Neither keeps the process from ending, and neither ends the process: what is rai
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import ctypes
 import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
 from queue import SimpleQueue
 from typing import Any
@@ -22,7 +24,18 @@ from .asked import Reward
 
 Outcome = tuple[Any, BaseException | None]
 """What was returned, or what was raised."""
-GRACE_S = 1.0  # for what is cancelled
+GRACE_S = 0.5  # for what is cancelled
+
+
+class LetGo(BaseException):
+    """Raised in a thread whose answer nobody waits for any more."""
+
+
+def let_go(thread: threading.Thread) -> None:
+    """End what the thread is doing, at its next line of Python: one that went on to compute while the process ends
+    would abort it."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(LetGo))
 
 
 def is_async(reward: Reward) -> bool:
@@ -39,7 +52,8 @@ class Worker:
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Outcome]] | None] = SimpleQueue()
-        threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name=f"reward {name}", daemon=True)
+        self.thread.start()
 
     def start(self, call: Callable[[], Any]) -> Future[Outcome]:
         future: Future[Outcome] = Future()
@@ -51,6 +65,10 @@ class Worker:
         self._calls.put(None)
 
     def _work(self) -> None:
+        with contextlib.suppress(LetGo):  # which may come when all is done
+            self._answer()
+
+    def _answer(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         while (task := self._calls.get()) is not None:
@@ -68,12 +86,18 @@ def outcome_of(call: Callable[[], Any]) -> Outcome:
 
 
 @functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     """One for the whole process, since what rewards keep (a client, a lock) belongs to a loop; in a thread, since the
     caller may be in a loop of its own."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop
+
+    def run() -> None:
+        with contextlib.suppress(LetGo):
+            loop.run_forever()
+
+    thread = threading.Thread(target=run, name="rewards", daemon=True)
+    thread.start()
+    return loop, thread
 
 
 def in_loop(awaitable: Awaitable[Any]) -> Future[Outcome]:
@@ -83,14 +107,25 @@ def in_loop(awaitable: Awaitable[Any]) -> Future[Outcome]:
         except BaseException as error:  # which would end the loop's thread, or be told to nobody
             return None, error
 
-    return asyncio.run_coroutine_threadsafe(one(), _event_loop())
+    return asyncio.run_coroutine_threadsafe(one(), _event_loop()[0])
 
 
-def cancel(futures: list[Future[Outcome]]) -> None:
-    """Let go of them: what awaits in the loop is cancelled, what runs in a thread is left alone."""
-    if not any([future.cancel() for future in futures if not future.done()]):
-        return
-    try:
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), _event_loop()).result(GRACE_S)
-    except NotYet:  # something blocks the loop, or does not let itself be cancelled: the next ones get another
-        _event_loop.cache_clear()
+def cancel(futures: list[Future[Outcome]]) -> list[Future[Outcome]]:
+    """Let go of what awaits in the loop; returns those that run in a thread."""
+    left = [future for future in futures if not future.done() and not future.cancel()]
+    if any(future.cancelled() for future in futures):
+        loop, thread = _event_loop()
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(GRACE_S)
+        except NotYet:  # something blocks the loop: the next ones get another
+            let_go(thread)
+            _event_loop.cache_clear()
+    return left
+
+
+def abandon(workers: dict[Future[Outcome], Worker]) -> None:
+    """Let go of what runs in these threads, which end; one that waits outside of Python is left alone."""
+    for worker in workers.values():
+        let_go(worker.thread)
+        worker.close()
+    wait(workers, GRACE_S)

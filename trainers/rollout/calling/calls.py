@@ -13,7 +13,7 @@ import torch
 
 from ...errors import UserError
 from ...ground.randomness import random_states
-from .apart import Outcome, Worker, cancel, in_loop, is_async, outcome_of
+from .apart import Outcome, Worker, abandon, cancel, in_loop, is_async, outcome_of
 from .asked import Asked, Reward, RewardLog, TrainerState, unwrapped
 from .said import FAILURES, failed, late, numbers
 
@@ -84,7 +84,9 @@ class Calls:
         try:
             self._all(calls, asked)
         finally:
-            cancel([call.future for call in calls if call.future is not None])
+            running = {call.future: call.name for call in calls if call.future is not None}
+            left = {future: running[future] for future in cancel(list(running))}
+            abandon({future: self.workers.pop(name) for future, name in left.items() if name in self.workers})
             for made in (made for call in calls for made in call.made):
                 if inspect.iscoroutine(made) and inspect.getcoroutinestate(made) == inspect.CORO_CREATED:
                     made.close()  # its turn has not come

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ...data.tokenization import shown
-from ...errors import UserError, counted
+from ...errors import UserError
 from .asked import Asked, CompletionError, finite
 
 AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
+ALARM = ("signal only works in main thread", "signal.alarm")  # as Python says it, and math_verify
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
 
 
@@ -27,26 +28,28 @@ def failed(name: str, error: BaseException, asked: Asked) -> UserError:
         return UserError(f"the reward {name!r} wanted to end the program (SystemExit: {error})")
     said = " ".join(str(error).split())
     remedy = ""
-    if isinstance(error, ValueError) and "signal only works in main thread" in said:
+    if isinstance(error, ValueError) and any(word in said for word in ALARM):
         remedy = "; it sets an alarm, so mark it (REWARD.main_thread = True), and it is called where it can"
     return UserError(
-        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; it was called "
-        f"with {with_what(asked)}" + (AS_MESSAGES if isinstance(asked.completions[0], list) else "") + remedy
+        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; "
+        f"{called_with(asked)}" + (AS_MESSAGES if isinstance(asked.completions[0], list) else "") + remedy
     )
 
 
 def late(name: str, seconds: float, asked: Asked) -> UserError:
     return UserError(
-        f"the reward {name!r} has not answered within {seconds:g} s (--reward_timeout); it was called with "
-        f"{with_what(asked)}: allow it a longer time, or let it return None for what takes it too long"
+        f"the reward {name!r} has not answered within {seconds:g} s (--reward_timeout); {called_with(asked)}: "
+        "allow it a longer time, or let it return None for what takes it too long"
     )
 
 
-def with_what(asked: Asked) -> str:
+def called_with(asked: Asked) -> str:
     rows = sorted(set(asked.rows))
     more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-    number = counted(len(asked.completions), "completion")
-    return f"{number} (rows {', '.join(map(str, rows[:16]))}{more} of the data set)"
+    return (
+        f"it was called with {len(asked.completions)} completions (rows {', '.join(map(str, rows[:16]))}{more} of the "
+        "data set)"
+    )
 
 
 def _line(error: BaseException) -> str:
