@@ -1,10 +1,31 @@
-"""Fewer cases for what is tested by default of each: the others are there in the long form of the same test."""
+"""Fewer cases for what is tested by default: those in which everything meets everything once."""
 
-from collections.abc import Sequence
-from itertools import combinations
-from typing import Any
+from __future__ import annotations
 
-from logratio.benchmarks.peers.cases import Case
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logratio.benchmarks.peers.cases import Case
+
+
+def covering(has: Sequence[set[Any]], chosen: Iterable[int] = ()) -> list[int]:
+    """Numbers of sets, `chosen` among them, that have together what all have; one after the other the most useful."""
+    found = set(chosen)
+    missing = set().union(*has) - set().union(*(has[i] for i in found))
+    while missing:
+        best = max(range(len(has)), key=lambda i: (len(has[i] & missing), -i))
+        found.add(best)
+        missing -= has[best]
+    return sorted(found)
+
+
+def pairwise(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """So many of the axes' product that every two values of two axes meet in one."""
+    rows = list(product(*(list(axis) for axis in axes)))
+    places = list(product(*(range(len(list(axis))) for axis in axes)))
+    return [rows[i] for i in covering([set(combinations(enumerate(place), 2)) for place in places])]
 
 
 def traits(case: Case) -> list[tuple[str, Any]]:
@@ -20,12 +41,5 @@ def enough(cases: Sequence[Case], together: int) -> list[Case]:
         {frozenset(some) for size in range(1, together + 1) for some in combinations(traits(case), size)}
         for case in cases
     ]
-    missing: set[frozenset[tuple[str, Any]]] = set().union(*has)
-    chosen: set[int] = set()
-    chosen |= {i for i, case in enumerate(cases) if len(traits(case)) == 1}  # a loss type alone
-    missing -= set().union(*(has[i] for i in chosen))
-    while missing:
-        best = max(range(len(cases)), key=lambda i: (len(has[i] & missing), -i))
-        chosen.add(best)
-        missing -= has[best]
-    return [case for i, case in enumerate(cases) if i in chosen]
+    alone = [i for i, case in enumerate(cases) if len(traits(case)) == 1]  # a loss type
+    return [cases[i] for i in covering(has, alone)]

@@ -81,7 +81,7 @@ def splits(atlas: Mapping[str, Any]) -> Figure:
     scaled(ax, atlas["equal"], 2.0, f"|change of the gradient| / |gradient|, one batch cut in {atlas['parts']}")
     labelled(ax, [*(row["variant"] for row in moved), f"the other {len(others)} variants"])
     ax.tick_params(axis="y", labelsize=7)
-    legend(figure, NAMES, atlas["equal"])
+    legend(figure, tuple(NAMES), atlas["equal"])
     return figure
 
 
@@ -94,13 +94,17 @@ def most(row: Mapping[str, Any]) -> float:
     return float(max(row.get(peer, 0.0) for peer in ("trl", "liger")))
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "ours": {"marker": "s", "markersize": 3.5, "alpha": 0.8},
+    "trl": {"marker": "o", "markersize": 4.5, "alpha": 0.8},
+    "liger": {"marker": "o", "markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.3},
+}
+"""Liger's is a ring and ours a square: where two have the same number, both are seen."""
+
+
 def dot(ax: Axes, value: float, y: int, who: str) -> None:
-    """Liger's is a ring and ours a square: where two have the same number, both are seen."""
     ink = colour("logratio" if who == "ours" else who)
-    form: dict[str, Any] = {"trl": {"marker": "o"}, "ours": {"marker": "s", "markersize": 3.5}}.get(
-        who, {"marker": "o", "markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.3, "alpha": 1.0}
-    )
-    ax.plot(max(value, LEFT), y, linestyle="", color=ink, **{"markersize": 4.5, "alpha": 0.8, "clip_on": False, **form})
+    ax.plot(max(value, LEFT), y, linestyle="", color=ink, clip_on=False, **FORMS[who])
 
 
 def scaled(ax: Axes, bound: float, right: float, label: str) -> None:
