@@ -28,6 +28,7 @@ from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
 from .peers.truths import Gradient
 from .progress import Progress
+from .reporting import drawing
 from .verify import relative_errors
 
 EQUAL = 1e-4
@@ -38,14 +39,14 @@ PEERS = {"trl": peers.trls, "liger": peers.ligers}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write docs/atlas.json and docs/atlas.md; status 1 where a verdict and its reason do not fit."""
+    """Measure, write docs/atlas.json, docs/atlas.md and its plots; status 1 where a reason does not fit."""
 
     def options(method: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
         """Measure every loss against TRL's and Liger's, and say why those that differ do.
 
         Args:
             method: only this one of sft, dpo, kto, orpo, cpo, tpo, grpo, and write nothing.
-            out: folder of atlas.json and atlas.md.
+            out: folder of atlas.json, atlas.md and its plots.
         """
         return method, out
 
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
             "pip install -e '.[peers]' in the checkout"
         )
+    if method is None:
+        with drawing():
+            from .reporting.atlas_plots import draw
     compared = [case for case in ATLAS if method in (None, case.method)]
     atlas = measure(compared, FAULTS if method is None else [])
     Console(highlight=False).print(markdown(atlas), markup=False, soft_wrap=True)
@@ -69,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / "atlas.json").write_text(json.dumps(atlas, indent=1) + "\n")
         (out / "atlas.md").write_text(markdown(atlas))
+        draw(atlas, out)
     return 1 if wrong else 0
 
 

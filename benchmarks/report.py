@@ -19,6 +19,7 @@ import tyro
 
 from logratio.trainers.errors import UserError, counted
 
+from .reporting import drawing
 from .reporting.learned import learning_tables
 from .reporting.records import STATUSES, read
 from .reporting.rows import Row, groups, lines_of, named, sources
@@ -135,10 +136,8 @@ def page_of_benchmarks(results: Path, out: Path) -> int:
     target = out / "README.md"
     if target.exists() and not target.read_text().startswith(BEGINNING):
         raise UserError(f"{target} was not made by `logratio report`, and is not overwritten: choose another --out")
-    try:
+    with drawing():
         from .reporting.plots import draw
-    except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}): pip install -e '.[bench]' in the checkout") from error
     rows = newest(lines)
     plots = draw(rows, out / "plots")
     target.write_text(page(rows, plots, beginning(lines, os.path.relpath(results, out))))

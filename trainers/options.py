@@ -129,7 +129,7 @@ def _filled(
             every,
             args=argv,
             prog=prog,
-            config=(tyro.conf.AvoidSubcommands,),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff),
             use_underscores=True,
         )
     except ValueError as error:  # a loss refuses its fields
@@ -250,7 +250,8 @@ def options_in(entries: dict[Any, Any]) -> dict[Any, Any]:
 
 def words_of(entries: dict[Any, Any], parts: Any) -> list[str]:
     """The file's entries as command-line words, so that types are checked in one place only."""
-    known = {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
+    hints = [get_type_hints(part) for part in parts] if entries else []
+    known = {name: kind for of_part in hints for name, kind in of_part.items()}
     words: list[str] = []
     for key, value in entries.items():
         name = str(key).replace("-", "_")

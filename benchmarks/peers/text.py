@@ -16,6 +16,10 @@ the model's last hidden states), on one tiny random Llama with LoRA in float32 o
 length, the loss, and the gradient of every LoRA parameter. *Equal*: both relative errors are at most {equal:g} (float32
 rounding; what differs is above 1e-3). Every verdict is a measurement, and every difference has its reason; the command
 fails where one has none, or where a reason is given for what measures equal.
+
+![Relative errors of loss and gradient, method by method](atlas-errors.png)
+
+A dot is a variant; right of the dashed line are those that differ, which the tables below name.
 """
 
 SYMBOLS = """Symbols: B examples and N tokens of the optimizer step, in k micro-batches of n_j tokens; x = beta Delta,
@@ -29,6 +33,8 @@ The same {batch} examples in one micro-batch, and in {parts} of {each} as the us
 |gradient|. Ours divides by totals of the optimizer step, so that nothing but rounding moves. Below {equal:g}: rounding.
 
 In TRL, this batch's gradient moves by {named}.
+
+![How far a split moves the gradient, variant by variant](atlas-splits.png)
 """
 NAMED = {"dpo aot": "aot", "dpo sft": "DPO's sft term", "kto kto": "KTO", "orpo orpo": "ORPO"}
 

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from logratio.benchmarks.peers.text import markdown
 from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGE = ["atlas-errors.png", "atlas-splits.png", "atlas.json", "atlas.md"]
 needs_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install -e '.[peers]'"
 )
@@ -113,7 +115,7 @@ def test_a_wrong_reason_fails_the_command(
     monkeypatch.setattr(atlas, "REASONS", {})
     monkeypatch.setattr(atlas, "SPLIT_REASONS", {})
     assert atlas.main(["--out", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["atlas.json", "atlas.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == PAGE
     monkeypatch.setattr(atlas, "REASONS", {("trl", "sft nll"): "TRL differs."})
     assert atlas.main(["--out", str(tmp_path / "not")]) == 1
     assert "error: trl, sft nll: equal, where a reason says that it is not" in capsys.readouterr().out
@@ -126,6 +128,15 @@ def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
         atlas.main([])
     with pytest.raises(UserError, match="unknown method 'ppo'"):
         atlas.main(["--method", "ppo"])
+
+
+def test_the_command_needs_matplotlib_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "measure", lambda *_: pytest.fail("it has measured"))
+    for name in ("matplotlib", "logratio.benchmarks.reporting.atlas_plots"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"plots need matplotlib \(.*\): pip install -e '.\[bench\]' in the checkout"):
+        atlas.main([])
 
 
 # ---------------------------------------------------------------------------------------------- faults

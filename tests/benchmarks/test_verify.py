@@ -20,6 +20,8 @@ from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.errors import UserError
 
+from .._cases import enough, traits
+
 TABLES = {
     "sft": SFT_TYPES,
     "dpo": DPO_TYPES,
@@ -40,8 +42,18 @@ FIRST |= {("sampled", case.options.get("sampling_correction")): case for case in
 """One case of every loss type and correction that TRL has; the command compares all of them."""
 
 
-@named(CASES)
-def test_every_case_is_the_oracles(case: Case) -> None:
+ENOUGH, PAIRS = enough(CASES, together=1), enough(CASES, together=2)
+
+
+@named(ENOUGH)
+def test_every_loss_type_and_option_is_the_oracles(case: Case) -> None:
+    (row,) = verify([case], seed=1, truths=["oracle"], architectures=[LlamaConfig])
+    assert row["ok"], row
+
+
+@pytest.mark.slow
+@named([case for case in CASES if case not in ENOUGH])
+def test_every_other_case_is_the_oracles(case: Case) -> None:
     (row,) = verify([case], seed=1, truths=["oracle"], architectures=[LlamaConfig])
     assert row["ok"], row
 
@@ -57,6 +69,14 @@ def test_every_loss_and_loss_type_is_a_case() -> None:
     for method, table in TABLES.items():
         types = [case.options.get("loss_type") for case in CASES if case.method == method]
         assert {name for name in types if not isinstance(name, tuple)} == set(table)
+
+
+def test_no_loss_type_and_no_option_is_left_to_the_slow_tests() -> None:
+    """And no two of them, where two are asked for."""
+    assert {str(t) for case in ENOUGH for t in traits(case)} == {str(t) for case in CASES for t in traits(case)}
+    pairs = [{str((a, b)) for case in some for a in traits(case) for b in traits(case)} for some in (PAIRS, CASES)]
+    assert pairs[0] == pairs[1] and len(ENOUGH) < len(PAIRS) < len(CASES)
+    assert all(case in ENOUGH for case in CASES if len(traits(case)) == 1), "and each loss type that is one alone"
 
 
 def test_cases_have_names_of_their_own() -> None:

@@ -1,5 +1,7 @@
 """linear_logps over the words that each token was sampled from: value, statistics and gradient, and what is refused."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from logratio.losses.head import _tile
 from logratio.losses.head._tile import CONSTANTS, STATS
 from logratio.reference import oracle
 
+from .._cases import pairwise
 from ._heads import OPTIONS, head, near_certain
 
 options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
@@ -68,11 +71,16 @@ def test_values_and_gradients_are_the_oracles(kwargs, impl, make):
         torch.testing.assert_close(got[name], leaf.grad, rtol=1e-11, atol=1e-13)
 
 
-@options
-@lists
-@pytest.mark.parametrize("trains", ["h", "hwb"])
-@pytest.mark.parametrize("stats", [(), ("entropy", "log_z")], ids=str)
-def test_gradcheck(kwargs, make, trains, stats):
+CHECKED = list(product(OPTIONS, LISTS, ("h", "hwb"), ((), ("entropy", "log_z"))))
+MET = pairwise(OPTIONS, LISTS, ("h", "hwb"), ((), ("entropy", "log_z")))
+
+
+@pytest.mark.parametrize(
+    "options, words, trains, stats",
+    [case if case in MET else pytest.param(*case, marks=pytest.mark.slow) for case in CHECKED],
+)
+def test_gradcheck(options, words, trains, stats):
+    kwargs, make = OPTIONS[options], LISTS[words]
     hidden, weight, bias, targets = small_head()
     support = support_of(make(targets.tolist()))
     leaves = [t.requires_grad_(name in trains) for name, t in zip("hwb", (hidden, weight, bias), strict=True)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from logratio.losses import Support, linear_logps
 from logratio.losses.head import logps
 from logratio.losses.head._tile import STATS, Coefficients, TorchTile, Transform
 
+from .._cases import pairwise
 from ._heads import OPTIONS, head, near_certain
 
 triton = pytest.importorskip("triton")
@@ -34,6 +36,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 options = pytest.mark.parametrize("kwargs", [OPTIONS[k] for k in ("plain", "softcap", "all")], ids=str)
 dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
+# The interpreter takes its time: there every two of them meet, on a GPU all.
+meeting = pairwise if INTERPRETED else lambda *axes: list(product(*axes))
+budgets = pytest.mark.parametrize("name, dtype, make", meeting(("plain", "softcap", "all"), LOW, (head, near_certain)))
 compiled = pytest.mark.skipif(INTERPRETED, reason="of the compiled kernel")
 
 
@@ -117,20 +122,16 @@ def within_budget(
 
 
 @on_device
-@options
-@dtypes
-@pytest.mark.parametrize("make", [head, near_certain])
-def test_frozen_head_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
-    within_budget(make, dtype, (), "h", n=6 if INTERPRETED else 24, **kwargs)
+@budgets
+def test_frozen_head_is_within_the_error_budget(name, dtype, make, several_blocks):
+    within_budget(make, dtype, (), "h", n=6 if INTERPRETED else 24, **OPTIONS[name])
 
 
 @on_device
-@options
-@dtypes
-@pytest.mark.parametrize("make", [head, near_certain])
-def test_everything_trained_is_within_the_error_budget(kwargs, dtype, make, several_blocks):
+@budgets
+def test_everything_trained_is_within_the_error_budget(name, dtype, make, several_blocks):
     """Values and gradients of log-probs, entropy and log Z, to hidden, weight and bias, in chunks that leave a rest."""
-    within_budget(make, dtype, STATS, "hwb", n=6 if INTERPRETED else 24, chunk_tokens=4, **kwargs)
+    within_budget(make, dtype, STATS, "hwb", n=6 if INTERPRETED else 24, chunk_tokens=4, **OPTIONS[name])
 
 
 @on_device

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,67 @@ def test_tensorboard_has_the_log_and_goes_on_with_it(capsys):
     train("sft", *BOARD, "--overwrite_output_dir", "--max_steps", "2", "--save_steps", "2")
     assert [step for step, _ in scalars("out/tensorboard")["loss"]] == [1, 2], "another run's are moved aside"
     assert len(scalars("out/tensorboard.1")["loss"]) == 6
+
+
+def reported(rows):
+    """Of a log's rows, what a tracker is given, and at which step."""
+    own = {"step", "hash"}
+    return [({name: value for name, value in row.items() if name not in own}, row["step"]) for row in rows]
+
+
+class StandIn:
+    """In the place of the package trackio, and of a run of it: all that is asked of them."""
+
+    def __init__(self):
+        self.calls, self.config = [], SimpleNamespace(update=lambda values, **_: self.calls.append(("config", values)))
+
+    def init(self, **given):
+        self.calls.append(("init", given))
+        return self
+
+    def log(self, values, step):
+        self.calls.append(("log", values, step))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.mark.usefixtures("workspace")
+def test_trackio_is_given_each_line_once_and_a_run_that_goes_on_its_name(monkeypatch):
+    """By accelerate's own tracker."""
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["trackio"])
+    words = ["--report_to", "trackio", "--max_steps", "4", "--save_steps", "2"]
+
+    def asked(*more):
+        monkeypatch.setitem(sys.modules, "trackio", stand_in := StandIn())
+        train("sft", *words, *more)
+        return stand_in.calls
+
+    (_, given), (what, options), *lines, last = asked()
+    assert given == {"project": "logratio", "name": "out", "resume": "never"} and last == ("finish",)
+    assert what == "config" and options["train/batch_size"] == 4 and options["loss/loss_type"] == "nll"
+    assert all(isinstance(value, bool | int | float | str) for value in options.values())
+    assert lines == [("log", values, step) for values, step in reported(log("out"))] and len(lines) == 4
+    back_to(2)
+    (_, given), *lines, last = asked(*LATEST)  # and no configuration again
+    assert given == {"project": "logratio", "name": "out", "resume": "allow"} and last == ("finish",)
+    assert lines == [("log", values, step) for values, step in reported(log("out")[2:])]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_trackio_has_the_log(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
+    pytest.importorskip("trackio", reason="pip install trackio (which takes Pillow below 13 and a server along)")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    train("sft", "--report_to", "trackio", "--max_steps", "4", "--save_steps", "2")
+    back_to(2)
+    train("sft", "--report_to", "trackio", "--max_steps", "4", "--save_steps", "2", *LATEST)
+    found = [(line.pop("step"), line) for line in SQLiteStorage.get_logs("logratio", "out")]
+    assert [step for step, _ in found] == [1, 2, 3, 4, 3, 4], "it has no way to take back what was said of a step"
+    for values, step in reported(log("out")):
+        (*_, newest) = (line for at, line in found if at == step)
+        assert values.items() <= newest.items()
 
 
 def test_one_that_is_not_installed_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):

@@ -39,6 +39,16 @@ def work(world: int, jobs: list[dict[str, Any]], folder: Path, **environment: st
     return launch(world, [str(HERE / "_worker.py"), "jobs.json"], folder, **environment)
 
 
+def work_of_one_import(world: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess:
+    """`work` of processes that torch's launcher forks from one that has imported all: they begin in a third of the
+    time. The slow tests have torchrun's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(HERE / "_worker.py"), "jobs.json", str(world)]
+    env = own_environment(GLOO_SOCKET_IFNAME=LOOPBACK, ACCELERATE_USE_CPU="true")
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
 def said_by(done: subprocess.CompletedProcess, world: int, folder: Path) -> list[list[dict[str, Any]]]:
     """What each process says of each job that it has done."""
     ranks = [folder / f"rank{rank}.json" for rank in range(world)]

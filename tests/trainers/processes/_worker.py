@@ -1,4 +1,5 @@
-"""What each process of a launch does: `torchrun _worker.py jobs.json`; and the same in one process, for comparison.
+"""What each process of a launch does: `torchrun _worker.py jobs.json`, or `python _worker.py jobs.json 2`, which forks
+them; and the same in one process, for comparison.
 
 A job is {"words": of `logratio train`, "kind": "ddp", "fsdp2" or, where a launch asks for DeepSpeed, "zero2", "do": the
 name of a function below}. Each process writes what every job gave to rank<number>.json.
@@ -19,6 +20,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 
 from logratio.losses.advantages import ADVANTAGES
@@ -254,5 +256,12 @@ def main() -> None:
     assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"]) > 1
 
 
+def fork(world: int) -> None:
+    """`main` in so many processes."""
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    config = LaunchConfig(1, 1, world, run_id="forked", start_method="fork", max_restarts=0, **meeting)
+    elastic_launch(config, main)()
+
+
 if __name__ == "__main__":
-    main()
+    fork(int(sys.argv[2])) if len(sys.argv) > 2 else main()

@@ -13,7 +13,7 @@ from logratio.trainers.processes.optimizer_state import load_optimizer_state, op
 from . import _worker
 from ._compared import FAR, assert_alike, assert_equal, jobs_of
 from ._jobs import METHODS, STEPS, WAYS, words_for
-from ._launch import differences, log_of, said_by, work
+from ._launch import differences, log_of, said_by, work, work_of_one_import
 
 # Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
 STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")
@@ -75,7 +75,7 @@ def two(folder):
         whole = words_for(*setting[:2], folder, kept(folder, kind), *setting[2:])
         jobs += [{"words": whole, "kind": kind, "do": "sample"}, going_on(folder, kind, "two")]
     jobs += [{"words": [], "do": "compare"}, {"words": [], "do": "sums"}]
-    done = work(2, jobs, folder / "work2")
+    done = work_of_one_import(2, jobs, folder / "work2")
     assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in TWO), *(f"fsdp2-{name}" for name in FSDP2)]
