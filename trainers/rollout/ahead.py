@@ -3,12 +3,12 @@
 A version of the policy is the number of optimizer steps that it has taken. What is first learned from when f steps are
 done is asked for when f - S are, S being `max_staleness`, and at the very beginning where that is before it. So the
 policy of f - S samples it, S steps behind the one that first learns from it, never more; and when k steps are done, the
-versions from k - S to k are all that a sampler can still be asked for. S = 1, and a step on each window:
+versions from k - S to k are all that a sampler can still be asked for. S = 1, and a step on each set:
 
     steps done      0             1             2             3
     asked for       0, 1          2             3             4
     of version      0             1             2             3
-    learned from    window 0      window 1      window 2      window 3
+    learned from    set 0         set 1         set 2         set 3
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Flight(Generic[T, H]):
 
 
 class Schedule(Generic[T, H]):
-    """When each of several windows in turn is asked for. It has no clock: it is told how many steps are done.
+    """When each of several sets in turn is asked for. It has no clock: it is told how many steps are done.
 
-    source: the windows to come. steps(item): how many learn from it. ask(item, first): begin to sample it. first: steps
+    source: the sets to come. steps(item): how many learn from it. ask(item, first): begin to sample it. first: steps
     that are done when the next one is first learned from. total: of the run, beyond which nothing is asked for.
     """
 

@@ -68,11 +68,11 @@ class Flights:
 
     def __init__(self, begin: Callable[[Sequence[Prompt], int], Begun[Said]], staleness: int) -> None:
         self.begin, self.staleness = begin, staleness
-        self.known: deque[Said] = deque()  # of the next windows, of all processes, from a checkpoint
+        self.known: deque[Said] = deque()  # of the next sets, of all processes, from a checkpoint
         self.schedule: Schedule[Coming, Sampling] | None = None
 
     def over(self, source: Iterator[Coming], accelerator: Accelerator, *, first: int, total: int) -> None:
-        """Of these windows in turn; see `Schedule`."""
+        """Of these sets in turn; see `Schedule`."""
         self.accelerator = accelerator
         self.schedule = Schedule(
             source, self._ask, steps=lambda coming: coming.steps, staleness=self.staleness, first=first, total=total
@@ -85,7 +85,7 @@ class Flights:
         self.schedule.before(step)
 
     def land(self) -> tuple[Coming, Said | None, Metrics | None]:
-        """The next window, what was sampled of this process's prompts, awaited, and metrics of that; None: nothing was
+        """The next set, what was sampled of this process's prompts, awaited, and metrics of that; None: nothing was
         begun. Called on all processes, which all raise what one does."""
         assert self.schedule is not None
         flight = self.schedule.take()
@@ -113,7 +113,7 @@ class Flights:
         return self.begin(coming.prompts, first) if self.staleness else None
 
     def landed(self) -> list[list[list[dict[str, Any]]]]:
-        """Of all windows in flight, in turn, the samples of all processes' prompts, in JSON's types; waits for them.
+        """Of all sets in flight, in turn, the samples of all processes' prompts, in JSON's types; waits for them.
         Without those from the first one on that failed, which are sampled again when the run goes on."""
         own: list[dict[int, list[dict[str, Any]]]] = []
         if self.schedule is None or not self.staleness:
@@ -128,11 +128,11 @@ class Flights:
             own.append(dict(zip(flight.item.places, samples, strict=True)))
         shares = [own] if self.accelerator.num_processes == 1 else gather_object([own])
         dealt = zip(*shares, strict=False)  # as many as every process has
-        return [[samples for _, samples in sorted(ChainMap(*window).items())] for window in dealt]
+        return [[samples for _, samples in sorted(ChainMap(*one).items())] for one in dealt]
 
     def restore(self, landed: Sequence[Sequence[Sequence[dict[str, Any]]]]) -> None:
-        """The next windows have these samples."""
-        self.known = deque([[Sample(**s) for s in samples] for samples in window] for window in landed)
+        """The next sets have these samples."""
+        self.known = deque([[Sample(**s) for s in samples] for samples in one] for one in landed)
 
 
 def result(said: Begun[Said] | Said) -> Said:

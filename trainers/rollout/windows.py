@@ -61,9 +61,9 @@ def windows(
                 window.position = position
             waiting += made * config.num_iterations
         window = waiting.pop(0)
-        yield window
         for other in {id(w): w for w in waiting if w is not window}.values():
-            other.taken += 1
+            other.taken += 1  # when their turn comes; the checkpoint behind this step has to have it, too
+        yield window
 
 
 def sets(config: RolloutConfig, batches: Batches, accelerator: Accelerator, left: int) -> Iterator[Coming]:

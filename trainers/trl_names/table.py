@@ -171,6 +171,6 @@ OURS = frozenset(
     "z_loss_coef irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
     "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator reward_timeout kl_estimator "
     "log_completions_steps sampling_correction sampling_clip_min sampling_clip_max stop_strings rollout_engine "
-    "dynamic_sampling rollout_func".split()
+    "dynamic_sampling rollout_func max_staleness".split()
 )
 """Options that TRL has not: a file with one of them is ours, and what TRL has too is meant as here."""

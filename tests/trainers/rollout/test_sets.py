@@ -1,14 +1,16 @@
 """Rollouts of several steps: sampled at once, dealt to the steps in TRL's order, compared with what sampled them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from logratio.trainers import again, cli, loop, setup
 from logratio.trainers.options import parse_train
+from logratio.trainers.policy.reference import by_completion
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
-from logratio.trainers.resume import Progress
+from logratio.trainers.resume import Progress, restore
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(8)]
 GRADED = ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward"]
@@ -55,6 +57,24 @@ def test_each_step_has_the_rows_that_it_would_have_had_and_none_is_sampled_for_s
         {"epoch": 1, "offset": 6},
     ]
     assert [window.micros[0].old is None for window, _ in dealt] == [False] * 6 + [True], "the last step is on policy"
+
+
+def test_out_of_memory_after_a_resume_inside_a_set_keeps_what_its_steps_are_compared_with(run_of):
+    """The policy has changed since the set was begun, so old log-probs cannot be computed anew."""
+
+    words = "--max_steps", "2", "--steps_per_generation", "2", "--save_steps", "1", "--learning_rate", "1e-2"
+    loop.train_run(run_of(*words), quiet=True)
+    shutil.rmtree("out/checkpoint-2")
+    run = run_of(*words, "--resume_from_checkpoint", "out/checkpoint-1")
+    window = next(loop.steps(run, restore(run)))
+
+    def old():
+        return by_completion((micro.batch, micro.old) for micro in window.micros)
+
+    before, run.step.micro_batch_tokens = old(), 12
+    again.cut_again(run.step, window)
+    assert len(window.micros) > 1
+    torch.testing.assert_close(old(), before, rtol=0, atol=0)
 
 
 def test_the_order_is_trls(run_of, monkeypatch):
