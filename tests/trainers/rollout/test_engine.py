@@ -104,6 +104,16 @@ def test_the_trial_finds_a_loop_that_is_wrong(random_model, tokenizer, monkeypat
     assert why_not(policy, tokenizer) == "in the own loop it raises RuntimeError: no such mask"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_tells_rounding_from_a_loop_that_is_wrong(random_model, tokenizer, monkeypatch, dtype):
+    """Of logits as wide as a trained model's, a tenth of a nat is rounding."""
+    wide, model = (random_model("llama", initializer_range=width).to(dtype) for width in (0.2, 0.5))
+    wide.get_output_embeddings().weight.data *= 30
+    assert why_not(Policy(wide), tokenizer) == why_not(Policy(model), tokenizer) == ""
+    monkeypatch.setattr(Decoder, "mask", lambda self, lengths: None)
+    assert "its log-probabilities change by" in why_not(Policy(model), tokenizer)
+
+
 def test_stop_strings_end_a_completion_with_the_token_that_completes_them(policy, tokenizer):
     engine = InProcess(copy.deepcopy(policy).double(), tokenizer)
     sampling = Sampling(max_new_tokens=10)
