@@ -1,7 +1,8 @@
 """The training loop: windows of examples in, an adapter or a model and a log out.
 
 A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py` for how one
-step's gradient comes about, `rollout/windows.py` for what GRPO learns from, `setup.py` for where all of it comes from.
+step's gradient comes about, `rollout/sets/windows.py` for what GRPO learns from, `setup.py` for where all of it
+comes from.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
 from .rollout import evaluation
-from .rollout.windows import windows
+from .rollout.sets.windows import windows
 from .setup import Run, batches, build
 from .step import StepResult, Window, rows_of
 

@@ -36,7 +36,7 @@ from .ground.randomness import as_json, from_json, random_states, set_random_sta
 from .processes.once import on_main
 from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
-from .rollout.stored import distinct, restored, turns, unpacked
+from .rollout.sets.stored import distinct, restored, turns, unpacked
 from .setup import Run
 from .step import Window
 

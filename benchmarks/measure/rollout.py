@@ -39,7 +39,7 @@ from logratio.trainers.policy.sharing import share_prompts
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.rollout.generation import numbered
 from logratio.trainers.rollout.rollouts import Rollouts
-from logratio.trainers.rollout.windows import roll_out
+from logratio.trainers.rollout.sets.windows import roll_out
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 

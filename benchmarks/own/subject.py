@@ -30,7 +30,7 @@ from logratio.trainers.policy.reference import (
     reference_model,
     tokens_key,
 )
-from logratio.trainers.rollout.windows import roll_out
+from logratio.trainers.rollout.sets.windows import roll_out
 from logratio.trainers.setup import Run, batches, build
 from logratio.trainers.step import MicroBatch, Window
 

@@ -24,12 +24,12 @@ from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
-from .flights import Flights
 from .generation import Purpose, requests_of, sampling_of, stop_ids
 from .kept import Kept, differences, kept_rows, of_all
 from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
-from .rolled import Rolled, Scored
+from .sets.flights import Flights
+from .sets.rolled import Rolled, Scored
 from .watch import Watch
 
 

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.ahead import Schedule, check_staleness
 from logratio.trainers.rollout.engines.protocol import Sample
+from logratio.trainers.rollout.sets.ahead import Schedule, check_staleness
 
 
 class Simulated:

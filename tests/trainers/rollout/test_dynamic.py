@@ -14,8 +14,8 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.resume import Progress
-from logratio.trainers.rollout.dynamic import differing
-from logratio.trainers.rollout.rolled import Rolled, joined
+from logratio.trainers.rollout.sets.dynamic import differing
+from logratio.trainers.rollout.sets.rolled import Rolled, joined
 
 from ._prompts import sample_of
 

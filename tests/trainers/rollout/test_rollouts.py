@@ -16,7 +16,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_model
 from logratio.trainers.rollout import rollouts as rollouts_module
 from logratio.trainers.rollout.rollouts import Rollouts
-from logratio.trainers.rollout.windows import give_advantages
+from logratio.trainers.rollout.sets.windows import give_advantages
 
 from ._prompts import TEXTS, argmax_loop, prompts_of, sample_of
 

@@ -13,7 +13,7 @@ from logratio.trainers.config import DataConfig, RolloutConfig, RunConfig, Train
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.resume import Progress
-from logratio.trainers.rollout.windows import reward_kl
+from logratio.trainers.rollout.sets.windows import reward_kl
 from logratio.trainers.step import MicroBatch
 
 

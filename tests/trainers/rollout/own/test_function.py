@@ -15,7 +15,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.rollout.own.function import load_function
-from logratio.trainers.rollout.windows import roll_out
+from logratio.trainers.rollout.sets.windows import roll_out
 
 from ..._runs import LATEST, back_to, completions, weights
 from ..._runs import log as log_of

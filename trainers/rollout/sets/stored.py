@@ -12,10 +12,10 @@ from torch import Tensor
 
 from logratio.losses import Mean, Support
 
-from ..batches.packing import split_groups
-from ..data.examples import Completion, Example
-from ..policy.reference import by_completion, of_completions
-from ..step import Step, Window
+from ...batches.packing import split_groups
+from ...data.examples import Completion, Example
+from ...policy.reference import by_completion, of_completions
+from ...step import Step, Window
 
 SUPPORT = ("support_ids", "support_offsets")
 LOGPS = ("old", "ref")  # of a micro-batch, that later steps are compared with

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from logratio.losses import Mean
 
-from ..data.examples import Example
-from ..data.tokenization import Text
-from .engines.protocol import Sample
+from ...data.examples import Example
+from ...data.tokenization import Text
+from ..engines.protocol import Sample
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from accelerate.utils import gather_object
 
 from logratio.losses import Mean
 
-from ..data.examples import Prompt
-from ..errors import UserError
-from ..processes.dealing import gather_rows, shares
-from ..processes.once import raised_together
+from ...data.examples import Prompt
+from ...errors import UserError
+from ...processes.dealing import gather_rows, shares
+from ...processes.once import raised_together
+from ..engines.background import Begun
+from ..engines.protocol import Said, Sample
+from ..generation import numbered
+from ..metrics import time_metrics
 from .ahead import Schedule, check_staleness
-from .engines.background import Begun
-from .engines.protocol import Said, Sample
-from .generation import numbered
-from .metrics import time_metrics
 
 Metrics = dict[str, Mean]
 Position = Mapping[str, Any]

@@ -20,11 +20,11 @@ from torch import Tensor
 from logratio.losses import Mean
 from logratio.losses.advantages import AGGREGATIONS
 
-from ..data.examples import Prompt
-from ..processes.dealing import gather_rows, shares
-from .generation import numbered
+from ...data.examples import Prompt
+from ...processes.dealing import gather_rows, shares
+from ..generation import numbered
+from ..rollouts import Rollouts
 from .rolled import Rolled, Share, joined
-from .rollouts import Rollouts
 
 Position = Mapping[str, Any]
 

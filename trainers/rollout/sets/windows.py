@@ -12,16 +12,16 @@ from torch import Tensor
 
 from logratio.losses import KL_ESTIMATORS, Mean
 
-from ..batches.packing import split_groups
-from ..config import RolloutConfig
-from ..data.examples import Example, Prompt
-from ..errors import UserError
-from ..step import MicroBatch, Step, Window
+from ...batches.packing import split_groups
+from ...config import RolloutConfig
+from ...data.examples import Example, Prompt
+from ...errors import UserError
+from ...step import MicroBatch, Step, Window
+from ..engines.protocol import Said
+from ..rollouts import Rollouts
 from .dynamic import Position, sample_differing
-from .engines.protocol import Said
 from .flights import Coming
 from .rolled import Share
-from .rollouts import Rollouts
 
 Batches = Iterator[tuple[Sequence[Prompt], Position]]
 

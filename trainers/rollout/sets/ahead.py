@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ..errors import UserError
-from .engines.protocol import Said
+from ...errors import UserError
+from ..engines.protocol import Said
 
 T = TypeVar("T")
 H = TypeVar("H")
