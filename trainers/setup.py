@@ -133,7 +133,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         shared |= {"output_dir": config.train.output_dir, "rollout_func": rollout_func}
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
-        if config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
+        only_right = set(config.rollout.reward_funcs) <= {"exact_answer", "accuracy_reward"}
+        if only_right and config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
             notes.append(UNTRAINED)
         if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
             notes.append(UNCORRECTED)

@@ -207,6 +207,11 @@ def test_evaluation_needs_something_to_evaluate_on():
         RunConfig(**parts)
     for data in (DataConfig(eval_size=1), DataConfig(dataset_test_split="test")):
         assert RunConfig(**parts, data=data).train.eval_steps == 5
+    rollouts = {"method": "grpo", "loss": LOSSES["grpo"](), "rollout": RolloutConfig(num_generations_eval=4)}
+    message = "--num_generations_eval 4 is of evaluations, and there is nothing to evaluate on: add --eval_size or "
+    with pytest.raises(UserError, match=f"^{message}--dataset_test_split$"):
+        RunConfig(**rollouts)
+    assert RunConfig(**rollouts, data=DataConfig(eval_size=1)).rollout.num_generations_eval == 4
 
 
 def test_adapters_of_either_kind_allow_4_bit():

@@ -48,6 +48,11 @@ class DataConfig:
     dataset_num_proc: Count = 1
     """Processes that tokenize; the result is kept, and found again by the same rows, tokenizer and options."""
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return bool(self.eval_size or self.dataset_test_split)
+
     def __post_init__(self) -> None:
         check_numbers(self)
         check_whole(self, "eval_size")

@@ -23,7 +23,7 @@ from .completions import FOLDER, CompletionParts
 from .journal import Journal
 from .notes import NOTES, Kind, Notes
 from .samples import best_and_worst
-from .screen import WIDE, Screen, figures_of
+from .screen import WIDE, Screen, evaluation_of, figures_of
 from .streams import Lasting
 from .trackers import TENSORBOARD, Trackers
 
@@ -172,6 +172,8 @@ class RunLog:
         if step in (self.first + 1, total) or step % max(1, total // 20) == 0:
             figures = "  ".join(f"{name} {row[name]:.4g}" for name in (*figures_of(row), "tokens_per_s") if name in row)
             self.say(f"step {step}/{total}  {figures}  {self.screen.left or 0:.0f} s left")
+        if evaluated := evaluation_of(row):
+            self.say(f"step {step}/{total} evaluated  {evaluated}")
 
     def sample(self, make: Callable[[], list[tuple[str, str]]]) -> None:
         """Show another sample of what is trained on, where there is a place for one and the last was read. make: calls

@@ -47,6 +47,18 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def evaluation_of(row: Mapping[str, Any]) -> str:
+    """The same figures of the evaluation whose metrics are in the row, and the mean of each reward with its interval;
+    "" where it has none."""
+    own = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    told = [f"{name} {own[name]:.4g}" for name in figures_of(own)]
+    for name in own:
+        if "/mean@" in name and not name.endswith(("_low", "_high")):
+            between = f" ({own[f'{name}_low']:.4g} to {own[f'{name}_high']:.4g})" if f"{name}_low" in own else ""
+            told.append(f"{name} {own[name]:.4g}{between}")
+    return "  ".join(told)
+
+
 def known(row: Mapping[str, Any], name: str) -> bool:
     return name in row and not math.isnan(row[name])
 

@@ -28,7 +28,7 @@ def foreign(what: str) -> Iterator[None]:
     except Exception as error:  # of tokenizers, safetensors, huggingface_hub, json, peft: any type at all
         known = isinstance(error, OSError | ValueError | ImportError)
         kind = "" if known and str(error).strip() else f"{type(error).__name__}: "
-        raise UserError(f"{what}: {kind}{first_line(error)}") from error
+        raise UserError(f"{what}: {kind}{first_line(error).rstrip(': ')}") from error  # which began a list
 
 
 def check_folder(name: str, option: str = "--model_name_or_path") -> None:

@@ -155,7 +155,8 @@ def reward_model(given: Any, device: torch.device, dtype: str) -> RewardModel:
             raise UserError(
                 "a reward model came from no files, so none says which tokenizer it has: reward_processing_classes="
             )
-        with foreign(f"no tokenizer could be loaded from the reward model {name!r}"), asking_once(name):
+        missing = f"no tokenizer could be loaded from the reward model {name!r}, whose files should have one"
+        with foreign(missing), asking_once(name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     return RewardModel(model.to(device), tokenizer, name)
 

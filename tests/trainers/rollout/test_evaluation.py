@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from logratio.trainers import cli
+from logratio.trainers import cli, setup
 from logratio.trainers.rollout.evaluation import Z, figures, pass_at
 
 NAN = math.nan
@@ -65,7 +65,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         assert 0.92 < held / 2000 < 0.975, (power, held)
 
 
-def test_a_run_evaluates_with_completions_of_their_own_number(tmp_path, monkeypatch):
+def test_a_run_evaluates_with_completions_of_their_own_number(tmp_path, monkeypatch, capsys):
     (tmp_path / "right.py").write_text(
         "def even(completion_ids, **_):\n    return [float(len(ids) % 2 == 0) for ids in completion_ids]\n"
     )
@@ -78,6 +78,10 @@ def test_a_run_evaluates_with_completions_of_their_own_number(tmp_path, monkeypa
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     found = {name.partition("even/")[2]: value for name, value in row.items() if name.startswith("eval_rewards/even/")}
     assert found.keys() == {"mean", "std", "mean@5", "mean@5_low", "mean@5_high", "pass@1", "pass@2", "pass@4"}
+    told = f"rewards/even/mean@5 {found['mean@5']:.4g} ({found['mean@5_low']:.4g} to {found['mean@5_high']:.4g})"
+    said = capsys.readouterr().out
+    assert f"step 1/1 evaluated  reward {found['mean']:.4g}" in said and told in said
+    assert setup.UNTRAINED not in said, "these rewards differ"
     assert found["mean"] == pytest.approx(found["mean@5"]) and found["mean@5"] * 25 == pytest.approx(
         round(found["mean@5"] * 25)
     )

@@ -188,7 +188,7 @@ def test_what_is_no_reward_model_is_one_sentence(tmp_path, monkeypatch):
         "./file": "--reward_funcs ./file is a file; give the folder that it lies in",
         "./nowhere": f"--reward_funcs ./nowhere does not exist (looked in {tmp_path})",
         "nobody/nothing": "no reward model could be loaded from 'nobody/nothing', which is no folder here (looked in ",
-        "alone": "no tokenizer could be loaded from the reward model 'alone': ",
+        "alone": "no tokenizer could be loaded from the reward model 'alone', whose files should have one: ",
         "nothing": "the reward 'nothing' is unknown, expected one of exact_answer, accuracy_reward, answer_format, "
         "overlong, module:function, or a reward model: its folder, or its name on the Hub (OWNER/NAME)",
         "some_models:linear": "the reward Linear is no classifier of transformers: write a function of completions "

@@ -83,8 +83,7 @@ def test_a_run_tells_and_logs_it(tmp_path, monkeypatch, capsys):
     words += " --reward_funcs watched_rewards:flat watched_rewards:picky"
     assert cli.main(words.split()) == 0
     said = capsys.readouterr().out
-    assert setup.UNTRAINED.endswith("as --model_name_or_path, one with adapters as --adapter_name_or_path")
-    assert setup.UNTRAINED in said and said.count(ALIKE) == 1 and "up to step 3 the rewards" in said
+    assert said.count(ALIKE) == 1 and "up to step 3 the rewards" in said
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["picky/calls"] for row in rows] == [4.0] * 4 and rows[0]["eval_picky/calls"] == 2.0
     assert rows[0]["rewards/flat/std"] == 0.0 and rows[0]["rewards/flat/mean"] == 0.25
@@ -138,3 +137,11 @@ def test_completions_that_do_not_end_are_said_once():
         "step 3: 95 % of the completions reached --max_completion_length 64 without an end: allow longer ones, or "
         "start from a model that ends its answers"
     ]
+
+
+def test_where_only_right_answers_count_it_is_said_that_the_embedded_model_has_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "train grpo --num_generations 2 --max_completion_length 2 --max_steps 1 --batch_size 1 --output_dir out"
+    assert cli.main(words.split()) == 0
+    assert setup.UNTRAINED.endswith("as --model_name_or_path, one with adapters as --adapter_name_or_path")
+    assert setup.UNTRAINED in capsys.readouterr().out
