@@ -53,6 +53,7 @@ def test_it_is_short_and_asks_the_trainer_alone():
     }
 
 
+@pytest.mark.slow
 def test_a_model_that_calls_reads_the_answer_and_learns(calculator):
     """By the lessons of one question it calls; then three steps in the process, and the same from a server."""
     (lesson,) = calculator.lessons(1)

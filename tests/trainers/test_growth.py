@@ -14,7 +14,7 @@ from logratio.trainers import loop, setup
 from logratio.trainers.options import parse_train
 
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
-KEEPING = ("kto", "grpo")  # of these most is kept from step to step: the default form
+KEEPING = ("grpo",)  # of which most is kept from step to step: the default form
 MARKED = [pytest.param(m, marks=() if m in KEEPING else pytest.mark.slow) for m in METHODS]
 EVERY = 12
 

@@ -26,7 +26,9 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import StoredReference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.rollout.rollouts import Rolled
+from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.sets.flights import Flights
+from logratio.trainers.rollout.sets.rolled import Rolled
 from logratio.trainers.step import Step
 
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
@@ -123,10 +125,16 @@ class GivenRollouts:
     config = RolloutConfig(num_generations=2)
     timed: ClassVar[dict[str, Any]] = {}
 
+    def __init__(self) -> None:
+        self.state, self.flights = TrainerState(), Flights(self.begin, 0)
+
+    def begin(self, prompts: Any, first: int) -> Any:
+        raise AssertionError("nothing is sampled ahead")
+
     def close(self) -> None:
         pass
 
-    def __call__(self, prompts: Any) -> Rolled:
+    def __call__(self, prompts: Any, said: None) -> Rolled:
         return Rolled(list(prompts), torch.zeros(len(prompts), 2, 1))
 
     def metrics(self, rolled: Rolled, accelerator: Any) -> dict[str, Any]:
@@ -136,10 +144,14 @@ class GivenRollouts:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
 
     def after(self, step: int) -> list[str]:
+        self.state.global_step = step
         return []
 
     def taken(self) -> list[Any]:
         return []
+
+    def learned(self, *given: Any) -> None:
+        pass
 
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:

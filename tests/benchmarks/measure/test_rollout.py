@@ -85,6 +85,7 @@ def test_our_step_is_that_of_training():
     assert any(changed) and not any(c and not t for c, t in zip(changed, trained, strict=True))
 
 
+@pytest.mark.slow
 def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
     """Of each contestant's 32, on average; and what is sampled in training is not touched."""
     case = dataclasses.replace(CASE, prompts=4, group=8, tokens=24, ends=True)

@@ -347,6 +347,7 @@ with stopping() as stop:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_reward_that_hangs_keeps_neither_the_process_nor_a_signal():
     command = [sys.executable, "-c", PROGRAM]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
