@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import tyro
@@ -37,6 +37,7 @@ from .data.rows import Rows
 from .errors import UserError
 from .logs.runlog import reset_peak_mem
 from .loop import train_run
+from .policy.policy import Policy
 from .policy.tiny import TINY
 from .rollout.generation import completion_seed, generate
 from .rollout.rewards import exact_answer
@@ -133,11 +134,18 @@ def clustered(right: Sequence[float], clusters: Sequence[Hashable]) -> Score:
     return Score(mean, math.sqrt(variance) / len(right))
 
 
-def answers(run: Run, prompts: Sequence[Prompt], *, sampled: bool) -> list[str]:
-    """One answer of the model to each, as text; sampled or greedy."""
-    seeds = [completion_seed("train", run.config.train.seed, 0, p.row, 0) for p in prompts] if sampled else None
-    said = generate(run.policy, run.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seeds=seeds)
-    return run.tokenizer.batch_decode([s.ids for s in said], skip_special_tokens=True)
+class Speaker(Protocol):
+    """A run, or whatever else has a model and its tokenizer."""
+
+    policy: Policy
+    tokenizer: Any
+
+
+def answers(speaker: Speaker, prompts: Sequence[Prompt], *, seed: int | None = None) -> list[str]:
+    """One answer of the model to each, as text. seed: of sampled ones; None: greedy ones."""
+    seeds = None if seed is None else [completion_seed("train", seed, 0, p.row, 0) for p in prompts]
+    said = generate(speaker.policy, speaker.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seeds=seeds)
+    return speaker.tokenizer.batch_decode([s.ids for s in said], skip_special_tokens=True)
 
 
 def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -145,14 +153,14 @@ def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     return [float(x or 0) for x in exact_answer(list(texts), [p.columns["answer"] for p in prompts])]
 
 
-def score(run: Run, prompts: Sequence[Prompt]) -> Score:
+def score(speaker: Speaker, prompts: Sequence[Prompt]) -> Score:
     """Accuracy of the model's greedy answers."""
-    return clustered(grade(prompts, answers(run, prompts, sampled=False)), [addends(str(p.prompt)) for p in prompts])
+    return clustered(grade(prompts, answers(speaker, prompts)), [addends(str(p.prompt)) for p in prompts])
 
 
-def prepared(rows: Rows, run: Run) -> list[Prompt]:
+def prepared(rows: Rows, speaker: Speaker) -> list[Prompt]:
     """Questions as token ids."""
-    return list(prepare_prompts(rows, run.tokenizer)[0])
+    return list(prepare_prompts(rows, speaker.tokenizer)[0])
 
 
 def split_validation(rows: Sequence[dict[str, Any]]) -> tuple[Rows, Rows]:
@@ -237,7 +245,7 @@ def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
     results = [result]
 
     prompts = prepared(training, run)
-    files = preferences(prompts, answers(run, prompts, sampled=True))
+    files = preferences(prompts, answers(run, prompts, seed=run.config.train.seed))
     write(folder, files)
     say(f"of its sampled answers to {len(prompts)} training questions {len(files['pairs'])} are wrong and make pairs")
     for method in METHODS:

@@ -1,10 +1,10 @@
 """The suite `learning`: how much GRPO learns of the embedded task, and how soon, beside TRL's trainer.
 
-Both begin with the same model, which SFT has taught until about half of its answers were right. In each of the same
-steps both take the same number of completions of as many questions, under the same optimizer, rate and seed; which
-questions come when, and what is sampled, is their own. Every `CHECK_EVERY` steps greedy answers to validation questions
-are graded, and training ends where `ENOUGH` of them are right; the time of the grading is not counted. What is reported
-is the share of right answers to test questions that nothing was trained or chosen on.
+Both begin with the same model, which SFT teaches until, looked at every `CHECK_EVERY` steps, `TARGET` of its answers
+are right. In each of the same steps both take the same number of completions of as many questions, under the same
+optimizer, rate and seed; which questions come when, and what is sampled, is their own. Every `CHECK_EVERY` steps greedy
+answers to validation questions are graded, whose time is not counted. What is reported is the share of right answers,
+at the end, to test questions that nothing was trained or chosen on.
 
 Times are the process's own CPU time on one thread: tensors this small gain nothing from a second one, and what else the
 machine does is not in it.
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from logratio.losses import GRPOLoss, Kind
 from logratio.trainers.config import RolloutConfig, RunConfig
 from logratio.trainers.data.arithmetic import arithmetic_rows
-from logratio.trainers.data.examples import Prompt, prepare_prompts
+from logratio.trainers.data.examples import Prompt
 from logratio.trainers.data.rows import Rows
 from logratio.trainers.data.tokenization import Text
 from logratio.trainers.demo import (
@@ -35,17 +35,16 @@ from logratio.trainers.demo import (
     TARGET,
     Method,
     Score,
-    addends,
-    clustered,
+    Speaker,
     configuration,
-    grade,
+    prepared,
+    score,
     split_validation,
     write,
 )
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.tiny import TINY
-from logratio.trainers.rollout.generation import generate
 from logratio.trainers.rollout.rewards import exact_answer
 from logratio.trainers.setup import Run, build
 
@@ -70,7 +69,7 @@ class LearningCase:
     steps: int = 800
     learning_rate: float = 3e-4
     start: float = TARGET
-    """What SFT ends at."""
+    """Of the validation questions, which SFT ends at."""
 
     @property
     def case(self) -> str:
@@ -94,13 +93,12 @@ class Curve:
     seconds: float = 0.0
     since: float = field(default_factory=lambda: time.process_time())
 
-    def after(self, step: int, accuracy: Callable[[], Score]) -> bool:
-        """The step is done, and none is the last before its time."""
+    def after(self, step: int, accuracy: Callable[[], Score]) -> None:
+        """The step is done."""
         self.seconds += time.process_time() - self.since
         if step % CHECK_EVERY == 0:
             self.points.append((step, self.seconds, accuracy().accuracy))
         self.since = time.process_time()
-        return False
 
     def figures(self, score: Score) -> Figures:
         reached = next(((s, t) for s, t, accuracy in self.points if accuracy >= GOAL), (None, None))
@@ -125,19 +123,27 @@ def run(case: LearningCase, *, only: Sequence[str] = CONTESTANTS) -> dict[str, F
     return rows
 
 
+@dataclass
+class Learner:
+    """TRL's model, as a `Speaker`."""
+
+    policy: Policy
+    tokenizer: Any
+
+
 def begun(case: LearningCase, folder: Path) -> Score:
     """Leave the questions and the start, in folders of their own, and return what the start knows."""
     _, training = questions()
     sft = [{"prompt": row["prompt"], "completion": row["answer"]} for row in training.rows]
     write(folder, {"prompts": training.rows, "sft": sft})
-    run = build(seeded(configuration(START, TINY, folder), case.seed))
-    validation, test = known(run.tokenizer)
+    run = build(with_options(configuration(START, TINY, folder), seed=case.seed))
+    validation, test = known(run)
 
     def skilled(run: Run, step: int) -> bool:
-        return step % CHECK_EVERY == 0 and graded(run.policy, run.tokenizer, validation).accuracy >= case.start
+        return step % CHECK_EVERY == 0 and score(run, validation).accuracy >= case.start
 
     train_run(run, until=skilled, quiet=True)
-    return graded(run.policy, run.tokenizer, test)
+    return score(run, test)
 
 
 def ours(case: LearningCase, folder: Path) -> Figures:
@@ -151,14 +157,12 @@ def ours(case: LearningCase, folder: Path) -> Figures:
         batch_size=case.prompts,
         rollout=RolloutConfig(num_generations=case.group, log_completions=False),
     )
-    config = seeded(configuration(method, str(folder / START.folder), folder), case.seed)
-    run = build(dataclasses.replace(config, train=dataclasses.replace(config.train, lr_scheduler_type="linear")))
-    validation, test = known(run.tokenizer)
+    config = configuration(method, str(folder / START.folder), folder)
+    run = build(with_options(config, seed=case.seed, lr_scheduler_type="linear"))
+    validation, test = known(run)
     curve = Curve()
-    train_run(
-        run, until=lambda _, step: curve.after(step, lambda: graded(run.policy, run.tokenizer, validation)), quiet=True
-    )
-    return curve.figures(graded(run.policy, run.tokenizer, test))
+    train_run(run, told=lambda row, _: curve.after(int(row["step"]), lambda: score(run, validation)), quiet=True)
+    return curve.figures(score(run, test))
 
 
 def trls(case: LearningCase, folder: Path) -> Figures:
@@ -167,16 +171,9 @@ def trls(case: LearningCase, folder: Path) -> Figures:
     from trl import GRPOConfig, GRPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(folder / START.folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder / START.folder)
-    validation, test = known(tokenizer)
+    learner = Learner(Policy(model), AutoTokenizer.from_pretrained(folder / START.folder))
+    validation, test = known(learner)
     curve = Curve()
-
-    def accuracy() -> Score:
-        training, policy = model.training, Policy(model.eval())
-        score = graded(policy, tokenizer, validation)
-        model.train(training)
-        return score
-
     args = GRPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=case.prompts * case.group,
@@ -200,11 +197,11 @@ def trls(case: LearningCase, folder: Path) -> Figures:
         args=args,
         reward_funcs=[right],
         train_dataset=Dataset.from_list(list(questions()[1].rows)),
-        processing_class=tokenizer,
-        callbacks=[Watching(lambda step: curve.after(step, accuracy))],
+        processing_class=learner.tokenizer,
+        callbacks=[Watching(lambda step: curve.after(step, lambda: score(learner, validation)))],
     )
     trainer.train()
-    return curve.figures(graded(Policy(model.eval()), tokenizer, test))
+    return curve.figures(score(learner, test))
 
 
 LEARNS: dict[str, Callable[[LearningCase, Path], Figures]] = {"logratio": ours, "trl": trls}
@@ -230,19 +227,12 @@ def questions() -> tuple[Rows, Rows]:
     return split_validation(arithmetic_rows(Kind.GROUPED))
 
 
-def known(tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+def known(speaker: Speaker) -> tuple[list[Prompt], list[Prompt]]:
     """(validation, test) questions as token ids."""
-    rows = questions()[0], Rows("test questions", arithmetic_rows(Kind.GROUPED, "test"))
-    validation, test = (list(prepare_prompts(some, tokenizer)[0]) for some in rows)
-    return validation, test
+    test = Rows("test questions", arithmetic_rows(Kind.GROUPED, "test"))
+    return prepared(questions()[0], speaker), prepared(test, speaker)
 
 
-def graded(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> Score:
-    """Of greedy answers, all graded by the same engine."""
-    said = generate(policy, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seeds=None)
-    texts = tokenizer.batch_decode([s.ids for s in said], skip_special_tokens=True)
-    return clustered(grade(prompts, texts), [addends(str(p.prompt)) for p in prompts])
-
-
-def seeded(config: RunConfig, seed: int) -> RunConfig:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+def with_options(config: RunConfig, **options: Any) -> RunConfig:
+    """With these options of training."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **options))
