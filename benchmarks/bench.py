@@ -30,14 +30,15 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import head, learning, rollout, step
+from .measure import head, learning, rollout
 from .measure.clock import free_memory
-from .measure.contestants import LEARNING_RATE
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.learning import LearningCase
 from .measure.rollout import RolloutCase
-from .measure.step_cases import FIRST, StepCase
+from .measure.steps import step
+from .measure.steps.contestants import LEARNING_RATE
+from .measure.steps.step_cases import FIRST, StepCase
 from .own import command
 from .progress import Progress
 from .reporting.records import Records, certificate, device_name

@@ -25,10 +25,10 @@ from logratio.losses import Kind
 from logratio.trainers.errors import UserError
 
 from .bench import chosen_device
-from .measure import step
 from .measure.clock import time_ms
 from .measure.profiled import figures, profiled_once
-from .measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
+from .measure.steps import step
+from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
 from .reporting.records import certificate
 
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from .measure import data, head, host, learning, rollout, step
+from .measure import data, head, learning, rollout
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.learning import LearningCase
 from .measure.rollout import RolloutCase
-from .measure.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .measure.steps import host, step
+from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
 
 HEADS = {
     "Qwen2.5-0.5B": (896, 151936, 8192),

@@ -48,7 +48,7 @@ from logratio.trainers.policy.tiny import TINY
 from logratio.trainers.rollout.rewards import exact_answer
 from logratio.trainers.setup import Run, build
 
-from .step import Figures, attempt
+from .steps.step import Figures, attempt
 
 CONTESTANTS = ("logratio", "trl")
 GOAL = 0.95

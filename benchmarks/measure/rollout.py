@@ -44,9 +44,9 @@ from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
 from .clock import interleaved
-from .contestants import LEARNING_RATE, apply_update
 from .models import build
-from .step import Figures, attempt
+from .steps.contestants import LEARNING_RATE, apply_update
+from .steps.step import Figures, attempt
 
 CONTESTANTS = ("logratio", "trl", "transformers")
 LENGTHS = (125, 92, 93, 83)

@@ -16,11 +16,11 @@ from logratio.trainers.data.examples import Example
 from logratio.trainers.loop import count_tokens
 
 from ..measure.clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, wait
-from ..measure.contestants import Contestant, kept_mib
-from ..measure.ledger import difference, gradient
 from ..measure.profiled import host_share
 from ..measure.saved import saved_mib
-from ..measure.step import MAX_GRAD_REL_ERR, TRIAL, Figures, attempt, rates, step_of
+from ..measure.steps.contestants import Contestant, kept_mib
+from ..measure.steps.ledger import difference, gradient
+from ..measure.steps.step import MAX_GRAD_REL_ERR, TRIAL, Figures, attempt, rates, step_of
 from .budgets import Found, search
 from .ours import Ours, Turns, settle
 from .spent import Reckoned, measured_parts, reckoned

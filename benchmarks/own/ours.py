@@ -14,7 +14,7 @@ from logratio.trainers.loop import Ahead, take, update
 from logratio.trainers.resume import Progress
 from logratio.trainers.step import Window
 
-from ..measure.contestants import policy_logps, timed_parts
+from ..measure.steps.contestants import policy_logps, timed_parts
 from .subject import Subject
 
 

@@ -18,8 +18,8 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER
 
 from ..measure.clock import peak_mem
-from ..measure.contestants import stored_in, stored_in_optimizer, stored_mib
 from ..measure.saved import saved_mib
+from ..measure.steps.contestants import stored_in, stored_in_optimizer, stored_mib
 from ..memory.activations import Batch, activations
 from ..memory.geometry import Geometry
 from ..memory.gpus import GPUS, known_as

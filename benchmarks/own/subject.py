@@ -35,7 +35,7 @@ from logratio.trainers.setup import Run, batches, build
 from logratio.trainers.step import MicroBatch, Window
 
 from ..measure.clock import wait
-from ..measure.contestants import OldLogps
+from ..measure.steps.contestants import OldLogps
 
 ENDLESS = 2**62
 """Steps of a run that is never at its end, where the loop would not pack ahead."""

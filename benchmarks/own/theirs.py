@@ -17,9 +17,9 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
 
-from ..measure.step import Refused
-from ..measure.step_cases import StepCase
-from ..measure.trl_contestant import Trl
+from ..measure.steps.step import Refused
+from ..measure.steps.step_cases import StepCase
+from ..measure.steps.trl_contestant import Trl
 from ..peers.cases import CASES
 from .subject import Subject
 

@@ -11,9 +11,17 @@ import torch
 
 from logratio.benchmarks import bench
 from logratio.benchmarks.measure import clock as measure
-from logratio.benchmarks.measure import head, step
-from logratio.benchmarks.measure.step_cases import METHODS, StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
-from logratio.benchmarks.measure.workloads import WORKLOADS, Lengths, count_padded, examples
+from logratio.benchmarks.measure import head
+from logratio.benchmarks.measure.steps import step
+from logratio.benchmarks.measure.steps.step_cases import (
+    METHODS,
+    StepCase,
+    cpu_cases,
+    gpu_cases,
+    quick_cases,
+    scale_cases,
+)
+from logratio.benchmarks.measure.steps.workloads import WORKLOADS, Lengths, count_padded, examples
 from logratio.benchmarks.reporting.records import read
 from logratio.losses import LOSSES
 from logratio.trainers.data.examples import Completion, Example

@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 
-from logratio.benchmarks.measure.contestants import Ours
-from logratio.benchmarks.measure.step import build_of, step_of
-from logratio.benchmarks.measure.step_cases import StepCase
-from logratio.benchmarks.measure.workloads import Lengths
+from logratio.benchmarks.measure.steps.contestants import Ours
+from logratio.benchmarks.measure.steps.step import build_of, step_of
+from logratio.benchmarks.measure.steps.step_cases import StepCase
+from logratio.benchmarks.measure.steps.workloads import Lengths
 from logratio.trainers import cli
 from logratio.trainers.loop import Ahead
 from logratio.trainers.step import Step

@@ -5,8 +5,9 @@ import statistics
 import pytest
 import torch
 
-from logratio.benchmarks.measure import step, trl_contestant
-from logratio.benchmarks.measure.contestants import (
+from logratio.benchmarks.measure.models import build
+from logratio.benchmarks.measure.steps import step, trl_contestant
+from logratio.benchmarks.measure.steps.contestants import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     Ours,
@@ -15,10 +16,9 @@ from logratio.benchmarks.measure.contestants import (
     policy_logps,
     share_frozen,
 )
-from logratio.benchmarks.measure.ledger import cosine, difference, gradient, plain, share_changed
-from logratio.benchmarks.measure.models import build
-from logratio.benchmarks.measure.step_cases import METHODS, StepCase
-from logratio.benchmarks.measure.workloads import Lengths
+from logratio.benchmarks.measure.steps.ledger import cosine, difference, gradient, plain, share_changed
+from logratio.benchmarks.measure.steps.step_cases import METHODS, StepCase
+from logratio.benchmarks.measure.steps.workloads import Lengths
 from logratio.losses import DPOLoss
 from logratio.reference._trl_batches import unpadded
 from logratio.trainers.policy.policy import Policy

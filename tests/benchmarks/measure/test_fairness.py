@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import contestants, ledger, step, trl_contestant
-from logratio.benchmarks.measure.contestants import share_frozen, trainable_copy
 from logratio.benchmarks.measure.models import build
-from logratio.benchmarks.measure.step_cases import METHODS, StepCase
-from logratio.benchmarks.measure.workloads import Lengths
+from logratio.benchmarks.measure.steps import contestants, ledger, step, trl_contestant
+from logratio.benchmarks.measure.steps.contestants import share_frozen, trainable_copy
+from logratio.benchmarks.measure.steps.step_cases import METHODS, StepCase
+from logratio.benchmarks.measure.steps.workloads import Lengths
 from logratio.losses import DPOLoss
 
 CPU = torch.device("cpu")

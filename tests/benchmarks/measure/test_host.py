@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import host
 from logratio.benchmarks.measure.clock import cpu_ms, interleaved
-from logratio.benchmarks.measure.step_cases import METHODS
+from logratio.benchmarks.measure.steps import host
+from logratio.benchmarks.measure.steps.step_cases import METHODS
 from logratio.trainers.data.examples import Completion, Example
 
 CPU = torch.device("cpu")

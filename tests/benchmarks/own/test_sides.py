@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from logratio.benchmarks.measure import profiled
-from logratio.benchmarks.measure.step import Refused
+from logratio.benchmarks.measure.steps.step import Refused
 from logratio.benchmarks.memory.activations import Batch
 from logratio.benchmarks.own import budgets, spent
 from logratio.benchmarks.own.budgets import Budget, Found, close_in, ladder

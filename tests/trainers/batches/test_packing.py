@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logratio.benchmarks.measure import workloads
+from logratio.benchmarks.measure.steps import workloads
 from logratio.losses import DPOLoss
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.batches.blocks import Blocks

@@ -9,8 +9,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from logratio.benchmarks.measure.ledger import plain
 from logratio.benchmarks.measure.models import build
+from logratio.benchmarks.measure.steps.ledger import plain
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from logratio.benchmarks.measure.ledger import plain
+from logratio.benchmarks.measure.steps.ledger import plain
 from logratio.benchmarks.peers.truths import exact
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.errors import UserError

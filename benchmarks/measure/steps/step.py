@@ -19,15 +19,15 @@ from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import inference, per_example, tokens_key
 
-from ..memory.activations import Batch
-from ..memory.gpus import known_as
-from ..memory.peak import Setup, predicted_peak_mem_mib
-from ..reporting.records import device_name
-from .clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
+from ...memory.activations import Batch
+from ...memory.gpus import known_as
+from ...memory.peak import Setup, predicted_peak_mem_mib
+from ...reporting.records import device_name
+from ..clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
+from ..models import build
+from ..saved import saved_mib
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
 from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
-from .models import build
-from .saved import saved_mib
 from .step_cases import StepCase
 from .trl_contestant import Trl
 

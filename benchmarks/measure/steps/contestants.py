@@ -32,7 +32,7 @@ from logratio.trainers.policy.sharing import choose_attention, share_prompts
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step
 
-from .clock import wait
+from ..clock import wait
 from .step_cases import StepCase
 
 LEARNING_RATE = 1e-5

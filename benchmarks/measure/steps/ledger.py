@@ -20,7 +20,7 @@ from torch import Tensor
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.policy import Policy
 
-from ..peers.truths import exact
+from ...peers.truths import exact
 from .contestants import Contestant, OldLogps, Ours, policy_logps
 from .step_cases import StepCase
 

@@ -21,9 +21,9 @@ from logratio.losses import Kind
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.tiny import tiny_model
 
-from .clock import cpu_ms, interleaved, median_ratio, percentiles
+from ..clock import cpu_ms, interleaved, median_ratio, percentiles
+from ..models import with_adapters
 from .contestants import Contestant
-from .models import with_adapters
 from .step import CONTESTANTS, Figures, attempt, make, old_logps, step_of
 from .step_cases import METHODS, StepCase
 from .workloads import Lengths
