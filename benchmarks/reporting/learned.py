@@ -6,12 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from logratio.trainers.data.arithmetic import TEST_SUMS
+from logratio.trainers.rollout.evaluation import wilson
+
 from .rows import OURS, Row, quotient
 from .tables import matrix, number, times, titled
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """number of seeds -> how many standard errors of their mean hold 95 %, of Student's distribution."""
-NORMAL = 1.96
 
 
 def learning_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
@@ -19,13 +21,14 @@ def learning_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     keys = {"seed": "seed", "questions of a step": "prompts", "completions each": "group", "steps": "steps"}
 
     def right(row: Row, base: Row | None) -> str:
-        return f"{row['accuracy']:.1%} ± {row['accuracy_95']:.1%}"
+        low, high = row["between"]
+        return f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})"
 
     def cost(row: Row, base: Row | None) -> str:
         seconds = f"{number(row.get('cpu_s'))} s" if absolute else ""
         return ", ".join(filter(None, [seconds, times(quotient(row, base, "cpu_s"))]))
 
-    each = [row | {"accuracy_95": NORMAL * row["accuracy_se"]} if row["status"] == "ok" else row for row in rows]
+    each = [row | {"between": of_questions(row)} if row["status"] == "ok" else row for row in rows]
     before = "; ".join(
         f"seed {row['seed']}: {row['accuracy_before']:.1%}"
         for row in rows
@@ -34,11 +37,18 @@ def learning_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     return titled(
         rows,
         {
-            "Right answers to test questions, with 95 % of what other questions would give; of all, what other seeds "
-            f"would (before: {before})": matrix([*each, *of_all_seeds(rows)], keys, right),
+            "Right answers to test questions, and where 95 % of what other questions would give lies; of all, of what "
+            f"other seeds would (before: {before})": matrix([*each, *of_all_seeds(rows)], keys, right),
             "CPU time of training, as multiple of ours": matrix(rows, keys, cost, base="(1×)"),
         },
     )
+
+
+def of_questions(row: Row) -> tuple[float, float]:
+    """Wilson's interval, of as many independent questions as would have the measured standard error; where that is 0,
+    of one of each two that mirror each other."""
+    share, error = row["accuracy"], row["accuracy_se"]
+    return wilson(share, share * (1 - share) / error**2 if error else TEST_SUMS)
 
 
 def of_all_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -50,6 +60,7 @@ def of_all_seeds(rows: Sequence[Row]) -> list[Row]:
             continue
         accuracies = [row["accuracy"] for row in own]
         half = STUDENT[len(own)] * statistics.stdev(accuracies) / math.sqrt(len(own))
-        mean = {"accuracy": statistics.mean(accuracies), "accuracy_95": half}
+        middle = statistics.mean(accuracies)
+        mean = {"accuracy": middle, "between": (max(0.0, middle - half), min(1.0, middle + half))}
         found.append(own[0] | {"case": "all", "seed": "all"} | mean)
     return found

@@ -76,10 +76,15 @@ def score_interval(means: Tensor, completions: int) -> tuple[float, float]:
     share, n = float(means.mean()), len(means)
     variance = float(means.var()) / n
     trials = min(share * (1 - share) / variance, completions) if variance else n
+    return wilson(share, trials)
+
+
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """The 95 % interval of a share that so many independent trials gave."""
     middle = share + Z**2 / (2 * trials)
     half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
     scale = 1 + Z**2 / trials
-    return min(share, (middle - half) / scale), max(share, (middle + half) / scale)  # at 0 and 1 they round past it
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def pass_at(k: int, completions: int, right: int) -> float:

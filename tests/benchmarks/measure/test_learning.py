@@ -7,7 +7,7 @@ import pytest
 
 from logratio.benchmarks.measure import learning
 from logratio.benchmarks.measure.learning import Curve, LearningCase, run
-from logratio.benchmarks.reporting.learned import learning_tables, of_all_seeds
+from logratio.benchmarks.reporting.learned import learning_tables, of_all_seeds, of_questions
 from logratio.trainers.data.rows import Rows
 from logratio.trainers.demo import Score
 
@@ -54,12 +54,19 @@ def test_the_table_has_a_line_for_each_seed_and_one_for_all():
     rows = [row("logratio", seed, accuracy, 100.0) for seed, accuracy in enumerate(ours)]
     rows += [row("trl", seed, 0.9, 200.0) for seed in range(3)]
     right, cost = learning_tables(rows, absolute=False)
-    assert "| 0 | 32 | 8 | 600 | 95.0% ± 2.0% | 90.0% ± 2.0% |" in right
+    # by hand: 0.95 * 0.05 / 0.01^2 = 475 questions: (0.95 + 0.00404 -+ 1.96 sqrt(0.0001 + 0.0000043)) / 1.00809
+    assert "| 0 | 32 | 8 | 600 | 95.0% (92.7% to 96.6%) | 90.0% (87.9% to 91.8%) |" in right
     half = 4.303 * statistics.stdev(ours) / math.sqrt(3)
-    assert f"| all | 32 | 8 | 600 | 96.3% ± {half:.1%} | 90.0% ± 0.0% |" in right
+    mean = statistics.mean(ours)
+    assert f"| all | 32 | 8 | 600 | 96.3% ({mean - half:.1%} to 100.0%) | 90.0% (90.0% to 90.0%) |" in right
     assert "| 0 | 32 | 8 | 600 | 1.00× | 2.00× |" in cost and "100" not in cost
     assert "100 s, 1.00×" in learning_tables(rows, absolute=True)[1]
     assert of_all_seeds(rows[:1]) == []
+    perfect = row("trl", 0, 1.0, 1.0) | {"accuracy_se": 0.0}
+    low, high = of_questions(perfect)
+    assert high == 1.0 and low == pytest.approx(600 / (600 + 1.96**2), abs=1e-5), (
+        "that none was wrong says not that none is"
+    )
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4, 5])
