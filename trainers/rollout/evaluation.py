@@ -74,8 +74,8 @@ def score_interval(means: Tensor, completions: int) -> tuple[float, float]:
     effective sample size), with s the standard deviation of n >= 2 prompts' means; where these are all the same, n.
     """
     share, n = float(means.mean()), len(means)
-    variance = float(means.var()) / n
-    trials = min(share * (1 - share) / variance, completions) if variance else n
+    variance = float(means.var()) / n  # of values that are all the same it rounds to more than 0
+    trials = min(share * (1 - share) / variance, completions) if means.min() < means.max() else n
     middle = share + Z**2 / (2 * trials)
     half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
     scale = 1 + Z**2 / trials

@@ -43,6 +43,8 @@ def test_what_cannot_be_said_is_left_out():
     certain = of(*[[1.0, 1.0]] * 50)
     assert certain["mean@2_high"] == 1 and 0.9 < certain["mean@2_low"] < 0.95
     assert of(*[[0.0, 1.0]] * 50)["mean@2_low"] == pytest.approx(0.366, abs=1e-3), "alike prompts count once each"
+    third = of(*[[0.0, 0.0, 1.0]] * 50)["mean@3_low"]
+    assert third == pytest.approx((1 / 3 + Z**2 / 100 - Z * math.sqrt(2 / 450 + Z**2 / 10000)) / (1 + Z**2 / 50))
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
