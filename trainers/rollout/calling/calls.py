@@ -44,7 +44,8 @@ class Calls:
     An async one runs in an event loop, beside all others. Another one runs in the thread that asks, one after the
     other, as in TRL; with a `timeout` it runs in a thread of its own, beside all others, unless it is marked
     (`main_thread`). One that draws from random numbers that all share does so in the order of the functions: the first
-    call asks one after the other and sees which draw; from then on these wait until the others are done.
+    call asks one after the other and sees which draw; from then on, where any runs elsewhere, these wait until the
+    others are done.
 
     timeout: in seconds, of each reward. device: the GPU of the process. tell: called with what the user should know.
     """

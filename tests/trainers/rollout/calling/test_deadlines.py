@@ -66,7 +66,7 @@ def test_one_that_does_not_answer_in_time_is_one_sentence(kind, first, ended):
     assert str(caught.value) == LATE
     assert time.monotonic() - before < 20
     assert stopped == [True] * (kind in ("async", "handing_on")), "what awaits is cancelled"
-    assert called(Calls(timeout=LONG), quick=quiet, other=later) == [[3, 3, 5], [1.0] * 3], "others get a loop"
+    assert called(Calls(timeout=20), quick=quiet, other=later) == [[3, 3, 5], [1.0] * 3], "others get a loop"
 
 
 @pytest.mark.parametrize("kind", ["thread", "blocking"])
