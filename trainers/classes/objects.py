@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from ..errors import UserError
 from ..ground.given import PREFIX
+from ..ground.plugins import names_a_model
 from ..policy.own_model import OwnModel
 from ..rollout.reward_model import OwnReward
 
@@ -120,14 +123,13 @@ class Objects:
         if funcs is None:
             return
         each: Sequence[Any] = funcs if isinstance(funcs, list | tuple) else [funcs]
-        given: Sequence[Any] = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers]
-        if tokenizers is not None and len(given) != len(each):
+        none = [None] * len(each) if tokenizers is None else [tokenizers]
+        given: Sequence[Any] = tokenizers if isinstance(tokenizers, list | tuple) else none
+        if len(given) != len(each):
             raise UserError(
                 f"reward_processing_classes= has {len(given)} tokenizers for {len(each)} reward_funcs=: one each, None "
                 "for what is a function"
             )
-        if tokenizers is None:
-            given = [None] * len(each)
         self.options["reward_funcs"] = [self._reward(i, *one) for i, one in enumerate(zip(each, given, strict=True))]
 
     def add_rollout_func(self, function: Any) -> None:
@@ -139,11 +141,10 @@ class Objects:
         self.found[name], self.options["rollout_func"] = function, name
 
     def _reward(self, i: int, reward: Any, tokenizer: Any) -> str:
-        if isinstance(reward, str) and tokenizer is None:
+        if isinstance(reward, str) and (tokenizer is None or not names_a_model(reward)):
             return reward
         name = f"{REWARD}{i}:{getattr(reward, '__name__', type(reward).__name__)}"
-        is_model = isinstance(reward, str) or hasattr(reward, "get_input_embeddings")
-        self.found[name] = OwnReward(reward, tokenizer) if is_model else reward
+        self.found[name] = OwnReward(reward, tokenizer) if isinstance(reward, str | nn.Module) else reward
         return name
 
 

@@ -1,4 +1,4 @@
-"""Objects of the user's own, named on the command line as `module:name`."""
+"""What a user names on the command line: objects of their own as `module:name`, and models."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def import_object(spec: str, option: str) -> Any:
     if not hasattr(module, name):
         raise UserError(f"{option}={spec!r}: the module {module_name!r} ({module.__file__}) has no {name!r}")
     return getattr(module, name)
+
+
+def names_a_model(name: str) -> bool:
+    """Whether a name can only be that of a model: a folder, or one on the Hub."""
+    return "/" in name or Path(name).is_dir()

@@ -74,8 +74,8 @@ def score_interval(means: Tensor, completions: int) -> tuple[float, float]:
     effective sample size), with s the standard deviation of n >= 2 prompts' means; where these are all the same, n.
     """
     share, n = float(means.mean()), len(means)
-    variance = float(means.var()) / n
-    trials = min(share * (1 - share) / variance, completions) if variance else n
+    variance = float(means.var()) / n  # of values that are all the same it rounds to more than 0
+    trials = min(share * (1 - share) / variance, completions) if means.min() < means.max() else n
     return wilson(share, trials)
 
 

@@ -189,10 +189,5 @@ def load_classifier(name: str, dtype: str) -> Any:
     return model
 
 
-def looks_like_one(name: str) -> bool:
-    """Whether a name can only be that of a model: a folder, or one on the Hub."""
-    return "/" in name or Path(name).is_dir()
-
-
 def is_module(reward: Any) -> bool:
     return isinstance(reward, nn.Module | OwnReward)

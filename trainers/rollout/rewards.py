@@ -25,11 +25,11 @@ import torch
 from ..data.tokenization import Text
 from ..errors import UserError
 from ..ground.given import given
-from ..ground.plugins import import_object
+from ..ground.plugins import import_object, names_a_model
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
 from .calling import Reward, check_signature, names_of
-from .reward_model import is_module, looks_like_one, reward_model
+from .reward_model import is_module, reward_model
 
 CPU = torch.device("cpu")
 
@@ -93,10 +93,10 @@ def load_rewards(
 def load_reward(name: str, device: torch.device = CPU, dtype: str = "float32") -> Reward:
     """The reward called `name`: one of `REWARDS`, `module:function` (`import_object`), or a reward model."""
     if (own := given(name)) is not None:
-        return reward_model(own, device, dtype) if is_module(own) else checked(own, name)
+        return checked(own, name, device, dtype)
     if ":" not in name:
         if name not in REWARDS:
-            if looks_like_one(name):
+            if names_a_model(name):
                 return reward_model(name, device, dtype)
             raise UserError(
                 f"the reward {name!r} is unknown, expected one of {', '.join(REWARDS)}, module:function, or a reward "
@@ -109,11 +109,13 @@ def load_reward(name: str, device: torch.device = CPU, dtype: str = "float32") -
         reward = import_object(name, "reward")
     except SystemExit as error:
         raise UserError(f"reward={name!r}: its module wanted to end the program (SystemExit: {error})") from error
-    return reward_model(reward, device, dtype) if is_module(reward) else checked(reward, name)
+    return checked(reward, name, device, dtype)
 
 
-def checked(reward: Any, name: str) -> Reward:
+def checked(reward: Any, name: str, device: torch.device, dtype: str) -> Reward:
     """What is called, of whatever has been named. Raises UserError where that is nothing to call."""
+    if is_module(reward):
+        return reward_model(reward, device, dtype)
     if inspect.isclass(reward) and issubclass(reward, torch.nn.Module):
         raise UserError(f"reward={name!r} is a class of models: name a model, or write a function that calls it")
     if inspect.isclass(reward):

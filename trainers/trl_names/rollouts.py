@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
+from ..ground.plugins import names_a_model
 from .rules import rule
 from .verdicts import Asked, Verdict, number
 
@@ -28,7 +29,7 @@ def rewards(a: Asked) -> Verdict:
     if wanting and importlib.util.find_spec("trl") is None:
         return a.refused(f"{wanting[0]} is TRL's, which is not installed; pip install trl, or name one of your own")
     became = [reward_named(name) for name in given]
-    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS and not is_model(name)]
+    unknown = [name for name in became if ":" not in name and name not in OWN_REWARDS and not names_a_model(name)]
     if unknown:
         return a.refused(
             f"{unknown[0]} is unknown; name module:function, a reward model, or one of {', '.join(OWN_REWARDS)}"
@@ -50,14 +51,9 @@ def of_model(a: Asked) -> list[str]:
     return [str(name)] if (name := a.says("reward_model_name_or_path")) else []
 
 
-def is_model(name: str) -> bool:
-    """Whether it is a reward model's: a folder, or a name on the Hub."""
-    return "/" in name or os.path.isdir(name)
-
-
 def reward_named(name: str) -> str:
     """As our command line has it."""
-    if is_model(name):
+    if names_a_model(name):
         return name
     if name in TRL_REWARDS:
         return f"trl.rewards:{name}"

@@ -224,7 +224,7 @@ def test_rewards_are_functions(here):
 
 
 def test_rewards_are_models_too(here):
-    """With a tokenizer of the program's own, or that of their files."""
+    """With a tokenizer of the program's own, or that of their files; what is none does not read it."""
     torch.manual_seed(0)
     judge = LlamaForSequenceClassification(tiny_config(num_labels=1, num_hidden_layers=1)).train()
     judge.save_pretrained("judge")
@@ -233,7 +233,11 @@ def test_rewards_are_models_too(here):
     args = GRPOConfig("out", **PLAIN | {"batch_size": 2, "num_generations": 4, "max_completion_length": 6})
     given = {"train_dataset": rows("grpo"), "peft_config": LoraConfig(**ADAPTERS)}
     trainer = GRPOTrainer(
-        "model", ["judge", judge, "overlong"], args, reward_processing_classes=[None, tiny_tokenizer(), None], **given
+        "model",
+        ["judge", judge, "overlong"],
+        args,
+        reward_processing_classes=[None, tiny_tokenizer(), tiny_tokenizer()],
+        **given,
     )
     trainer.train()
     for row in trainer.state.log_history:

@@ -75,6 +75,13 @@ def now_and_then(prompts: list[str], completion_ids: list[list[int]], **_: Any) 
     return [r * (int(p[0]) % 2) for p, r in zip(prompts, longer(completion_ids), strict=True)]
 
 
+def hanging(completion_ids: list[list[int]], trainer_state: Any, **_: Any) -> list[float]:
+    """A reward that hangs on process 1 in the second step."""
+    if trainer_state.global_step == 1 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return longer(completion_ids)
+
+
 def share_held(model: torch.nn.Module) -> float:
     """Of its parameters, how much this process holds."""
     parts = [(p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()]
@@ -244,6 +251,11 @@ def fail(words: list[str], kind: str = "ddp") -> None:
 
     with patch.object(Step, "__call__", failing):
         sys.exit(cli.main(["train", *words[1:]]))
+
+
+def command(words: list[str], kind: str = "ddp") -> None:
+    """`logratio train` to its end; the last job of all."""
+    sys.exit(cli.main(["train", *words]))
 
 
 def main() -> None:

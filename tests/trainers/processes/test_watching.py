@@ -44,6 +44,18 @@ def test_a_process_that_hangs_ends_all_once_the_others_have_waited(tmp_path):
     assert 10 < seconds < 70
 
 
+@pytest.mark.slow
+def test_a_reward_that_hangs_on_one_process_ends_all_with_its_sentence(tmp_path):
+    make_model(tmp_path / "model")
+    more = ["--reward_funcs", "_worker:hanging", "--reward_timeout", "2"]
+    job = {"words": words_for("grpo", "lora", tmp_path, tmp_path / "out", *more), "do": "command"}
+    done = work(2, [job], tmp_path)
+    assert "logratio: step 2: the reward 'hanging' has not answered within 2 s (--reward_timeout)" in done.stderr
+    assert done.returncode != 0 and "exitcode  : 1" in done.stderr and "--ddp_timeout" not in done.stderr
+    assert "of 2 ends, because" not in done.stderr, "all know of it at the same place"
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 BROKEN = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
 
 

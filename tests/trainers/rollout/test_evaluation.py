@@ -38,11 +38,14 @@ def test_a_graded_reward_has_a_mean_and_its_standard_error_over_prompts():
 
 def test_what_cannot_be_said_is_left_out():
     assert of([NAN, NAN]) == {}
-    assert of([1.0, NAN, 0.0]) == {"mean@3": 0.5, "pass@1": 0.5, "pass@2": 1.0}, "one prompt; no three of two"
+    assert of([1.0, NAN, 0.0]) == {"mean@3": 0.5, "pass@1": 0.5, "pass@2": 1.0}, "one prompt"
+    assert of([1.0, NAN, 0.0, 0.0]).keys() == {"mean@4", "pass@1", "pass@2"}, "no four of three"
     assert of([0.5], [0.5]) == {"mean@1": 0.5, "mean@1_low": 0.5, "mean@1_high": 0.5}
     certain = of(*[[1.0, 1.0]] * 50)
     assert certain["mean@2_high"] == 1 and 0.9 < certain["mean@2_low"] < 0.95
     assert of(*[[0.0, 1.0]] * 50)["mean@2_low"] == pytest.approx(0.366, abs=1e-3), "alike prompts count once each"
+    third = of(*[[0.0, 0.0, 1.0]] * 50)["mean@3_low"]
+    assert third == pytest.approx((1 / 3 + Z**2 / 100 - Z * math.sqrt(2 / 450 + Z**2 / 10000)) / (1 + Z**2 / 50))
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():

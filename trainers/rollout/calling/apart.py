@@ -18,8 +18,6 @@ from concurrent.futures import TimeoutError as NotYet
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
 from .asked import Reward
 
 Outcome = tuple[Any, BaseException | None]
@@ -44,13 +42,9 @@ def is_async(reward: Reward) -> bool:
 
 
 class Worker:
-    """A thread of one reward's own, call after call: what it opens there (a database) may belong to a thread.
+    """A thread of one reward's own, call after call: what it opens there (a database) may belong to a thread."""
 
-    device: the GPU of the process, which a new thread does not know.
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Outcome]] | None] = SimpleQueue()
         self.thread = threading.Thread(target=self._work, name=f"reward {name}", daemon=True)
         self.thread.start()
@@ -69,8 +63,6 @@ class Worker:
             self._answer()
 
     def _answer(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         while (task := self._calls.get()) is not None:
             call, future = task
             if future.set_running_or_notify_cancel():
@@ -100,10 +92,10 @@ def _event_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
     return loop, thread
 
 
-def in_loop(awaitable: Awaitable[Any]) -> Future[Outcome]:
+def in_loop(call: Callable[[], Awaitable[Any]]) -> Future[Outcome]:
     async def one() -> Outcome:
         try:
-            return await awaitable, None
+            return await call(), None
         except BaseException as error:  # which would end the loop's thread, or be told to nobody
             return None, error
 

@@ -6,13 +6,13 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...errors import UserError
-from ...ground.randomness import random_states
+from ...ground.randomness import as_json, random_states
 from .apart import Outcome, Worker, abandon, cancel, in_loop, is_async, outcome_of
 from .asked import Asked, Reward, RewardLog, TrainerState, unwrapped
 from .said import FAILURES, failed, late, numbers
@@ -36,7 +36,6 @@ class Call:
     future: Future[Outcome] | None = None
     since: float = 0.0
     result: Any = None
-    made: list[Any] = field(default_factory=list)  # what it returned that is to be awaited
 
 
 class Calls:
@@ -45,7 +44,8 @@ class Calls:
     An async one runs in an event loop, beside all others. Another one runs in the thread that asks, one after the
     other, as in TRL; with a `timeout` it runs in a thread of its own, beside all others, unless it is marked
     (`main_thread`). One that draws from random numbers that all share does so in the order of the functions: the first
-    call asks one after the other and sees which draw; from then on these wait until the others are done.
+    call asks one after the other and sees which draw; from then on, where any runs elsewhere, these wait until the
+    others are done.
 
     timeout: in seconds, of each reward. device: the GPU of the process. tell: called with what the user should know.
     """
@@ -85,11 +85,8 @@ class Calls:
             self._all(calls, asked)
         finally:
             running = {call.future: call.name for call in calls if call.future is not None}
-            left = {future: running[future] for future in cancel(list(running))}
-            abandon({future: self.workers.pop(name) for future, name in left.items() if name in self.workers})
-            for made in (made for call in calls for made in call.made):
-                if inspect.iscoroutine(made) and inspect.getcoroutinestate(made) == inspect.CORO_CREATED:
-                    made.close()  # its turn has not come
+            left = cancel(list(running))
+            abandon({future: self.workers.pop(running[future]) for future in left if running[future] in self.workers})
         for call in calls:
             try:
                 log.add(call.log)
@@ -105,8 +102,7 @@ class Calls:
 
     def _all(self, calls: Sequence[Call], asked: Asked) -> None:
         if self.drawing is None:
-            self.drawing = set()
-            self._in_order(calls, asked, self.drawing)
+            self.drawing = self._in_order(calls, asked)
             return
         beside = [call for call in calls if call.name not in self.drawing]
         before = self._random()
@@ -115,19 +111,23 @@ class Calls:
         self._end(beside, asked)
         if at_once and self._random() != before:
             self.tell(DRAW)
-        self._in_order([call for call in calls if call.name in self.drawing], asked, set())
+        self._in_order([call for call in calls if call.name in self.drawing], asked)
 
-    def _in_order(self, calls: Sequence[Call], asked: Asked, drawing: set[str]) -> None:
-        """One after the other, but for async ones, which run side by side at the end. The names of those that drew are
-        added to `drawing`."""
+    def _in_order(self, calls: Sequence[Call], asked: Asked) -> set[str]:
+        """One after the other, but for async ones, which run side by side at the end. The names of those that drew;
+        none where all have the thread that asks, and so an order in any case."""
         waiting = [call for call in calls if is_async(call.reward)]
         each = [[call] for call in calls if call not in waiting]
+        drew: set[str] = set()
+        apart = False
         for group in [*each, waiting]:
             before = self._random()
             self._begin(group, asked)
+            apart = apart or any(call.future for call in group)
             self._end(group, asked)
             if self._random() != before:
-                drawing |= {call.name for call in group}
+                drew |= {call.name for call in group}
+        return drew if apart else set()
 
     def _begin(self, calls: Sequence[Call], asked: Asked) -> None:
         """Let those begin that run elsewhere, and ask the others."""
@@ -135,13 +135,13 @@ class Calls:
         for call in calls:
             call.since = time.monotonic()
             if is_async(call.reward):
-                self._settle(call, outcome_of(call.question), asked)
+                call.future = in_loop(self._there(call.question))
             elif self.timeout is None or getattr(call.reward, "main_thread", False):
                 here.append(call)
             else:
                 if call.name not in self.workers:
-                    self.workers[call.name] = Worker(call.name, self.device)
-                call.future = self.workers[call.name].start(call.question)
+                    self.workers[call.name] = Worker(call.name)
+                call.future = self.workers[call.name].start(self._there(call.question))
         for call in here:
             call.since = time.monotonic()
             self._settle(call, outcome_of(call.question), asked)
@@ -157,8 +157,7 @@ class Calls:
             raise error
         call.future = None
         if inspect.isawaitable(result):
-            call.made.append(result)
-            call.future = in_loop(result)
+            call.future = in_loop(self._there(lambda: result))
         else:
             call.result = result
 
@@ -173,15 +172,16 @@ class Calls:
                 if future in done:
                     self._settle(call, future.result(), asked)
 
+    def _there(self, question: Callable[[], Any]) -> Callable[[], Any]:
+        """The same, in another thread, which does not know the GPU of the process."""
+
+        def ask() -> Any:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            return question()
+
+        return ask
+
     def _random(self) -> Any:
         """All states of random numbers that the process shares, to compare."""
-        states = random_states(self.device)
-        return tuple(comparable(state) for state in states.values())
-
-
-def comparable(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.numpy().tobytes()
-    if isinstance(state, tuple):
-        return tuple(comparable(part) for part in state)
-    return state.tobytes() if hasattr(state, "tobytes") else state
+        return as_json(random_states(self.device))

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...data.tokenization import shown
 from ...errors import UserError
 from .asked import Asked, CompletionError, finite
@@ -64,7 +62,7 @@ def _line(error: BaseException) -> str:
 
 def numbers(name: str, result: Any, asked: Asked) -> list[float | None]:
     """One for each completion; tensors and arrays are taken as lists are. UserError for anything else."""
-    if isinstance(result, torch.Tensor) or hasattr(result, "tolist"):
+    if hasattr(result, "tolist"):
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
         raise UserError(

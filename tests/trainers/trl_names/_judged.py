@@ -1,0 +1,14 @@
+"""What the judgements make of a file."""
+
+from logratio.trainers.trl_names import consider, judge
+
+
+def options(method="dpo", **given):
+    """What a file becomes; None where the first of its options is refused."""
+    return judge(method, given).options
+
+
+def verdict(key, method="dpo", **given):
+    """On one option of a file."""
+    (found,) = [v for v in consider(method, given).verdicts if v.key == key]
+    return found
