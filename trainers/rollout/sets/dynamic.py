@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +21,10 @@ from logratio.losses.advantages import AGGREGATIONS, differ
 
 from ...data.examples import Prompt
 from ...processes.dealing import gather_rows, shares
+from ...step import Position
 from ..generation import numbered
 from ..rollouts import Rollouts
 from .rolled import Rolled, Share, joined
-
-Position = Mapping[str, Any]
 
 
 def sample_differing(

@@ -152,7 +152,9 @@ def test_what_the_function_says_of_prompts_and_greedy_answers_counts(functions):
     window, row, _ = gradient(run)
     assert [e.prompt_ids for e in window.examples] == [[88, *prompt.prompt_ids] for prompt in run.data.train[:2]]
     assert row["sampling/logp_diff_max"] < 1e-4
-    assert [e.advantages for e in window.examples] == [(0, 1, 2), (2, 3, 4)], "0 to 5, beside 0 and 1 of the greedy ones"
+    assert [e.advantages for e in window.examples] == [(0, 1, 2), (2, 3, 4)], (
+        "0 to 5, beside 0 and 1 of the greedy ones"
+    )
 
 
 def test_in_the_process_and_from_a_server_the_same_is_learned(functions, tokenizer):
