@@ -32,9 +32,9 @@ def run_of(tmp_path, monkeypatch):
     return build
 
 
-def taken(run, steps):
+def taken(run, steps, progress=None):
     """The windows of so many steps, as the loop asks for them, each with how many sets had been sampled."""
-    progress, found, sets = Progress(), [], []
+    progress, found, sets = progress or Progress(), [], []
     sample = run.rollouts.sample
     run.rollouts.sample = lambda *given: sets.append(1) or sample(*given)
     windows = loop.steps(run, progress)
@@ -80,12 +80,17 @@ def test_out_of_memory_after_a_resume_inside_a_set_keeps_what_its_steps_are_comp
 
 
 def test_a_resume_inside_a_set_has_its_windows_in_their_order(run_of):
-    """1, 2, 1, 2: of which the second, third and fourth are left, two of them the same."""
-    words = "--max_steps", "4", "--steps_per_generation", "2", "--num_iterations", "2", "--save_steps", "1"
+    """1, 2, 1, 2: of which the second, third and fourth are left, two of them the same; then one step alone."""
+    words = "--max_steps", "5", "--steps_per_generation", "2", "--num_iterations", "2", "--save_steps", "1"
     loop.train_run(run_of(*words), until=lambda run, step: True, quiet=True)
-    windows = restore(run_of(*words, "--resume_from_checkpoint", "out/checkpoint-1")).windows
-    assert [rows_of(window) for window in windows] == [[2, 3], [0, 1], [2, 3]]
-    assert windows[0] is windows[2] and [window.taken for window in windows] == [1, 1, 1]
+    run = run_of(*words, "--resume_from_checkpoint", "out/checkpoint-1")
+    progress = restore(run)
+    first, _, third = progress.windows
+    assert first is third and [window.taken for window in progress.windows] == [1, 1, 1]
+    found = taken(run, 4, progress)
+    assert [rows_of(window) for window, _ in found] == [[2, 3], [0, 1], [2, 3], [4, 5]]
+    assert [sets for _, sets in found] == [0, 0, 0, 1]
+    assert found[-1][0].position == {"epoch": 0, "offset": 6}, "its two prompts, and none for a step that does not come"
 
 
 def test_the_order_is_trls(run_of, monkeypatch):
