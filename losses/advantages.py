@@ -120,13 +120,17 @@ def _std(values: Tensor, dim: Dims) -> Tensor:
     return (squares / ((~values.isnan()).sum(dim, keepdim=True) - 1)).sqrt()
 
 
+def differ(values: Tensor, dim: Dims = GROUP) -> Tensor:
+    """Whether those that are known along `dim`, which is kept, are not all equal."""
+    highest = values.nan_to_num(-torch.inf).amax(dim, keepdim=True)
+    return highest > values.nan_to_num(torch.inf).amin(dim, keepdim=True)
+
+
 def _minus(values: Tensor, baseline: Tensor, dim: Dims) -> Tensor:
     """values - baseline: exactly 0 where all along `dim` are equal, NaN where fewer than two of them are known."""
     known = ~values.isnan()
-    highest = values.nan_to_num(-torch.inf).amax(dim, keepdim=True)
-    lowest = values.nan_to_num(torch.inf).amin(dim, keepdim=True)
     compared = known & (known.sum(dim, keepdim=True) > 1)
-    return torch.where(compared, torch.where(highest > lowest, values - baseline, 0.0), torch.nan)
+    return torch.where(compared, torch.where(differ(values, dim), values - baseline, 0.0), torch.nan)
 
 
 def normalize(values: Tensor) -> Tensor:

@@ -200,6 +200,7 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     if run.rollouts is not None:
         left = lambda: run.total_steps - progress.step  # noqa: E731
         yield from windows(run.rollouts, run.step, source, progress.windows, batch_size=config.batch_size, left=left)
+        return
     for items, position in source:
         yield Window(items, run.step.micro_batches(items), position=position)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
 from .rollout.sets.stored import distinct, restored, turns, unpacked
 from .setup import Run
-from .step import Window
+from .step import Position, Window
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Progress:
     log's hash, the windows of rollouts that the next steps learn from in turn, and the best evaluation."""
 
     step: int = 0
-    position: Mapping[str, int] | None = None
+    position: Position | None = None
     num_tokens: int = 0
     log_hash: str = ""
     windows: list[Window] = field(default_factory=list)

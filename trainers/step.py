@@ -49,6 +49,10 @@ class MicroBatch:
     budget: int | None = None
 
 
+Position = Mapping[str, int]
+"""Where the data go on, see `setup.batches`."""
+
+
 @dataclass
 class Window:
     """What one optimizer step learns from.
@@ -56,7 +60,7 @@ class Window:
     examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled, in whole groups).
     micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
     taken: how many steps were taken since it was made, on it or on others that were sampled with it.
-    position: where the data go on behind it and these, see `setup.batches`.
+    position: behind it and these.
     """
 
     examples: Sequence[Example]
@@ -64,7 +68,7 @@ class Window:
     metrics: dict[str, Mean] = field(default_factory=dict)
     dealt: bool = False
     taken: int = 0
-    position: Mapping[str, int] | None = None
+    position: Position | None = None
 
 
 @dataclass

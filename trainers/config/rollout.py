@@ -42,7 +42,7 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()
     """End a completion with the token that completes one of these, too."""
     rollout_engine: Literal["in_process", "vllm"] = "in_process"
-    """What samples: this process, or vLLM servers beside it, which are given the adapter before every step."""
+    """What samples: this process, or vLLM servers beside it, which are given the adapter before they sample."""
     vllm_server_base_url: str | None = None
     """Where they are, as http://localhost:8000; commas between several."""
     vllm_server_timeout: Positive = 240.0

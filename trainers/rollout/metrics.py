@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logratio.losses import Mean
-from logratio.losses.advantages import sum_then_normalize
+from logratio.losses.advantages import differ, sum_then_normalize
 
 from .engines.protocol import Said
 
@@ -43,10 +43,9 @@ def reward_metrics(by_function: Tensor, weights: Tensor, names: Sequence[str]) -
     """by_function: [prompts, G, K] of the whole step, NaN where a reward function returned None."""
     rewards = sum_then_normalize(by_function, weights)
     known = ~rewards.isnan()
-    equal = rewards.nan_to_num(-torch.inf).amax(1) == rewards.nan_to_num(torch.inf).amin(1)
     metrics = {
         **_mean_and_std("reward", "reward_std", rewards),
-        "frac_reward_zero_std": Mean.of((equal & (known.sum(1) > 1)).double()),
+        "frac_reward_zero_std": Mean.of((~differ(rewards)[:, 0] & (known.sum(1) > 1)).double()),
     }
     if not known.all():
         metrics["completions/unscored_ratio"] = Mean.of((~known).double())

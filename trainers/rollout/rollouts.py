@@ -72,9 +72,16 @@ class Rollouts:
         self.flights = Flights(self.begin, config.max_staleness)
         self.own = None
         if rollout_func is not None:
-            known: dict[str, Any] = {"policy": policy, "tokenizer": tokenizer, "rewards": rewards}
-            known |= {"state": self.state, "accelerator": accelerator}
-            self.own = OwnRollouts(config.rollout_func or "", rollout_func, self.engine, **known)
+            self.own = OwnRollouts(
+                config.rollout_func or "",
+                rollout_func,
+                self.engine,
+                policy=policy,
+                tokenizer=tokenizer,
+                rewards=rewards,
+                state=self.state,
+                accelerator=accelerator,
+            )
 
     def at_most(self, prompts: int) -> str:
         """One line: the tokens that are sampled for a step of so many prompts."""

@@ -3,10 +3,14 @@
 import random
 
 import pytest
+from accelerate import Accelerator
 
+from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
+from logratio.trainers.rollout.engines.background import Begun
 from logratio.trainers.rollout.engines.protocol import Sample
 from logratio.trainers.rollout.sets.ahead import Schedule, check_staleness
+from logratio.trainers.rollout.sets.flights import Coming, Flights
 
 
 class Simulated:
@@ -83,6 +87,14 @@ def test_uneven_times_take_what_waiting_for_each_other_takes(staleness, one):
         assert max(map(sum, (trained, [sampled[0]]))) <= run.seconds <= sum(sampled) + sum(trained)
 
 
+@pytest.mark.parametrize(("sample", "step"), [(3.0, 5.0), (5.0, 3.0), (9.0, 2.0)])
+def test_of_several_steps_on_a_window_as_many_hide_its_successors_sampling_as_it_may_be_behind(sample, step):
+    """Two steps each, ten of them: one version behind, the second one does; two, both do."""
+    for staleness, between in ((0, sample + 2 * step), (1, step + max(sample, step)), (2, max(sample, 2 * step))):
+        run = Simulated([sample] * 5, [step] * 10, staleness=staleness, each=2)
+        assert run.seconds == sample + 4 * between + 2 * step
+
+
 @pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("staleness", [0, 1, 2, 3, 7])
 def test_no_version_beyond_the_bound_is_used_and_nothing_is_sampled_for_nobody(staleness, each):
@@ -150,3 +162,19 @@ def test_a_sample_that_is_too_old_or_from_nowhere_is_refused():
             f"a completion of row {row} of the data set is of the policy after step {version}, and that after step "
             f"{first} learns from it: refused with --max_staleness {limit}"
         )
+
+
+def test_every_set_is_looked_at_when_it_is_learned_from():
+    """By a sampler that never hears of a newer policy."""
+    accelerator, said = Accelerator(cpu=True), [[Sample([1], "stop", [0.0], 3), Sample([1], "stop", [0.0], 4)]]
+    flights = Flights(lambda prompts, first: Begun(lambda stop: said), 2)
+    sets = (Coming.of([[Prompt([1], "a", {}, 7)]], accelerator) for _ in range(3))
+    flights.over(sets, accelerator, first=4, total=7)
+    for step, behind in ((4, (0.5, 1.0)), (5, (1.5, 2.0))):
+        flights.before(step)
+        _, landed, metrics = flights.land()
+        found = (metrics[f"sampling/staleness_{name}"] for name in ("mean", "max"))
+        assert landed == said and tuple(float(total / count) for total, count in found) == behind
+    flights.before(6)
+    with pytest.raises(UserError, match="a completion of row 7 of the data set is of the policy after step 3, and"):
+        flights.land()

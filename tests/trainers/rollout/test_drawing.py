@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from logratio.trainers.rollout.engines.drawing import Drawing, TopP, inverse, uniforms
+from logratio.trainers.rollout.engines.drawing import BLOCK, Drawing, TopP, inverse, uniforms
 from logratio.trainers.rollout.engines.protocol import Sampling
 
 SCORES = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -torch.inf])
@@ -94,6 +94,18 @@ def test_the_inverse_is_the_whole_sums_in_any_width():
         sums = probabilities.cumsum(-1)
         wanted = torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True)[:, 0]
         assert torch.equal(inverse(probabilities, numbers)[0], wanted)
+
+
+@pytest.mark.parametrize("apart", [1, BLOCK])
+def test_what_would_not_move_a_sum_in_float32_is_drawn_as_often_as_it_should_be(apart):
+    """Within a block, and each in a block of its own."""
+    small, count = 2.0**-25, 100
+    probabilities = torch.zeros(1, (count + 1) * BLOCK)
+    probabilities[0, 0], probabilities[0, apart : (count + 1) * apart : apart] = 1.0, small
+    wanted = 1 + small * (torch.arange(count, dtype=torch.float64) + 0.5)
+    places, whole = inverse(probabilities.expand(count, -1), wanted / (1 + small * count))
+    assert places.tolist() == [apart * (k + 1) for k in range(count)]
+    assert whole.tolist() == [1 + small * count] * count
 
 
 @example([0.0, 1.0], 0.0)

@@ -141,6 +141,21 @@ def test_a_request_may_have_less_room_than_others(policy, tokenizer):
             close([[s.first(room or 9) for s in some]], [cut], 1e-5)
 
 
+def test_generate_goes_no_further_than_a_request_has_room(policy, tokenizer, monkeypatch):
+    limits, generate = [], in_process.generated
+
+    def generated(model, tokenizer, asked, sampling, version):
+        limits.append(sampling.max_new_tokens)
+        return generate(model, tokenizer, asked, sampling, version)
+
+    monkeypatch.setattr(in_process, "generated", generated)
+    engine = InProcess(policy, tokenizer)
+    engine.obstacle = "by generate"
+    engine.sample([Request(r.prompt_ids, r.seeds, room) for r, room in zip(REQUESTS, [2, 1, 3, 2, 1], strict=True)],
+                  Sampling(max_new_tokens=9))  # fmt: skip
+    assert limits == [3]
+
+
 def test_log_probs_are_the_trainers(policy, tokenizer):
     """What a packed forward pass of the policy gives to the same tokens, at the same temperature, float32."""
     policy = copy.deepcopy(policy)

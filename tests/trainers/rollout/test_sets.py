@@ -11,6 +11,8 @@ from logratio.trainers.options import parse_train
 from logratio.trainers.policy.reference import by_completion
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.resume import Progress, restore
+from logratio.trainers.rollout.engines.background import Begun
+from logratio.trainers.rollout.engines.in_process import InProcess
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(8)]
 GRADED = ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward"]
@@ -30,9 +32,9 @@ def run_of(tmp_path, monkeypatch):
     return build
 
 
-def taken(run, steps):
+def taken(run, steps, progress=None):
     """The windows of so many steps, as the loop asks for them, each with how many sets had been sampled."""
-    progress, found, sets = Progress(), [], []
+    progress, found, sets = progress or Progress(), [], []
     sample = run.rollouts.sample
     run.rollouts.sample = lambda *given: sets.append(1) or sample(*given)
     windows = loop.steps(run, progress)
@@ -75,6 +77,20 @@ def test_out_of_memory_after_a_resume_inside_a_set_keeps_what_its_steps_are_comp
     again.cut_again(run.step, window)
     assert len(window.micros) > 1
     torch.testing.assert_close(old(), before, rtol=0, atol=0)
+
+
+def test_a_resume_inside_a_set_has_its_windows_in_their_order(run_of):
+    """1, 2, 1, 2: of which the second, third and fourth are left, two of them the same; then one step alone."""
+    words = "--max_steps", "5", "--steps_per_generation", "2", "--num_iterations", "2", "--save_steps", "1"
+    loop.train_run(run_of(*words), until=lambda run, step: True, quiet=True)
+    run = run_of(*words, "--resume_from_checkpoint", "out/checkpoint-1")
+    progress = restore(run)
+    first, _, third = progress.windows
+    assert first is third and [window.taken for window in progress.windows] == [1, 1, 1]
+    found = taken(run, 4, progress)
+    assert [rows_of(window) for window, _ in found] == [[2, 3], [0, 1], [2, 3], [4, 5]]
+    assert [sets for _, sets in found] == [0, 0, 0, 1]
+    assert found[-1][0].position == {"epoch": 0, "offset": 6}, "its two prompts, and none for a step that does not come"
 
 
 def test_the_order_is_trls(run_of, monkeypatch):
@@ -136,6 +152,46 @@ def test_every_step_is_compared_with_the_policy_that_sampled(run_of):
     old = last.micros[0].old.clone()
     run.step.fill_old(last.micros)
     assert (last.micros[0].old - old).abs().max() > 0.01, "the policy is another one now"
+
+
+class Beside(InProcess):
+    """Samples at once what a server would while the policy goes on learning."""
+
+    asked = ()
+
+    def begin(self, requests, sampling):
+        self.asked += ((self.version, len(requests)),)
+        said = self.sample(requests, sampling)
+        return Begun(lambda stop: said)
+
+
+def test_a_set_ahead_is_of_the_policy_of_a_step_before_its_first_and_compared_with_that_of_its_first(run_of):
+    """Two steps on each set, five of them, one version behind: asked for in the middle of the set before."""
+    served = ["--rollout_engine", "vllm", "--vllm_server_base_url", "http://nobody", "--max_staleness", "1"]
+    words = ["--steps_per_generation", "2", "--max_steps", "5"]
+    run, progress = run_of(*words, *served), Progress()
+    rollouts = run.rollouts
+    rollouts.engine = engine = Beside(rollouts.policy, rollouts.tokenizer)
+    windows, rows, asked, behind = loop.steps(run, progress), [], [], []
+    for step in range(5):
+        window = next(windows)
+        rows.append(rows_of(window))
+        asked.append(engine.asked)
+        behind.append(float(window.metrics["sampling/staleness_max"].total))
+        if step % 2 == 0:
+            olds = window.micros[0].old, window.micros[0].behavior
+            if step < 4:
+                far = (olds[0] - olds[1])[window.micros[0].batch.scored].abs().max()
+                assert far > 0.01 if step else far < 1e-5, "the policy that sampled is a step behind"
+            run.step.fill_old(window.micros)
+            assert olds[0] is None or torch.allclose(window.micros[0].old, olds[0], rtol=0, atol=1e-6)
+        for parameter in run.trained:
+            parameter.data += 0.1
+        progress.step += 1
+        rollouts.after(progress.step)
+    first, second, last = (0, 4), (1, 4), (3, 2)
+    assert asked == [(first,), (first, second), (first, second), (first, second, last), (first, second, last)]
+    assert rows == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]] and behind == [0, 0, 1, 1, 1]
 
 
 def test_rewards_are_compared_over_all_that_was_sampled(run_of):

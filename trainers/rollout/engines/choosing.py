@@ -29,8 +29,12 @@ def engine_of(
 ) -> Engine:
     """By `rollout_engine`. tell(key, text): what to tell the user, each thing once."""
     if config.rollout_engine == "vllm":
-        folder = Path(output_dir) / ADAPTERS
-        timeout = config.vllm_server_timeout
-        shared: dict[str, Any] = {"accelerator": accelerator, "behind": max(1, config.max_staleness)}
-        return VLLM(policy, config.servers, timeout=timeout, folder=folder, **shared)
+        return VLLM(
+            policy,
+            config.servers,
+            timeout=config.vllm_server_timeout,
+            folder=Path(output_dir) / ADAPTERS,
+            accelerator=accelerator,
+            behind=max(1, config.max_staleness),
+        )
     return InProcess(policy, tokenizer, tell=tell, accelerator=accelerator)

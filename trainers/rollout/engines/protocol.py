@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import compress, repeat
+from itertools import compress
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -89,7 +89,7 @@ class Sample:
     @property
     def own_logps(self) -> list[float]:
         """Of the tokens that the model wrote."""
-        return list(compress(self.logps, self.written or repeat(True)))
+        return self.logps if self.written is None else list(compress(self.logps, self.written))
 
     def first(self, tokens: int) -> Sample:
         """The same, had it been cut behind so many tokens."""

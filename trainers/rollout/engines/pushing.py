@@ -121,8 +121,8 @@ class Adapters:
         if not self.loaded:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         write_adapter(self.policy, weights, self.folder / name)
-        split = max(0, len(self.loaded) + 1 - self.kept)
-        gone, self.loaded = self.loaded[:split], [*self.loaded[split:], name]
+        known = [*self.loaded, name]
+        gone, self.loaded = known[: -self.kept], known[-self.kept :]
         with ThreadPoolExecutor(len(self.servers)) as pool:
             list(pool.map(lambda server: self.give(server, name), self.servers))
             for old in gone:

@@ -114,7 +114,6 @@ def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[in
             f"{needs}: hand on its ids as they are, not text that is tokenized again, or {remedy}"
         )
     known: list[Sample] = [] if isinstance(heard, int) else heard
-    logps = [0.0] * len(ids)
     if "logprobs" in one:
         logps = given_logps(one["logprobs"], written)
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,15 +17,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from logratio.losses import Mean
-from logratio.losses.advantages import AGGREGATIONS
+from logratio.losses.advantages import AGGREGATIONS, differ
 
 from ...data.examples import Prompt
 from ...processes.dealing import gather_rows, shares
+from ...step import Position
 from ..generation import numbered
 from ..rollouts import Rollouts
 from .rolled import Rolled, Share, joined
-
-Position = Mapping[str, Any]
 
 
 def sample_differing(
@@ -41,20 +39,20 @@ def sample_differing(
     prompts: list[Prompt] = []
     rounds: list[Rolled] = []
     timed: list[dict[str, Mean]] = []
-    differ: list[bool] = []
-    while sum(differ) < wanted and len(rounds) < config.dynamic_sampling:
-        new = [next(source) for _ in range(wanted - sum(differ))]
+    teaches: list[bool] = []
+    while sum(teaches) < wanted and len(rounds) < config.dynamic_sampling:
+        new = [next(source) for _ in range(wanted - sum(teaches))]
         position = new[-1][1]
         prompts = numbered([*prompts, *(prompt for prompt, _ in new)])
-        places = range(len(differ), len(prompts))[accelerator.process_index :: accelerator.num_processes]
+        places = range(len(teaches), len(prompts))[accelerator.process_index :: accelerator.num_processes]
         rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
         rounds.append(rolled)
         timed.append(rollouts.timed)
-        differ += differing(rollouts, in_order(accelerator, rolled)).tolist()
+        teaches += differing(rollouts, in_order(accelerator, rolled)).tolist()
     mine = joined(rounds)
     metrics = {**rollouts.metrics(mine, accelerator), **summed(timed)}
-    equal = [place for place, taught in enumerate(differ) if not taught]
-    missing = wanted - sum(differ)
+    equal = [place for place, taught in enumerate(teaches) if not taught]
+    missing = wanted - sum(teaches)
     left_out = frozenset(equal[missing:])
     if missing:
         rollouts.watch.note(
@@ -77,7 +75,7 @@ def sample_differing(
 def differing(rollouts: Rollouts, by_function: Tensor) -> Tensor:
     """[prompts], whether a group's rewards differ, so that it has advantages. by_function: [prompts, G, K]."""
     rewards = AGGREGATIONS[rollouts.config.multi_objective_aggregation](by_function, rollouts.weights)
-    return rewards.nan_to_num(-torch.inf).amax(1) > rewards.nan_to_num(torch.inf).amin(1)
+    return differ(rewards)[:, 0]
 
 
 def in_order(accelerator: Accelerator, rolled: Rolled) -> Tensor:

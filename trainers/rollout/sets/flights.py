@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ...data.examples import Prompt
 from ...errors import UserError
 from ...processes.dealing import gather_rows, shares
 from ...processes.once import raised_together
+from ...step import Position
 from ..engines.background import Begun
 from ..engines.protocol import Said, Sample
 from ..generation import numbered
@@ -28,7 +29,6 @@ from ..metrics import time_metrics
 from .ahead import Schedule, check_staleness
 
 Metrics = dict[str, Mean]
-Position = Mapping[str, Any]
 
 
 class Coming(NamedTuple):
@@ -59,7 +59,8 @@ class Coming(NamedTuple):
         return cls([prompts[i] for i in places], places, list(map(len, own)), len(batches) * passes, position or {})
 
 
-Sampling = Begun[Said] | Said | None
+UnderWay = Begun[Said] | Said | None
+"""Begun; known from a checkpoint; or sampled when it is learned from."""
 
 
 class Flights:
@@ -69,7 +70,7 @@ class Flights:
     def __init__(self, begin: Callable[[Sequence[Prompt], int], Begun[Said]], staleness: int) -> None:
         self.begin, self.staleness = begin, staleness
         self.known: deque[Said] = deque()  # of the next sets, of all processes, from a checkpoint
-        self.schedule: Schedule[Coming, Sampling] | None = None
+        self.schedule: Schedule[Coming, UnderWay] | None = None
 
     def over(self, source: Iterator[Coming], accelerator: Accelerator, *, first: int, total: int) -> None:
         """Of these sets in turn; see `Schedule`."""
@@ -106,7 +107,7 @@ class Flights:
         }
         return flight.item, said, stale | took
 
-    def _ask(self, coming: Coming, first: int) -> Sampling:
+    def _ask(self, coming: Coming, first: int) -> UnderWay:
         if self.known:
             known = self.known.popleft()
             return [known[place] for place in coming.places]

@@ -16,12 +16,13 @@ from ...batches.packing import split_groups
 from ...config import RolloutConfig
 from ...data.examples import Example, Prompt
 from ...errors import UserError
-from ...step import MicroBatch, Step, Window
+from ...step import MicroBatch, Position, Step, Window
 from ..engines.protocol import Said
 from ..rollouts import Rollouts
-from .dynamic import Position, sample_differing
+from .dynamic import sample_differing
 from .flights import Coming
 from .rolled import Share
+from .stored import distinct
 
 Batches = Iterator[tuple[Sequence[Prompt], Position]]
 
@@ -61,8 +62,9 @@ def windows(
                 window.position = position
             waiting += made * config.num_iterations
         window = waiting.pop(0)
-        for other in {id(w): w for w in waiting if w is not window}.values():
-            other.taken += 1  # when their turn comes; the checkpoint behind this step has to have it, too
+        for other in distinct(waiting):
+            if other is not window:
+                other.taken += 1  # when their turn comes; the checkpoint behind this step has to have it, too
         yield window
 
 

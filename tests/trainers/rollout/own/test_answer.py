@@ -24,7 +24,7 @@ def turns_of(*heard, group=1):
     known = {"processing_class": None, "num_generations": group, "state": TrainerState(global_step=4), "words": 100}
     turns = Turns(PROMPTS, [1, 2, 3], None, Sampling(max_new_tokens=6), **known)
     for own, some in zip(turns.heard, heard, strict=False):
-        own += [(context, Sample(ids, "stop", logps, 4, support)) for context, ids, logps, support in some]
+        own += [(context, Sample(ids, "stop", logps, 3, support)) for context, ids, logps, support in some]
     return turns
 
 
@@ -82,6 +82,13 @@ def test_log_probs_and_supports_are_the_samples():
         None,
         [[0, 1], [0, 1, 2]],
     ]
+    assert [s.version for s in found] == [3] * 3
+
+
+def test_where_the_environment_has_the_last_word_no_sample_says_why_it_ended():
+    answer = {"completion_ids": [[4, 5, 50], [6, 7, 99], [7, 98]], "env_mask": [[1, 1, 0], [1, 1, 0], [1, 1]]}
+    found = read(answer, turns_of(*HEARD), PROMPTS, FREE).samples
+    assert [s.finish_reason for s in found] == ["length", "stop", "length"], "by the last token"
 
 
 DICT = (
@@ -143,6 +150,7 @@ OF_ONE = {  # key -> (what is said of the second completion, the message)
         ([[-3.0]], "the logprob of its token 0 is list [-3.0]" + DREW),
         ([float("nan")], "the logprob of its token 0 is float nan" + DREW),
         ([0.4], "the logprob of its token 0 is float 0.4" + DREW),
+        ([False], "the logprob of its token 0 is bool False" + DREW),
     ],
     "finish_reason": [("eos", "its finish_reason must be one of stop, length, got str 'eos'")],
     "prompt_ids": [([2], GROUP)],

@@ -145,6 +145,18 @@ def test_what_is_said_of_the_environments_tokens_changes_nothing(functions, monk
     assert max(g.abs().max() for g in first.values()) > 0
 
 
+def test_what_the_function_says_of_prompts_and_greedy_answers_counts(functions):
+    """It is learned behind the function's own prompts, and each call's fields go to the rewards of what it made."""
+    named = ["--rollout_func", "_functions:from_elsewhere", "--reward_funcs", "_functions:by_place"]
+    run = run_of(*named, "--advantage_type", "remax")
+    window, row, _ = gradient(run)
+    assert [e.prompt_ids for e in window.examples] == [[88, *prompt.prompt_ids] for prompt in run.data.train[:2]]
+    assert row["sampling/logp_diff_max"] < 1e-4
+    assert [e.advantages for e in window.examples] == [(0, 1, 2), (2, 3, 4)], (
+        "0 to 5, beside 0 and 1 of the greedy ones"
+    )
+
+
 def test_in_the_process_and_from_a_server_the_same_is_learned(functions, tokenizer):
     """In two turns, of the same tokens; what is kept has the environment's text, and counts the model's tokens."""
     server = SmallServer(tiny_model(42), tokenizer)

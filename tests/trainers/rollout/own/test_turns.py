@@ -81,7 +81,7 @@ def test_no_turn_goes_beyond_the_limit(ask):
     first = turns.sample([prompt, prompt], max_new_tokens=4)
     room = (2, 0)
     after = [prompt + s.ids + [61] * (LIMIT - left - len(s.ids)) for s, left in zip(first, room, strict=True)]
-    two, nothing = turns.sample(after)
+    two, nothing = turns.sample(after, max_new_tokens=4)
     assert [request.room for requests, _ in came for request in requests] == [4, 2]
     assert 1 <= len(two.ids) <= 2 and (nothing.ids, nothing.logps, nothing.finish_reason) == ([], [], "length")
     assert [len(heard) for heard in turns.heard] == [2, 1]
