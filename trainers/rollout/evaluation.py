@@ -84,7 +84,7 @@ def wilson(share: float, trials: float) -> tuple[float, float]:
     middle = share + Z**2 / (2 * trials)
     half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
     scale = 1 + Z**2 / trials
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return min(share, (middle - half) / scale), max(share, (middle + half) / scale)  # at 0 and 1 they round past it
 
 
 def pass_at(k: int, completions: int, right: int) -> float:
