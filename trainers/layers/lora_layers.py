@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from .lora_linear import Part, dtypes_of, lora_linear
+from .packed_weights import has_packed
 from .swiglu import swiglu
 from .switch import NO_ADAPTER, Switch, switch_of
 
@@ -44,7 +45,7 @@ def part_of(layer: Any, x: Tensor) -> Part | None:
     weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    if not (_is_bare(base) and _is_bare(a) and _is_bare(b)):
+    if not ((_is_bare(base) or has_packed(base)) and _is_bare(a) and _is_bare(b)):
         return None
     dtypes = dtypes_of(base, x)
     if dtypes is None:

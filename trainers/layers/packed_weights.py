@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,17 @@ SMALLEST = 2**14
 @contextlib.contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
     """Inside, float32 linear layers on a CPU multiply up to `MOST_ROWS` rows by reordered copies of their weights,
-    which take the memory of these weights once more; fused LoRA layers too. rows: how many they will
-    mostly be given; 0: nothing is changed.
+    which take the memory of these weights once more; those under LoRA adapters too, the adapters do not. rows: how many
+    they will mostly be given; 0: nothing is changed.
     """
     changed: list[nn.Linear] = []
     try:
         # autocast decides in which dtype a layer multiplies, and a packed one would not ask
         wanted = rows and not torch.is_autocast_enabled("cpu") and available()
-        for layer in model.modules() if wanted else ():
-            if type(layer) is nn.Linear and "forward" not in layer.__dict__ and fits(layer.weight):
-                layer.__dict__["forward"] = product_of(layer, min(rows, MOST_ROWS))
+        for name, layer in model.named_modules() if wanted else ():
+            adapter = ".lora_A." in name or ".lora_B." in name  # `lora_linear` takes their weights as they are
+            if type(layer) is nn.Linear and not adapter and "forward" not in layer.__dict__ and fits(layer.weight):
+                layer.__dict__["forward"] = Packed(layer, min(rows, MOST_ROWS))
                 changed.append(layer)
         yield
     finally:
@@ -41,9 +42,9 @@ def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
             del layer.__dict__["forward"]
 
 
-def has_packed(layer: nn.Linear) -> bool:
-    """Whether the layer's own call is to be preferred to a product with its weight."""
-    return "forward" in layer.__dict__ and not torch.is_grad_enabled()
+def has_packed(layer: nn.Module) -> bool:
+    """Whether the layer multiplies by a reordered copy of its weight, for whoever calls it instead of reading that."""
+    return type(layer.__dict__.get("forward")) is Packed and not torch.is_grad_enabled()
 
 
 def fits(weight: Tensor) -> bool:
@@ -51,16 +52,17 @@ def fits(weight: Tensor) -> bool:
     return plain and weight.numel() >= SMALLEST
 
 
-def product_of(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    """`layer.forward` by a reordered copy of its weight."""
-    own, packed = layer.forward, reordered(layer.weight.detach(), rows)
+class Packed:
+    """A layer's `forward` by a reordered copy of its weight."""
 
-    def forward(x: Tensor) -> Tensor:
+    def __init__(self, layer: nn.Linear, rows: int) -> None:
+        self.own, self.bias = layer.forward, layer.bias
+        self.weight = reordered(layer.weight.detach(), rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
         if x.numel() > MOST_ROWS * x.shape[-1] or x.dtype != torch.float32:
-            return own(x)
-        return product(x, packed, layer.bias)
-
-    return forward
+            return self.own(x)  # type: ignore[no-any-return]
+        return product(x, self.weight, self.bias)
 
 
 def reordered(weight: Tensor, rows: int) -> Tensor:

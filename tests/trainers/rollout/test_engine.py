@@ -1,6 +1,7 @@
 """The loop in the process against transformers' `generate` and plain forward passes, whatever enters and leaves."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -269,6 +270,33 @@ def test_packed_weights_multiply_the_same(monkeypatch):
         assert "forward" not in layer.__dict__
     with packed_weights(layer, 0), packed_weights(layer.double(), 5):
         assert "forward" not in layer.__dict__
+
+
+@pytest.mark.skipif(not available(), reason="torch without oneDNN's packed products")
+def test_adapters_are_fused_over_packed_weights(tokenizer, monkeypatch):
+    """Each product of the base goes through its packed copy, each adapter through `lora_linear`, none through PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    from logratio.trainers.layers import lora_layers, packed_weights
+    from logratio.trainers.policy.tiny import tiny_model
+
+    seen = Counter()
+
+    def watched(name, function):
+        return lambda *args: (seen.update([name]), function(*args))[1]
+
+    monkeypatch.setattr(packed_weights, "SMALLEST", 1)
+    monkeypatch.setattr(packed_weights, "product", watched("packed", packed_weights.product))
+    monkeypatch.setattr(lora_layers, "lora_linear", watched("fused", lora_layers.lora_linear))
+    model = get_peft_model(tiny_model(0), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    fuse_lora(model)
+    policy = Policy(model)
+    layers = [m for m in policy.modules() if isinstance(m, lora_layers.FusedLora)]
+    monkeypatch.setattr(lora_layers.FusedLinear.peft_class, "forward", None)  # PEFT's, which is not to be called
+    with torch.no_grad(), packed_weights.packed_weights(policy, 4):
+        seen.clear()
+        model(input_ids=torch.tensor([[3]] * 4))
+        assert seen["packed"] == len(layers) + 1 and 0 < seen["fused"] <= len(layers)  # and the head
 
 
 def test_rows_are_bounded(policy, tokenizer, monkeypatch):

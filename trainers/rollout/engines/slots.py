@@ -54,10 +54,13 @@ class SlotCache(Cache):
         new = slice(self.rows, self.rows + len(which))
         self.lengths[new] = lengths
         self._count(new.stop)
-        self._make_room(self.longest + 1, prompts)
+        self._make_room(self.longest + STEP, prompts)  # else the first token would make more
+        runs, counts = which.unique_consecutive(return_counts=True)
+        starts = [self.rows - len(which), *(self.rows - len(which) + counts.cumsum(0)).tolist()]
         for held, kept in zip(tensors(self), tensors(prompts), strict=True):
             width = min(kept.shape[2], held.shape[2])
-            held[new, :, :width] = kept[which, :, :width]
+            for prompt, start, stop in zip(runs.tolist(), starts, starts[1:], strict=False):
+                held[start:stop, :, :width] = kept[prompt, :, :width]  # without a copy on the way
 
     def wrote(self) -> None:
         """Every row in use has one token more."""
