@@ -8,6 +8,7 @@ follow from these two. A loss of the user's own needs neither.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -128,9 +129,11 @@ def variant(
 
 
 def check_choice(name: str, value: str, table: Collection[str]) -> None:
-    """Raise ValueError naming the field, its value and what it may be."""
+    """Raise ValueError naming the field, its value, what it may be, and what was probably meant."""
     if value not in table:
-        raise ValueError(f"{name}={value!r} is unknown, expected one of: {', '.join(table)}")
+        near = difflib.get_close_matches(str(value), list(table), n=1, cutoff=0.75)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown, expected one of: {', '.join(table)}{meant}")
 
 
 def check_positive(name: str, value: float) -> None:

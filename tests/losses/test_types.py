@@ -179,6 +179,8 @@ def test_divide_by_nothing_is_zero_with_a_graph():
 def test_checks_say_what_is_wrong():
     with pytest.raises(ValueError, match="colour='red' is unknown, expected one of: blue, green"):
         check_choice("colour", "red", {"blue": 1, "green": 2})
+    with pytest.raises(ValueError, match="expected one of: blue, green; did you mean green\\?"):
+        check_choice("colour", "gren", {"blue": 1, "green": 2})
     check_positive("beta", 1e-9)
     for value in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"beta={value} must be positive and finite"):

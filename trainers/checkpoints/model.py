@@ -79,6 +79,7 @@ def write_model(policy: Policy, tokenizer: Any, folder: Path, weights: Weights =
         options["state_dict"] = weights
     with as_configured(policy.model), generation_aside(policy, folder):
         policy.model.save_pretrained(folder, **options)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's, to be filled in by hand; `logratio report` writes one
     tokenizer.save_pretrained(folder)
 
 
