@@ -7,9 +7,9 @@
         --reward_funcs exact_answer calculator_tool:few_calls --reward_weights 1 0.1 --num_generations 8 \\
         --batch_size 8 --max_completion_length 48 --learning_rate 1e-4 --max_steps 40 --output_dir runs/tool
 
-Run from the repository's root. The first line writes what the second teaches the embedded model: that there are calls. A chat model needs no such
-lesson, but has to be told in its prompts ("write <calc>12*34</calc> to have it computed"). To change the tool, write
-another `answered`; a shell, a search or a game is called in its place.
+Run from the repository's root. The first line writes what the second teaches the embedded model: that there are calls.
+A chat model needs no such lesson, but has to be told in its prompts ("write <calc>12*34</calc> to have it computed").
+To change the tool, write another `answered`; a shell, a search or a game is called in its place.
 """
 
 from __future__ import annotations
