@@ -52,7 +52,8 @@ def test_every_type_is_here():
 
 
 @pytest.mark.parametrize(
-    ("name", "level"), [*((name, "token") for name in NORMALISERS), *((name, "sequence") for name in LEVELED)]
+    ("name", "level"),
+    [*((name, "token") for name in NORMALISERS), *((name, level) for level in [*LEVELS][1:] for name in LEVELED)],
 )
 def test_law_20_on_policy_it_is_reinforce(name, level):
     normaliser = NORMALISERS[name]
@@ -95,8 +96,16 @@ def test_law_21_a_delta_within_the_clip_is_not():
 
 @pytest.mark.parametrize("name", LEVELED)
 def test_law_21_one_token_is_a_sequence(name):
-    token, sequence = (grpo(name, level) for level in LEVELS)
-    grouped(lambda batch: neutral_option(token, sequence, batch), max_tokens=1)
+    token, *others = (grpo(name, level) for level in LEVELS)
+    for other in others:
+        grouped(lambda batch, other=other: neutral_option(token, other, batch), max_tokens=1)
+
+
+@pytest.mark.parametrize("name", LEVELED)
+def test_gspo_token_has_gspos_value_and_gradient_where_a_completion_has_one_advantage(name):
+    """arXiv 2507.18071 Sec. 4.3."""
+    sequence, token = (grpo(name, level) for level in ("sequence", "sequence_token"))
+    grouped(lambda batch: neutral_option(sequence, token, batch))
 
 
 def test_law_21_one_token_is_a_sequence_of_rloo_and_gmpo():

@@ -49,6 +49,7 @@ PLAIN = {"losses": [-2.4, -1.0, 1.5, 0.8], "slopes": [0, -1.0, 1.5, 0]}
 def test_defaults():
     assert dataclasses.asdict(GRPOLoss()) == {
         "loss_type": "dapo",
+        "loss_aggregation": None,
         "beta": 0.0,
         "kl_estimator": "k3",
         "use_bias_correction_kl": True,

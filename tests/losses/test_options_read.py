@@ -158,6 +158,7 @@ OTHERS = {
     "label_smoothing": 0.3,
     "f_divergence_type": "forward_kl",
     "importance_sampling_level": "sequence",
+    "loss_aggregation": "prompt_mean",
     "kl_estimator": "k1",
     "use_bias_correction_kl": False,
     "top_entropy_quantile": 0.4,
@@ -169,7 +170,10 @@ OTHERS = {
     "beta": 0.3,
 }
 """Another value; elsewhere half as much again."""
-UNDEFINED = {("rloo", "beta"), ("rloo", "top_entropy_quantile"), ("rloo", "kl_estimator")}
+UNDEFINED = {
+    *(("rloo", option) for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")),
+    ("gmpo", "loss_aggregation"),
+}
 """Refused since they have no meaning there, not since nothing reads them."""
 
 
@@ -210,7 +214,8 @@ def outcome(loss: Loss) -> list[float]:
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
-        value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals).loss
+        more = {"prompt_tokens": torch.tensor([4, 7])} if loss.wants_prompt_tokens else {}
+        value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals, **more).loss
     value.backward()
     grads = [g for x in leaves if x.grad is not None for g in x.grad.flatten().tolist()]
     return [value.item(), *grads, *loss.advance(totals).values()]

@@ -1,4 +1,4 @@
-"""The variants of GRPO: surrogates (the policy term of a token or of a completion) and weights (the normalisers).
+"""Surrogates of the importance ratio, and the variants of the first papers: what TRL has too.
 
 rho, A and the rest are those of `grpo.py`; all values are to be minimised.
 """
@@ -6,13 +6,18 @@ rho, A and the rest are those of `grpo.py`; all values are to be minimised.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
-from .grpo import GRPO_TYPES, GRPOLoss, GRPOType, Ratios
-from .types import Totals, choose, divide
+from ..dpo import MAX_EXPONENT
+from ..types import choose
+from .base import GRPO_TYPES, GRPOType, Ratios
+from .weights import constant_length, sequence_mean, sequence_sum, token_mean
+
+if TYPE_CHECKING:
+    from ..grpo import GRPOLoss
 
 
 def clipped(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -89,29 +94,9 @@ def log_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
     return x.log_ratio, -low, high
 
 
-def sequence_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / (B |y_i|): the mean over completions of their token means."""
-    return divide(1 / lengths, totals.num_sequences)
-
-
-def sequence_sum(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / B: the mean over completions of their token sums (LUSPO, arXiv 2602.05261)."""
-    return divide(torch.ones_like(lengths), totals.num_sequences)
-
-
-def token_mean(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / N: every token of the step weighs the same (DAPO, arXiv 2503.14476 Eq. 8)."""
-    return divide(torch.ones_like(lengths), totals.num_tokens)
-
-
-def constant_length(lengths: Tensor, totals: Totals, loss: GRPOLoss) -> Tensor:
-    """1 / (B max_completion_length): no length bias (Dr. GRPO, arXiv 2503.20783)."""
-    return divide(torch.ones_like(lengths), totals.num_sequences * loss.max_completion_length)
-
-
 CLIP = ("epsilon", "epsilon_high")
 OF_SEQUENCES = ("sequence", "geometric")
-WHOLE = ("importance_sampling_level", "use_bias_correction_kl")
+WHOLE = ("importance_sampling_level", "loss_aggregation", "use_bias_correction_kl")
 
 for _name, _weight in {
     "dapo": token_mean,
@@ -127,7 +112,7 @@ GRPO_TYPES.enter(
 )
 GRPO_TYPES.enter(
     "vespo",
-    GRPOType(gamma_weight, token_mean, corrected=("token",), weighs=True),
+    GRPOType(gamma_weight, token_mean, corrected=("token",), weighs=True, of_tokens=False),
     reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     ignores=("importance_sampling_level",),
 )
@@ -141,13 +126,14 @@ GRPO_TYPES.enter(
         widest=math.inf,
         clip=log_ratio_range,
         corrected=OF_SEQUENCES,
+        of_tokens=False,
     ),
     reads=CLIP,
     ignores=WHOLE,
 )
 GRPO_TYPES.enter(
     "rloo",
-    GRPOType(clipped_sequence, sequence_mean, clip=sequence_ratio_range, corrected=OF_SEQUENCES),
+    GRPOType(clipped_sequence, sequence_mean, clip=sequence_ratio_range, corrected=OF_SEQUENCES, of_tokens=False),
     reads=CLIP,
     ignores=(*WHOLE, "beta", "kl_estimator", "top_entropy_quantile"),  # its KL is in the reward: `reward_kl_coef`
 )

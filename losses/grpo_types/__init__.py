@@ -1,0 +1,16 @@
+"""The parts of GRPO, each a small registered function: surrogates by family, normalisers, levels, KL estimators."""
+
+from . import levels, ratios, weights  # they fill the tables
+from .base import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, GRPOType, Ratios
+
+__all__ = [
+    "GRPO_TYPES",
+    "KL_ESTIMATORS",
+    "LEVELS",
+    "LOSS_AGGREGATIONS",
+    "GRPOType",
+    "Ratios",
+    "levels",
+    "ratios",
+    "weights",
+]
