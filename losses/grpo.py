@@ -61,18 +61,20 @@ class GRPOLoss(Loss):
     option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
     loss_type: str = "dapo"
-    """dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo, gmpo, or rloo."""
+    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, or
+    fipo."""
     loss_aggregation: str | None = None
     """token_mean, sequence_mean, sequence_sum, constant_length (of max_completion_length), or prompt_mean (default: the
     loss_type's own)."""
     beta: NotNegative = 0.0
     """Weight of the KL term to the reference; 0 needs no reference."""
     kl_estimator: str = "k3"
-    """k1, k2, or k3."""
+    """k1, k2, k3, k3+ (the value of k3, the gradient of k2), or abs."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio."""
     epsilon: NotNegative | None = None
-    """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4)."""
+    """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4); cispo: what the weight is at
+    least below 1 (default: no bound); cfpo: where the penalty stops the ratio, on either side."""
     epsilon_high: NotNegative | None = None
     """Clip range above 1 (default: epsilon); cispo: the cap of the ratio itself (default: 5, as ScaleRL has it)."""
     delta: Positive | None = None
@@ -101,6 +103,14 @@ class GRPOLoss(Loss):
     """Steepness of the gate where the advantage is positive."""
     sapo_temperature_neg: Positive = 1.05
     """Steepness elsewhere."""
+    log_ratio_coef: NotNegative = 1e-3
+    """tau, the weight of the squared log-ratio (kimi: of its half)."""
+    pspo_alpha: Share = 0.1
+    """Share of the old policy in the ratio."""
+    fipo_half_life: Positive = 32.0
+    """Tokens after which a later log-ratio counts half."""
+    fipo_clip: NotNegative = 0.2
+    """How far above 1 a token's weight may go."""
     vespo_k_pos: NotNegative = 2.0
     """Power of the ratio where the advantage is not negative."""
     vespo_lambda_pos: NotNegative = 3.0
@@ -118,6 +128,8 @@ class GRPOLoss(Loss):
         check_correction(self, GRPO_TYPES[self.loss_type].corrected)
         if self.loss_type == "cispo" and not high:
             raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
+        if self.loss_type == "cfpo" and not low:
+            raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
 
     @property
     def wants_reference(self) -> bool:

@@ -44,3 +44,16 @@ def k2(d: Tensor) -> Tensor:
 def k3(d: Tensor) -> Tensor:
     """exp(-d) + d - 1 >= 0: unbiased; its plain gradient is that of the forward KL. In this form exact at small d."""
     return torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d
+
+
+@variant(KL_ESTIMATORS, "k3+")
+def k3_plus(d: Tensor) -> Tensor:
+    """The value of k3, the gradient of k2: unbiased, and on policy its gradient is that of KL(policy || reference)."""
+    straight = k2(d)
+    return straight + (k3(d) - straight).detach()
+
+
+@variant(KL_ESTIMATORS, "abs")
+def absolute(d: Tensor) -> Tensor:
+    """|d|: biased; of slope 0 where policy and reference agree."""
+    return d.abs()

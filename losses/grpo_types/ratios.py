@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..dpo import MAX_EXPONENT
-from ..types import choose
 from .base import GRPO_TYPES, GRPOType, Ratios
 from .weights import constant_length, sequence_mean, sequence_sum, token_mean
 
@@ -45,38 +44,6 @@ def sequence_ratio_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, floa
     return x.log_ratio.sum(-1, keepdim=True).clamp(max=MAX_EXPONENT).exp(), 1 - low, 1 + high
 
 
-def capped_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-sg(min(rho, epsilon_high)) A log p, CISPO, arXiv 2506.13585: every token keeps a gradient."""
-    return -x.ratio.clamp(max=loss.epsilons[1]).detach() * x.advantages * x.logps
-
-
-def capped_range(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, float, float]:
-    """rho [C, T] or [C, 1], and the range in which CISPO does not cap it: it has no lower bound."""
-    return x.ratio, -math.inf, loss.epsilons[1]
-
-
-def soft_gate(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-(4 / tau) sigmoid(tau (rho - 1)) A, tau by the sign of A, SAPO, arXiv 2511.20347; slope -A at rho = 1."""
-    tau = choose(x.advantages > 0, loss.sapo_temperature_pos, loss.sapo_temperature_neg, x.ratio)
-    return -(tau * (x.ratio - 1)).sigmoid() * 4 / tau * x.advantages
-
-
-def gamma_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-sg(phi(W)) A log p, phi(W) = exp(lam + k log W - lam W), W = exp(sum log rho), VESPO, arXiv 2602.10693 Sec. 3.4.
-
-    phi(1) = 1. Log-ratios stop at +-20 a token and at [log 1e-8, 20] a sequence, as in the authors' code and TRL. A
-    sampling correction's weights are factors of W, as in TRL, each from 1e-8 to exp(20).
-    """
-    positive = x.advantages >= 0
-    k = choose(positive, loss.vespo_k_pos, loss.vespo_k_neg, x.ratio)
-    lam = choose(positive, loss.vespo_lambda_pos, loss.vespo_lambda_neg, x.ratio)
-    log_w = x.log_ratio.detach().clamp(-20, 20).sum(-1, keepdim=True)
-    if x.weight is not None:
-        log_w = log_w + x.weight.log().clamp(math.log(1e-8), 20).sum(-1, keepdim=True)
-    log_w = log_w.clamp(math.log(1e-8), 20)
-    return -(lam + k * log_w - lam * log_w.exp()).exp() * x.advantages * x.logps
-
-
 def geometric_mean(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-A exp(mean_t h), h = min(log rho, clip) for A > 0 and max(log rho, clip) else, GMPO, arXiv 2507.20673.
 
@@ -106,16 +73,6 @@ for _name, _weight in {
     "luspo": sequence_sum,
 }.items():
     GRPO_TYPES.enter(_name, GRPOType(clipped, _weight, clip=ratio_range), reads=(*CLIP, "delta"))
-GRPO_TYPES.enter("sapo", GRPOType(soft_gate, sequence_mean), reads=("sapo_temperature_pos", "sapo_temperature_neg"))
-GRPO_TYPES.enter(
-    "cispo", GRPOType(capped_weight, token_mean, epsilon_high=5.0, clip=capped_range), reads=("epsilon_high",)
-)
-GRPO_TYPES.enter(
-    "vespo",
-    GRPOType(gamma_weight, token_mean, corrected=("token",), weighs=True, of_tokens=False),
-    reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-    ignores=("importance_sampling_level",),
-)
 GRPO_TYPES.enter(
     "gmpo",
     GRPOType(

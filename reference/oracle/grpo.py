@@ -36,6 +36,10 @@ class Options:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    log_ratio_coef: float = 1e-3
+    pspo_alpha: float = 0.1
+    fipo_half_life: float = 32.0
+    fipo_clip: float = 0.2
     max_completion_length: int = 512
     sampling_correction: str = "none"
     sampling_clip_min: float | None = None
@@ -124,7 +128,11 @@ def _each(advantage: float | Tensor | Sequence[float], length: int) -> list[floa
 
 
 AGGREGATIONS = {
-    **dict.fromkeys(("grpo", "sapo"), "sequence_mean"),  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
+    **dict.fromkeys(
+        ("grpo", "sapo", "cfpo", "pspo"), "sequence_mean"
+    ),  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
+    **dict.fromkeys(("reinforce", "prime", "fipo"), "token_mean"),  # as DAPO
+    **dict.fromkeys(("topr", "kimi"), "sequence_sum"),  # log p of the whole answer
     **dict.fromkeys(("dapo", "bnpo", "cispo", "vespo"), "token_mean"),  # 2503.14476 Eq. 8; bnpo's batch is the step
     "dr_grpo": "constant_length",  # arXiv 2503.20783
     **dict.fromkeys(("luspo", "gmpo", "rloo"), "sequence_sum"),  # 2602.05261; the other two have one term a sequence
@@ -180,6 +188,8 @@ def _sequence_loss(
         if keep[t] and not (left and advantage < 0):
             if o.loss_type == "vespo":  # W is of the policy that drew: each weight is a factor of it
                 loss = loss - _vespo_weight(y, old, advantage, o, w) * advantage * y[t]
+            elif o.loss_type == "prime":  # what is masked keeps its penalty
+                loss = loss - w[t] * ratio * advantage + o.log_ratio_coef * (y[t] - mu[t]) ** 2
             else:
                 loss = loss + w[t] * _policy_term(y, old, t, ratio, advantage, o)
         if o.beta and ref is not None:
@@ -203,7 +213,10 @@ def _ratio(y: Tensor, old: Tensor, t: int, o: Options) -> Tensor:
 def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
     """The policy's loss of one token; `ratio` is the token's, or its whole sequence's."""
     if o.loss_type == "cispo":  # arXiv 2506.13585: the weight is clipped and not differentiated, no lower bound
-        return -min(float(ratio.detach()), o.high) * advantage * y[t]
+        weight = min(float(ratio.detach()), o.high)
+        return -(weight if o.epsilon is None else max(weight, 1 - o.epsilon)) * advantage * y[t]
+    if o.loss_type in OTHERS:
+        return OTHERS[o.loss_type](y, old, t, ratio, advantage, o)
     if o.loss_type == "sapo":  # arXiv 2511.20347
         tau = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
         return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
@@ -211,6 +224,51 @@ def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float
     if o.delta is not None:
         ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
     return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
+
+
+def _reinforce(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """The score function: no ratio at all."""
+    return -advantage * y[t]
+
+
+def _topr(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2503.14286: [pi / mu]_0^1 of the whole answer where it is bad, 1 where it is good."""
+    whole = math.exp(min(float((y.detach() - old).sum()), 0.0))
+    return -(1.0 if advantage >= 0 else whole) * advantage * y[t]
+
+
+def _kimi(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2501.12599 Eq. 3, its penalty of the whole answer in equal parts at every token."""
+    return -advantage * y[t] + o.log_ratio_coef / 2 * (y - old).sum() ** 2 / len(y)
+
+
+def _cfpo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2601.22801 Eq. 7, negated."""
+    return -(ratio * advantage - abs(advantage) / (2 * o.low) * (ratio - 1) ** 2)
+
+
+def _pspo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2509.21282: ((1 - alpha) pi + alpha pi_old) / pi_old."""
+    mixed = (1 - o.pspo_alpha) * torch.exp(y[t]) + o.pspo_alpha * torch.exp(old[t])
+    if o.importance_sampling_level != "token":
+        return -((1 - o.pspo_alpha) * ratio + o.pspo_alpha) * advantage
+    return -mixed / torch.exp(old[t]) * advantage
+
+
+def _fipo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2603.19835: DAPO's loss with A times what the tokens from here on have gained, discounted."""
+    future = 0.0
+    for k in range(t, len(y)):
+        gain = float(y[k].detach() - old[k])
+        if o.delta is None or math.exp(gain) <= o.delta:
+            future += 2 ** (-(k - t) / o.fipo_half_life) * gain
+    scaled = advantage * min(max(math.exp(min(future, 40.0)), 1.0), 1 + o.fipo_clip)
+    capped = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
+    return -torch.minimum(capped * scaled, torch.clamp(ratio, 1 - o.low, 1 + o.high) * scaled)
+
+
+OTHERS = {"reinforce": _reinforce, "topr": _topr, "kimi": _kimi, "cfpo": _cfpo, "pspo": _pspo, "fipo": _fipo}
+"""loss_type -> (y, old, t, ratio, advantage, options) -> the loss of token t."""
 
 
 def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options, w: Sequence[float]) -> float:

@@ -158,9 +158,9 @@ def weight_of(loss_type: str, batch: Batch) -> Tensor:
     """[C, 1], the documented weight of a token's loss."""
     mask = batch.masks["completion"]
     lengths, count = mask.sum(-1, keepdim=True).double(), len(mask)
-    if loss_type in ("grpo", "sapo", *OWN_RATIO):
+    if loss_type in ("grpo", "sapo", "cfpo", "pspo", *OWN_RATIO):
         return 1 / lengths.clamp(min=1) / count
-    per_step = {"dr_grpo": 1 / (256 * count), "luspo": 1 / count}
+    per_step = {"dr_grpo": 1 / (256 * count)} | dict.fromkeys(("luspo", "topr", "kimi"), 1 / count)
     return torch.full_like(lengths, per_step.get(loss_type, 1 / max(mask.sum().item(), 1)))
 
 
@@ -173,6 +173,7 @@ def test_on_policy_it_is_reinforce(loss_type, level, batch):
     loss = GRPOLoss(loss_type=loss_type, importance_sampling_level=level, max_completion_length=256)
     expected = -(weight_of(loss_type, batch) * advantages[:, None]).where(policy.completion_mask, 0.0)
     slope = expected * (policy.completion_mask.sum(-1, keepdim=True) if loss_type == "rloo" else 1)
+    slope = slope * (0.9 if loss_type == "pspo" else 1)  # a tenth of the ratio is the old policy's
     for others in ({}, {"old": given_logps(batch, "policy")}):
         value, grad = run(loss, policy, advantages, **others)
         torch.testing.assert_close(grad, slope, rtol=1e-9, atol=1e-15)

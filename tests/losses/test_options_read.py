@@ -111,14 +111,15 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
         (
             GRPOLoss,
             {"loss_type": "sapo", "epsilon": 0.1},
-            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, cispo, vespo",
+            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, pspo, prime, "
+            "vespo, reinforce, topr, kimi",
         ),
         *(
             (
                 GRPOLoss,
                 {"loss_type": name, "importance_sampling_level": "sequence"},
                 f"importance_sampling_level=sequence is not read by loss_type {name}; leave it out: it is an option of "
-                "all but vespo, gmpo, rloo",
+                "all but gmpo, rloo, vespo, reinforce, topr, kimi",
             )
             for name in ("gmpo", "vespo", "rloo")
         ),
@@ -227,6 +228,8 @@ def test_what_is_declared_as_read_changes_the_loss_and_nothing_else_does(method,
     base = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
     if method == "tpo":
         base["tpo_alpha"] = 0.0
+    if option == "fipo_half_life" and name == "fipo":
+        base["fipo_clip"] = 1.0
     if option in ("kl_estimator", "use_bias_correction_kl"):
         base["beta"] = 0.5
     plain = LOSSES[method](loss_type=name, **base)
