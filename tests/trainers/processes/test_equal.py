@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logratio.losses import ADVANTAGES
 from logratio.trainers import loop
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 
@@ -37,7 +38,7 @@ FSDP2 = {
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
 TWO = tuple(DDP)
-DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
+DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch", "--loss_aggregation", "prompt_mean")
 # Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
 KEPT = {
     "ddp": (
@@ -204,7 +205,7 @@ def test_rollouts_are_compared_with_those_of_all_processes(two):
     one = _worker.compare([])
     assert one["reward_std"] > 1
     assert [rank["compare"]["reward_std"] for rank in two] == pytest.approx([one["reward_std"]] * 2)
-    assert len(one["advantages"]) == 9
+    assert len(one["advantages"]) == len(ADVANTAGES) + 3
     for options, rows in one["advantages"].items():
         first, second = (rank["compare"]["advantages"][options] for rank in two)
         assert first.keys() == {"0", "2"} and second.keys() == {"1"}
