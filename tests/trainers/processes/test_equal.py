@@ -38,7 +38,7 @@ FSDP2 = {
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
 TWO = tuple(DDP)
-DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch", "--loss_aggregation", "prompt_mean")
+DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
 # Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
 KEPT = {
     "ddp": (
