@@ -4,8 +4,9 @@ from . import dpo_types, grpo_types  # they fill the tables
 from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .dpo import DPO_TYPES, F_DIVERGENCES, DPOLoss, DPOType, PairRatios, dpo_type
-from .grpo import GRPO_TYPES, KL_ESTIMATORS, GRPOLoss, GRPOType
+from .grpo import GRPOLoss
 from .grpo_sampling import SAMPLING_CORRECTIONS
+from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOType
 from .head import Support, TokenLogps, Transform, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
@@ -25,6 +26,7 @@ __all__ = [
     "KL_ESTIMATORS",
     "KTO_TYPES",
     "LOSSES",
+    "LOSS_AGGREGATIONS",
     "SAMPLING_CORRECTIONS",
     "SFT_TYPES",
     "TPO_TYPES",

@@ -6,8 +6,9 @@ arXiv 2507.18071), A the advantage of the completion and d = log p - log p_ref:
     token loss = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k(d)
     L = sum over tokens of weight * token loss - entropy_coef * token mean of the entropy
 
-A variant is a surrogate (the first term) and a weight (the normaliser), entered in `GRPO_TYPES`; they are in
-`grpo_types.py`. k is one of `KL_ESTIMATORS`.
+Four parts can be chosen apart: the surrogate (the first term, `loss_type`), the weight (`loss_aggregation`; without it
+the one of the loss_type's paper), what rho is of (`importance_sampling_level`), and the advantage, of completions or of
+tokens. They are small functions in `grpo_types/`. k is one of `KL_ESTIMATORS`.
 
 Differs from TRL 1.16: (1) token totals, the mean entropy and the entropy's quantile are those of the optimizer step.
 TRL's dapo divides by the tokens of the generation batch, which is the same where a generation batch is one step; its
@@ -30,85 +31,18 @@ gradient is that of the reverse KL also off policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .dpo import MAX_EXPONENT
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
-from .options import Count, NotNegative, Positive, Share, Variants, variant
+from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
+from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
-
-LEVELS: Variants[str] = Variants()
-LEVELS.enter("token", "a ratio for each token")
-LEVELS.enter("sequence", "one for the sequence, the exp of the mean (GSPO)")
-
-
-class Ratios(NamedTuple):
-    """What a surrogate sees.
-
-    ratio: rho, [C, T], or [C, 1] at sequence level. log_ratio: log p - log p_old, [C, T], 0 where masked.
-    logps: [C, T], 0 where masked. advantages: [C, 1]. lengths: scored tokens, at least 1, [C, 1].
-    kept: [C, T] bool, scored tokens that the policy term is meant for (`top_entropy_quantile`).
-    weight: of the sampling correction, [C, T] or [C, 1], None without one. log_sampled: log p - log mu, [C, T].
-    """
-
-    ratio: Tensor
-    log_ratio: Tensor
-    logps: Tensor
-    advantages: Tensor
-    lengths: Tensor
-    kept: Tensor
-    weight: Tensor | None = None
-    log_sampled: Tensor | None = None
-
-
-class GRPOType(NamedTuple):
-    """surrogate(x, loss) -> [C, T] or [C, 1]; weight(lengths [C, 1], totals, loss) -> [C, 1] or scalar.
-
-    sequence_term: the surrogate is of the whole completion (it selects the `kept` tokens itself, and the KL term is
-    not corrected by rho). epsilon, epsilon_high: the defaults, None: the same as epsilon. widest: epsilon is below it.
-    clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range; None where nothing is, and no metrics of it.
-    corrected: the levels of sampling corrections that it may be multiplied by. weighs: the surrogate does it itself.
-    """
-
-    surrogate: Callable[[Ratios, GRPOLoss], Tensor]
-    weight: Callable[[Tensor, Totals, GRPOLoss], Tensor]
-    sequence_term: bool = False
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    widest: float = 1.0
-    clip: Callable[[Ratios, GRPOLoss], tuple[Tensor, float, float]] | None = None
-    corrected: Collection[str] = ("token", "sequence", "geometric", "probability")
-    weighs: bool = False
-
-
-GRPO_TYPES: Variants[GRPOType] = Variants()
-
-KL_ESTIMATORS: Variants[Callable[[Tensor], Tensor]] = Variants()
-"""kl_estimator -> k(d) of d = log p - log p_ref, elementwise (Schulman, "Approximating KL divergence")."""
-
-
-@variant(KL_ESTIMATORS)
-def k1(d: Tensor) -> Tensor:
-    """d: unbiased, and as a loss its gradient has mean 0 on policy; for use in rewards."""
-    return d
-
-
-@variant(KL_ESTIMATORS)
-def k2(d: Tensor) -> Tensor:
-    """d^2 / 2: biased, but its gradient is that of KL(policy || reference) on policy."""
-    return d**2 / 2
-
-
-@variant(KL_ESTIMATORS)
-def k3(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1 >= 0: unbiased; its plain gradient is that of the forward KL. In this form exact at small d."""
-    return torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d
 
 
 @register("grpo")
@@ -119,6 +53,7 @@ class GRPOLoss(Loss):
     kind: ClassVar[Kind] = Kind.GROUPED
     option_tables: ClassVar = {
         "loss_type": GRPO_TYPES,
+        "loss_aggregation": LOSS_AGGREGATIONS,
         "kl_estimator": KL_ESTIMATORS,
         "importance_sampling_level": LEVELS,
         "sampling_correction": SAMPLING_CORRECTIONS,
@@ -126,21 +61,27 @@ class GRPOLoss(Loss):
     option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
     loss_type: str = "dapo"
-    """dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo, gmpo, or rloo."""
+    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, or
+    fipo."""
+    loss_aggregation: str | None = None
+    """token_mean, sequence_mean, sequence_sum, constant_length (of max_completion_length), or prompt_mean (default: the
+    loss_type's own)."""
     beta: NotNegative = 0.0
     """Weight of the KL term to the reference; 0 needs no reference."""
     kl_estimator: str = "k3"
-    """k1, k2, or k3."""
+    """k1, k2, k3, k3+ (the value of k3, the gradient of k2), or abs."""
     use_bias_correction_kl: bool = True
     """Multiply the KL estimate by the importance ratio."""
     epsilon: NotNegative | None = None
-    """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4)."""
+    """Clip range below 1 (default: 0.2); gmpo: below 0, of the log-ratio (default: 0.4); cispo: what the weight is at
+    least below 1 (default: no bound); cfpo: where the penalty stops the ratio, on either side."""
     epsilon_high: NotNegative | None = None
     """Clip range above 1 (default: epsilon); cispo: the cap of the ratio itself (default: 5, as ScaleRL has it)."""
     delta: Positive | None = None
     """Cap of the unclipped ratio (INTELLECT-2); from 1 + epsilon_high on it is PPO's dual clip."""
     importance_sampling_level: str = "token"
-    """token, or sequence (GSPO, and LUSPO as its paper has it: luspo too is token-level unless asked)."""
+    """token, sequence (GSPO, and LUSPO as its paper has it: luspo too is token-level unless asked), or sequence_token
+    (GSPO-token: the sequence's ratio, the gradient of each token)."""
     off_policy_mask_threshold: float | None = None
     """Drop completions of negative advantage whose mean log(p_old / p) is above this (DeepSeek-V3.2)."""
     sampling_correction: str = "none"
@@ -157,11 +98,19 @@ class GRPOLoss(Loss):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     max_completion_length: Count = 512
-    """Longest completion generated, in tokens; the divisor of dr_grpo."""
+    """Longest completion generated, in tokens; the divisor of dr_grpo and constant_length."""
     sapo_temperature_pos: Positive = 1.0
     """Steepness of the gate where the advantage is positive."""
     sapo_temperature_neg: Positive = 1.05
     """Steepness elsewhere."""
+    log_ratio_coef: NotNegative = 1e-3
+    """tau, the weight of the squared log-ratio (kimi: of its half)."""
+    pspo_alpha: Share = 0.1
+    """Share of the old policy in the ratio."""
+    fipo_half_life: Positive = 32.0
+    """Tokens after which a later log-ratio counts half."""
+    fipo_clip: NotNegative = 0.2
+    """How far above 1 a token's weight may go."""
     vespo_k_pos: NotNegative = 2.0
     """Power of the ratio where the advantage is not negative."""
     vespo_lambda_pos: NotNegative = 3.0
@@ -179,6 +128,8 @@ class GRPOLoss(Loss):
         check_correction(self, GRPO_TYPES[self.loss_type].corrected)
         if self.loss_type == "cispo" and not high:
             raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
+        if self.loss_type == "cfpo" and not low:
+            raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
 
     @property
     def wants_reference(self) -> bool:
@@ -189,6 +140,11 @@ class GRPOLoss(Loss):
     def wants_behavior(self) -> bool:
         """For the correction, and as metrics."""
         return True
+
+    @property
+    def wants_prompt_tokens(self) -> bool:
+        """For the mean over prompts."""
+        return self.loss_aggregation == "prompt_mean"
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -220,18 +176,22 @@ class GRPOLoss(Loss):
         advantages: Tensor,
         old: CompletionLogps | None = None,
         behavior: CompletionLogps | None = None,
+        prompt_tokens: Tensor | None = None,
         totals: Totals,
     ) -> LossOutput:
-        """policy, old, ref, behavior: [C, T]; advantages: [C]. Without `old` the batch is on policy (rho = 1).
+        """policy, old, ref, behavior: [C, T]; advantages: [C], or [C, T] where tokens have their own, which are not
+        read where masked. Without `old` the batch is on policy (rho = 1). prompt_tokens: [C], scored tokens of all
+        completions that the step has of the same prompt, in whichever micro-batch.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        if advantages.shape != mask.shape[:1]:
-            raise ValueError(f"advantages must be [{len(mask)}], one a completion, got {list(advantages.shape)}")
+        self._check_advantages(advantages, mask)
+        if prompt_tokens is not None and prompt_tokens.shape != mask.shape[:1]:
+            raise ValueError(f"prompt_tokens must be [{len(mask)}], one a completion, got {list(prompt_tokens.shape)}")
         policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
         kept, num_kept = self._kept(policy, totals)
-        x = self._ratios(policy, old, advantages, kept)
+        x = self._ratios(policy, old, advantages, kept, prompt_tokens)
         metrics = self._clip_metrics(x, mask)
         if behavior is not None:
             weight, log_sampled, seen = correct(self, policy, old, behavior, x.advantages)
@@ -254,7 +214,8 @@ class GRPOLoss(Loss):
             kl = kl * x.ratio if self.use_bias_correction_kl and not kind.sequence_term else kl
             per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = Mean.of(kl, mask)
-        loss = (kind.weight(x.lengths, totals, self) * policy.masked(per_token_loss)).sum()
+        weight_of = kind.weight if self.loss_aggregation is None else LOSS_AGGREGATIONS[self.loss_aggregation]
+        loss = (weight_of(x, totals, self) * policy.masked(per_token_loss)).sum()
         if policy.entropy is not None:
             metrics["entropy"] = Mean.of(policy.entropy, mask)
         if self.entropy_coef:
@@ -262,16 +223,42 @@ class GRPOLoss(Loss):
             loss = loss - self.entropy_coef * divide(entropy, num_kept)
         return LossOutput(loss, metrics)
 
-    def _ratios(self, policy: CompletionLogps, old: CompletionLogps | None, advantages: Tensor, kept: Tensor) -> Ratios:
+    def _check_advantages(self, advantages: Tensor, mask: Tensor) -> None:
+        """Raise ValueError for advantages of another shape, or of tokens where the loss is of completions."""
+        if advantages.shape not in (mask.shape[:1], mask.shape):
+            raise ValueError(
+                f"advantages must be [{len(mask)}], one a completion, or {list(mask.shape)}, one a token, "
+                f"got {list(advantages.shape)}"
+            )
+        if advantages.ndim == 1:
+            return
+        if not GRPO_TYPES[self.loss_type].of_tokens:
+            raise ValueError(f"loss_type={self.loss_type} is of whole completions: advantages must be [{len(mask)}]")
+        if self.importance_sampling_level == "sequence":
+            raise ValueError(
+                "importance_sampling_level=sequence has one ratio a completion, whose gradient would spread a token's "
+                "advantage over all of them: take sequence_token, or advantages of completions"
+            )
+
+    def _ratios(
+        self,
+        policy: CompletionLogps,
+        old: CompletionLogps | None,
+        advantages: Tensor,
+        kept: Tensor,
+        prompt_tokens: Tensor | None,
+    ) -> Ratios:
         logps, lengths = policy.logps, policy.lengths.clamp(min=1)[:, None]
         log_ratio = logps - (logps if old is None else old.logps).detach()
-        sequence = self.importance_sampling_level == "sequence"
-        exponent = log_ratio.sum(-1, keepdim=True) / lengths if sequence else log_ratio
-        ratio = exponent.clamp(max=MAX_EXPONENT).exp()
-        return Ratios(ratio, log_ratio, logps, advantages.to(ratio.dtype)[:, None], lengths, kept)
+        ratio = LEVELS[self.importance_sampling_level](log_ratio, lengths).clamp(max=MAX_EXPONENT).exp()
+        advantages = advantages[:, None] if advantages.ndim == 1 else policy.masked(advantages)
+        if prompt_tokens is not None:
+            prompt_tokens = prompt_tokens.to(ratio.dtype).clamp(min=1)[:, None]
+        return Ratios(ratio, log_ratio, logps, advantages.to(ratio.dtype), lengths, kept, prompt_tokens)
 
     def _on_policy(self, x: Ratios) -> Tensor | float:
-        """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1."""
+        """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1; [C, T], of their
+        tokens of negative advantage, where tokens have their own."""
         if self.off_policy_mask_threshold is None:
             return 1.0
         log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled

@@ -169,7 +169,10 @@ def _check_read(loss: Any, name: str, value: Any) -> None:
 
 
 def _chosen(loss: Any, option: str) -> tuple[str, ...]:
+    """None, which leaves the choice to another option, may be any of them."""
     value = getattr(loss, option)
+    if value is None:
+        return tuple(loss.option_tables[option])
     return value if isinstance(value, tuple) else (value,)
 
 

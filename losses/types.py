@@ -184,6 +184,7 @@ class Totals:
     """What a loss knows of the whole optimizer step, all micro-batches and processes: what it divides by.
 
     num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, CPO, ORPO), completions (GRPO).
+    num_prompts: prompts, each with all its completions (GRPO).
     num_tokens: scored completion tokens, of all completions of a pair together.
     num_chosen_tokens, num_gold_tokens: scored completion tokens of those completions (pairs).
     num_prompt_tokens: scored prompt tokens (losses with `scores_prompt`).
@@ -198,6 +199,7 @@ class Totals:
     num_chosen_tokens: float = 0
     num_gold_tokens: float = 0
     num_prompt_tokens: float = 0
+    num_prompts: float = 0
     sum_weights: float | None = None
     collected: Tensor | None = None
     own: Tensor | None = None
@@ -205,7 +207,7 @@ class Totals:
 
     @staticmethod
     def of(policy: CompletionLogps | PairLogps, collected: Tensor | None = None) -> Totals:
-        """The totals of a step that consists of this one batch."""
+        """The totals of a step that consists of this one batch, of as many prompts as it has rows."""
         if isinstance(policy, CompletionLogps):
             mask, weights = policy.completion_mask, policy.weights
             counts: dict[str, float] = {"num_tokens": int(mask.sum())}
@@ -219,6 +221,7 @@ class Totals:
                 counts[name] = 0 if part is None else int(part.completion_mask.sum())
             counts["num_tokens"] += counts["num_gold_tokens"]
         own = torch.arange(len(mask), device=mask.device)
+        counts["num_prompts"] = len(mask)
         return Totals(num_sequences=len(mask), **counts, collected=collected, own=own)  # type: ignore[arg-type]
 
 
@@ -254,6 +257,11 @@ class Loss:
     @property
     def wants_behavior(self) -> bool:
         """Rollouts: it is called with `behavior`, what the sampler said of its tokens, None where that is not known."""
+        return False
+
+    @property
+    def wants_prompt_tokens(self) -> bool:
+        """Rollouts: it is called with `prompt_tokens` [C], scored tokens of all completions of the same prompt."""
         return False
 
     @property

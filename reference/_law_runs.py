@@ -50,6 +50,8 @@ def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
             kwargs[role] = PairLogps(**{part: logps_of(loss, batch, role, part) for part in parts})
         else:
             kwargs[role] = logps_of(loss, batch, role)
+    if loss.wants_prompt_tokens:  # as if each prompt had another completion, somewhere else, of one token more
+        kwargs["prompt_tokens"] = 2 * batch.masks["completion"].sum(-1) + 1
     return kwargs | batch.rows
 
 

@@ -132,6 +132,8 @@ KL = {
     "k1": (lambda d: d, torch.ones_like),
     "k2": (lambda d: d**2 / 2, lambda d: d),
     "k3": (lambda d: torch.expm1(-d) + d, lambda d: -torch.expm1(-d)),
+    "k3+": (lambda d: torch.expm1(-d) + d, lambda d: d),
+    "abs": (torch.abs, torch.sign),
 }
 """k(d) and its slope."""
 

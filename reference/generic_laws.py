@@ -185,7 +185,8 @@ def empty_example(loss: Loss, batch: Batch, row: int) -> None:
     at = torch.arange(len(batch)) != row
     batch = replace(batch, masks={part: mask & at[:, None] for part, mask in batch.masks.items()})
     others = take(batch, at.nonzero()[:, 0].tolist())
-    got, expected = run(loss, batch), run(loss, others, replace(totals_of(loss, others), num_sequences=len(batch)))
+    counted = replace(totals_of(loss, others), num_sequences=len(batch), num_prompts=len(batch))
+    got, expected = run(loss, batch), run(loss, others, counted)
     same(got._replace(grads={name: grad[at] for name, grad in got.grads.items()}), expected, per_example(loss, batch))
 
 

@@ -30,7 +30,12 @@ def pairwise(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 def traits(case: Case) -> list[tuple[str, Any]]:
     """What a case consists of: its loss type, and each option with its value."""
-    own = {"weighted": case.weighted, "sampled": case.sampled, "kept": case.kept} | case.options
+    own = {
+        "weighted": case.weighted,
+        "sampled": case.sampled,
+        "by_token": case.by_token,
+        "kept": case.kept,
+    } | case.options
     kind = (case.method, own.pop("loss_type", None))
     return [("loss_type", kind), *((name, value) for name, value in own.items() if value)]
 

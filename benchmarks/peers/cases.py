@@ -19,7 +19,8 @@ class Case:
 
     trl: the trainer, None where TRL has no such loss. differs: why TRL's value is another one although it has the loss.
     state: what the loss carries from earlier steps. weighted: rows have token weights. sampled: rollouts were drawn by
-    another policy than the old one. kept: so many words that most tokens could have been, the others of all; None: all.
+    another policy than the old one. by_token: tokens have advantages of their own. kept: so many words that most tokens
+    could have been, the others of all; None: all.
     """
 
     method: str
@@ -29,6 +30,7 @@ class Case:
     state: dict[str, float] = field(default_factory=dict)
     weighted: bool = False
     sampled: bool = False
+    by_token: bool = False
     kept: int | None = None
 
     @property
@@ -55,6 +57,7 @@ class Case:
             if key != "loss_type":
                 words.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
         words += ["weighted rows"] if self.weighted else []
+        words += ["token advantages"] if self.by_token else []
         words += [f"support of {self.kept} words"] if self.kept else []
         words += ["sampled by another"] if self.sampled and "sampling_correction" not in self.options else []
         return ",".join(words)
@@ -204,11 +207,57 @@ def grpo_cases() -> Iterator[Case]:
         yield Case("grpo", {"loss_type": name, "epsilon": 0.1, "epsilon_high": 0.4}, trl)
     yield Case("grpo", {"loss_type": "gmpo", "beta": 0.04}, "gmpo")
     yield Case("grpo", {"loss_type": "gmpo", "top_entropy_quantile": 0.4, "epsilon": 0.4}, "gmpo")
-    for estimator in ("k1", "k2"):
+    for estimator in ("k1", "k2", "k3+", "abs"):
         yield Case("grpo", {"loss_type": "grpo", "beta": 0.04, "kl_estimator": estimator})
         yield Case(
             "grpo", {"loss_type": "dapo", "beta": 0.04, "kl_estimator": estimator, "use_bias_correction_kl": False}
         )
+
+
+def parts_cases() -> Iterator[Case]:
+    """GRPO's parts chosen apart: normalisers, levels, advantages of tokens."""
+    for name, aggregation in (
+        ("dapo", "sequence_mean"),
+        ("grpo", "sequence_sum"),
+        ("luspo", "constant_length"),
+        ("sapo", "token_mean"),
+        *((name, "prompt_mean") for name in ("dapo", "cispo", "sapo", "vespo")),
+    ):
+        yield Case("grpo", {"loss_type": name, "loss_aggregation": aggregation})
+    yield Case("grpo", {"loss_type": "dapo", "loss_aggregation": "prompt_mean", "beta": 0.04, "entropy_coef": 0.1})
+    for name in ("grpo", "cispo", "sapo"):
+        options = {"loss_type": name, "importance_sampling_level": "sequence_token"}
+        yield Case("grpo", options)
+        yield Case("grpo", options | {"beta": 0.04}, by_token=True)
+    for name in ("dapo", "cispo", "sapo"):
+        yield Case("grpo", {"loss_type": name}, by_token=True)
+    yield Case("grpo", {"loss_type": "dapo", "off_policy_mask_threshold": 0.02}, sampled=True, by_token=True)
+    yield Case("grpo", {"loss_type": "dapo", "sampling_correction": "dppo_tv"}, sampled=True, by_token=True)
+
+
+def later_cases() -> Iterator[Case]:
+    """GRPO's variants that TRL has not."""
+    for name in ("reinforce", "topr", "kimi", "cfpo", "pspo", "prime", "fipo"):
+        yield Case("grpo", {"loss_type": name})
+        yield Case("grpo", {"loss_type": name, "beta": 0.04})
+    for name in ("cfpo", "pspo"):
+        yield Case("grpo", {"loss_type": name, "importance_sampling_level": "sequence"})
+    options: list[dict[str, Any]] = [
+        {"loss_type": "cispo", "epsilon": 0.1, "epsilon_high": 1.2},
+        {"loss_type": "kimi", "log_ratio_coef": 0.5},
+        {"loss_type": "cfpo", "epsilon": 0.5, "loss_aggregation": "token_mean"},
+        {"loss_type": "pspo", "pspo_alpha": 0.4},
+        {"loss_type": "fipo", "fipo_half_life": 2.0, "fipo_clip": 0.5, "delta": 1.3},
+    ]
+    yield from (Case("grpo", one) for one in options)
+    yield Case("grpo", {"loss_type": "fipo"}, by_token=True)
+    prime = {"loss_type": "prime", "log_ratio_coef": 0.1}
+    yield Case("grpo", prime, sampled=True)
+    yield Case(
+        "grpo",
+        prime | {"sampling_correction": "ipo", "sampling_clip_min": -1e-3, "sampling_clip_max": 1e-3},
+        sampled=True,
+    )
 
 
 NARROW: dict[str, Any] = {"sampling_clip_min": 0.8, "sampling_clip_max": 1.2}
@@ -257,5 +306,5 @@ def support_cases() -> Iterator[Case]:
 
 CASES: list[Case] = [
     *(*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases()),
-    *(*grpo_cases(), *sampling_cases(), *support_cases()),
+    *(*grpo_cases(), *parts_cases(), *later_cases(), *sampling_cases(), *support_cases()),
 ]

@@ -43,14 +43,20 @@ def random_rows(
     return rows
 
 
-def random_groups(seed: int, groups: int = 2, size: int = 3, kept: int | None = None) -> list[Example]:
-    """Rollouts of random tokens with advantages. kept: see `Case`."""
+def random_groups(
+    seed: int, groups: int = 2, size: int = 3, kept: int | None = None, by_token: bool = False
+) -> list[Example]:
+    """Rollouts of random tokens with advantages. kept, by_token: see `Case`."""
     rng = random.Random(seed)
     examples = []
     for row in range(groups):
         completions = [Completion([rng.randrange(256) for _ in range(rng.randint(1, 14))]) for _ in range(size)]
         prompt = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
         examples.append(Example(prompt, completions, row=row, advantages=tuple(rng.gauss(0, 1) for _ in range(size))))
+    if by_token:
+        examples = [
+            replace(e, advantages=tuple(tuple(rng.gauss(0, 1) for _ in c.ids) for c in e.completions)) for e in examples
+        ]
     if kept is not None:
         for example in examples:
             example.completions[:] = [replace(c, support=random_support(c.ids, rng, kept)) for c in example.completions]

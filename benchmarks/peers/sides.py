@@ -130,19 +130,21 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
         for table in (subject.old, subject.behavior)
     )
     advantages = [a for e in examples for a in e.advantages or ()]
+    prompts = [i for i, _ in enumerate(examples) for _ in range(size)]
     drawn = [[x] for x in behavior] if case.sampled else [None] * len(old)
     loss = oracle.grpo(
         policy,
         old,
         ref,
         advantages,
+        prompts=prompts,
         entropy=entropy,
         behavior_logps=behavior if case.sampled else None,
         **case.options,
     )
     with torch.no_grad():
         alone = [
-            oracle.grpo([p], [o], [r], [a], entropy=[h], behavior_logps=b, **case.options)
+            oracle.grpo([p], [o], [r], [a], prompts=[0], entropy=[h], behavior_logps=b, **case.options)
             for p, o, r, a, h, b in zip(policy, old, ref, advantages, entropy, drawn, strict=True)
         ]
     return loss, sum(abs(x.item()) for x in alone) / len(alone)

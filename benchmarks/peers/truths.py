@@ -138,7 +138,7 @@ class Subject:
         """What `random_rows` and `random_groups` are after tokenization."""
         loss = case.loss
         if loss.kind is Kind.GROUPED:
-            return random_groups(self.seed, kept=case.kept)
+            return random_groups(self.seed, kept=case.kept, by_token=case.by_token)
         rows = Rows("random", random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST))
         return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
 

@@ -133,3 +133,55 @@ def penalized(
         reward - coef * math.fsum(float(kl_estimate(a, b, estimator)) for a, b in zip(y, y_ref, strict=True))
         for reward, y, y_ref in zip(rewards, old, ref, strict=True)
     ]
+
+
+def rloo_std(rewards: Rewards) -> list[list[float]]:
+    """Leave-one-out over (the standard deviation of the whole group + 1e-4)."""
+    result = []
+    for group, row in zip(rewards, rloo(rewards), strict=True):
+        scored = [reward for reward in group if reward is not None]
+        result.append([value / (bessel_std(scored) + EPS) if scored else 0.0 for value in row])
+    return result
+
+
+def maxrl(rewards: Rewards) -> list[list[float]]:
+    """(R - mean) / mean of its group, arXiv 2602.02710; 0 where the mean is 0, or the reward has nothing beside it."""
+    result = []
+    for group in rewards:
+        scored = [reward for reward in group if reward is not None]
+        centre = mean(scored) if len(scored) > 1 else 0.0
+        result.append([0.0 if reward is None or not centre else (reward - centre) / centre for reward in group])
+    return result
+
+
+def passk(rewards: Rewards) -> list[list[float]]:
+    """The group's best reward less the best without this completion, arXiv 2503.19595 with k = G."""
+    result = []
+    for group in rewards:
+        row = []
+        for i, reward in enumerate(group):
+            others = [other for j, other in enumerate(group) if j != i and other is not None]
+            row.append(0.0 if reward is None or not others else max([reward, *others]) - max(others))
+        result.append(row)
+    return result
+
+
+def gpg(rewards: Rewards) -> list[list[float]]:
+    """alpha (R - mean of its group), alpha = groups / groups of rewards that differ: arXiv 2504.02546, F_norm = 1."""
+    live = sum(1 for group in rewards if len({reward for reward in group if reward is not None}) > 1)
+    return [[len(rewards) / max(live, 1) * value for value in row] for row in advantages(rewards, "none")]
+
+
+def reinforce_pp_tokens(rewards: Rewards, lengths: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Whitened over the tokens of the step, each of which has its completion's reward: REINFORCE++, 2501.03262."""
+    tokens = [
+        reward
+        for group, counts in zip(rewards, lengths, strict=True)
+        for reward, count in zip(group, counts, strict=True)
+        if reward is not None
+        for _ in range(count)
+    ]
+    if len(tokens) < 2:
+        return [[0.0] * len(group) for group in rewards]
+    centre, divisor = mean(tokens), bessel_std(tokens) + EPS
+    return [[0.0 if reward is None else (reward - centre) / divisor for reward in group] for group in rewards]

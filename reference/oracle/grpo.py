@@ -19,6 +19,7 @@ class Options:
     """The options of `grpo`, with their defaults."""
 
     loss_type: str = "dapo"
+    loss_aggregation: str | None = None
     beta: float = 0.0
     epsilon: float | None = None
     epsilon_high: float | None = None
@@ -35,6 +36,10 @@ class Options:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    log_ratio_coef: float = 1e-3
+    pspo_alpha: float = 0.1
+    fipo_half_life: float = 32.0
+    fipo_clip: float = 0.2
     max_completion_length: int = 512
     sampling_correction: str = "none"
     sampling_clip_min: float | None = None
@@ -57,8 +62,9 @@ def grpo(
     logps: Sequence[Tensor],
     old_logps: Sequence[Tensor] | None,
     ref_logps: Sequence[Tensor] | None,
-    advantages: Sequence[float] | Tensor,
+    advantages: Sequence[float | Sequence[float]] | Tensor,
     *,
+    prompts: Sequence[int] | None = None,
     entropy: Sequence[Tensor] | None = None,
     behavior_logps: Sequence[Tensor] | None = None,
     **options: Any,
@@ -67,7 +73,8 @@ def grpo(
 
     `options` as in `Options`. Without `old_logps` the step is on policy. entropy: of each token's distribution, for
     entropy_coef and top_entropy_quantile. behavior_logps: of the policy that the completions were drawn by, for
-    sampling_correction and the off-policy mask, if it is another one.
+    sampling_correction and the off-policy mask, if it is another one. advantages: one a completion, or a list of one a
+    token. prompts: which prompt each completion is of, for loss_aggregation prompt_mean.
     """
     o = Options(**options)
     _refuse_undefined(o, ref_logps, entropy)
@@ -81,8 +88,8 @@ def grpo(
             continue
         ref = None if ref_logps is None else ref_logps[i].detach()
         mu = (old_logps if behavior_logps is None else behavior_logps)[i].detach()
-        loss = _sequence_loss(y, old_logps[i], ref, float(advantages[i]), keep[i], o, mu)
-        total = total + loss / _divisor(len(y), len(logps), sum(len(x) for x in logps), o)
+        loss = _sequence_loss(y, old_logps[i], ref, _each(advantages[i], len(y)), keep[i], o, mu)
+        total = total + loss / _divisor(i, [len(x) for x in logps], prompts, o)
     if o.entropy_coef and entropy is not None:
         acting = [
             h for row, flags in zip(entropy, keep, strict=True) for h, kept in zip(row, flags, strict=True) if kept
@@ -98,7 +105,7 @@ def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
         raise ValueError(f"beta={o.beta} needs ref_logps")
     if (o.entropy_coef or o.top_entropy_quantile < 1) and entropy is None:
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
-    if o.importance_sampling_level not in ("token", "sequence"):
+    if o.importance_sampling_level not in ("token", "sequence", "sequence_token"):
         raise ValueError(f"no formula for importance_sampling_level={o.importance_sampling_level!r}")
     if o.loss_type == "rloo" and (o.beta or o.top_entropy_quantile < 1 or o.delta is not None):
         raise ValueError(
@@ -108,47 +115,81 @@ def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
         raise ValueError("gmpo has no delta")
 
 
-def _divisor(length: int, sequences: int, tokens: int, o: Options) -> float:
-    """What the loss of one sequence, a sum over its tokens, is divided by."""
-    if o.loss_type in ("grpo", "sapo"):
-        return length * sequences  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
-    if o.loss_type in ("dapo", "bnpo", "cispo", "vespo"):
-        return tokens  # 1/sum_i |o_i|, arXiv 2503.14476 Eq. 8; bnpo's batch is the step
-    if o.loss_type == "dr_grpo":
-        return sequences * o.max_completion_length  # a constant, arXiv 2503.20783
-    if o.loss_type in ("luspo", "gmpo", "rloo"):
-        return sequences  # arXiv 2602.05261: no 1/|o_i|; the other two have one term a sequence
-    raise ValueError(f"no formula for GRPO's loss_type={o.loss_type!r}")
+def _each(advantage: float | Tensor | Sequence[float], length: int) -> list[float]:
+    """One for each token."""
+    if isinstance(advantage, Tensor) and advantage.ndim == 0:
+        advantage = float(advantage)
+    if isinstance(advantage, int | float):
+        return [float(advantage)] * length
+    values = [float(a) for a in advantage]
+    if len(values) != length:
+        raise ValueError(f"{len(values)} advantages for {length} tokens")
+    return values
+
+
+AGGREGATIONS = {
+    **dict.fromkeys(
+        ("grpo", "sapo", "cfpo", "pspo"), "sequence_mean"
+    ),  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
+    **dict.fromkeys(("reinforce", "prime", "fipo"), "token_mean"),  # as DAPO
+    **dict.fromkeys(("topr", "kimi"), "sequence_sum"),  # log p of the whole answer
+    **dict.fromkeys(("dapo", "bnpo", "cispo", "vespo"), "token_mean"),  # 2503.14476 Eq. 8; bnpo's batch is the step
+    "dr_grpo": "constant_length",  # arXiv 2503.20783
+    **dict.fromkeys(("luspo", "gmpo", "rloo"), "sequence_sum"),  # 2602.05261; the other two have one term a sequence
+}
+"""loss_type -> its own normaliser."""
+
+
+def _divisor(i: int, lengths: Sequence[int], prompts: Sequence[int] | None, o: Options) -> float:
+    """What the loss of sequence i, a sum over its tokens, is divided by."""
+    if o.loss_type not in AGGREGATIONS:
+        raise ValueError(f"no formula for GRPO's loss_type={o.loss_type!r}")
+    name = AGGREGATIONS[o.loss_type] if o.loss_aggregation is None else o.loss_aggregation
+    if name == "prompt_mean":
+        if prompts is None:
+            raise ValueError("prompt_mean needs prompts")
+        tokens = sum(n for n, prompt in zip(lengths, prompts, strict=True) if prompt == prompts[i])
+        return tokens * len(set(prompts))
+    return {
+        "token_mean": sum(lengths),
+        "sequence_mean": lengths[i] * len(lengths),
+        "sequence_sum": len(lengths),
+        "constant_length": len(lengths) * o.max_completion_length,
+    }[name]
 
 
 def _sequence_loss(
-    y: Tensor, old: Tensor, ref: Tensor | None, advantage: float, keep: Sequence[bool], o: Options, mu: Tensor
+    y: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    advantages: Sequence[float],
+    keep: Sequence[bool],
+    o: Options,
+    mu: Tensor,
 ) -> Tensor:
     """The loss of one sequence before its divisor: a sum over tokens, or the one term of gmpo and rloo."""
     # arXiv 2512.02556 Eq. 9: a bad answer that the policy has long left teaches nothing
-    gone = (
-        o.off_policy_mask_threshold is not None
-        and advantage < 0
-        and float((mu - y.detach()).sum()) / len(y) > o.off_policy_mask_threshold
+    left = o.off_policy_mask_threshold is not None and float((mu - y.detach()).sum()) / len(y) > (
+        o.off_policy_mask_threshold
     )
-    w = weights(y, old, mu, advantage, o)
-    if o.loss_type == "rloo":
-        return 0 * y.sum() if gone else w[0] * _rloo(y, old, advantage, o)
-    if o.loss_type == "gmpo":
-        loss = 0 * y.sum() if gone else w[0] * _gmpo(y, old, advantage, keep, o)
+    w = [weights(y, old, mu, a, o)[t] for t, a in enumerate(advantages)]
+    if o.loss_type in ("gmpo", "rloo"):
+        (advantage,) = set(advantages)
+        gone = left and advantage < 0
+        whole = _rloo(y, old, advantage, o) if o.loss_type == "rloo" else _gmpo(y, old, advantage, keep, o)
+        loss = 0 * y.sum() if gone else w[0] * whole
         for t in range(len(y)):
             if o.beta and ref is not None:  # the sequence mean, never corrected
                 loss = loss + o.beta * kl_estimate(y[t], ref[t], o.kl_estimator) / len(y)
         return loss
     loss = 0 * y.sum()
-    for t in range(len(y)):
-        if o.importance_sampling_level == "token":
-            ratio = torch.exp(y[t] - old[t])  # arXiv 2402.03300 Eq. 3
-        else:
-            ratio = torch.exp((y - old).sum() / len(y))  # s_i, arXiv 2507.18071 Sec. 4.1
-        if keep[t] and not gone:
+    for t, advantage in enumerate(advantages):
+        ratio = _ratio(y, old, t, o)
+        if keep[t] and not (left and advantage < 0):
             if o.loss_type == "vespo":  # W is of the policy that drew: each weight is a factor of it
                 loss = loss - _vespo_weight(y, old, advantage, o, w) * advantage * y[t]
+            elif o.loss_type == "prime":  # what is masked keeps its penalty
+                loss = loss - w[t] * ratio * advantage + o.log_ratio_coef * (y[t] - mu[t]) ** 2
             else:
                 loss = loss + w[t] * _policy_term(y, old, t, ratio, advantage, o)
         if o.beta and ref is not None:
@@ -159,10 +200,23 @@ def _sequence_loss(
     return loss
 
 
+def _ratio(y: Tensor, old: Tensor, t: int, o: Options) -> Tensor:
+    """Of token t, or of its sequence."""
+    if o.importance_sampling_level == "token":
+        return torch.exp(y[t] - old[t])  # arXiv 2402.03300 Eq. 3
+    s = torch.exp((y - old).sum() / len(y))  # s_i, arXiv 2507.18071 Sec. 4.1
+    if o.importance_sampling_level == "sequence":
+        return s
+    return s.detach() * torch.exp(y[t]) / torch.exp(y[t]).detach()  # Eq. 14
+
+
 def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
     """The policy's loss of one token; `ratio` is the token's, or its whole sequence's."""
     if o.loss_type == "cispo":  # arXiv 2506.13585: the weight is clipped and not differentiated, no lower bound
-        return -min(float(ratio.detach()), o.high) * advantage * y[t]
+        weight = min(float(ratio.detach()), o.high)
+        return -(weight if o.epsilon is None else max(weight, 1 - o.epsilon)) * advantage * y[t]
+    if o.loss_type in OTHERS:
+        return OTHERS[o.loss_type](y, old, t, ratio, advantage, o)
     if o.loss_type == "sapo":  # arXiv 2511.20347
         tau = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
         return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
@@ -170,6 +224,51 @@ def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float
     if o.delta is not None:
         ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
     return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
+
+
+def _reinforce(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """The score function: no ratio at all."""
+    return -advantage * y[t]
+
+
+def _topr(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2503.14286: [pi / mu]_0^1 of the whole answer where it is bad, 1 where it is good."""
+    whole = math.exp(min(float((y.detach() - old).sum()), 0.0))
+    return -(1.0 if advantage >= 0 else whole) * advantage * y[t]
+
+
+def _kimi(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2501.12599 Eq. 3, its penalty of the whole answer in equal parts at every token."""
+    return -advantage * y[t] + o.log_ratio_coef / 2 * (y - old).sum() ** 2 / len(y)
+
+
+def _cfpo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2601.22801 Eq. 7, negated."""
+    return -(ratio * advantage - abs(advantage) / (2 * o.low) * (ratio - 1) ** 2)
+
+
+def _pspo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2509.21282: ((1 - alpha) pi + alpha pi_old) / pi_old."""
+    mixed = (1 - o.pspo_alpha) * torch.exp(y[t]) + o.pspo_alpha * torch.exp(old[t])
+    if o.importance_sampling_level != "token":
+        return -((1 - o.pspo_alpha) * ratio + o.pspo_alpha) * advantage
+    return -mixed / torch.exp(old[t]) * advantage
+
+
+def _fipo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
+    """arXiv 2603.19835: DAPO's loss with A times what the tokens from here on have gained, discounted."""
+    future = 0.0
+    for k in range(t, len(y)):
+        gain = float(y[k].detach() - old[k])
+        if o.delta is None or math.exp(gain) <= o.delta:
+            future += 2 ** (-(k - t) / o.fipo_half_life) * gain
+    scaled = advantage * min(max(math.exp(min(future, 40.0)), 1.0), 1 + o.fipo_clip)
+    capped = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
+    return -torch.minimum(capped * scaled, torch.clamp(ratio, 1 - o.low, 1 + o.high) * scaled)
+
+
+OTHERS = {"reinforce": _reinforce, "topr": _topr, "kimi": _kimi, "cfpo": _cfpo, "pspo": _pspo, "fipo": _fipo}
+"""loss_type -> (y, old, t, ratio, advantage, options) -> the loss of token t."""
 
 
 def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options, w: Sequence[float]) -> float:

@@ -16,6 +16,8 @@ from logratio.losses.advantages import (
     ADVANTAGES,
     AGGREGATIONS,
     SCALES,
+    Advantage,
+    Context,
     advantages_of,
     normalize,
     normalize_then_sum,
@@ -27,7 +29,10 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 NAN = math.nan
 KINDS = [*((name, {}) for name in ADVANTAGES), ("group", {"scale": "batch"}), ("group", {"scale": "none"})]
 every_kind = pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda x: str(x))
-zero_sum = [(kind, options) for kind, options in KINDS if kind not in ("reinforce_pp", "remax", "opo")]
+OF_THE_STEP = ("reinforce_pp", "reinforce_pp_tokens")
+zero_sum = [(kind, options) for kind, options in KINDS if kind not in (*OF_THE_STEP, "remax", "opo", "passk")]
+RATIOS = ("maxrl",)
+"""Whose unit is not that of rewards: these must not be negative, and a shift of all of them matters."""
 
 numbers = st.floats(-100, 100).map(lambda x: round(x, 3))
 
@@ -46,6 +51,11 @@ def steps(draw: Any, missing: bool = False) -> dict[str, Tensor]:
             row[list(unknown) if keep else []] = NAN
     baseline = torch.tensor([[draw(numbers)] for _ in range(shape[0])], dtype=torch.float64)
     return {"rewards": rewards, "lengths": torch.tensor(lengths), "baseline": baseline}
+
+
+def of(kind: str, step: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The step, with rewards that the advantage takes."""
+    return step | {"rewards": step["rewards"].abs()} if kind in RATIOS else step
 
 
 def close(a: Tensor, b: Tensor, rtol: float = 1e-9, atol: float = 1e-9) -> None:
@@ -81,6 +91,111 @@ def test_the_others_by_hand():
     close(advantages_of(ONE, "remax", baseline=tensor([0.5], [-2.0])), tensor([0.5, 2.5], [2.0, 2.0]), 0, 0)
     # baseline (3 * 1 + 1 * 3) / 4
     close(advantages_of(ONE, "opo", lengths=torch.tensor([[3, 1], [5, 7]])), tensor([-0.5, 1.5], [0.0, 0.0]), 0, 0)
+
+
+def test_relatives_by_hand():
+    rewards = tensor([1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4)
+    half, quarter = math.sqrt(1 / 3) + 1e-4, 0.5 + 1e-4  # standard deviations
+    third = 1 / 3
+    loo = tensor([2 * third, -2 * third, -2 * third, 2 * third], [1.0, -third, -third, -third], [0.0] * 4)
+    close(advantages_of(rewards, "rloo_std"), loo / tensor([half], [quarter], [1.0]), 1e-12)
+    close(advantages_of(rewards, "maxrl"), tensor([1.0, -1.0, -1.0, 1.0], [3.0, -1.0, -1.0, -1.0], [0.0] * 4), 0, 0)
+    close(advantages_of(rewards, "passk"), tensor([0.0] * 4, [1.0, 0.0, 0.0, 0.0], [0.0] * 4), 0, 0)
+    close(advantages_of(tensor([3.0, 1.0, 2.0]), "passk"), tensor([1.0, 0.0, 0.0]), 0, 0)
+    close(advantages_of(rewards, "gpg"), 1.5 * advantages_of(rewards, scale="none"), 1e-14)
+    # 1, 0 of 3 and 1 tokens: mean 3/4, variance (3/16 + 9/16) / 3 = 1/4
+    got = advantages_of(tensor([1.0, 0.0]), "reinforce_pp_tokens", lengths=torch.tensor([[3, 1]]))
+    close(got, tensor([0.25, -0.75]) / (0.5 + 1e-4), 1e-12)
+
+
+def test_maxrl_wants_rewards_that_are_not_negative():
+    with pytest.raises(ValueError, match="^maxrl divides by the mean reward: none may be negative, got -1$"):
+        advantages_of(tensor([1.0, -1.0, NAN]), "maxrl")
+    with pytest.raises(ValueError, match="^reinforce_pp_tokens counts tokens: give `lengths`"):
+        advantages_of(ONE, "reinforce_pp_tokens")
+
+
+def test_maxrl_is_an_unbiased_gradient_of_log_p_up_to_the_order_of_the_group():
+    """Of binary rewards E[sum A score / G] = sum over k < G - 1 of (1 - p)^k grad p (its Theorem 5), p = 0.3, G = 3."""
+    p, group = 0.3, 3
+    total = 0.0
+    for outcome in range(2**group):
+        rewards = tensor([float(outcome >> i & 1) for i in range(group)])
+        chance = math.prod(p if r else 1 - p for r in rewards[0].tolist())
+        scores = rewards / p - (1 - rewards) / (1 - p)  # d log(chance) / dp
+        total += chance * (advantages_of(rewards, "maxrl") * scores).mean().item()
+    assert total == pytest.approx(sum((1 - p) ** k for k in range(group - 1)), rel=1e-12)
+
+
+# A sum of several, and one's own --------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_several():
+    got = advantages_of(ONE, ["rloo", "group"], weights=[0.7, 0.3], scale="none")
+    close(got, 0.7 * tensor([-2.0, 2.0], [0.0, 0.0]) + 0.3 * tensor([-1.0, 1.0], [0.0, 0.0]), 1e-14, 0)
+    close(advantages_of(ONE, ["rloo", "rloo"]), 2 * advantages_of(ONE, "rloo"), 0, 0)
+    close(advantages_of(ONE, ["rloo"], weights=[0.5]), advantages_of(ONE, "rloo") / 2, 0, 0)
+    whitened = advantages_of(ONE, ["rloo", "group"], scale="none", normalize_advantages=True)
+    close(whitened, normalize(tensor([-3.0, 3.0], [0.0, 0.0])))
+    with pytest.raises(ValueError, match="^1 weights for 2 advantage types$"):
+        advantages_of(ONE, ["rloo", "group"], weights=[1.0])
+
+
+def test_what_has_no_advantage_of_one_type_has_that_of_the_other():
+    """ReMax has one where the group has none; what has neither does not count in the whitening."""
+    rewards, given = tensor([1.0, NAN], [NAN, NAN], [3.0, 0.0]), {"baseline": tensor([0.0], [0.0], [1.0])}
+    close(advantages_of(rewards, ["rloo", "remax"], **given), tensor([1.0, 0.0], [0.0, 0.0], [5.0, -4.0]), 0, 0)
+    got = advantages_of(rewards, ["rloo", "remax"], normalize_advantages=True, **given)
+    close(got, normalize(tensor([1.0, NAN], [NAN, NAN], [5.0, -4.0])).nan_to_num(0.0))
+
+
+def own(formula: Any) -> Advantage:
+    return Advantage(formula, 2, False, False)
+
+
+def test_an_own_formula():
+    def squared(rewards: Tensor, context: Context) -> Tensor:
+        return rewards.square()
+
+    close(advantages_of(ONE, own(squared)), ONE.square(), 0, 0)
+    close(advantages_of(ONE, [own(squared), "rloo"], weights=[2, 1]), 2 * ONE.square() + advantages_of(ONE, "rloo"))
+
+
+def test_an_own_formula_of_tokens():
+    """[groups, G, T]; whitened over tokens, of which NaN are none; added to what is of completions."""
+
+    def by_token(rewards: Tensor, context: Context) -> Tensor:
+        places = torch.arange(3.0, dtype=torch.float64)
+        return torch.where(places < context.lengths[..., None], rewards[..., None] + places, torch.nan)
+
+    lengths = torch.tensor([[3, 1], [2, 2]])
+    got = advantages_of(ONE, own(by_token), lengths=lengths)
+    assert got.tolist() == [[[1, 2, 3], [3, 0, 0]], [[0, 1, 0], [0, 1, 0]]]
+    both = advantages_of(ONE, [own(by_token), "rloo"], lengths=lengths)
+    assert both[0].tolist() == [[-1, 0, 1], [5, 2, 2]]
+    whitened = advantages_of(ONE, own(by_token), lengths=lengths, normalize_advantages=True)
+    known = torch.tensor([1, 2, 3, 3, 0, 1, 0, 1], dtype=torch.float64)
+    expected = (known - known.mean()) / (known.std() + 1e-4)
+    close(whitened[0].flatten(), torch.cat([expected[:4], torch.zeros(2, dtype=torch.float64)]))
+
+
+def test_an_own_formula_that_gives_something_else_is_named():
+    def flat(rewards: Tensor, context: Context) -> Any:
+        return rewards.flatten()
+
+    def nothing(rewards: Tensor, context: Context) -> Any:
+        return None
+
+    def infinite(rewards: Tensor, context: Context) -> Tensor:
+        return rewards / 0
+
+    must = r"must return \[2, 2\], or that with one a token behind it, got"
+    with pytest.raises(ValueError, match=rf"^flat {must} \[4\]$"):
+        advantages_of(ONE, own(flat))
+    with pytest.raises(ValueError, match=rf"^nothing {must} NoneType$"):
+        advantages_of(ONE, own(nothing))
+    with pytest.raises(ValueError, match="^infinite returned an infinite advantage$"):
+        advantages_of(ONE, own(infinite))
 
 
 def test_whitened_over_the_step_by_hand():
@@ -153,6 +268,11 @@ def test_what_each_type_asks_of_the_rollouts():
         "reinforce_pp_baseline": (2, True, False),
         "remax": (1, False, True),
         "opo": (2, False, False),
+        "rloo_std": (2, False, False),
+        "maxrl": (2, False, False),
+        "passk": (2, False, False),
+        "gpg": (2, False, False),
+        "reinforce_pp_tokens": (1, True, False),
     }
     with pytest.raises(AttributeError):
         ADVANTAGES["group"].whitened = True
@@ -169,6 +289,7 @@ def lists(rewards: Tensor) -> list[list[float | None]]:
 @settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_it_is_the_oracle(kind, options, step):
+    step = of(kind, step)
     rewards = lists(step["rewards"])
     wanted = {
         "group": lambda: oracle.advantages(rewards, options.get("scale", "group")),
@@ -177,6 +298,11 @@ def test_it_is_the_oracle(kind, options, step):
         "reinforce_pp_baseline": lambda: oracle.reinforce_pp_baseline(rewards),
         "remax": lambda: oracle.remax(rewards, step["baseline"].flatten().tolist()),
         "opo": lambda: oracle.opo(rewards, step["lengths"].tolist()),
+        "rloo_std": lambda: oracle.rloo_std(rewards),
+        "maxrl": lambda: oracle.maxrl(rewards),
+        "passk": lambda: oracle.passk(rewards),
+        "gpg": lambda: oracle.gpg(rewards),
+        "reinforce_pp_tokens": lambda: oracle.reinforce_pp_tokens(rewards, step["lengths"].tolist()),
     }[kind]()
     close(advantages_of(**step, advantage_type=kind, **options), tensor(*wanted), 1e-7, 1e-7)
 
@@ -244,6 +370,8 @@ def test_trl_gives_the_same(method, kind, options):
 @settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True), shift=numbers)
 def test_only_differences_of_rewards_matter(kind, options, step, shift):
+    if kind in RATIOS:
+        return
     shifted = {name: step[name] + shift for name in ("rewards", "baseline")} | {"lengths": step["lengths"]}
     moved, plain = (advantages_of(**s, advantage_type=kind, **options) for s in (shifted, step))
     close(moved, plain, 1e-5, 1e-6)
@@ -253,6 +381,7 @@ def test_only_differences_of_rewards_matter(kind, options, step, shift):
 @settings(max_examples=20, deadline=None)
 @given(step=steps(missing=True))
 def test_the_advantages_of_a_group_sum_to_zero(kind, options, step):
+    step = of(kind, step)
     assert (advantages_of(**step, advantage_type=kind, **options).sum(1).abs() <= 1e-8).all()
 
 
@@ -277,6 +406,7 @@ def test_leave_one_out_is_dr_grpo_times_g_over_g_minus_1(step):
 @pytest.mark.parametrize("size", [3, 6, 7, 10])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -2.7])
 def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(kind, options, reward, size):
+    reward = abs(reward) if kind in RATIOS else reward
     rewards = torch.full((3, size), reward, dtype=torch.float64)
     rewards[1, 0] = NAN
     lengths = torch.arange(1, 3 * size + 1).view(3, size)
@@ -291,6 +421,7 @@ def test_equal_rewards_are_exactly_zero_though_their_mean_is_rounded(kind, optio
 @settings(max_examples=20, deadline=None)
 @given(step=steps(), seed=st.integers(0, 9))
 def test_order_does_not_matter_and_a_better_reward_has_the_larger_advantage(kind, options, step, seed):
+    step = of(kind, step)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randperm(n, generator=generator) for n in step["rewards"].shape)
     moved = {name: value[rows] for name, value in step.items()}

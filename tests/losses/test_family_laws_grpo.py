@@ -26,6 +26,13 @@ NORMALISERS = {
     "luspo": "sequence_sum",
     "rloo": "sequence_sum",
     "dr_grpo": "constant",
+    "reinforce": "token_mean",
+    "fipo": "token_mean",
+    "prime": "token_mean",
+    "cfpo": "sequence_mean",
+    "pspo": "sequence_mean",
+    "topr": "sequence_sum",
+    "kimi": "sequence_sum",
 }
 CLIPPED = ("dapo", "bnpo", "grpo", "luspo", "dr_grpo")
 WIDE = {"epsilon": math.nextafter(1, 0), "epsilon_high": 1e6}
@@ -52,13 +59,16 @@ def test_every_type_is_here():
 
 
 @pytest.mark.parametrize(
-    ("name", "level"), [*((name, "token") for name in NORMALISERS), *((name, "sequence") for name in LEVELED)]
+    ("name", "level"),
+    [*((name, "token") for name in NORMALISERS), *((name, level) for level in [*LEVELS][1:] for name in LEVELED)],
 )
 def test_law_20_on_policy_it_is_reinforce(name, level):
-    normaliser = NORMALISERS[name]
-    grouped(lambda batch: laws.reinforce_on_policy(grpo(name, level), batch, normaliser))
+    """prime: but for its penalty, which is to the sampler; pspo: but for the old policy's share."""
+    normaliser, neutral = NORMALISERS[name], {"prime": {"log_ratio_coef": 0.0}, "pspo": {"pspo_alpha": 0.0}}
+    loss = grpo(name, level, **neutral.get(name, {}))
+    grouped(lambda batch: laws.reinforce_on_policy(loss, batch, normaliser))
     other = "sequence_sum" if normaliser == "token_mean" else "token_mean"
-    ungrouped(lambda batch: laws.reinforce_on_policy(grpo(name, level), batch, other), "reinforce_on_policy")
+    ungrouped(lambda batch: laws.reinforce_on_policy(loss, batch, other), "reinforce_on_policy")
 
 
 def test_law_20_is_broken_by_cispo_with_a_cap_below_1():
@@ -95,8 +105,16 @@ def test_law_21_a_delta_within_the_clip_is_not():
 
 @pytest.mark.parametrize("name", LEVELED)
 def test_law_21_one_token_is_a_sequence(name):
-    token, sequence = (grpo(name, level) for level in LEVELS)
-    grouped(lambda batch: neutral_option(token, sequence, batch), max_tokens=1)
+    token, *others = (grpo(name, level) for level in LEVELS)
+    for other in others:
+        grouped(lambda batch, other=other: neutral_option(token, other, batch), max_tokens=1)
+
+
+@pytest.mark.parametrize("name", [name for name in LEVELED if name != "fipo"])  # which weighs tokens apart
+def test_gspo_token_has_gspos_value_and_gradient_where_a_completion_has_one_advantage(name):
+    """arXiv 2507.18071 Sec. 4.3."""
+    sequence, token = (grpo(name, level) for level in ("sequence", "sequence_token"))
+    grouped(lambda batch: neutral_option(sequence, token, batch))
 
 
 def test_law_21_one_token_is_a_sequence_of_rloo_and_gmpo():

@@ -18,7 +18,11 @@ OWN_RATIO = ("gmpo", "rloo")  # of the sequence, whatever the level
 every_type = pytest.mark.parametrize("loss_type", [*CLIPPED, "cispo", "sapo", "vespo", *OWN_RATIO])
 every_level = pytest.mark.parametrize("level", LEVELS)
 AT_LEVELS = [*(("token", name) for name in GRPO_TYPES)]
-AT_LEVELS += [("sequence", name) for name in GRPO_TYPES.readers("importance_sampling_level")]
+AT_LEVELS += [
+    (level, name)
+    for level in ("sequence", "sequence_token")
+    for name in GRPO_TYPES.readers("importance_sampling_level")
+]
 quick = settings(max_examples=15, deadline=None)
 
 # Ratios 1.5, 1, 0.5 (mean log -0.0959) of a completion with advantage 2, and 1.5, 0.5 of one with advantage -1
@@ -121,7 +125,9 @@ def test_clip_metrics_count_what_the_clip_stops(advantages, low, high):
 def test_what_does_not_fit_is_refused():
     policy = completions(OLD)
     totals = Totals.of(policy)
-    with pytest.raises(ValueError, match=r"advantages must be \[2\], one a completion, got \[2, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"advantages must be \[2\], one a completion, or \[2, 3\], one a token, got \[2, 1\]"
+    ):
         GRPOLoss()(policy, advantages=ADVANTAGES[:, None], totals=totals)
     with pytest.raises(ValueError, match="beta=0.1 needs the reference log-probs, ref is None"):
         GRPOLoss(beta=0.1)(policy, advantages=ADVANTAGES, totals=totals)
@@ -129,7 +135,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"old must have the policy's rows and tokens, got \[2, 1\] for \[2, 3\]"):
         GRPOLoss()(policy, advantages=ADVANTAGES, old=narrow, totals=totals)
     with pytest.raises(
-        ValueError, match="importance_sampling_level='word' is unknown, expected one of: token, sequence"
+        ValueError,
+        match="importance_sampling_level='word' is unknown, expected one of: token, sequence, sequence_token",
     ):
         GRPOLoss(importance_sampling_level="word")
     for field in ("epsilon", "epsilon_high", "max_completion_length"):
@@ -151,9 +158,9 @@ def weight_of(loss_type: str, batch: Batch) -> Tensor:
     """[C, 1], the documented weight of a token's loss."""
     mask = batch.masks["completion"]
     lengths, count = mask.sum(-1, keepdim=True).double(), len(mask)
-    if loss_type in ("grpo", "sapo", *OWN_RATIO):
+    if loss_type in ("grpo", "sapo", "cfpo", "pspo", *OWN_RATIO):
         return 1 / lengths.clamp(min=1) / count
-    per_step = {"dr_grpo": 1 / (256 * count), "luspo": 1 / count}
+    per_step = {"dr_grpo": 1 / (256 * count)} | dict.fromkeys(("luspo", "topr", "kimi"), 1 / count)
     return torch.full_like(lengths, per_step.get(loss_type, 1 / max(mask.sum().item(), 1)))
 
 
@@ -166,6 +173,7 @@ def test_on_policy_it_is_reinforce(loss_type, level, batch):
     loss = GRPOLoss(loss_type=loss_type, importance_sampling_level=level, max_completion_length=256)
     expected = -(weight_of(loss_type, batch) * advantages[:, None]).where(policy.completion_mask, 0.0)
     slope = expected * (policy.completion_mask.sum(-1, keepdim=True) if loss_type == "rloo" else 1)
+    slope = slope * (0.9 if loss_type == "pspo" else 1)  # a tenth of the ratio is the old policy's
     for others in ({}, {"old": given_logps(batch, "policy")}):
         value, grad = run(loss, policy, advantages, **others)
         torch.testing.assert_close(grad, slope, rtol=1e-9, atol=1e-15)
@@ -182,7 +190,7 @@ def test_a_wide_clip_is_plain_importance_sampling_and_a_lower_bound(loss_type, l
     policy, old, advantages = given_logps(batch, "policy"), given_logps(batch, "old"), batch.rows["advantages"]
     mask = policy.completion_mask
     log_ratio = (policy.per_token_logps - old.per_token_logps).detach().where(mask, 0.0)
-    if level == "sequence":
+    if level != "token":
         log_ratio = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
     plain = (-(weight_of(loss_type, batch) * log_ratio.exp() * advantages[:, None])).where(mask, 0.0)
     options = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 256}
@@ -203,11 +211,12 @@ def assert_same(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> None:
 @given(batches("grouped", max_tokens=1))
 def test_one_token_is_the_whole_sequence(loss_type, batch):
     policy, old, advantages = given_logps(batch, "policy"), given_logps(batch, "old"), batch.rows["advantages"]
-    token, sequence = (
+    token, *others = (
         run(GRPOLoss(loss_type=loss_type, importance_sampling_level=level), policy, advantages, old=old)
         for level in LEVELS
     )
-    assert_same(token, sequence)
+    for other in others:
+        assert_same(token, other)
 
 
 @quick

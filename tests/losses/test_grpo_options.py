@@ -49,6 +49,7 @@ PLAIN = {"losses": [-2.4, -1.0, 1.5, 0.8], "slopes": [0, -1.0, 1.5, 0]}
 def test_defaults():
     assert dataclasses.asdict(GRPOLoss()) == {
         "loss_type": "dapo",
+        "loss_aggregation": None,
         "beta": 0.0,
         "kl_estimator": "k3",
         "use_bias_correction_kl": True,
@@ -63,6 +64,10 @@ def test_defaults():
         "top_entropy_quantile": 1.0,
         "entropy_coef": 0.0,
         "max_completion_length": 512,
+        "log_ratio_coef": 1e-3,
+        "pspo_alpha": 0.1,
+        "fipo_half_life": 32.0,
+        "fipo_clip": 0.2,
         "sapo_temperature_pos": 1.0,
         "sapo_temperature_neg": 1.05,
         "vespo_k_pos": 2.0,
@@ -89,6 +94,8 @@ KL = {
     "k1": (D, [1.0] * 4),
     "k2": ([d**2 / 2 for d in D], D),
     "k3": ([exp(-d) + d - 1 for d in D], [1 - exp(-d) for d in D]),
+    "k3+": ([exp(-d) + d - 1 for d in D], D),
+    "abs": ([abs(d) for d in D], [1.0, -1.0, 1.0, 0.0]),
 }
 RHO = [1.5, 0.5, 1.5, 0.5]
 
@@ -125,7 +132,8 @@ def test_the_kl_has_the_weights_of_the_loss(loss_type):
     loss = GRPOLoss(loss_type=loss_type, beta=0.5, max_completion_length=50)
     value = output(loss, policy, ref, advantages=[0.0, 0.0]).loss.item()
     k3 = log(2) - 0.5
-    by_token = {"luspo": 4 / 4, "dr_grpo": 4 / 4 / 50} | dict.fromkeys(("dapo", "bnpo", "cispo", "vespo"), 4 / 10)
+    by_token = {"dr_grpo": 4 / 4 / 50} | dict.fromkeys(("luspo", "topr", "kimi"), 4 / 4)
+    by_token |= dict.fromkeys(("dapo", "bnpo", "cispo", "vespo", "reinforce", "prime", "fipo"), 4 / 10)
     assert value == pytest.approx(0.5 * k3 * by_token.get(loss_type, 2 / 4), rel=1e-12)
 
 
@@ -313,7 +321,7 @@ def test_what_is_clipped_is_counted_in_its_own_measure(loss_type, low, high):
     ],
 )
 def test_options_without_a_meaning_are_refused(loss_type, option, value):
-    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo"}.get(option, "all but rloo")
+    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo, fipo"}.get(option, "all but rloo")
     message = f"{option}={value} is not read by loss_type {loss_type}; leave it out: it is an option of {said}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         GRPOLoss(**{"loss_type": loss_type, option: value})

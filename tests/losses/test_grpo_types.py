@@ -69,7 +69,9 @@ WEIGHTS = {
     "bnpo": BY_TOKEN,
     "cispo": BY_TOKEN,
     "vespo": BY_TOKEN,
-    "luspo": [1 / 4] * 3,
+    **dict.fromkeys(("cfpo", "pspo"), BY_SEQUENCE),
+    **dict.fromkeys(("reinforce", "prime", "fipo"), BY_TOKEN),
+    **dict.fromkeys(("luspo", "topr", "kimi"), [1 / 4] * 3),
     "dr_grpo": [1 / 4 / 50] * 3,
 }
 CLIPPED = ("grpo", "dapo", "bnpo", "luspo", "dr_grpo")
@@ -281,7 +283,11 @@ def test_an_empty_completion_has_no_loss(loss_type):
     assert value.item() == 0 and (x.per_token_logps.grad == 0).all()
 
 
-@pytest.mark.parametrize("loss_type", GRPO_TYPES)
+PENALIZED = ("kimi", "prime")
+"""Of which a part does not depend on the advantage."""
+
+
+@pytest.mark.parametrize("loss_type", [name for name in GRPO_TYPES if name not in PENALIZED])
 def test_proportional_to_the_size_of_the_advantage(loss_type):
     """On either side of 0, however near."""
     loss = GRPOLoss(loss_type=loss_type, **({"sapo_temperature_neg": 3.0} if loss_type == "sapo" else {}))

@@ -38,8 +38,12 @@ def types_of(case: Case) -> set[str]:
 
 
 def stops_gradients(case: Case) -> Any:
-    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; bco and beta_dpo use step means."""
-    if case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo"}:
+    """dft, cispo, vespo, topr and fipo weigh log-probs by numbers without gradient, WPO pairs, GSPO-token and k3+ their
+    KL term; bco and beta_dpo use step means."""
+    if case.options.get("kl_estimator") == "k3+":
+        return True
+    of_sequence = case.options.get("importance_sampling_level") == "sequence_token" and case.options.get("beta")
+    if of_sequence or case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo", "topr", "fipo"}:
         return True
     return "collected" if types_of(case) & {"bco", "beta_dpo"} else False
 

@@ -111,14 +111,15 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
         (
             GRPOLoss,
             {"loss_type": "sapo", "epsilon": 0.1},
-            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, cispo, vespo",
+            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, pspo, prime, "
+            "vespo, reinforce, topr, kimi",
         ),
         *(
             (
                 GRPOLoss,
                 {"loss_type": name, "importance_sampling_level": "sequence"},
                 f"importance_sampling_level=sequence is not read by loss_type {name}; leave it out: it is an option of "
-                "all but vespo, gmpo, rloo",
+                "all but gmpo, rloo, vespo, reinforce, topr, kimi",
             )
             for name in ("gmpo", "vespo", "rloo")
         ),
@@ -158,6 +159,7 @@ OTHERS = {
     "label_smoothing": 0.3,
     "f_divergence_type": "forward_kl",
     "importance_sampling_level": "sequence",
+    "loss_aggregation": "prompt_mean",
     "kl_estimator": "k1",
     "use_bias_correction_kl": False,
     "top_entropy_quantile": 0.4,
@@ -169,7 +171,10 @@ OTHERS = {
     "beta": 0.3,
 }
 """Another value; elsewhere half as much again."""
-UNDEFINED = {("rloo", "beta"), ("rloo", "top_entropy_quantile"), ("rloo", "kl_estimator")}
+UNDEFINED = {
+    *(("rloo", option) for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")),
+    ("gmpo", "loss_aggregation"),
+}
 """Refused since they have no meaning there, not since nothing reads them."""
 
 
@@ -210,7 +215,8 @@ def outcome(loss: Loss) -> list[float]:
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
-        value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals).loss
+        more = {"prompt_tokens": torch.tensor([4, 7])} if loss.wants_prompt_tokens else {}
+        value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals, **more).loss
     value.backward()
     grads = [g for x in leaves if x.grad is not None for g in x.grad.flatten().tolist()]
     return [value.item(), *grads, *loss.advance(totals).values()]
@@ -222,6 +228,8 @@ def test_what_is_declared_as_read_changes_the_loss_and_nothing_else_does(method,
     base = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
     if method == "tpo":
         base["tpo_alpha"] = 0.0
+    if option == "fipo_half_life" and name == "fipo":
+        base["fipo_clip"] = 1.0
     if option in ("kl_estimator", "use_bias_correction_kl"):
         base["beta"] = 0.5
     plain = LOSSES[method](loss_type=name, **base)

@@ -132,8 +132,25 @@ def test_no_field_stands_in_two_of_the_configurations(name):
         (
             RolloutConfig,
             {"advantage_type": "best"},
-            "--advantage_type best is unknown, expected one of: group, rloo, reinforce_pp, reinforce_pp_baseline, "
-            "remax, opo",
+            "--advantage_type best is unknown, expected one of: group, rloo, rloo_std, maxrl, passk, gpg, "
+            "reinforce_pp_tokens, reinforce_pp, reinforce_pp_baseline, remax, opo, or module:function",
+        ),
+        (RolloutConfig, {"advantage_type": ()}, "--advantage_type names none; leave it out for group"),
+        (
+            RolloutConfig,
+            {"advantage_type": ("group", "rloo"), "advantage_weights": (0.5,)},
+            "--advantage_weights has 1 numbers for 2 --advantage_type",
+        ),
+        (
+            RolloutConfig,
+            {"advantage_type": ("math:pi",)},
+            "--advantage_type math:pi must be a function of (rewards, context), but is float",
+        ),
+        (
+            RolloutConfig,
+            {"advantage_type": ("group", "reinforce_pp"), "dynamic_sampling": 2},
+            "--dynamic_sampling 2: with --advantage_type reinforce_pp completions of equal reward teach too; leave it "
+            "out",
         ),
         (
             RolloutConfig,
@@ -149,6 +166,7 @@ def test_no_field_stands_in_two_of_the_configurations(name):
             )
             for name, value in (
                 ("advantage_type", "opo"),
+                ("advantage_weights", (2.0,)),
                 ("scale_rewards", "none"),
                 ("normalize_advantages", True),
                 ("reward_kl_coef", 0.1),

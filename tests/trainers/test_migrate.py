@@ -93,5 +93,5 @@ def test_rloo_is_grpo_with_its_loss(theirs, capsys, tmp_path):
         assert os.environ["A_VARIABLE"] == "1"
     assert config.method == "grpo" and config.loss.loss_type == "rloo" and config.loss.beta == 0
     rollout = config.rollout
-    assert (rollout.advantage_type, rollout.num_generations, rollout.reward_kl_coef) == ("rloo", 4, 0.05)
+    assert (rollout.advantage_type, rollout.num_generations, rollout.reward_kl_coef) == (("rloo",), 4, 0.05)
     assert parse_train(["rloo", "--reward_kl_coef", "0.05", "--num_generations", "4"]) == config

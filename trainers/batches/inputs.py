@@ -19,6 +19,7 @@ def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
     per_completion = loss.kind is Kind.GROUPED
     return Totals(
         num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
+        num_prompts=len(examples),
         num_tokens=sum(sum(_scored(c)) for e in examples for c in e.completions),
         num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
         num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
@@ -65,12 +66,27 @@ def loss_inputs(
             mask.device, non_blocking=True
         )  # else the host would wait for all that a GPU has to do
     if loss.kind is Kind.GROUPED:
-        advantages = [a for e in batch.examples for a in e.advantages or ()]
-        inputs["advantages"] = torch.tensor(advantages, dtype=out.logps.dtype).to(mask.device, non_blocking=True)
+        inputs["advantages"] = _advantages(batch, out.logps.dtype).to(mask.device, non_blocking=True)
+        if loss.wants_prompt_tokens:
+            tokens = torch.tensor([e.prompt_tokens for e in batch.examples for _ in e.completions])
+            inputs["prompt_tokens"] = tokens.to(mask.device, non_blocking=True)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
         if loss.wants_behavior:
             inputs["behavior"] = None if behavior is None else CompletionLogps(behavior, mask)
     return inputs
+
+
+def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
+    """[C], or where completions have one a scored token [C, T] as `scored`; on the CPU."""
+    given = [a for e in batch.examples for a in e.advantages or ()]
+    if not any(isinstance(a, tuple) for a in given):
+        return torch.tensor(given, dtype=dtype)
+    out = torch.zeros(batch.scored.shape, dtype=dtype)
+    if not batch.is_filler:
+        mask = batch.scored.cpu()
+        for row, a in enumerate(given):
+            out[row, mask[row]] = torch.as_tensor(a, dtype=dtype)
+    return out
 
 
 def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -> PairLogps:

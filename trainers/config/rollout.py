@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from logratio.losses.advantages import ADVANTAGES
+from logratio.losses.advantages import Advantage
 from logratio.losses.options import Count, NotNegative, Positive, Range
 
 from ..errors import UserError
+from .advantages import advantage_called
 from .numbers import NotNegativeCount, NotNegativeSteps, check_numbers, check_whole
 
 NEEDS_ADAPTERS = (
@@ -72,8 +73,11 @@ class RolloutConfig:
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Sum the rewards and form advantages, or (GDPO) normalize each reward in its group, sum, and whiten over the
     step."""
-    advantage_type: str = "group"
-    """group (GRPO), rloo, reinforce_pp, reinforce_pp_baseline, remax or opo."""
+    advantage_type: tuple[str, ...] = ("group",)
+    """One, or several that are added: group (GRPO), rloo, rloo_std, maxrl, passk, gpg, reinforce_pp_tokens,
+    reinforce_pp, reinforce_pp_baseline, remax, opo, or module:function of (rewards, context)."""
+    advantage_weights: tuple[float, ...] | None = None
+    """Weight of each advantage_type (default: 1)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide the advantages of type group by the standard deviation of their group, of the step's rewards, or not."""
     normalize_advantages: bool = False
@@ -96,21 +100,11 @@ class RolloutConfig:
         check_numbers(self)
         check_whole(self, "log_completions_steps")
         self._check_engine()
-        if self.advantage_type not in ADVANTAGES:
-            raise UserError(
-                f"--advantage_type {self.advantage_type} is unknown, expected one of: {', '.join(ADVANTAGES)}"
-            )
+        if isinstance(self.advantage_type, str):
+            object.__setattr__(self, "advantage_type", (self.advantage_type,))
+        self._check_advantages()
         if self.keep_sampling_mask and not (self.top_p < 1 or self.top_k or self.min_p):
             raise UserError("--keep_sampling_mask is read only with --top_p below 1, --top_k or --min_p")
-        advantage = ADVANTAGES[self.advantage_type]
-        if self.num_generations < advantage.smallest_group:
-            needed = advantage.smallest_group
-            raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
-        if self.dynamic_sampling > 1 and advantage.smallest_group == 1:
-            raise UserError(
-                f"--dynamic_sampling {self.dynamic_sampling}: with --advantage_type {self.advantage_type} completions "
-                "of equal reward teach too; leave it out"
-            )
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.reward_funcs)} --reward_funcs"
@@ -118,22 +112,48 @@ class RolloutConfig:
         if self.reward_kl_estimator != "k1" and not self.reward_kl_coef:
             raise UserError(f"--reward_kl_estimator {self.reward_kl_estimator} is read only with --reward_kl_coef")
         if self.multi_objective_aggregation == "normalize_then_sum":
-            own = ("advantage_type", "scale_rewards", "normalize_advantages", "reward_kl_coef")
+            own = ("advantage_type", "advantage_weights", "scale_rewards", "normalize_advantages", "reward_kl_coef")
             given = [f.name for f in dataclasses.fields(self) if f.name in own and getattr(self, f.name) != f.default]
             if given:
                 raise UserError(
                     "--multi_objective_aggregation normalize_then_sum scales and whitens each reward in its own way; "
                     f"leave out --{' and --'.join(given)}"
                 )
-        if self.scale_rewards != "group" and self.advantage_type != "group":
+
+    @property
+    def advantages(self) -> list[Advantage]:
+        """Those of the advantage_type."""
+        return [advantage_called(name) for name in self.advantage_type]
+
+    @property
+    def wants_greedy(self) -> bool:
+        """One of them compares with a greedy completion of each prompt."""
+        return any(one.wants_greedy for one in self.advantages)
+
+    def _check_advantages(self) -> None:
+        """UserError for advantages that there are not, and for options that they do not take."""
+        names, several = ", ".join(self.advantage_type), self.advantages
+        if not several:
+            raise UserError("--advantage_type names none; leave it out for group")
+        if self.advantage_weights is not None and len(self.advantage_weights) != len(several):
             raise UserError(
-                f"--scale_rewards {self.scale_rewards} is an option of --advantage_type group, "
-                f"not of {self.advantage_type}"
+                f"--advantage_weights has {len(self.advantage_weights)} numbers for {len(several)} --advantage_type"
             )
-        if self.normalize_advantages and advantage.whitened:
+        needed = max(one.smallest_group for one in several)
+        if self.num_generations < needed:
+            raise UserError(f"--num_generations {self.num_generations}: a group needs at least {needed} to compare")
+        alone = [name for name, one in zip(self.advantage_type, several, strict=True) if one.smallest_group == 1]
+        if self.dynamic_sampling > 1 and alone:
             raise UserError(
-                f"--normalize_advantages: the advantages of {self.advantage_type} are whitened already; leave it out"
+                f"--dynamic_sampling {self.dynamic_sampling}: with --advantage_type {alone[0]} completions "
+                "of equal reward teach too; leave it out"
             )
+        if self.scale_rewards != "group" and "group" not in self.advantage_type:
+            raise UserError(
+                f"--scale_rewards {self.scale_rewards} is an option of --advantage_type group, not of {names}"
+            )
+        if self.normalize_advantages and all(one.whitened for one in several):
+            raise UserError(f"--normalize_advantages: the advantages of {names} are whitened already; leave it out")
 
     def _check_engine(self) -> None:
         """UserError where there are servers that nobody asks, or nobody to ask."""

@@ -17,7 +17,9 @@ def sample(example: Example, tokenizer: Any, turn: int = 0) -> list[tuple[str, s
 
     def name(i: int) -> str:
         if example.advantages is not None:
-            return f"advantage {example.advantages[i]:.3g}"
+            given = example.advantages[i]
+            one = sum(given) / max(len(given), 1) if isinstance(given, tuple) else given
+            return f"advantage {one:.3g}"
         if len(example.completions) > 1:
             return PAIR[i]
         return {True: "desirable", False: "undesirable", None: "completion"}[example.label]

@@ -34,21 +34,30 @@ class Example:
     prompt_ids: never empty, so that every scored token has a predecessor.
     completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
         data set's, none is without a scored token.
-    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
+    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO),
+        or one for each of its scored tokens.
     row: index in the data set, for messages.
+    whole_tokens: scored tokens of the example that this one is a part of; None: it is whole.
     """
 
     prompt_ids: list[int]
     completions: list[Completion]
     label: bool | None = None
     row: int = -1
-    advantages: tuple[float, ...] | None = None
+    advantages: tuple[float | tuple[float, ...], ...] | None = None
+    whole_tokens: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Scored tokens of all completions of the prompt, those of other parts of the example too."""
+        own = sum(len(c.ids) if c.scored is None else sum(c.scored) for c in self.completions)
+        return own if self.whole_tokens is None else self.whole_tokens
 
     def take(self, completions: Sequence[int]) -> Example:
         """The same prompt with some of its completions."""
         kept = [self.completions[i] for i in completions]
         advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return Example(self.prompt_ids, kept, self.label, self.row, advantages)
+        return Example(self.prompt_ids, kept, self.label, self.row, advantages, self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,14 @@ def kept_rows(
     ]
 
 
+def of_completions(advantages: Tensor, lengths: Tensor) -> Tensor:
+    """[n]: advantages [prompts, G], or of tokens [prompts, G, T] their mean over the completion's, of `lengths`."""
+    if advantages.ndim == 2:
+        return advantages.flatten()
+    inside = torch.arange(advantages.shape[2]) < lengths[..., None]
+    return ((advantages * inside).sum(-1) / lengths.clamp(min=1)).flatten()
+
+
 class Kept(NamedTuple):
     """A process's rows of a set of rollouts, by the place of their prompt among all processes', and their completions
     in the same order."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from logratio.losses import ADVANTAGES, Mean
+from logratio.losses import Mean
 from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_normalize
 
 from ..config import RolloutConfig
@@ -25,7 +25,7 @@ from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
 from .generation import Purpose, requests_of, sampling_of, stop_ids
-from .kept import Kept, differences, kept_rows, of_all
+from .kept import Kept, differences, kept_rows, of_all, of_completions
 from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
 from .sets.flights import Flights
@@ -85,7 +85,7 @@ class Rollouts:
 
     def at_most(self, prompts: int) -> str:
         """One line: the tokens that are sampled for a step of so many prompts."""
-        of_each = self.config.num_generations + ADVANTAGES[self.config.advantage_type].wants_greedy
+        of_each = self.config.num_generations + self.config.wants_greedy
         longest = self.max_completion_length
         steps = self.config.steps_per_generation
         prompts *= steps * self.config.dynamic_sampling
@@ -131,7 +131,7 @@ class Rollouts:
 
     def greedy(self, purpose: Purpose) -> bool:
         """Whether a greedy one comes behind them."""
-        return purpose == "train" and ADVANTAGES[self.config.advantage_type].wants_greedy
+        return purpose == "train" and self.config.wants_greedy
 
     def requests(self, prompts: Sequence[Prompt], purpose: Purpose, step: int) -> list[Request]:
         """What is asked of the engine for them; step: see `completion_seed`."""
@@ -213,7 +213,8 @@ class Rollouts:
         return sorted({name for _, some in said for name in some})
 
     def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
-        """[prompts, G] float64 advantages of a process's rollouts, among all that were sampled with them.
+        """[prompts, G] float64 advantages of a process's rollouts, among all that were sampled with them; or
+        [prompts, G, T], of tokens. Raises UserError, on all processes alike, where they cannot be formed.
 
         kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
         """
@@ -228,14 +229,23 @@ class Rollouts:
         by_function, (lengths, baseline, kl) = everyone[..., :functions], everyone[..., functions:].unbind(-1)
         rewards = AGGREGATIONS[config.multi_objective_aggregation](by_function, self.weights)
         gdpo = config.multi_objective_aggregation == "normalize_then_sum"
-        advantages = advantages_of(
-            rewards - config.reward_kl_coef * kl,
-            "reinforce_pp" if gdpo else config.advantage_type,
-            scale=config.scale_rewards,
-            lengths=lengths,
-            baseline=baseline[:, :1],
-            normalize_advantages=config.normalize_advantages,
-        )
+        try:
+            advantages = advantages_of(
+                rewards - config.reward_kl_coef * kl,
+                "reinforce_pp" if gdpo else config.advantages,
+                weights=None if gdpo else config.advantage_weights,
+                scale=config.scale_rewards,
+                lengths=lengths,
+                baseline=baseline[:, :1],
+                normalize_advantages=config.normalize_advantages,
+            )
+        except ValueError as error:
+            raise UserError(f"--advantage_type {' '.join(config.advantage_type)}: {error}") from error
+        if advantages.ndim == 3 and advantages.shape[2] < lengths.max():
+            raise UserError(
+                f"--advantage_type {' '.join(config.advantage_type)} gave advantages of {advantages.shape[2]} tokens, "
+                f"and a completion has {int(lengths.max())}"
+            )
         self.watch.rollouts(self.state.global_step + 1, by_function, advantages)
         if self.config.log_completions:
             self._keep(rolled, advantages[own], accelerator)
@@ -259,7 +269,7 @@ class Rollouts:
             engine=self.engine.name,
             by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
             rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=None if advantages is None else advantages.flatten(),
+            advantages=None if advantages is None else of_completions(advantages, rolled.lengths),
             extra=rolled.extra,
         )
         groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}

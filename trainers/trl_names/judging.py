@@ -205,7 +205,7 @@ def not_read(loss: type[Loss], name: str, value: Any, a: Asked, became: Mapping[
     for option, table in tables.items() if name not in tables else ():
         chosen = OF_RLOO[option] if a.method == "rloo" and option in OF_RLOO else a.says(option, fields[option])
         chosen = became.get(option, chosen)
-        chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+        chosen = [chosen] if isinstance(chosen, str) else list(table if chosen is None else chosen)
         if not {OLDER.get(one, one) for one in chosen} & set(table.readers(name)):
             return f"{option} {', '.join(chosen)} does not read it, in TRL neither"
     switch = getattr(loss, "option_switches", {}).get(name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logratio.losses import ADVANTAGES
 from logratio.trainers import loop
 from logratio.trainers.processes.optimizer_state import load_optimizer_state, optimizer_state
 
@@ -204,7 +205,7 @@ def test_rollouts_are_compared_with_those_of_all_processes(two):
     one = _worker.compare([])
     assert one["reward_std"] > 1
     assert [rank["compare"]["reward_std"] for rank in two] == pytest.approx([one["reward_std"]] * 2)
-    assert len(one["advantages"]) == 9
+    assert len(one["advantages"]) == len(ADVANTAGES) + 3
     for options, rows in one["advantages"].items():
         first, second = (rank["compare"]["advantages"][options] for rank in two)
         assert first.keys() == {"0", "2"} and second.keys() == {"1"}

@@ -284,6 +284,14 @@ def test_remax_compares_with_the_greedy_answer(policy, tokenizer):
     [
         ({"advantage_type": "opo"}, lambda r, n: oracle.opo(r, n)),
         ({"advantage_type": "rloo"}, lambda r, n: oracle.rloo(r)),
+        ({"advantage_type": "reinforce_pp_tokens"}, lambda r, n: oracle.reinforce_pp_tokens(r, n)),
+        (
+            {"advantage_type": ("rloo", "group"), "advantage_weights": (0.7, 0.3)},
+            lambda r, n: [
+                [0.7 * a + 0.3 * b for a, b in zip(*rows, strict=True)]
+                for rows in zip(oracle.rloo(r), oracle.advantages(r), strict=True)
+            ],
+        ),
         ({"advantage_type": "rloo", "normalize_advantages": True}, lambda r, n: oracle.whiten(oracle.rloo(r))),
         ({"scale_rewards": "batch"}, lambda r, n: oracle.advantages(r, "batch")),
         ({"scale_rewards": "none"}, lambda r, n: oracle.advantages(r, "none")),

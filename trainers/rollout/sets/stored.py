@@ -113,4 +113,6 @@ def summed(some: Sequence[dict[str, list[float]]], shares: Sequence[Any]) -> dic
 def example_of(entry: dict[str, Any]) -> Example:
     completions = [Completion(**completion) for completion in entry.pop("completions")]
     advantages = entry.pop("advantages")
-    return Example(**entry, completions=completions, advantages=None if advantages is None else tuple(advantages))
+    if advantages is not None:  # of tokens, where these are lists
+        advantages = tuple(tuple(a) if isinstance(a, list) else a for a in advantages)
+    return Example(**entry, completions=completions, advantages=advantages)

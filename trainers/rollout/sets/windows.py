@@ -21,7 +21,7 @@ from ..engines.protocol import Said
 from ..rollouts import Rollouts
 from .dynamic import sample_differing
 from .flights import Coming
-from .rolled import Share
+from .rolled import Rolled, Share
 from .stored import distinct
 
 Batches = Iterator[tuple[Sequence[Prompt], Position]]
@@ -113,7 +113,7 @@ def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
         if not later:  # on policy, as without the penalty
             for micro in micros:
                 micro.old = None
-    advantages = rollouts.advantages(rolled, step.accelerator, kl).flatten().tolist()
+    advantages = of_examples(rollouts.advantages(rolled, step.accelerator, kl), rolled)
     give_advantages(examples, micros, advantages)
     rollouts.learned(micros)  # as far as it is known before the steps on them
     whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
@@ -172,8 +172,19 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
     return sums, Mean(sums.sum(), tokens)
 
 
+def of_examples(advantages: Tensor, rolled: Rolled) -> list[float | tuple[float, ...]]:
+    """One a completion, in the order of the examples; of advantages of tokens [prompts, G, T] those of the tokens that
+    the policy has written, which are those that are scored, or all of them are not."""
+    if advantages.ndim == 2:
+        each: list[float | tuple[float, ...]] = advantages.flatten().tolist()
+        return each
+    completions = [c for example in rolled.examples for c in example.completions]
+    scored = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
+    return [tuple(row[:n].tolist()) for row, n in zip(advantages.flatten(0, 1), scored, strict=True)]
+
+
 def give_advantages(
-    examples: Sequence[Example], micros: Sequence[MicroBatch], advantages: Sequence[float]
+    examples: Sequence[Example], micros: Sequence[MicroBatch], advantages: Sequence[float | tuple[float, ...]]
 ) -> list[Example]:
     """The examples with the advantages of their completions, given in the same order, in the micro-batches too."""
     values = iter(advantages)
