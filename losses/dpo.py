@@ -8,7 +8,7 @@ variant is one function of them: `PairRatios, DPOLoss -> loss of each pair`. To 
         return ...
 
 and it is trained by `--loss_type my_loss`, and held to the laws and to its oracle by the tests. The others are in
-`dpo_types.py`.
+`dpo_types/`.
 
 Differs from TRL 1.16: (1) means, sorted orders and token counts are those of the optimizer step, not of the
 micro-batch; (2) `ipo` and `sigmoid_norm` divide by scored tokens, TRL by the unshifted mask: the same number wherever

@@ -169,7 +169,8 @@ class Run:
     def stages(self, mutant: Mutant) -> list[list[str]]:
         """Test files in the order of who is likely to kill it."""
         stem = Path(mutant.file).stem
-        name = OWN.get(stem, stem)
+        folder = Path(mutant.file).parent.name
+        name = OWN.get(stem, folder if folder.endswith("_types") else stem)
         families = tuple(f"test_{family}_" for family in (name, name.partition("_")[0]))  # dpo's for dpo_types
         own = [f for f in self.losses if f"{Path(f).stem}_".startswith(families)]
         return [own, [f for f in self.losses if f not in own], self.last]

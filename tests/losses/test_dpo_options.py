@@ -214,7 +214,7 @@ def test_one_name_is_a_tuple_of_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, sigmoid_norm, "),
+        ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, cdpo, "),
         ({"loss_type": ("ipo", "best")}, "loss_type='best' is unknown"),
         ({"loss_type": ()}, "^loss_type must name at least one variant$"),
         ({"loss_weights": (1.0, 2.0)}, r"loss_weights=\(1.0, 2.0\) must have one number for each of \('sigmoid',\)"),
