@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
+from .divergences import MAX_EXPONENT
 from .dpo_types.labels import smoothed
 from .options import NotNegative, Positive, Share, Variants
 from .registry import register

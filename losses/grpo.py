@@ -37,7 +37,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
+from .divergences import MAX_EXPONENT
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
 from .options import Count, NotNegative, Positive, Share, Variants, variant
 from .registry import register

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
+from .divergences import MAX_EXPONENT
 from .grpo import GRPO_TYPES, GRPOLoss, GRPOType, Ratios
 from .types import Totals, choose, divide
 

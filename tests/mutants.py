@@ -47,7 +47,8 @@ APART = {"_triton.py"}
 """Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
 ORACLE = tuple(
-    f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sampling", "sft")
+    f"reference/oracle/{name}.py"
+    for name in ("_math", "cpo", "dpo", "dpo_pairs", "grpo", "head", "kto", "sampling", "sft")
 )
 TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("peers/cases", "peers/sides", "peers/truths", "verify"))
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}

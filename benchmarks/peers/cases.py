@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from logratio.losses import LOSSES, GRPOLoss, Loss
+from logratio.losses import DPO_TYPES, LOSSES, GRPOLoss, Loss
 
 CISPO_CAP = GRPOLoss(loss_type="cispo").epsilons[1]
 """Our default of cispo's epsilon_high."""
@@ -88,8 +88,11 @@ TRL_DPO = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
-DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+OTHER_DPO = (
+    *("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo", "ipo_sum", "alpha_dpo", "dr_dpo"),
+    *("odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo", "minor_dpo"),
+)
+DIVERGENT = ("ipo_sum", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 def dpo_cases() -> Iterator[Case]:
@@ -106,7 +109,7 @@ def dpo_cases() -> Iterator[Case]:
         yield Case("dpo", plain, trl, state=state)
         if name != "sft":
             yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
-        if name not in ("aot", "aot_unpaired"):
+        if DPO_TYPES[name].pairwise:
             options = plain | {"use_weighting": True}
             yield Case("dpo", options, trl, refused.get(name, ""), state=state)
         if name in DIVERGENT:
@@ -135,6 +138,19 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "chi_po", "chi_po_r_max": 0.5},
         {"loss_type": "rainbow", "rainbow_mu": 0.9, "rainbow_gamma": 0.4, "beta": 2.0},
         {"loss_type": "beta_dpo", "beta_dpo_coef": 0.1, "beta_dpo_momentum": 0.5},
+        {"loss_type": "alpha_dpo", "alpha_dpo_coef": 0.5, "rainbow_gamma": 0.4, "beta": 2.0},
+        {"loss_type": "dr_dpo", "dr_dpo_beta": 0.1, "beta": 0.5},
+        {"loss_type": "odpo", "odpo_alpha": 0.3, "beta": 0.5},
+        {"loss_type": "modpo", "modpo_weight": 0.9},
+        {"loss_type": "focal_po", "focal_po_gamma": 1.0},
+        {"loss_type": "h_dpo", "h_dpo_alpha": 1.2},
+        {"loss_type": "dpo_shift", "rejected_weight": 0.5},
+        {"loss_type": "bpo", "rejected_weight": 0.3, "beta": 0.5},
+        {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},
+        {"loss_type": "sigmoid", "reference_free": True},
+        {"loss_type": "sigmoid_norm", "reference_free": True, "use_weighting": True, "ld_alpha": 0.5},
+        {"loss_type": ("sigmoid", "sft"), "humanline_clip": (-0.3, 0.4), "f_divergence_type": "js_divergence"},
+        {"loss_type": "aot", "humanline_clip": (-0.3, 0.4), "ld_alpha": 0.5},
     ):
         yield Case("dpo", options)
 

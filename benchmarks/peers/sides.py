@@ -94,6 +94,7 @@ def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
         *(subject.reference_passes(examples, k) for k in (0, 1)),
         chosen_log_sum_p2=[x.log_sum_p2 for x in chosen],
         rejected_log_sum_p2=[x.log_sum_p2 for x in rejected],
+        margins=[e.margin or 0.0 for e in examples] if case.loss.wants_margin else None,
         beta_dpo_mean=case.state.get("margin", 0.0),
         **case.options,
     )

@@ -4,6 +4,6 @@ x = beta (r_w - r_l), e = label_smoothing, sp = softplus, s = sigmoid; sums over
 has bear its names and equal it on one micro-batch; TRL's `+1` in apo_zero and apo_down is kept, the papers have none.
 """
 
-from . import labels, lengths, links, sides, steps  # they fill the table
+from . import labels, lengths, links, margins, sides, steps  # they fill the table
 
-__all__ = ["labels", "lengths", "links", "sides", "steps"]
+__all__ = ["labels", "lengths", "links", "margins", "sides", "steps"]

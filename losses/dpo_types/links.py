@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import MAX_EXPONENT, DPOLoss, PairRatios, dpo_type
+from ..divergences import MAX_EXPONENT
+from ..dpo import DPOLoss, PairRatios, dpo_type
 
 
 @dpo_type(divergences=True, reads=("discopop_tau",))
@@ -25,3 +29,24 @@ def chi_po(r: PairRatios, loss: DPOLoss) -> Tensor:
     chosen, rejected = (value.clamp(max=MAX_EXPONENT).exp() + value for value in (r.chosen, r.rejected))
     limit = 2 * loss.chi_po_r_max
     return -logsigmoid((loss.beta * (chosen - rejected)).clamp(-limit, limit))
+
+
+@dpo_type()
+def cauchy(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """-log(1/2 + atan(x) / pi), RainbowPO, arXiv 2410.04203: the Cauchy distribution in the logistic one's place.
+
+    Grows with log(-x) only where a pair is ranked wrongly. Both tails are computed as what they fall short of.
+    """
+    x = loss.beta * r.margin
+    right, wrong = (torch.atan2(torch.ones_like(x), side) / math.pi for side in (-x, x))  # right + wrong = 1
+    return torch.where(x > 0, -torch.log1p(-wrong), -right.log())
+
+
+@dpo_type(reads=("focal_po_gamma",))
+def focal_po(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """s(x)^gamma sp(-x), FocalPO, arXiv 2501.06645: the focal loss turned round, wrongly ranked pairs weigh less.
+
+    The factor has a gradient, which turns the loss's round where sp(-x) > 1 / gamma.
+    """
+    nll = -logsigmoid(loss.beta * r.margin)
+    return (-loss.focal_po_gamma * nll).exp() * nll

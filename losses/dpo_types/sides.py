@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -72,3 +73,34 @@ def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     TRL divides by the tokens of the micro-batch.
     """
     return r.chosen_nll * (r.totals.num_sequences / max(r.totals.num_chosen_tokens, 1))
+
+
+@dpo_type(reads=("h_dpo_alpha",))
+def h_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-beta (alpha (log p_w - log p_l) - (log ref_w - log ref_l))), arXiv 2411.07595: alpha weighs the entropy."""
+    own, reference = r.chosen_logps - r.rejected_logps, r.ref_chosen_logps - r.ref_rejected_logps
+    return -logsigmoid(loss.beta * (loss.h_dpo_alpha * own - reference))
+
+
+@dpo_type(reads=("rejected_weight",))
+def dpo_shift(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-beta (r_w - lambda r_l)), DPO-Shift, arXiv 2502.07599, lambda constant (its `fixed` strategy)."""
+    return -logsigmoid(loss.beta * (r.chosen - loss.rejected_weight * r.rejected))
+
+
+@dpo_type(reads=("rejected_weight",))
+def bpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-beta min(r_w, -alpha r_l)), Balanced Preference Optimization, arXiv 2506.03557 (not Bregman's, 2505.19601).
+
+    Only the side that is behind learns; at the reference both are, and torch gives each half the slope.
+    """
+    return -logsigmoid(loss.beta * torch.minimum(r.chosen, -loss.rejected_weight * r.rejected))
+
+
+@dpo_type()
+def minor_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-beta (r_w - max(0, r_l))), MinorDPO, arXiv 2408.09834: rejected is not pushed below the reference.
+
+    The kink is at r_l = 0, where training begins: there torch's relu has slope 0.
+    """
+    return -logsigmoid(loss.beta * (r.chosen - r.rejected.relu()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -9,7 +12,7 @@ from ..dpo import DPOLoss, PairRatios, dpo_type
 from .labels import smoothed
 
 
-@dpo_type(whole_step=True, reads=("label_smoothing",))
+@dpo_type(whole_step=True, pairwise=False, reads=("label_smoothing",))
 def aot(r: PairRatios, loss: DPOLoss) -> Tensor:
     """Smoothed sp(-beta (u_k - v_k)), u, v the step's margins log p_w - log p_l of policy and reference, each sorted.
 
@@ -19,7 +22,7 @@ def aot(r: PairRatios, loss: DPOLoss) -> Tensor:
     return smoothed(loss.beta * (r.chosen_logps - r.rejected_logps - matched), loss.label_smoothing)
 
 
-@dpo_type(whole_step=True, reads=("label_smoothing",))
+@dpo_type(whole_step=True, pairwise=False, reads=("label_smoothing",))
 def aot_unpaired(r: PairRatios, loss: DPOLoss) -> Tensor:
     """Smoothed sp(-beta (u_k - v_k)), u = r_w and v = r_l of the step, each sorted, arXiv 2406.05882.
 
@@ -52,3 +55,21 @@ def beta_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     mean = (r.totals.collected[:, 2] - r.totals.collected[:, 3]).nanmean().nan_to_num().to(r.chosen)
     beta = loss.beta * (1 + loss.beta_dpo_coef * (mean - r.totals.state.get("margin", 0.0)))
     return -logsigmoid(beta.clamp(min=1e-3) * r.margin)
+
+
+@dpo_type(whole_step=True, pairwise=False, reads=("dr_dpo_beta",))
+def dr_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """-b log(mean over the step of exp(-sp(-x) / b)), b = dr_dpo_beta, arXiv 2407.07880: large losses weigh less.
+
+    Each pair has the value, and the gradient of its own loss times what it weighs in the mean.
+    """
+    if r.totals.collected is None:
+        raise ValueError("dr_dpo weighs the pairs of the whole step: it needs totals.collected")
+    margins = (r.totals.collected[:, 2] - r.totals.collected[:, 3]).to(r.chosen)
+    scaled = logsigmoid(loss.beta * margins[~margins.isnan()]) / loss.dr_dpo_beta
+    own = -logsigmoid(loss.beta * r.margin)
+    if not len(scaled):
+        return own
+    log_mean = torch.logsumexp(scaled, 0) - math.log(len(scaled))
+    weight = (-own.detach() / loss.dr_dpo_beta - log_mean).exp()
+    return weight * (own - own.detach()) - loss.dr_dpo_beta * log_mean

@@ -38,10 +38,10 @@ def types_of(case: Case) -> set[str]:
 
 
 def stops_gradients(case: Case) -> Any:
-    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; bco and beta_dpo use step means."""
+    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; step means have none."""
     if case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo"}:
         return True
-    return "collected" if types_of(case) & {"bco", "beta_dpo"} else False
+    return "collected" if types_of(case) & {"bco", "beta_dpo", "alpha_dpo"} else False
 
 
 def pulls_the_wrong_way(case: Case) -> bool:
@@ -134,6 +134,7 @@ def three(kind: str) -> Batch:
     """Three examples of two scored tokens."""
     tokens = {role: {part: torch.full((3, 2), -0.5) for part in PARTS[kind]} for role in LOGPS}
     rows = {"labeled": {"label": torch.tensor([True, False, True])}, "grouped": {"advantages": torch.ones(3)}}
+    rows["paired"] = {"margin": torch.ones(3)}
     masks = {part: torch.ones(3, 2, dtype=torch.bool) for part in PARTS[kind]}
     stats = {name: tokens["policy"] for name in ("entropy", "log_z", "log_sum_p2")}
     return Batch(kind, masks, tokens | stats, rows.get(kind, {}), torch.zeros(3))

@@ -15,7 +15,7 @@ from .tokenization import Text
 class Completion:
     """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
 
-    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    weights: what each of them weighs in the loss (SFT; KTO, all alike), same length; None: 1 each.
     behavior: the log-probability of each, in nats, in the distribution that it was sampled from (GRPO), same length.
     support: the words that each of them was sampled from (GRPO), same length; None: the whole vocabulary.
     """
@@ -35,6 +35,7 @@ class Example:
     completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
         data set's, none is without a scored token.
     label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
+    margin: by how much chosen is better than rejected (DPO).
     row: index in the data set, for messages.
     """
 
@@ -43,12 +44,13 @@ class Example:
     label: bool | None = None
     row: int = -1
     advantages: tuple[float, ...] | None = None
+    margin: float | None = None
 
     def take(self, completions: Sequence[int]) -> Example:
         """The same prompt with some of its completions."""
         kept = [self.completions[i] for i in completions]
         advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return Example(self.prompt_ids, kept, self.label, self.row, advantages)
+        return Example(self.prompt_ids, kept, self.label, self.row, advantages, self.margin)
 
 
 @dataclass(frozen=True, slots=True)
