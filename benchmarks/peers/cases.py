@@ -77,7 +77,9 @@ def trl_correction(sampling_correction: str = "none", **options: Any) -> dict[st
 def sft_cases() -> Iterator[Case]:
     yield Case("sft", {"loss_type": "nll"}, "sft")
     yield Case("sft", {"loss_type": "dft"}, "sft")
-    for loss_type in ("nll", "dft"):
+    yield Case("sft", {"loss_type": "eaft"})
+    yield Case("sft", {"loss_type": "eaft", "eaft_alpha": 2.0})
+    for loss_type in ("nll", "dft", "eaft"):
         yield Case("sft", {"loss_type": loss_type, "z_loss_coef": 0.01})
         yield Case("sft", {"loss_type": loss_type}, weighted=True)
 
@@ -161,6 +163,8 @@ def kto_cases() -> Iterator[Case]:
         state = {"reward_sum": 0.7, "num_examples": 9.0} if name == "bco" else {}
         for options in ({}, weights, {"beta": 0.5}):
             yield Case("kto", {"loss_type": name} | options, trl, state=state)
+        yield Case("kto", {"loss_type": name}, state=state, weighted=True)
+        yield Case("kto", {"loss_type": name, "humanline_clip": (-0.3, 0.4)}, state=state)
 
 
 def cpo_cases() -> Iterator[Case]:

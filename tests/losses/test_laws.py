@@ -38,8 +38,8 @@ def types_of(case: Case) -> set[str]:
 
 
 def stops_gradients(case: Case) -> Any:
-    """dft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; step means have none."""
-    if case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo"}:
+    """dft, eaft, cispo and vespo weigh log-probs by numbers without gradient, WPO pairs; step means have none."""
+    if case.options.get("use_weighting") or types_of(case) & {"dft", "eaft", "cispo", "vespo"}:
         return True
     return "collected" if types_of(case) & {"bco", "beta_dpo", "alpha_dpo"} else False
 
