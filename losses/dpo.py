@@ -16,9 +16,11 @@ there is a prompt; (3) exponents stop at 40 (`alpha_divergence`: TRL at 80, else
 (4) an option that no chosen loss_type reads is refused, TRL ignores it: its `sigmoid` with label_smoothing is plain DPO
 (the smoothed loss is `cdpo`).
 Differs from the papers or their authors' code: (5) `ipo` averages over tokens, as its authors recommended to TRL (pull
-request 1265); (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors' code before it;
-(7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only); (8) `sppo_hard`
-is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5.
+request 1265), `ipo_sum` does not; (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors'
+code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only);
+(8) `sppo_hard` is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5;
+(9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
+step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules.
 """
 
 from __future__ import annotations
@@ -80,10 +82,10 @@ class DPOType(NamedTuple):
     """
 
     formula: Callable[[PairRatios, DPOLoss], Tensor]
-    divergences: bool
-    whole_step: bool
-    margin: bool
-    pairwise: bool
+    divergences: bool = False
+    whole_step: bool = False
+    margin: bool = False
+    pairwise: bool = True
 
 
 DPO_TYPES: Variants[DPOType] = Variants()
@@ -93,19 +95,13 @@ Formula = Callable[[PairRatios, "DPOLoss"], Tensor]
 
 
 def dpo_type(
-    *,
-    divergences: bool = False,
-    whole_step: bool = False,
-    margin: bool = False,
-    pairwise: bool = True,
-    reads: Collection[str] = (),
-    ignores: Collection[str] = (),
+    *, reads: Collection[str] = (), ignores: Collection[str] = (), **flags: bool
 ) -> Callable[[Formula], Formula]:
     """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType` and `Variants.enter`."""
 
     def add(formula: Formula) -> Formula:
-        own = ["f_divergence_type"] if divergences and "f_divergence_type" not in ignores else []
-        entry = DPOType(formula, divergences, whole_step, margin, pairwise)
+        entry = DPOType(formula, **flags)
+        own = ["f_divergence_type"] if entry.divergences and "f_divergence_type" not in ignores else []
         DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
         return formula
 

@@ -209,6 +209,8 @@ def outcome(loss: Loss) -> list[float]:
         pairs = {name: PairLogps(x, y, margin=given) for (name, x), y in zip(kept.items(), sides, strict=True)}
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
+    elif loss.kind is Kind.SEQUENCE:
+        value = loss(kept["policy"], totals=Totals.of(kept["policy"])).loss
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
