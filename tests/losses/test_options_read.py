@@ -210,7 +210,8 @@ def outcome(loss: Loss) -> list[float]:
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
     elif loss.kind is Kind.SEQUENCE:
-        value = loss(kept["policy"], totals=Totals.of(kept["policy"])).loss
+        totals = Totals.of(kept["policy"])
+        value = loss(kept["policy"], totals=totals).loss
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
