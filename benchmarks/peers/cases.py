@@ -90,10 +90,12 @@ TRL_DPO = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-OTHER_DPO = (
-    *("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo", "ipo_sum", "alpha_dpo", "dr_dpo"),
-    *("odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo", "minor_dpo"),
+OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
+OPTIONS_APART = (
+    *("ipo_sum", "alpha_dpo", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo"),
+    "minor_dpo",
 )
+"""Variants whose formulas see nothing of LD-DPO and WPO that others do not."""
 DIVERGENT = ("ipo_sum", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
@@ -102,16 +104,16 @@ def dpo_cases() -> Iterator[Case]:
         "sft": "TRL multiplies an expanded scalar in place: RuntimeError",
         "hinge": "TRL multiplies relu's output in place, which its backward needs: RuntimeError",
     }
-    for name in (*TRL_DPO, *OTHER_DPO):
+    for name in (*TRL_DPO, *OTHER_DPO, *OPTIONS_APART):
         plain: dict[str, Any] = {"loss_type": name} | (
             {"label_smoothing": SMOOTHING[name]} if name in SMOOTHING else {}
         )
         trl = "dpo" if name in TRL_DPO else None
         state = {"margin": 0.3} if name == "beta_dpo" else {}
         yield Case("dpo", plain, trl, state=state)
-        if name != "sft":
+        if name != "sft" and name not in OPTIONS_APART:
             yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
-        if DPO_TYPES[name].pairwise:
+        if DPO_TYPES[name].pairwise and name not in OPTIONS_APART:
             options = plain | {"use_weighting": True}
             yield Case("dpo", options, trl, refused.get(name, ""), state=state)
         if name in DIVERGENT:
@@ -147,7 +149,8 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "focal_po", "focal_po_gamma": 1.0},
         {"loss_type": "h_dpo", "h_dpo_alpha": 1.2},
         {"loss_type": "dpo_shift", "rejected_weight": 0.5},
-        {"loss_type": "bpo", "rejected_weight": 0.3, "beta": 0.5},
+        {"loss_type": "bpo", "rejected_weight": 0.3, "beta": 0.5, "ld_alpha": 0.5},
+        {"loss_type": ("cauchy", "sppo"), "use_weighting": True},
         {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},
         {"loss_type": "sigmoid", "reference_free": True},
         {"loss_type": "sigmoid_norm", "reference_free": True, "use_weighting": True, "ld_alpha": 0.5},
