@@ -83,7 +83,7 @@ def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     completions = [e.completions[0] for e in examples]
     weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
     extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
-    stats = {"log_z": [x.log_z for x in out], "entropy": [x.entropy for x in out]}
+    stats: dict[str, Any] = {"log_z": [x.log_z for x in out], "entropy": [x.entropy for x in out]}
     return oracle.sft([x.completion for x in out], **stats, **extra, **case.options), 0.0
 
 
