@@ -22,8 +22,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
-from .dpo_types import smoothed
+from .divergences import MAX_EXPONENT
+from .dpo_types.labels import smoothed
 from .options import NotNegative, Positive, Share, Variants
 from .registry import register
 from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics

@@ -8,7 +8,7 @@ variant is one function of them: `PairRatios, DPOLoss -> loss of each pair`. To 
         return ...
 
 and it is trained by `--loss_type my_loss`, and held to the laws and to its oracle by the tests. The others are in
-`dpo_types.py`.
+`dpo_types/`.
 
 Differs from TRL 1.16: (1) means, sorted orders and token counts are those of the optimizer step, not of the
 micro-batch; (2) `ipo` and `sigmoid_norm` divide by scored tokens, TRL by the unshifted mask: the same number wherever
@@ -16,9 +16,11 @@ there is a prompt; (3) exponents stop at 40 (`alpha_divergence`: TRL at 80, else
 (4) an option that no chosen loss_type reads is refused, TRL ignores it: its `sigmoid` with label_smoothing is plain DPO
 (the smoothed loss is `cdpo`).
 Differs from the papers or their authors' code: (5) `ipo` averages over tokens, as its authors recommended to TRL (pull
-request 1265); (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors' code before it;
-(7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only); (8) `sppo_hard`
-is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5.
+request 1265), `ipo_sum` does not; (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors'
+code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only);
+(8) `sppo_hard` is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5;
+(9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
+step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules.
 """
 
 from __future__ import annotations
@@ -26,19 +28,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .options import NotNegative, Positive, Share, Variants, variant
+from .divergences import F_DIVERGENCES
+from .options import NotNegative, Positive, Range, Share, Variants
 from .registry import register
 from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
-from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals, divide
-
-MAX_EXPONENT = 40.0
-"""exp(40) squared is still finite in float32."""
+from .token_ratios import check_clip, clipped, probability, shared_sums
+from .types import Kind, Loss, LossOutput, PairLogps, Totals, divide
 
 
 class PairRatios(NamedTuple):
@@ -48,6 +49,7 @@ class PairRatios(NamedTuple):
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: the summed log-probs behind them.
     chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` is.
     chosen_lengths, rejected_lengths: scored tokens, at least 1.
+    given: the pairs' `PairLogps.margin`, for variants that read it; 0 for others.
     """
 
     chosen: Tensor
@@ -59,6 +61,7 @@ class PairRatios(NamedTuple):
     chosen_nll: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    given: Tensor
     totals: Totals
 
     @property
@@ -73,11 +76,16 @@ class PairRatios(NamedTuple):
 
 
 class DPOType(NamedTuple):
-    """divergences: other f-divergences fit the formula. whole_step: it needs `collected` of the whole step."""
+    """divergences: other f-divergences fit the formula. whole_step: it needs `collected` of the whole step.
+
+    margin: it reads the pairs' margins. pairwise: what it returns of a pair is a loss of that pair alone.
+    """
 
     formula: Callable[[PairRatios, DPOLoss], Tensor]
-    divergences: bool
-    whole_step: bool
+    divergences: bool = False
+    whole_step: bool = False
+    margin: bool = False
+    pairwise: bool = True
 
 
 DPO_TYPES: Variants[DPOType] = Variants()
@@ -87,17 +95,13 @@ Formula = Callable[[PairRatios, "DPOLoss"], Tensor]
 
 
 def dpo_type(
-    *,
-    divergences: bool = False,
-    whole_step: bool = False,
-    reads: Collection[str] = (),
-    ignores: Collection[str] = (),
+    *, reads: Collection[str] = (), ignores: Collection[str] = (), **flags: bool
 ) -> Callable[[Formula], Formula]:
     """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType` and `Variants.enter`."""
 
     def add(formula: Formula) -> Formula:
-        own = ["f_divergence_type"] if divergences and "f_divergence_type" not in ignores else []
-        entry = DPOType(formula, divergences, whole_step)
+        entry = DPOType(formula, **flags)
+        own = ["f_divergence_type"] if entry.divergences and "f_divergence_type" not in ignores else []
         DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
         return formula
 
@@ -122,50 +126,21 @@ def ipo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (r.average_margin - 1 / (2 * loss.beta)) ** 2
 
 
-F_DIVERGENCES: Variants[Callable[[Tensor, DPOLoss], Tensor]] = Variants()
-"""f_divergence_type -> f'(u) of r = log u, [P]: what takes the place of r (arXiv 2309.16240)."""
-
-
-@variant(F_DIVERGENCES)
-def reverse_kl(r: Tensor, loss: DPOLoss) -> Tensor:
-    """log u"""
-    return r
-
-
-@variant(F_DIVERGENCES)
-def forward_kl(r: Tensor, loss: DPOLoss) -> Tensor:
-    """1 - 1/u"""
-    return -torch.expm1((-r).clamp(max=MAX_EXPONENT))
-
-
-@variant(F_DIVERGENCES)
-def js_divergence(r: Tensor, loss: DPOLoss) -> Tensor:
-    """log(2 u / (1 + u)); its slope at the reference, and so the gradient, is half of reverse_kl's."""
-    return math.log(2) + logsigmoid(r)
-
-
-@variant(F_DIVERGENCES, reads=("f_alpha_divergence_coef",))
-def alpha_divergence(r: Tensor, loss: DPOLoss) -> Tensor:
-    """(u^(a-1) - 1) / (a - 1), reverse_kl at a = 1; a is 1 - alpha of the paper, as in TRL."""
-    power = loss.f_alpha_divergence_coef - 1
-    return torch.expm1((power * r).clamp(max=MAX_EXPONENT)) / power if power else r
-
-
 @register("dpo")
 @dataclass(frozen=True, kw_only=True)
 class DPOLoss(Loss):
     """L = sum over pairs of sum_j c_j l_j(r_w, r_l) / P, P the pairs of the whole step, c the `loss_weights`."""
 
     kind: ClassVar[Kind] = Kind.PAIRED
-    wants_reference: ClassVar[bool] = True  # type: ignore[misc]
     metric_stats: ClassVar[tuple[str, ...]] = TOKEN_METRICS  # type: ignore[misc]
     option_tables: ClassVar = {"loss_type": DPO_TYPES, "f_divergence_type": F_DIVERGENCES}
 
     beta: Positive = 0.1
     """Strength of the pull towards the reference (1 / nats); tau in ipo."""
     loss_type: tuple[str, ...] = ("sigmoid",)
-    """One or several of sigmoid, hinge, ipo, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair, sppo_hard, aot,
-    aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow, beta_dpo."""
+    """One or several of sigmoid, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair,
+    sppo_hard, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow,
+    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss_type (default: 1)."""
     label_smoothing: Share = 0.0
@@ -178,6 +153,11 @@ class DPOLoss(Loss):
     """Weight of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411)."""
     use_weighting: bool = False
     """Multiply each pair by how probable both its completions are (WPO, arXiv 2406.11827 Eq. 2)."""
+    reference_free: bool = False
+    """Compare with no reference, whose log-probs count as 0 (all answers equally likely)."""
+    humanline_clip: tuple[float, float] | None = None
+    """Where each token's log-ratio to the reference is clipped, in nats, without gradient beyond (humanline, arXiv
+    2509.24207; its authors' code: -1 1.5)."""
     discopop_tau: Positive = 0.05
     """Temperature of the blend."""
     irpo_alpha: NotNegative = 1.0
@@ -194,10 +174,24 @@ class DPOLoss(Loss):
     """Share of the reference in the margin to beat."""
     rainbow_gamma: float = 0.1
     """The constant margin, in nats a token."""
+    alpha_dpo_coef: NotNegative = 0.1
+    """How strongly the margin to beat follows a pair's standard score in the step."""
     beta_dpo_coef: NotNegative = 0.6
     """How strongly beta follows the step's mean margin."""
     beta_dpo_momentum: Share = 0.9
     """Of the running mean of margins."""
+    dr_dpo_beta: Positive = 1.0
+    """Temperature of the mean over pairs; infinite: the plain mean."""
+    odpo_alpha: NotNegative = 1.0
+    """Weight of the pairs' margins."""
+    modpo_weight: Annotated[float, Range(0, 1, above=True)] = 0.5
+    """Weight of the objective that chosen and rejected are labelled by; the margins have the rest."""
+    rejected_weight: Share = 0.95
+    """Weight of the rejected log-ratio: lambda of dpo_shift, alpha of bpo."""
+    h_dpo_alpha: Positive = 0.95
+    """Weight of the policy's entropy; below 1 it becomes sharper than by DPO."""
+    focal_po_gamma: NotNegative = 0.05
+    """How much less a pair weighs that is ranked wrongly."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
@@ -210,12 +204,25 @@ class DPOLoss(Loss):
         unfit = [name for name in self.loss_type if not DPO_TYPES[name].divergences]
         if unfit and self.f_divergence_type != "reverse_kl":
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not defined for {', '.join(unfit)}")
-        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
-            raise ValueError("use_weighting weighs pairs, which aot and aot_unpaired take apart; leave one of them out")
+        if self.use_weighting and (apart := [name for name in self.loss_type if not DPO_TYPES[name].pairwise]):
+            raise ValueError(f"use_weighting weighs pairs, which {apart[0]} takes apart; leave one of them out")
+        check_clip(self.humanline_clip)
+        if self.humanline_clip is not None and self.reference_free:
+            raise ValueError("humanline_clip clips what reference_free leaves out; leave one of them out")
         if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
             raise ValueError(f"exo_pair needs label_smoothing above 0 (1e-3, say), got {self.label_smoothing}")
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
             raise ValueError(f"robust needs label_smoothing below 0.5, got {self.label_smoothing}")
+
+    @property
+    def wants_reference(self) -> bool:
+        """Unless it is `reference_free`."""
+        return not self.reference_free
+
+    @property
+    def wants_margin(self) -> bool:
+        """For odpo, modpo and sppo."""
+        return any(DPO_TYPES[name].margin for name in self.loss_type)
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -227,11 +234,11 @@ class DPOLoss(Loss):
         """For what compares a pair with the other pairs of the step."""
         return "own" if any(DPO_TYPES[name].whole_step for name in self.loss_type) else None
 
-    def collect(self, policy: PairLogps, ref: PairLogps) -> Tensor:  # type: ignore[override]
-        """[P, 4]: margin of the policy, margin of the reference, r_w, r_l; NaN for a pair with nothing scored."""
+    def collect(self, policy: PairLogps, ref: PairLogps | None = None) -> Tensor:
+        """[P, 5]: margins of policy and reference, r_w, r_l, r_w/|y_w| - r_l/|y_l|; NaN where nothing is scored."""
         r = self._ratios(policy, ref, Totals(num_sequences=0, num_tokens=0))
         margin, ref_margin = r.chosen_logps - r.rejected_logps, r.ref_chosen_logps - r.ref_rejected_logps
-        values = torch.stack([margin, ref_margin, r.chosen, r.rejected], -1).detach()
+        values = torch.stack([margin, ref_margin, r.chosen, r.rejected, r.average_margin], -1).detach()
         return values.masked_fill(~policy.scored[:, None], math.nan)
 
     def advance(self, totals: Totals) -> Mapping[str, float]:
@@ -242,11 +249,13 @@ class DPOLoss(Loss):
         kept = self.beta_dpo_momentum
         return {"margin": kept * totals.state.get("margin", 0.0) + (1 - kept) * mean}
 
-    def __call__(self, policy: PairLogps, ref: PairLogps, *, totals: Totals) -> LossOutput:
-        """policy, ref: chosen and rejected [P, T] each. `ref` gets no gradient.
+    def __call__(self, policy: PairLogps, ref: PairLogps | None = None, *, totals: Totals) -> LossOutput:
+        """policy, ref: chosen and rejected [P, T] each. `ref` gets no gradient; None where it is `reference_free`.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where a statistic is missing.
         """
+        if self.wants_margin and policy.margin is None:
+            raise ValueError(f"loss_type {', '.join(self.loss_type)} needs the pairs' margins, policy.margin is None")
         r = self._ratios(policy, ref, totals)
         scored = policy.scored  # a pair with both sides wholly masked has nothing to say, and no loss
         weights = self.loss_weights or (1.0,) * len(self.loss_type)
@@ -263,10 +272,18 @@ class DPOLoss(Loss):
         metrics |= token_metrics(policy.chosen, policy.rejected, predicted=policy.chosen)
         return LossOutput(divide(per_pair_loss.sum(), totals.num_sequences), metrics)
 
-    def _ratios(self, policy: PairLogps, ref: PairLogps, totals: Totals) -> PairRatios:
-        policy.chosen.check_like(tokens=False, ref=ref.chosen)
-        chosen, rejected = self._sums(policy)
-        ref_chosen, ref_rejected = (sums.detach() for sums in self._sums(ref))
+    def _ratios(self, policy: PairLogps, ref: PairLogps | None, totals: Totals) -> PairRatios:
+        own, base = [policy.chosen, policy.rejected], None if ref is None else [ref.chosen, ref.rejected]
+        if self.reference_free:
+            ref_chosen, ref_rejected = (torch.zeros_like(x.sums).detach() for x in own)
+        elif base is None:
+            raise ValueError("DPO compares with the reference's log-probs: `ref` is None, which needs reference_free")
+        else:
+            policy.chosen.check_like(tokens=False, ref=base[0])
+            ref_chosen, ref_rejected = (sums.detach() for sums in shared_sums(base, self.ld_alpha))
+            if self.humanline_clip is not None:
+                own = [clipped(*sides, self.humanline_clip) for sides in zip(own, base, strict=True)]
+        chosen, rejected = shared_sums(own, self.ld_alpha)
         score = F_DIVERGENCES[self.f_divergence_type]
         return PairRatios(
             score(chosen - ref_chosen, self),
@@ -278,24 +295,6 @@ class DPOLoss(Loss):
             -policy.chosen.sums,
             policy.chosen.lengths.clamp(min=1),
             policy.rejected.lengths.clamp(min=1),
+            torch.zeros_like(chosen) if policy.margin is None else policy.margin.to(chosen).detach(),
             totals,
         )
-
-    def _sums(self, pairs: PairLogps) -> list[Tensor]:
-        """[P] each, summed log-probs of chosen and rejected; `ld_alpha` weighs what is longer than the other side."""
-        if self.ld_alpha is None:
-            return [pairs.chosen.sums, pairs.rejected.sums]
-        shared = torch.minimum(pairs.chosen.lengths, pairs.rejected.lengths)[:, None]
-        return [
-            torch.where(x.completion_mask.cumsum(-1) > shared, self.ld_alpha * x.logps, x.logps).sum(-1)
-            for x in (pairs.chosen, pairs.rejected)
-        ]
-
-
-def probability(completion: CompletionLogps) -> Tensor:
-    """[P] without gradient, exp of the mean over tokens of log p - log sum_v p_v^2: WPO, arXiv 2406.11827 Eq. 2.
-
-    Not capped at 1, as in TRL (the authors' code caps the product of the two).
-    """
-    aligned = completion.logps - completion.needed("log_sum_p2")
-    return (aligned.sum(-1) / completion.lengths.clamp(min=1)).detach().exp()

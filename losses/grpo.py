@@ -37,7 +37,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
+from .divergences import MAX_EXPONENT
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
 from .options import Count, NotNegative, Positive, Share

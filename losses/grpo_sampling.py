@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dpo import MAX_EXPONENT
+from .divergences import MAX_EXPONENT
 from .metrics import Largest, Mean, Smallest
 from .options import Variants
 from .types import CompletionLogps

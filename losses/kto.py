@@ -10,7 +10,10 @@ A variant is a value function of the signed distance from a shift, and the shift
 
 Differs from TRL 1.16: (1) z is one number for the optimizer step and all processes; TRL's is one a micro-batch;
 (2) `bco` is not in TRL any more.
-Differs from the paper: as in TRL, the sum is divided by the number of examples, not of their weights.
+Differs from the papers: (3) as in TRL, the sum is divided by the number of examples, not of their weights; (4) the
+density ratios that BCO weighs undesirable examples by (arXiv 2404.04656 Sec. 4) come with the rows, as `weights`: who
+has prompts' embeddings makes them by a classifier, p / (1 - p) of p = P(desirable | prompt), TRL's clipped to 0.5 and
+10; (5) `humanline_clip` bounds the mismatched log-ratios too.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.nn.functional import logsigmoid
 from .options import NotNegative, Positive, Variants
 from .registry import register
 from .token_metrics import token_metrics
+from .token_ratios import check_clip, clipped
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, choose, divide
 
 
@@ -97,6 +101,13 @@ class KTOLoss(Loss):
     """Weight of examples labelled True."""
     undesirable_weight: NotNegative = 1.0
     """Weight of examples labelled False."""
+    humanline_clip: tuple[float, float] | None = None
+    """Where each token's log-ratio to the reference is clipped, in nats, without gradient beyond (humanline, arXiv
+    2509.24207; its authors' code: -1 1.5)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clip(self.humanline_clip)
 
     @property
     def window_pass(self) -> Literal["own", "mismatched"] | None:
@@ -105,8 +116,7 @@ class KTOLoss(Loss):
 
     def collect(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:  # type: ignore[override]
         """[C], log-ratios, of mismatched completions (kto) or of the examples' own (bco; NaN with nothing scored)."""
-        policy.check_like(tokens=False, ref=ref)
-        r = (policy.sums - ref.sums).detach()
+        r = (self._sums(policy, ref) - ref.sums).detach()
         return r.masked_fill(~policy.completion_mask.any(-1), torch.nan) if self.window_pass == "own" else r
 
     def advance(self, totals: Totals) -> Mapping[str, float]:
@@ -124,16 +134,20 @@ class KTOLoss(Loss):
     def __call__(self, policy: CompletionLogps, ref: CompletionLogps, label: Tensor, *, totals: Totals) -> LossOutput:
         """policy, ref: [C, T]; label: [C] bool; totals.collected: what `collect` gave of the whole step.
 
+        policy.weights: of each example, the same at all of its tokens; None: 1.
+
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where `collected` is missing.
         """
         if label.dtype != policy.completion_mask.dtype or label.shape != policy.sums.shape:
             raise ValueError(f"label must be bool [{len(policy.sums)}], got {label.dtype} {list(label.shape)}")
-        policy.check_like(tokens=False, ref=ref)
+        sums = self._sums(policy, ref)
         value, shift_of, _ = KTO_TYPES[self.loss_type]
-        rewards = self.beta * (policy.sums - ref.sums.detach())
+        rewards = self.beta * (sums - ref.sums.detach())
         shift = shift_of(totals, self).to(rewards)
         sign = 2 * label.to(rewards.dtype) - 1
         weight = choose(label, self.desirable_weight, self.undesirable_weight, rewards)
+        if policy.weights is not None:
+            weight = weight * policy.needed("weights").detach().sum(-1) / policy.lengths.clamp(min=1)
         scored = policy.completion_mask.any(-1)
         losses = weight * value(sign * (rewards - shift))
         metrics = {
@@ -146,3 +160,8 @@ class KTOLoss(Loss):
         if self.loss_type == "kto":
             metrics["kl"] = Mean.of(shift / self.beta, scored.any())
         return LossOutput(divide(losses.where(scored, rewards * 0).sum(), totals.num_sequences), metrics)
+
+    def _sums(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:
+        """[C], summed log-probs of the policy, with its ratios clipped."""
+        policy.check_like(tokens=False, ref=ref)
+        return (policy if self.humanline_clip is None else clipped(policy, ref, self.humanline_clip)).sums

@@ -2,11 +2,14 @@
 
 Differs from TRL 1.16: (1) TRL counts tokens over one gradient-accumulation window, we over the optimizer step, which
 is the same thing for equal settings; (2) a row with nothing to score counts for nothing here and is dropped there;
-(3) token weights and the z-loss are not in TRL.
+(3) token weights, the z-loss and `eaft` are not in TRL.
+Differs from the paper: (4) `eaft` takes the entropy of the whole vocabulary, its authors' code that of the 20 likeliest
+words, and both divide by log 20, so that weights above 1 are possible here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,20 +21,30 @@ from .registry import register
 from .token_metrics import TOKEN_METRICS, token_metrics
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
 
-SFT_TYPES: Variants[Callable[[Tensor], Tensor]] = Variants()
-"""loss_type -> the loss of each token given its log-probability, [C, T] -> [C, T]."""
+SFT_TYPES: Variants[Callable[[CompletionLogps, SFTLoss], Tensor]] = Variants()
+"""loss_type -> the loss of each token, [C, T]."""
 
 
 @variant(SFT_TYPES)
-def nll(logps: Tensor) -> Tensor:
+def nll(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
     """-log p"""
-    return -logps
+    return -policy.logps
 
 
 @variant(SFT_TYPES)
-def dft(logps: Tensor) -> Tensor:
+def dft(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
     """-sg(p) log p, Dynamic Fine-Tuning (arXiv 2508.05629); its gradient is that of -p."""
-    return -logps.detach().exp() * logps
+    return -policy.logps.detach().exp() * policy.logps
+
+
+@variant(SFT_TYPES, reads=("eaft_alpha",))
+def eaft(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
+    """-sg(H / log 20)^alpha log p, H the entropy in nats, Entropy-Adaptive Fine-Tuning (arXiv 2601.02151).
+
+    A token that the model is sure of hardly counts, right or wrong.
+    """
+    share = policy.needed("entropy").detach() / math.log(20)
+    return -(share**loss.eaft_alpha) * policy.logps
 
 
 @register("sft")
@@ -47,23 +60,24 @@ class SFTLoss(Loss):
     option_tables: ClassVar = {"loss_type": SFT_TYPES}
 
     loss_type: str = "nll"
-    """nll, or dft (Dynamic Fine-Tuning)."""
+    """nll, dft (Dynamic Fine-Tuning), or eaft (Entropy-Adaptive Fine-Tuning)."""
+    eaft_alpha: NotNegative = 1.0
+    """How much less a token weighs that the model is sure of; 0 is nll."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the square of log Z, which keeps logits from drifting (PaLM: 1e-4)."""
 
     @property
     def stats(self) -> tuple[str, ...]:
-        """log Z, for the z-loss."""
-        return ("log_z",) if self.z_loss_coef else ()
+        """log Z, for the z-loss; the entropy, for eaft."""
+        return (*(["log_z"] if self.z_loss_coef else []), *(["entropy"] if self.loss_type == "eaft" else []))
 
     def __call__(self, policy: CompletionLogps, *, totals: Totals) -> LossOutput:
         """policy: [C, T]. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
-        logps = policy.logps
-        per_token_loss = SFT_TYPES[self.loss_type](logps)
+        per_token_loss = SFT_TYPES[self.loss_type](policy, self)
         if self.z_loss_coef:
             per_token_loss = per_token_loss + self.z_loss_coef * policy.needed("log_z") ** 2
         if policy.weights is not None:
             per_token_loss = per_token_loss * policy.needed("weights").detach()
-        metrics = {"nll": Mean.of(-logps, policy.completion_mask), **token_metrics(policy, predicted=policy)}
+        metrics = {"nll": Mean.of(-policy.logps, policy.completion_mask), **token_metrics(policy, predicted=policy)}
         by = totals.num_tokens if totals.sum_weights is None else totals.sum_weights
         return LossOutput(divide(policy.masked(per_token_loss).sum(), by), metrics)

@@ -160,18 +160,22 @@ class PairLogps:
 
     prompt: log-probabilities of the prompt's own tokens, for losses with `scores_prompt` (ORPO).
     gold: a third completion of each prompt, for losses with `scores_gold` (TPO).
+    margin: [P], by how much chosen is better, of any unit, for losses with `wants_margin` (ODPO).
     """
 
     chosen: CompletionLogps
     rejected: CompletionLogps
     prompt: CompletionLogps | None = None
     gold: CompletionLogps | None = None
+    margin: Tensor | None = None
 
     def __post_init__(self) -> None:
         parts = (self.chosen, self.rejected, self.prompt, self.gold)
         rows = [len(x.completion_mask) for x in parts if x is not None]
         if len(set(rows)) != 1:
             raise ValueError(f"chosen, rejected, prompt and gold must have one row a pair, got {rows} rows")
+        if self.margin is not None and self.margin.shape != (rows[0],):
+            raise ValueError(f"margin must be [{rows[0]}], one number a pair, got {list(self.margin.shape)}")
 
     @property
     def scored(self) -> Tensor:
@@ -267,6 +271,11 @@ class Loss:
     @property
     def scores_prompt(self) -> bool:
         """The prompt's own tokens are scored along the chosen path (`PairLogps.prompt`)."""
+        return False
+
+    @property
+    def wants_margin(self) -> bool:
+        """Rows say by how much chosen is better (`PairLogps.margin`)."""
         return False
 
     @property

@@ -47,12 +47,13 @@ def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
     for role in (role for role, wanted in roles.items() if wanted):
         if loss.kind is Kind.PAIRED:
             parts = ("chosen", "rejected") if role == "ref" else parts_of(loss)
-            kwargs[role] = PairLogps(**{part: logps_of(loss, batch, role, part) for part in parts})
+            margin = batch.rows["margin"] if role == "policy" and loss.wants_margin else None
+            kwargs[role] = PairLogps(**{part: logps_of(loss, batch, role, part) for part in parts}, margin=margin)
         else:
             kwargs[role] = logps_of(loss, batch, role)
     if loss.wants_prompt_tokens:  # as if each prompt had another completion, somewhere else, of one token more
         kwargs["prompt_tokens"] = 2 * batch.masks["completion"].sum(-1) + 1
-    return kwargs | batch.rows
+    return kwargs if loss.kind is Kind.PAIRED else kwargs | batch.rows
 
 
 def collect(loss: Loss, batch: Batch) -> Tensor:
@@ -163,7 +164,8 @@ def show(loss: Loss, batch: Batch) -> str:
             seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
             if seen.get(role, role in loss.stats):
                 lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
-    lines += [f"  {name:<22}{numbers(values)}" for name, values in batch.rows.items()]
+    rows = {} if loss.kind is Kind.PAIRED and not loss.wants_margin else batch.rows
+    lines += [f"  {name:<22}{numbers(values)}" for name, values in rows.items()]
     if loss.window_pass == "mismatched":
         lines.append(f"  {'collected':<22}{numbers(batch.collected)}")
     if batch.earlier and type(loss).advance is not Loss.advance:

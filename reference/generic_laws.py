@@ -284,6 +284,8 @@ def direction(loss: Loss, batch: Batch, level: float) -> None:
     rows = dict(batch.rows)
     if loss.kind is Kind.GROUPED:
         rows["advantages"] = sign = torch.where(rows["advantages"] < 0, -sign, sign)
+    if loss.kind is Kind.PAIRED:
+        rows["margin"] = rows["margin"].abs()  # below 0 chosen is the worse one
     if loss.kind is Kind.LABELED:
         sign = torch.where(rows["label"], sign, -sign)
     even = Batch(

@@ -43,8 +43,9 @@ class Batch:
     masks: part -> [C, T] bool, True where scored.
     tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
-        to 0); for sequences perhaps `weights` (at least 0).
-    rows: name -> [C]; `label` bool (labeled), `advantages` (grouped).
+        to 0); for sequences and labeled examples perhaps `weights` (at
+        least 0).
+    rows: name -> [C]; `label` bool (labeled), `advantages` (grouped), `margin` (paired).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
     earlier: steps on this same batch that came before, for losses that carry a state.
     """
@@ -117,6 +118,9 @@ def batches(
         tokens[role] = {part: near(logps) for part, logps in policy.items()}
     if kind == "sequence" and draw(st.booleans(), label="weights"):
         tokens["weights"] = {part: (3 * uniform(mask.shape) - 1).clamp(min=0) for part, mask in masks.items()}
+    if kind == "labeled" and draw(st.booleans(), label="weights"):
+        of_row = (3 * uniform([count, 1]) - 1).clamp(min=0)
+        tokens["weights"] = {part: of_row.expand(mask.shape).clone() for part, mask in masks.items()}
     extras: dict[str, Tensor] = {}
     if kind == "labeled":
         labels = st.one_of(_lists(st.booleans(), count), *(st.just([one] * count) for one in (False, True)))
@@ -125,6 +129,8 @@ def batches(
         alike = draw(st.sampled_from(["zero", "equal", "different", "different"]), label="advantages")
         values = 2 * around_zero([1 if alike == "equal" else count]).expand(count).clone()
         extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
+    if kind == "paired":
+        extras["margin"] = 4 * around_zero([count])
     collected = spread * around_zero([count + 1 if kind == "labeled" else 0])
     tokens["behavior"] = {part: near(logps) for part, logps in tokens["old"].items()}
     return Batch(kind, masks, tokens, extras, collected, draw(st.integers(0, 2), label="earlier steps"))

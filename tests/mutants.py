@@ -47,7 +47,8 @@ APART = {"_triton.py"}
 """Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
 ORACLE = tuple(
-    f"reference/oracle/{name}.py" for name in ("_math", "cpo", "dpo", "grpo", "head", "kto", "sampling", "sft")
+    f"reference/oracle/{name}.py"
+    for name in ("_math", "cpo", "dpo", "dpo_pairs", "grpo", "head", "kto", "sampling", "sft")
 )
 TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("peers/cases", "peers/sides", "peers/truths", "verify"))
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}
@@ -169,7 +170,8 @@ class Run:
     def stages(self, mutant: Mutant) -> list[list[str]]:
         """Test files in the order of who is likely to kill it."""
         stem = Path(mutant.file).stem
-        name = OWN.get(stem, stem)
+        folder = Path(mutant.file).parent.name
+        name = OWN.get(stem, folder if folder.endswith("_types") else stem)
         families = tuple(f"test_{family}_" for family in (name, name.partition("_")[0]))  # dpo's for dpo_types
         own = [f for f in self.losses if f"{Path(f).stem}_".startswith(families)]
         return [own, [f for f in self.losses if f not in own], self.last]

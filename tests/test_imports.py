@@ -213,8 +213,9 @@ def test_bitsandbytes_does_not_ask_for_a_package_that_nothing_here_uses(caplog):
 def test_a_variant_is_a_screenful():
     """At most 15 lines of code for each function of the files that hold variants, docstring apart."""
     long = {}
-    paths = [ROOT / "losses" / "dpo_types.py", ROOT / "losses" / "advantages" / "formulas.py"]
-    for path in [*paths, *(ROOT / "losses" / "grpo_types").glob("*.py")]:
+    folder = ROOT / "losses"
+    paths = [*(folder / "dpo_types").glob("*.py"), folder / "advantages" / "formulas.py"]
+    for path in (*paths, *(folder / "grpo_types").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

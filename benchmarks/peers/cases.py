@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from logratio.losses import LOSSES, GRPOLoss, Loss
+from logratio.losses import DPO_TYPES, LOSSES, GRPOLoss, Loss
 
 CISPO_CAP = GRPOLoss(loss_type="cispo").epsilons[1]
 """Our default of cispo's epsilon_high."""
@@ -80,7 +80,9 @@ def trl_correction(sampling_correction: str = "none", **options: Any) -> dict[st
 def sft_cases() -> Iterator[Case]:
     yield Case("sft", {"loss_type": "nll"}, "sft")
     yield Case("sft", {"loss_type": "dft"}, "sft")
-    for loss_type in ("nll", "dft"):
+    yield Case("sft", {"loss_type": "eaft"})
+    yield Case("sft", {"loss_type": "eaft", "eaft_alpha": 2.0})
+    for loss_type in ("nll", "dft", "eaft"):
         yield Case("sft", {"loss_type": loss_type, "z_loss_coef": 0.01})
         yield Case("sft", {"loss_type": loss_type}, weighted=True)
 
@@ -92,7 +94,12 @@ TRL_DPO = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
-DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+OPTIONS_APART = (
+    *("ipo_sum", "alpha_dpo", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo"),
+    "minor_dpo",
+)
+"""Variants whose formulas see nothing of LD-DPO and WPO that others do not."""
+DIVERGENT = ("ipo_sum", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 def dpo_cases() -> Iterator[Case]:
@@ -100,16 +107,16 @@ def dpo_cases() -> Iterator[Case]:
         "sft": "TRL multiplies an expanded scalar in place: RuntimeError",
         "hinge": "TRL multiplies relu's output in place, which its backward needs: RuntimeError",
     }
-    for name in (*TRL_DPO, *OTHER_DPO):
+    for name in (*TRL_DPO, *OTHER_DPO, *OPTIONS_APART):
         plain: dict[str, Any] = {"loss_type": name} | (
             {"label_smoothing": SMOOTHING[name]} if name in SMOOTHING else {}
         )
         trl = "dpo" if name in TRL_DPO else None
         state = {"margin": 0.3} if name == "beta_dpo" else {}
         yield Case("dpo", plain, trl, state=state)
-        if name != "sft":
+        if name != "sft" and name not in OPTIONS_APART:
             yield Case("dpo", plain | {"ld_alpha": 0.5}, trl, state=state)
-        if name not in ("aot", "aot_unpaired"):
+        if DPO_TYPES[name].pairwise and name not in OPTIONS_APART:
             options = plain | {"use_weighting": True}
             yield Case("dpo", options, trl, refused.get(name, ""), state=state)
         if name in DIVERGENT:
@@ -138,6 +145,20 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "chi_po", "chi_po_r_max": 0.5},
         {"loss_type": "rainbow", "rainbow_mu": 0.9, "rainbow_gamma": 0.4, "beta": 2.0},
         {"loss_type": "beta_dpo", "beta_dpo_coef": 0.1, "beta_dpo_momentum": 0.5},
+        {"loss_type": "alpha_dpo", "alpha_dpo_coef": 0.5, "rainbow_gamma": 0.4, "beta": 2.0},
+        {"loss_type": "dr_dpo", "dr_dpo_beta": 0.1, "beta": 0.5},
+        {"loss_type": "odpo", "odpo_alpha": 0.3, "beta": 0.5},
+        {"loss_type": "modpo", "modpo_weight": 0.9},
+        {"loss_type": "focal_po", "focal_po_gamma": 1.0},
+        {"loss_type": "h_dpo", "h_dpo_alpha": 1.2},
+        {"loss_type": "dpo_shift", "rejected_weight": 0.5},
+        {"loss_type": "bpo", "rejected_weight": 0.3, "beta": 0.5, "ld_alpha": 0.5},
+        {"loss_type": ("cauchy", "sppo"), "use_weighting": True},
+        {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},
+        {"loss_type": "sigmoid", "reference_free": True},
+        {"loss_type": "sigmoid_norm", "reference_free": True, "use_weighting": True, "ld_alpha": 0.5},
+        {"loss_type": ("sigmoid", "sft"), "humanline_clip": (-0.3, 0.4), "f_divergence_type": "js_divergence"},
+        {"loss_type": "aot", "humanline_clip": (-0.3, 0.4), "ld_alpha": 0.5},
     ):
         yield Case("dpo", options)
 
@@ -148,6 +169,8 @@ def kto_cases() -> Iterator[Case]:
         state = {"reward_sum": 0.7, "num_examples": 9.0} if name == "bco" else {}
         for options in ({}, weights, {"beta": 0.5}):
             yield Case("kto", {"loss_type": name} | options, trl, state=state)
+        yield Case("kto", {"loss_type": name}, state=state, weighted=True)
+        yield Case("kto", {"loss_type": name, "humanline_clip": (-0.3, 0.4)}, state=state)
 
 
 def cpo_cases() -> Iterator[Case]:

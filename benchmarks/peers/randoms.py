@@ -18,9 +18,10 @@ from logratio.trainers.policy.reference import tokens_key
 
 
 def random_rows(
-    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24
+    method: str, seed: int, count: int = 5, weighted: bool = False, longest: int = 24, margin: bool = False
 ) -> list[dict[str, Any]]:
-    """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0."""
+    """Ragged plain-text rows in TRL's format of the method; weighted: with a weight each, one of them 0. margin: pairs
+    with one each."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> str:
@@ -37,6 +38,8 @@ def random_rows(
             row["reference"] = " " + text(1, longest)
         if method == "kto":
             row["label"] = i % 3 != 1
+        if margin:
+            row["margin"] = rng.randint(-8, 16) / 8
         if weighted:
             row["weight"] = 0.0 if i == 1 else rng.randint(1, 24) / 8
         rows.append(row)

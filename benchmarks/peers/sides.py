@@ -83,7 +83,8 @@ def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     completions = [e.completions[0] for e in examples]
     weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
     extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
-    return oracle.sft([x.completion for x in out], log_z=[x.log_z for x in out], **extra, **case.options), 0.0
+    stats: dict[str, Any] = {"log_z": [x.log_z for x in out], "entropy": [x.entropy for x in out]}
+    return oracle.sft([x.completion for x in out], **stats, **extra, **case.options), 0.0
 
 
 def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
@@ -94,6 +95,7 @@ def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
         *(subject.reference_passes(examples, k) for k in (0, 1)),
         chosen_log_sum_p2=[x.log_sum_p2 for x in chosen],
         rejected_log_sum_p2=[x.log_sum_p2 for x in rejected],
+        margins=[e.margin or 0.0 for e in examples] if case.loss.wants_margin else None,
         beta_dpo_mean=case.state.get("margin", 0.0),
         **case.options,
     )
@@ -106,7 +108,8 @@ def oracle_kto(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     ref, kl_ref = (subject.reference_passes(items, 0) for items in (examples, others))
     count = int(case.state.get("num_examples", 0))
     state = (case.state.get("reward_sum", 0.0) / max(count, 1), count)
-    return oracle.kto(policy, ref, labels, kl_policy, kl_ref, bco_state=state, **case.options), 0.0
+    weights = [(e.completions[0].weights or [1.0])[0] for e in examples]
+    return oracle.kto(policy, ref, labels, kl_policy, kl_ref, weights=weights, bco_state=state, **case.options), 0.0
 
 
 def oracle_pairs(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:

@@ -139,8 +139,15 @@ class Subject:
         loss = case.loss
         if loss.kind is Kind.GROUPED:
             return random_groups(self.seed, kept=case.kept, by_token=case.by_token)
-        rows = Rows("random", random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST))
-        return prepare(rows, loss.kind, tiny_tokenizer(), max_length=MAX_LENGTH, gold=loss.scores_gold)[0]
+        texts = random_rows(case.method, self.seed, weighted=case.weighted, longest=LONGEST, margin=loss.wants_margin)
+        return prepare(
+            Rows("random", texts),
+            loss.kind,
+            tiny_tokenizer(),
+            max_length=MAX_LENGTH,
+            gold=loss.scores_gold,
+            margin=loss.wants_margin,
+        )[0]
 
     def old(self, dtype: torch.dtype, kept: int | None = None) -> dict[str, list[Tensor]]:
         """`old_logps` of `random_groups`: numbers of float32, so that both precisions are given the same."""

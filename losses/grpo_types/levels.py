@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dpo import MAX_EXPONENT
+from ..divergences import MAX_EXPONENT
 from ..options import variant
 from .base import KL_ESTIMATORS, LEVELS
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dpo import MAX_EXPONENT
+from ..divergences import MAX_EXPONENT
 from .base import GRPO_TYPES, GRPOType, Ratios
 from .weights import constant_length, sequence_mean, sequence_sum, token_mean
 

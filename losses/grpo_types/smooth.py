@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dpo import MAX_EXPONENT
+from ..divergences import MAX_EXPONENT
 from ..types import choose
 from .base import GRPO_TYPES, GRPOType, Ratios
 from .ratios import CLIP, clipped, ratio_range

@@ -34,8 +34,15 @@ def kto(name: str, beta: float = 0.5, **options: Any) -> Loss:
 
 
 def keeps(law: Callable[[Batch], None], kind: str = "paired", **options: Any) -> None:
+    """Labelled examples weigh 1 each."""
+
+    def unweighted(batch: Batch) -> None:
+        if kind == "labeled":
+            batch.tokens.pop("weights", None)
+        law(batch)
+
     for_every_batch(
-        kind, law, **{"max_size": 30.0, "spreads": (0.25, 4.0), "distinct": True, "max_examples": 15} | options
+        kind, unweighted, **{"max_size": 30.0, "spreads": (0.25, 4.0), "distinct": True, "max_examples": 15} | options
     )
 
 
@@ -59,6 +66,7 @@ DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
 PLAIN = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "cdpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "beta_dpo"),
+    *("ipo_sum", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "dpo_shift", "bpo", "minor_dpo"),
 ]
 
 

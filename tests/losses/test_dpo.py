@@ -32,7 +32,8 @@ REF = ([[-2.0, -4.0]], [[-3.0]])
 
 
 def pair(rows: tuple[list[list[float]], list[list[float]]]) -> PairLogps:
-    return PairLogps(side(*rows[0]), side(*rows[1]))
+    chosen, rejected = side(*rows[0]), side(*rows[1])
+    return PairLogps(chosen, rejected, margin=torch.full((len(chosen.sums),), 0.3))
 
 
 def loss_of(loss: DPOLoss, policy: PairLogps, ref: PairLogps) -> Tensor:
@@ -198,7 +199,7 @@ def test_sigmoid_for_small_and_large_beta(chosen, rejected):
     assert values("sigmoid", *leaves, large).item() / large == pytest.approx(max(-margin, 0), abs=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(DPO_TYPES) - {"aot", "sft", "irpo", "rainbow"}))
+@pytest.mark.parametrize("loss_type", sorted(set(DPO_TYPES) - {"aot", "sft", "irpo", "rainbow", "alpha_dpo", "h_dpo"}))
 @settings(max_examples=10, deadline=None)
 @given(batches("paired", max_size=30.0), st.floats(-20, 20))
 def test_the_same_change_of_policy_and_reference_does_not_matter(loss_type, batch, shift):
@@ -210,7 +211,8 @@ def test_the_same_change_of_policy_and_reference_does_not_matter(loss_type, batc
     loss, results = DPOLoss(loss_type=loss_type, **OPTIONS.get(loss_type, {})), []
     for by in (0.0, shift):
         policy, ref = (
-            PairLogps(side_of(role, "chosen", by), side_of(role, "rejected", -2 * by)) for role in ("policy", "ref")
+            PairLogps(side_of(role, "chosen", by), side_of(role, "rejected", -2 * by), margin=batch.rows["margin"])
+            for role in ("policy", "ref")
         )
         results.append(loss_of(loss, policy, ref).item())
     assert results[1] == pytest.approx(results[0], rel=1e-8, abs=1e-9)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals, TPOLoss
-from logratio.losses.dpo import MAX_EXPONENT, probability
+from logratio.losses.divergences import MAX_EXPONENT
+from logratio.losses.dpo import probability
 
-DIVERGENT = {"sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
+DIVERGENT = {"ipo_sum", "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
 
 
 def sp(x: float) -> float:
@@ -60,6 +61,15 @@ def test_defaults():
         "rainbow_gamma": 0.1,
         "beta_dpo_coef": 0.6,
         "beta_dpo_momentum": 0.9,
+        "reference_free": False,
+        "humanline_clip": None,
+        "alpha_dpo_coef": 0.1,
+        "dr_dpo_beta": 1.0,
+        "odpo_alpha": 1.0,
+        "modpo_weight": 0.5,
+        "rejected_weight": 0.95,
+        "h_dpo_alpha": 0.95,
+        "focal_po_gamma": 0.05,
     }
     loss = DPOLoss()
     assert (loss.stats, loss.scores_prompt, loss.scores_gold, loss.wants_reference) == ((), False, False, True)
@@ -214,7 +224,7 @@ def test_one_name_is_a_tuple_of_one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, sigmoid_norm, "),
+        ({"loss_type": "best"}, "loss_type='best' is unknown, expected one of: sigmoid, hinge, ipo, cdpo, "),
         ({"loss_type": ("ipo", "best")}, "loss_type='best' is unknown"),
         ({"loss_type": ()}, "^loss_type must name at least one variant$"),
         ({"loss_weights": (1.0, 2.0)}, r"loss_weights=\(1.0, 2.0\) must have one number for each of \('sigmoid',\)"),
@@ -226,7 +236,20 @@ def test_one_name_is_a_tuple_of_one():
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 must be in \[0, 1\]"),
         ({"label_smoothing": 1.1}, r"label_smoothing=1.1 must be in \[0, 1\]"),
         ({"label_smoothing": math.nan}, "label_smoothing=nan must be finite$"),
-        ({"loss_type": "aot", "use_weighting": True}, "use_weighting weighs pairs, which aot and aot_unpaired take ap"),
+        ({"loss_type": "aot", "use_weighting": True}, "use_weighting weighs pairs, which aot takes apart; leave one"),
+        (
+            {"loss_type": ("ipo", "dr_dpo"), "use_weighting": True},
+            "use_weighting weighs pairs, which dr_dpo takes apart",
+        ),
+        ({"humanline_clip": (0.1, 1.0)}, r"^humanline_clip=\(0.1, 1.0\) must be two numbers around 0, as -1 1.5$"),
+        ({"humanline_clip": (0.0, 0.0)}, "must be two numbers around 0"),
+        ({"humanline_clip": (-1.0, math.nan)}, "must be finite$"),
+        (
+            {"humanline_clip": (-1.0, 1.0), "reference_free": True},
+            "^humanline_clip clips what reference_free leaves out",
+        ),
+        ({"modpo_weight": 0.0, "loss_type": "modpo"}, r"modpo_weight=0.0 must be in \(0, 1\]$"),
+        ({"rejected_weight": 0.5}, "is an option of dpo_shift, bpo$"),
         ({"loss_type": ("ipo", "aot_unpaired"), "use_weighting": True}, "leave one of them out"),
         ({"loss_type": "exo_pair"}, r"exo_pair needs label_smoothing above 0 \(1e-3, say\), got 0.0"),
         ({"loss_type": ("ipo", "exo_pair"), "label_smoothing": 1.0}, "exo_pair needs label_smoothing .* got 1.0"),
@@ -239,12 +262,54 @@ def test_what_is_refused(options, message):
         DPOLoss(**options)
 
 
+def test_without_a_reference_the_log_probs_count_by_themselves():
+    """log p -1 and -3 beside -2: 0.5 (-4 + 2)."""
+    policy, loss = PairLogps(row([-1.0, -3.0]), row([-2.0])), DPOLoss(beta=0.5, reference_free=True)
+    value = loss(policy, totals=Totals.of(policy, loss.collect(policy))).loss
+    value.backward()
+    assert value.item() == pytest.approx(sp(1.0)) and not loss.wants_reference
+    assert policy.chosen.per_token_logps.grad.tolist() == [pytest.approx([-0.5 * sg(1.0)] * 2)]
+    other = PairLogps(row([-9.0] * 2), row([-7.0]))
+    assert run(loss, policy, other)[0] == value.item()  # a reference that is there is not read
+    with pytest.raises(ValueError, match="^DPO compares with the reference's log-probs: `ref` is None, which needs"):
+        DPOLoss()(policy, totals=Totals.of(policy))
+
+
+def test_humanline_clips_the_ratio_of_each_token_and_stops_its_gradient():
+    """Ratios 3, -0.5, -2 and a hole, clipped to -1 and 1.5: 0 in sum; of the rejected 1.5, which is just inside."""
+    policy = PairLogps(row([-1.0, -2.0, -4.0, math.nan]), row([-1.0]))
+    ref = PairLogps(row([-4.0, -1.5, -2.0, math.nan]), row([-2.5]))
+    value, up, down = run(DPOLoss(beta=0.5, humanline_clip=(-1.0, 1.5)), policy, ref)
+    assert value == pytest.approx(sp(0.75), rel=1e-12)
+    assert up == [0, pytest.approx(-0.5 * sg(0.75)), 0, 0] and down == [pytest.approx(0.5 * sg(0.75))]
+    plain = run(DPOLoss(beta=0.5), policy, ref)[0]
+    assert run(DPOLoss(beta=0.5, humanline_clip=(-9.0, 9.0)), policy, ref)[0] == plain == pytest.approx(sp(0.5))
+    nll = run(DPOLoss(loss_type="sft", humanline_clip=(-1.0, 1.5)), policy, ref)[0]
+    assert nll == pytest.approx(7 / 3)  # the log-likelihood is the policy's own
+    shorter = PairLogps(row([-4.0]), row([-2.5]))
+    with pytest.raises(ValueError, match=r"ref must have the policy's rows and tokens, got \[1, 1\] for \[1, 4\]"):
+        DPOLoss(humanline_clip=(-1.0, 1.5))(policy, shorter, totals=Totals.of(policy))
+
+
+@pytest.mark.parametrize("loss_type", ["odpo", "modpo", "sppo"])
+def test_margins_are_asked_for_by_name(loss_type):
+    policy, ref = ratios(1.0, 0.0)
+    assert DPOLoss(loss_type=("sigmoid", loss_type)).wants_margin and not DPOLoss().wants_margin
+    with pytest.raises(ValueError, match=f"^loss_type {loss_type} needs the pairs' margins, policy.margin is None$"):
+        DPOLoss(loss_type=loss_type)(policy, ref, totals=Totals.of(policy))
+    with pytest.raises(ValueError, match=r"^margin must be \[1\], one number a pair, got \[2\]$"):
+        dataclasses.replace(policy, margin=torch.zeros(2))
+
+
 def test_what_is_just_allowed():
     for options in (
         {"loss_type": "cdpo", "label_smoothing": 1.0},
         {"loss_type": "exo_pair", "label_smoothing": 0.999},
         {"loss_type": "robust", "label_smoothing": 0.499},
         {"loss_type": ("ipo", "sigmoid"), "use_weighting": True, "ld_alpha": 1.0},
+        {"loss_type": "beta_dpo", "use_weighting": True},
+        {"humanline_clip": (0.0, 1.0)},
+        {"loss_type": "modpo", "modpo_weight": 1.0},
     ):
         DPOLoss(**options)
 

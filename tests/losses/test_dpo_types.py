@@ -28,6 +28,9 @@ CHOSEN = ([-1.0, -2.0], [True, True])
 REJECTED = ([-1.0, math.nan, -2.0, -3.0], [True, False, True, True])
 
 
+DELTA = 0.5  # the pair's margin
+
+
 class Sides(NamedTuple):
     """A pair's log-probs; r is spread over the reference's first token."""
 
@@ -45,7 +48,7 @@ class Sides(NamedTuple):
                 )
                 for (logps, mask), shift in zip((CHOSEN, REJECTED), by, strict=True)
             ]
-            sides.append(PairLogps(*rows))
+            sides.append(PairLogps(*rows, margin=torch.tensor([DELTA])))
         return Sides(*sides)
 
 
@@ -92,6 +95,21 @@ AT_REFERENCE = {
     "chi_po": ({}, log(2), -B, B),
     "rainbow": ({}, sp(-RAINBOW), -B * sg(-RAINBOW) / 2, B * sg(-RAINBOW) / 3),
     "beta_dpo": ({}, log(2), -B / 2, B / 2),
+    "ipo_sum": ({}, 25, -10, 10),
+    "alpha_dpo": ({}, sp(-0.04), -B * sg(-0.04) / 2, B * sg(-0.04) / 3),  # one pair: z = 0; 0.1 (0.5 - 0.1)
+    "dr_dpo": ({}, log(2), -B / 2, B / 2),
+    "odpo": ({}, sp(0.5), -B * sg(0.5), B * sg(0.5)),
+    "modpo": ({}, sp(0.5), -B / 0.5 * sg(0.5), B / 0.5 * sg(0.5)),  # -(1 - 0.5) 0.5 / 0.5
+    "sppo": ({}, 2 * (10 * (sg(0.5) - 0.5)) ** 2, -20 * (sg(0.5) - 0.5), 20 * (sg(0.5) - 0.5)),
+    "cauchy": ({}, log(2), -B * 2 / math.pi, B * 2 / math.pi),
+    "focal_po": (
+        *({}, 0.5**0.05 * log(2), -B / 2 * 0.5**0.05 * (1 - 0.05 * log(2))),
+        B / 2 * 0.5**0.05 * (1 - 0.05 * log(2)),
+    ),
+    "h_dpo": ({}, sp(0.015), -B * 0.95 * sg(0.015), B * 0.95 * sg(0.015)),  # 0.1 (0.95 * 3 - 3)
+    "dpo_shift": ({}, log(2), -B / 2, 0.95 * B / 2),
+    "bpo": ({}, log(2), -B / 4, 0.95 * B / 4),  # at the kink: half of each side
+    "minor_dpo": ({}, log(2), -B / 2, 0),  # at the kink: the slope of the left side
 }
 
 
@@ -113,6 +131,8 @@ def of_x(name: str, options: dict[str, Any], r_w: float, r_l: float, value: floa
     """A function of x = beta (r_w - r_l) and its slope there."""
     return name, options, r_w, r_l, value, H * slope, -H * slope
 
+
+T = (sg(0.5) - 0.5) / H  # sppo's target
 
 POINTS: list[Point] = [
     ("sigmoid", {}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
@@ -182,6 +202,30 @@ POINTS: list[Point] = [
     ("beta_dpo", {}, 3, -1, sp(-6.8), -1.7 * sg(-6.8), 1.7 * sg(-6.8)),  # 0.5 (1 + 0.6 (4 - 0)) = 1.7
     ("beta_dpo", {"beta_dpo_coef": 0.2}, -1, 2, sp(0.6), -0.2 * sg(0.6), 0.2 * sg(0.6)),  # 0.5 (1 + 0.2 (-3))
     ("beta_dpo", {}, -1, 2, sp(0.003), -1e-3 * sg(0.003), 1e-3 * sg(0.003)),  # 0.5 (1 - 1.8) < 1e-3
+    ("ipo_sum", {}, 3, -1, 9, 6, -6),
+    ("ipo_sum", {}, -1, 2, 16, -8, 8),
+    ("alpha_dpo", {"rainbow_gamma": 0.4}, 3, -1, sp(-0.05), -H / 2 * sg(-0.05), H / 3 * sg(-0.05)),
+    ("dr_dpo", {"dr_dpo_beta": 0.3}, 3, -1, sp(-2), -H * sg(-2), H * sg(-2)),
+    ("odpo", {"odpo_alpha": 2.0}, 3, -1, sp(-1), -H * sg(-1), H * sg(-1)),  # 2 - 2 * 0.5
+    ("odpo", {"odpo_alpha": 0.0}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
+    ("modpo", {"modpo_weight": 0.25}, 3, -1, sp(-6.5), -2 * sg(-6.5), 2 * sg(-6.5)),  # (2 - 0.75 * 0.5) / 0.25
+    ("modpo", {"modpo_weight": 1.0}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
+    ("sppo", {}, 3, -1, (3 - T) ** 2 + (T - 1) ** 2, 2 * (3 - T), 2 * (T - 1)),
+    ("sppo", {}, -1, 2, (1 + T) ** 2 + (2 + T) ** 2, -2 * (1 + T), 2 * (2 + T)),
+    of_x("cauchy", {}, 3, -1, -log(0.5 + math.atan(2) / math.pi), -1 / (5 * (math.pi / 2 + math.atan(2)))),
+    of_x("cauchy", {}, -1, 2, -log(0.5 - math.atan(1.5) / math.pi), -1 / (3.25 * (math.pi / 2 - math.atan(1.5)))),
+    *[
+        of_x("focal_po", {"focal_po_gamma": 0.5}, r_w, r_l, sg(x) ** 0.5 * sp(-x), -(sg(x) ** 0.5) * sg(-x) * rest)
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+        for rest in [1 - 0.5 * sp(-x)]
+    ],
+    ("h_dpo", {"h_dpo_alpha": 0.8}, 3, -1, sp(-1.7), -H * 0.8 * sg(-1.7), H * 0.8 * sg(-1.7)),  # 0.5 (0.8 * 3 + 1)
+    ("dpo_shift", {"rejected_weight": 0.6}, 3, -1, sp(-1.8), -H * sg(-1.8), 0.6 * H * sg(-1.8)),
+    ("dpo_shift", {"rejected_weight": 0.6}, -1, 2, sp(1.1), -H * sg(1.1), 0.6 * H * sg(1.1)),
+    ("bpo", {"rejected_weight": 0.5}, 3, -1, sp(-0.25), 0, 0.5 * H * sg(-0.25)),
+    ("bpo", {"rejected_weight": 0.5}, -1, 1, sp(0.5), -H * sg(0.5), 0),
+    ("minor_dpo", {}, 3, -1, sp(-1.5), -H * sg(-1.5), 0),
+    ("minor_dpo", {}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
     *[
         (name, E, r_w, r_l, 0.8 * sp(-x) + 0.2 * sp(x), H * (sg(x) - 0.8), -H * (sg(x) - 0.8))
         for name in ("aot", "aot_unpaired")
@@ -210,6 +254,48 @@ def test_beta_dpo_compares_the_mean_margin_with_the_earlier_steps():
     assert value_and_slopes(loss, 3, -1, {"margin": 1e3}) == pytest.approx(slow, rel=1e-12)
 
 
+def of_step(loss: DPOLoss, pairs: list[tuple[float, float]]) -> tuple[float, list[float]]:
+    """The loss of pairs of one token each, with these log-ratios to a reference of log-probs -1, and dL/d(chosen)."""
+    chosen, rejected = (torch.tensor(r, dtype=torch.float64)[:, None] - 1 for r in zip(*pairs, strict=True))
+    chosen.requires_grad_()
+    policy, ref = (
+        PairLogps(*(CompletionLogps(x, torch.ones_like(x).bool()) for x in sides))
+        for sides in ((chosen, rejected), (torch.full_like(chosen, -1), torch.full_like(chosen, -1)))
+    )
+    value = loss(policy, ref, totals=Totals.of(policy, loss.collect(policy, ref))).loss
+    value.backward()
+    return value.item(), chosen.grad[:, 0].tolist()
+
+
+def test_dr_dpo_is_a_soft_minimum_over_the_step():
+    """Losses sp(-1) and sp(1), b = 0.5: exp(-2 l) = s(1)^2 and s(-1)^2."""
+    value, slopes = of_step(DPOLoss(loss_type="dr_dpo", beta=1.0, dr_dpo_beta=0.5), [(1.0, 0.0), (-1.0, 0.0)])
+    right, wrong = sg(1) ** 2, sg(-1) ** 2
+    assert value == pytest.approx(-0.5 * log((right + wrong) / 2), rel=1e-12)
+    share = right / (right + wrong)
+    assert slopes == pytest.approx([-share * sg(-1), -(1 - share) * sg(1)], rel=1e-12)
+
+
+def test_alpha_dpo_asks_more_of_pairs_that_are_ahead_of_the_step():
+    """Gaps 3, 1, -1: mean 1, deviation 2, scores 1, 0, -1; D is the gap."""
+    loss = DPOLoss(loss_type="alpha_dpo", beta=0.5, alpha_dpo_coef=0.2, rainbow_gamma=0.4)
+    value, slopes = of_step(loss, [(3.0, 0.0), (0.0, -1.0), (-1.0, 0.0)])
+    margins = [0.5 * (3 - 0.6), 0.5 * (1 - 0.4), 0.5 * (-1 - 0.2)]
+    assert value == pytest.approx(sum(map(sp, [-x for x in margins])) / 3, rel=1e-12)
+    assert slopes == pytest.approx([-0.5 * sg(-x) / 3 for x in margins], rel=1e-12)
+
+
+def test_cauchy_keeps_its_digits_in_both_tails():
+    """1/2 + atan(x)/pi is 1/(pi |x|) far on the left and 1 - 1/(pi x) on the right."""
+    for r, expected in ((1e4, 1 / (math.pi * 1e4)), (-1e4, log(math.pi * 1e4))):
+        policy, ref = (
+            PairLogps(*(CompletionLogps(torch.tensor([[x]]), torch.ones(1, 1).bool()) for x in (a, 0.0)))
+            for a in (r, 0.0)
+        )
+        got = DPOLoss(loss_type="cauchy", beta=1.0)(policy, ref, totals=Totals.of(policy)).loss.item()
+        assert got == pytest.approx(expected, rel=5e-5)
+
+
 def test_exponents_stop_at_forty():
     """discopop at tau = 2: exp(-x / 2), at x = -200 held at exp(40) with no slope; chi_po: exp(r_w)."""
     got = value_and_slopes(DPOLoss(loss_type="discopop", discopop_tau=2.0, beta=1.0), -200.0, 0.0, {})
@@ -225,7 +311,8 @@ def test_exponents_stop_at_forty():
 
 
 @pytest.mark.parametrize(
-    "loss_type", ["sigmoid", "cdpo", "exo_pair", "robust", "discopop", "beta_dpo", "chi_po", "dpop"]
+    "loss_type",
+    ["sigmoid", "cdpo", "exo_pair", "robust", "discopop", "beta_dpo", "chi_po", "dpop", "cauchy", "focal_po", "dr_dpo"],
 )
 def test_finite_in_float32_wherever_the_ratios_are(loss_type):
     for r_w, r_l in ((1e4, -1e4), (-1e4, 1e4), (-200.0, 0.0), (100.0, 100.0)):

@@ -10,7 +10,7 @@ import torch
 from logratio.losses import CPOLoss, DPOLoss, Loss, ORPOLoss, SFTLoss, TPOLoss
 from logratio.reference import family_laws as laws
 from logratio.reference._law_runs import run, totals_of
-from logratio.reference.family_laws import equal_lengths, moved, put, put_role, scored, unpaired
+from logratio.reference.family_laws import equal_lengths, moved, put, put_role, scored, swapped, unpaired
 from logratio.reference.strategies import Batch, take
 
 from ._families import DIVERGENCES, LN2, E, H, breaks, cpo, dpo, each, keeps, kto
@@ -193,6 +193,16 @@ def test_law_16_odds():
     (dpo("rainbow", rainbow_mu=0.0, rainbow_gamma=0.3), cpo("simpo", simpo_gamma=0.15)),
     (dpo("cal_dpo", cal_dpo_coef=0.0), dpo("sigmoid", beta=1.0)),
     (dpo("irpo", irpo_alpha=0.0), dpo("sigmoid")),
+    (dpo("odpo", odpo_alpha=0.0), dpo("sigmoid")),
+    (dpo("modpo", modpo_weight=1.0), dpo("sigmoid")),
+    (dpo("h_dpo", h_dpo_alpha=1.0), dpo("sigmoid")),
+    (dpo("dpo_shift", rejected_weight=1.0), dpo("sigmoid")),
+    (dpo("focal_po", focal_po_gamma=0.0), dpo("sigmoid")),
+    (dpo("alpha_dpo", alpha_dpo_coef=0.0, rainbow_gamma=0.3), cpo("simpo", simpo_gamma=0.15)),
+    (dpo("sigmoid", humanline_clip=(-1e5, 1e5)), dpo("sigmoid")),
+    (dpo("sigmoid", reference_free=True), cpo("sigmoid")),
+    (dpo("ipo", reference_free=True), cpo("ipo")),
+    (dpo("sigmoid_norm", reference_free=True), cpo("simpo", simpo_gamma=0.0)),
     (dpo("hinge", f_divergence_type="reverse_kl"), dpo("hinge")),
     (CPOLoss(label_smoothing=0.0, alpha=0.0), CPOLoss()),
     (CPOLoss(loss_type="alphapo"), cpo("simpo", beta=0.1)),
@@ -205,13 +215,20 @@ def test_law_17_neutral_options(given):
 
 def test_law_17_options_that_are_neutral_on_some_batches():
     def raised(batch: Batch) -> Batch:
-        """r_w >= 0"""
-        ref = batch.tokens["ref"] | {"chosen": batch.tokens["ref"]["chosen"].minimum(batch.tokens["policy"]["chosen"])}
+        """r_w > 0"""
+        lower = batch.tokens["ref"]["chosen"].minimum(batch.tokens["policy"]["chosen"]) - 0.01
+        ref = batch.tokens["ref"] | {"chosen": lower}
         return replace(batch, tokens=batch.tokens | {"ref": ref})
 
     keeps(lambda batch: laws.neutral_option(dpo("dpop"), dpo("sigmoid"), raised(batch)))
     breaks(lambda batch: laws.neutral_option(dpo("dpop"), dpo("sigmoid"), batch), "neutral_option")
     keeps(lambda batch: laws.neutral_option(dpo("r_dpo"), dpo("sigmoid"), equal_lengths(batch)))
+    keeps(lambda batch: laws.neutral_option(dpo("minor_dpo"), dpo("sigmoid"), swapped(raised(swapped(scored(batch))))))
+    keeps(lambda batch: laws.neutral_option(dpo("dr_dpo"), dpo("sigmoid"), take(batch, [0])))
+    keeps(lambda batch: laws.limit(dpo("dr_dpo", dr_dpo_beta=1e7), dpo("sigmoid"), batch))
+    keeps(lambda batch: laws.at_least(dpo("sigmoid"), dpo("dr_dpo"), batch))  # a soft minimum is below the mean
+    sure = lambda batch: replace(batch, rows={"margin": 0 * batch.rows["margin"] + 50.0})  # noqa: E731
+    keeps(lambda batch: laws.neutral_option(dpo("sppo"), dpo("sppo_hard"), sure(batch)))
 
     def longer(batch: Batch) -> Batch:
         """r_w and r_l grow by r_dpo's price of a token, over beta, for each of their tokens: that is what it adds."""

@@ -18,6 +18,10 @@ from ._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps
 
 @each(
     *((dpo(name), LN2) for name in "sigmoid robust aot aot_unpaired sigmoid_norm cdpo dpop chi_po beta_dpo".split()),
+    *((dpo(name), LN2) for name in "dr_dpo cauchy dpo_shift bpo minor_dpo".split()),
+    (dpo("focal_po", focal_po_gamma=0.5), LN2 / 2**0.5),
+    (dpo("ipo_sum", beta=0.1), 25.0),
+    (dpo("odpo", odpo_alpha=0.0), LN2),
     *((dpo("sigmoid", f_divergence_type=name), LN2) for name in DIVERGENCES),
     (dpo("hinge"), 1.0),
     (dpo("ipo", beta=0.1), 25.0),
@@ -33,7 +37,7 @@ def test_law_1_constant_at_the_reference(given):
     keeps(lambda batch: laws.constant_at_reference(loss, batch, constant))
 
 
-@each(dpo("sft"), dpo("irpo"), dpo("rainbow"), dpo("r_dpo"), cpo("sigmoid"))
+@each(*map(dpo, "sft irpo rainbow r_dpo alpha_dpo h_dpo odpo".split()), cpo("sigmoid"))
 def test_law_1_is_broken_by_what_looks_at_more_than_the_ratios(given):
     breaks(lambda batch: laws.constant_at_reference(given, batch, LN2), "constant_at_reference")
 
@@ -53,6 +57,12 @@ def test_law_1_of_labelled_examples(given):
 @each(
     *((dpo(name), 0.5, 0.5) for name in ("sigmoid", "bco_pair", "aot", "aot_unpaired", "dpop", "beta_dpo")),
     (dpo("hinge"), 1.0, 1.0),
+    (dpo("dr_dpo"), 0.5, 0.5),
+    (dpo("cauchy"), 2 / math.pi, 2 / math.pi),
+    (dpo("dpo_shift", rejected_weight=0.6), 0.5, 0.3),
+    (dpo("bpo", rejected_weight=0.6), 0.25, 0.15),  # torch's halves at the kink
+    (dpo("minor_dpo"), 0.5, 0.0),
+    (dpo("focal_po", focal_po_gamma=1.0), (1 - LN2) / 4, (1 - LN2) / 4),
     (dpo("exo_pair"), math.log((1 - E) / E) / 4, math.log((1 - E) / E) / 4),
     (dpo("nca_pair"), 0.25, 0.25),
     (dpo("robust"), 1 / (2 * (1 - 2 * E)), 1 / (2 * (1 - 2 * E))),
@@ -77,7 +87,9 @@ def test_law_1_slopes_at_the_reference(given):
     (dpo("robust"), 0.5 / (1 - 2 * E)),
     (dpo("sppo_hard"), 2 / 0.5),
     (dpo("ipo"), 2 / 0.5, {"averages": True}),
+    (dpo("ipo_sum"), 2 / 0.5),
     (dpo("sigmoid_norm"), 0.5, {"averages": True}),
+    (dpo("sigmoid", reference_free=True), 0.5, {"reference": False}),
     (cpo("sigmoid", label_smoothing=E), 0.5 * (1 - 2 * E), {"reference": False}),
     (cpo("ipo"), 2 / 0.5, {"reference": False, "averages": True}),
     (cpo("simpo", simpo_gamma=0.0), 0.5, {"reference": False, "averages": True}),
@@ -127,6 +139,7 @@ def test_law_5_is_broken_by_what_sees_the_policy_alone(given):
 
 
 MARGIN_ONLY = "sigmoid hinge exo_pair robust discopop cdpo aot aot_unpaired r_dpo beta_dpo".split()
+MARGIN_ONLY += "ipo_sum dr_dpo odpo modpo cauchy focal_po".split()
 
 
 @each(*map(dpo, MARGIN_ONLY), cpo("sigmoid"), cpo("hinge"))

@@ -52,6 +52,32 @@ def test_by_hand(collected, z):
     }
 
 
+def test_a_rows_weight_multiplies_its_loss_and_not_the_divisor():
+    """As above with z = 2 and row weights 0.5 and 4; where nothing is scored no weight is read."""
+    x = policy()
+    weights = torch.tensor([[0.5, 0.5], [4.0, math.nan], [math.nan, 9.0]], requires_grad=True)
+    weighted = CompletionLogps(x.per_token_logps, MASK, weights=weights)
+    totals = Totals.of(weighted.detach(), torch.tensor([4.0, -1.0, 3.0], dtype=torch.float64))
+    value = KTOLoss()(weighted, CompletionLogps(REF, MASK), LABEL, totals=totals).loss
+    assert value.item() == pytest.approx((0.5 * sigmoid(-0.1) + 4 * sigmoid(-0.3)) / 3, rel=1e-7)
+    value.backward()
+    assert weights.grad is None
+    assert x.per_token_logps.grad[1, 0].item() == pytest.approx(4 * 0.1 * sigmoid(-0.3) * sigmoid(0.3) / 3, rel=1e-7)
+
+
+def test_humanline_clips_each_token_of_both_passes():
+    """Ratios 1, 2 and -1 clipped to (-0.5, 1.5): 2.5 and -0.5; the tokens beyond have no gradient."""
+    x, ref, loss = policy(), CompletionLogps(REF, MASK), KTOLoss(humanline_clip=(-0.5, 1.5))
+    assert loss.collect(x, ref).tolist() == [2.5, -0.5, 0.0]
+    value = loss(x, ref, LABEL, totals=Totals.of(x, torch.zeros(1, dtype=torch.float64))).loss
+    assert value.item() == pytest.approx((sigmoid(-0.25) + sigmoid(-0.05)) / 3, rel=1e-12)
+    value.backward()
+    slope = -0.1 * sigmoid(-0.25) * sigmoid(0.25) / 3
+    assert x.per_token_logps.grad.tolist() == [[pytest.approx(slope), 0], [0, 0], [0, 0]]
+    with pytest.raises(ValueError, match=r"^humanline_clip=\(1.0, 2.0\) must be two numbers around 0, as -1 1.5$"):
+        KTOLoss(humanline_clip=(1.0, 2.0))
+
+
 def test_collects_log_ratios():
     assert KTOLoss().collect(policy(), CompletionLogps(REF, MASK)).tolist() == [3.0, -1.0, 0.0]
     with pytest.raises(ValueError, match="ref must have the policy's rows"):

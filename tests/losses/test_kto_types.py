@@ -53,6 +53,7 @@ def test_defaults():
         "loss_type": "kto",
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
+        "humanline_clip": None,
     }
     assert KTOLoss().wants_reference and KTOLoss().stats == ()
 

@@ -37,15 +37,18 @@ def types_of(case: Case) -> set[str]:
     return {types} if isinstance(types, str) else set(types)
 
 
+WEIGH = {"dft", "eaft", "cispo", "vespo", "topr", "fipo"}
+"""Types that multiply log-probs by numbers without gradient."""
+
+
 def stops_gradients(case: Case) -> Any:
-    """dft, cispo, vespo, topr and fipo weigh log-probs by numbers without gradient, WPO pairs, GSPO-token and k3+ their
-    KL term; bco and beta_dpo use step means."""
+    """Numbers without gradient are log-probs' weights, WPO's pairs', GSPO-token's and k3+'s of their KL, step means."""
     if case.options.get("kl_estimator") == "k3+":
         return True
     of_sequence = case.options.get("importance_sampling_level") == "sequence_token" and case.options.get("beta")
-    if of_sequence or case.options.get("use_weighting") or types_of(case) & {"dft", "cispo", "vespo", "topr", "fipo"}:
+    if of_sequence or case.options.get("use_weighting") or types_of(case) & WEIGH:
         return True
-    return "collected" if types_of(case) & {"bco", "beta_dpo"} else False
+    return "collected" if types_of(case) & {"bco", "beta_dpo", "alpha_dpo"} else False
 
 
 def pulls_the_wrong_way(case: Case) -> bool:
@@ -138,6 +141,7 @@ def three(kind: str) -> Batch:
     """Three examples of two scored tokens."""
     tokens = {role: {part: torch.full((3, 2), -0.5) for part in PARTS[kind]} for role in LOGPS}
     rows = {"labeled": {"label": torch.tensor([True, False, True])}, "grouped": {"advantages": torch.ones(3)}}
+    rows["paired"] = {"margin": torch.ones(3)}
     masks = {part: torch.ones(3, 2, dtype=torch.bool) for part in PARTS[kind]}
     stats = {name: tokens["policy"] for name in ("entropy", "log_z", "log_sum_p2")}
     return Batch(kind, masks, tokens | stats, rows.get(kind, {}), torch.zeros(3))

@@ -89,7 +89,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
                 DPOLoss,
                 {"loss_type": name, "f_divergence_type": "forward_kl"},
                 f"f_divergence_type=forward_kl is not read by loss_type {name}; leave it out: it is an option of "
-                "sigmoid, hinge, ipo, sigmoid_norm, robust, exo_pair, discopop",
+                "sigmoid, hinge, ipo, robust, exo_pair, ipo_sum, sigmoid_norm, discopop",
             )
             for name in ("sft", "nca_pair")
         ),
@@ -169,6 +169,7 @@ OTHERS = {
     "ld_alpha": 0.5,
     "chi_po_r_max": 0.01,
     "beta": 0.3,
+    "rejected_weight": 0.1,
 }
 """Another value; elsewhere half as much again."""
 UNDEFINED = {
@@ -209,9 +210,13 @@ def outcome(loss: Loss) -> list[float]:
     if loss.kind is Kind.PAIRED:
         leaves.append(old.requires_grad_())  # of rejected
         sides = CompletionLogps(old, mask.flip(0)), CompletionLogps(old.detach() - ref, mask.flip(0))
-        pairs = {name: PairLogps(x, y) for (name, x), y in zip(kept.items(), sides, strict=True)}
+        given = torch.tensor([0.5, -1.0])
+        pairs = {name: PairLogps(x, y, margin=given) for (name, x), y in zip(kept.items(), sides, strict=True)}
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
+    elif loss.kind is Kind.SEQUENCE:
+        totals = Totals.of(kept["policy"])
+        value = loss(kept["policy"], totals=totals).loss
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)

@@ -101,11 +101,37 @@ def test_without_a_sum_of_weights_it_is_divided_by_tokens():
     assert few.item() == pytest.approx(9 * 4 * math.log(2), rel=1e-12)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 0.0])
+def test_eaft_by_hand(alpha):
+    """Entropies log 20, 0, 2 log 20 and log 20 / 2 weigh bits 1, 2, 0 and 3; the weight has no gradient."""
+    shares = torch.tensor([[1.0, 0.0, 2.0], [math.nan, 0.5, math.nan]], dtype=torch.float64)
+    entropy = (shares * math.log(20)).requires_grad_()
+    x = CompletionLogps(policy().per_token_logps, MASK, entropy=entropy)
+    loss, metrics = SFTLoss(loss_type="eaft", eaft_alpha=alpha)(x, totals=Totals.of(x))
+    second = 2.0 if alpha == 0 else 0.0
+    assert loss.item() == pytest.approx((1 + second + 3 * 0.5**alpha) / 4 * math.log(2), rel=1e-12)
+    assert metrics["nll"].total.item() == pytest.approx(6 * math.log(2))
+    loss.backward()
+    assert entropy.grad is None
+    expected = torch.where(MASK, -(shares**alpha) / 4, 0.0)
+    torch.testing.assert_close(x.per_token_logps.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_eaft_needs_the_entropy():
+    assert SFTLoss(loss_type="eaft").stats == ("entropy",)
+    assert SFTLoss(loss_type="eaft", z_loss_coef=1.0).stats == ("log_z", "entropy")
+    x = policy()
+    with pytest.raises(ValueError, match="this loss needs the policy's entropy of every token, which is None"):
+        SFTLoss(loss_type="eaft")(x, totals=Totals.of(x))
+    with pytest.raises(ValueError, match="eaft_alpha=2.0 is not read by loss_type nll; leave it out"):
+        SFTLoss(eaft_alpha=2.0)
+
+
 def test_options_of_sft():
-    assert dataclasses.asdict(SFTLoss()) == {"loss_type": "nll", "z_loss_coef": 0.0}
+    assert dataclasses.asdict(SFTLoss()) == {"loss_type": "nll", "eaft_alpha": 1.0, "z_loss_coef": 0.0}
     assert SFTLoss().stats == () and SFTLoss(z_loss_coef=1e-4).stats == ("log_z",)
     assert not SFTLoss().wants_reference and SFTLoss().window_pass is None
-    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft"):
+    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft, eaft$"):
         SFTLoss(loss_type="ce")
     for value, must in ((-0.1, "not be negative"), (math.nan, "be finite"), (math.inf, "be finite")):
         with pytest.raises(ValueError, match=f"^z_loss_coef={value} must {must}$"):

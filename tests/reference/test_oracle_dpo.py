@@ -1,6 +1,6 @@
 """The oracle's DPO family against numbers worked out by hand; test_oracle_dpo_laws.py has the identities."""
 
-from math import exp, log, sqrt
+from math import atan, exp, log, pi, sqrt
 
 import pytest
 import torch
@@ -17,12 +17,15 @@ def steps(*sequences: list[float]) -> list[torch.Tensor]:
 
 
 def dpo(r_w: float, r_l: float, *, grad: bool = False, **options):
-    """One pair of two tokens against one, with these log-ratios; with `grad`, also -dL/dr_w and dL/dr_l."""
+    """One pair of two tokens against one, with these log-ratios and the margin ln 2.
+
+    With `grad`, also -dL/dr_w and dL/dr_l.
+    """
     chosen = steps([REF_W[0] + r_w / 4, REF_W[1] + r_w * 3 / 4])
     rejected = steps([REF_L[0] + r_l])
     for y in (*chosen, *rejected):
         y.requires_grad_()
-    loss = oracle.dpo(chosen, rejected, steps(REF_W), steps(REF_L), **options)
+    loss = oracle.dpo(chosen, rejected, steps(REF_W), steps(REF_L), margins=[LN2], **options)
     if not grad:
         return loss.item()
     loss.backward()
@@ -63,6 +66,18 @@ AT_REFERENCE = {  # name: (options, loss, -dL/dr_w / beta, dL/dr_l / beta), beta
     # Da = Dref = -3.5 + 5 = 1.5: 0.1 (1.5 - 0.25 * 1.5 - 0.75 * 0.1) = 0.105
     "rainbow": ({}, log(1 + exp(-0.105)), slope(0.105) / 2, slope(0.105)),
     "beta_dpo": ({}, LN2, 1 / 2, 1 / 2),
+    "ipo_sum": ({}, 25, 100, 100),
+    "alpha_dpo": ({}, log(1 + exp(-0.14)), slope(0.14) / 2, slope(0.14)),  # 0.1 (1.5 - 0.1), no deviation
+    "dr_dpo": ({}, LN2, 1 / 2, 1 / 2),
+    "odpo": ({}, LN3, 2 / 3, 2 / 3),
+    "modpo": ({}, LN3, 4 / 3, 4 / 3),
+    "sppo": ({}, 50 / 9, 100 / 3, 100 / 3),  # P = 2/3: targets 5/3
+    "cauchy": ({}, LN2, 2 / pi, 2 / pi),
+    "focal_po": ({"focal_po_gamma": 1.0}, LN2 / 2, (1 - LN2) / 4, (1 - LN2) / 4),
+    "h_dpo": ({}, log(1 + exp(-0.01)), 0.95 * slope(0.01), 0.95 * slope(0.01)),  # 0.1 (2 - 0.95 * 2)
+    "dpo_shift": ({}, LN2, 1 / 2, 0.475),
+    "bpo": ({}, LN2, 1 / 4, 0.2375),  # the kink: half of each
+    "minor_dpo": ({}, LN2, 1 / 2, 0),  # the kink, where relu has slope 0
 }
 
 
@@ -109,6 +124,22 @@ AWAY = [
     ("beta_dpo", {"beta_dpo_mean": LN6 + 5 / 6}, log(1 + 1 / sqrt(6))),  # beta' = 1 - 0.6 * 5/6 = 1/2
     ("beta_dpo", {"beta_dpo_mean": LN6 - 1, "beta_dpo_coef": 1.0}, log(1 + 1 / 36)),  # beta' = 2
     ("beta_dpo", {"beta_dpo_mean": 1000.0}, log(1 + 6**-0.001)),  # beta' is at least 1e-3
+    ("ipo_sum", {}, (LN6 - 0.5) ** 2),
+    ("alpha_dpo", {"rainbow_gamma": 0.2}, log(1 + exp(-1.3) / (2 * sqrt(3)))),
+    ("dr_dpo", {"dr_dpo_beta": 0.2}, log(7 / 6)),
+    ("odpo", {"odpo_alpha": 2.0}, log(5 / 3)),  # ln 6 - 2 ln 2
+    ("modpo", {}, log(19 / 18)),  # 2 ln 6 - ln 2
+    ("sppo", {}, (LN3 - 1 / 6) ** 2 + (LN2 - 1 / 6) ** 2),
+    ("cauchy", {}, -log(0.5 + atan(LN6) / pi)),
+    ("cauchy", {"beta": 1e-3}, -log(0.5 + atan(LN6 / 1000) / pi)),
+    ("focal_po", {"focal_po_gamma": 1.0}, 6 / 7 * log(7 / 6)),
+    ("h_dpo", {"h_dpo_alpha": 2.0}, log(1 + exp(2) / 36)),  # 2 (ln 6 - 2) + 2
+    ("dpo_shift", {"rejected_weight": 0.5}, log(1 + 1 / (3 * sqrt(2)))),
+    ("bpo", {"rejected_weight": 0.5}, log(1 + 1 / sqrt(2))),
+    ("bpo", {"rejected_weight": 1.0, "beta": 2.0}, log(5 / 4)),
+    ("minor_dpo", {}, log(4 / 3)),
+    ("sigmoid", {"reference_free": True}, log(1 + exp(2) / 6)),  # -7 + ln 3 + 5 + ln 2
+    ("sigmoid", {"humanline_clip": (-0.5, 10.0)}, log(1 + exp(-0.5) / 3)),  # -ln 2 becomes -1/2
 ]
 
 
@@ -124,11 +155,13 @@ def test_a_pair_with_nothing_to_score_has_no_loss_and_counts() -> None:
     pairs = (steps(y) for y in ([-2.5, -4.0], [-5.5], REF_W, REF_L))
     chosen, rejected, ref_w, ref_l = pairs
     for name, (options, *_) in AT_REFERENCE.items():
-        one = oracle.dpo(chosen, rejected, ref_w, ref_l, loss_type=name, **options)
+        one = oracle.dpo(chosen, rejected, ref_w, ref_l, loss_type=name, margins=[0.3], **options)
         padded = [step + nothing for step in (chosen, rejected, ref_w, ref_l)]
         factor = 1 if name == "sft" else 1 / 2  # a mean over tokens, of which there are no more
-        assert oracle.dpo(*padded, loss_type=name, **options).item() == pytest.approx(factor * one.item()), name
-        empty = oracle.dpo(nothing, nothing, nothing, nothing, loss_type=name, **options)
+        assert oracle.dpo(*padded, loss_type=name, margins=[0.3, 9.0], **options).item() == pytest.approx(
+            factor * one.item()
+        ), name
+        empty = oracle.dpo(nothing, nothing, nothing, nothing, loss_type=name, margins=[0.3], **options)
         assert empty.item() == 0
 
 
@@ -136,6 +169,20 @@ def test_dpop_fines_a_chosen_answer_that_got_less_likely() -> None:
     # r_w = -ln 2, r_l = -ln 3: Delta - 2 ln 2 = ln(3/2) - ln 4 = ln(3/8)
     loss, slope_w, slope_l = dpo(-LN2, -LN3, loss_type="dpop", beta=1.0, dpop_lambda=2.0, grad=True)
     assert (loss, slope_w, slope_l) == pytest.approx((log(11 / 3), 3 * 8 / 11, 8 / 11))
+
+
+def test_dr_dpo_and_alpha_dpo_look_at_the_whole_step() -> None:
+    chosen, rejected, refs = steps([1.0], [-1.0], []), steps([-1.0], [-1.0], []), steps([-1.0], [-1.0], [])
+    # Delta 2 and 0; the empty pair counts in the divisor alone
+    losses = [log(1 + exp(-2)), LN2]
+    soft = -0.5 * log((exp(-2 * losses[0]) + exp(-2 * losses[1])) / 2)
+    got = oracle.dpo(chosen, rejected, refs, refs, loss_type="dr_dpo", beta=1.0, dr_dpo_beta=0.5)
+    assert got.item() == pytest.approx(2 * soft / 3)
+    # mean 1, deviation sqrt 2: scores 1 / sqrt 2 and its opposite
+    got = oracle.dpo(
+        chosen, rejected, refs, refs, loss_type="alpha_dpo", beta=1.0, rainbow_gamma=0.0, alpha_dpo_coef=sqrt(2)
+    )
+    assert got.item() == pytest.approx((log(1 + exp(-1)) + log(1 + exp(-1))) / 3)
 
 
 def test_chi_po_has_no_gradient_outside_its_clip_and_survives_large_ratios() -> None:
@@ -182,6 +229,7 @@ def test_f_divergences(divergence: str, alpha: float, f_w: float, f_l: float) ->
         "sigmoid": log(1 + exp(-x)),
         "hinge": max(0, 1 - x),
         "ipo": (f_w / 2 - f_l - 0.5) ** 2,
+        "ipo_sum": (f_w - f_l - 0.5) ** 2,
         "sigmoid_norm": log(1 + exp(f_l - f_w / 2)),
         "exo_pair": m * log(m / 0.8) + (1 - m) * log((1 - m) / 0.2),
         "robust": (0.8 * log(1 + exp(-x)) - 0.2 * log(1 + exp(x))) / 0.6,

@@ -132,7 +132,8 @@ def test_constants_of_a_sequence_cancel_between_policy_and_reference(step: Step)
 OPTIONS = {"exo_pair": {"label_smoothing": E}, "robust": {"label_smoothing": E}, "cdpo": {"label_smoothing": E}}
 NAMES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
-    "sigmoid_norm cdpo irpo dpop cal_dpo r_dpo chi_po rainbow"
+    "sigmoid_norm cdpo irpo dpop cal_dpo r_dpo chi_po rainbow ipo_sum dr_dpo cauchy focal_po h_dpo dpo_shift bpo "
+    "minor_dpo"
 ).split()
 CASES = [(name, OPTIONS.get(name, {})) for name in NAMES] + [
     ("sigmoid", {"f_divergence_type": kind}) for kind in ("forward_kl", "js_divergence", "alpha_divergence")

@@ -25,6 +25,12 @@ def test_sft() -> None:
     p = halves[1].requires_grad_()
     oracle.sft(halves, loss_type="dft").backward()
     assert p.grad.tolist() == pytest.approx([-1 / 8])  # -p / N, p = 1/4: p itself is not differentiated
+    entropy = steps([log(20)], [2 * log(20)])  # weights 1 and 2, their squares 1 and 4
+    assert oracle.sft(halves, loss_type="eaft", entropy=entropy).item() == pytest.approx((LN2 + 4 * LN2) / 2)
+    squared = oracle.sft(halves, loss_type="eaft", entropy=entropy, eaft_alpha=2.0)
+    assert squared.item() == pytest.approx((LN2 + 8 * LN2) / 2)
+    with pytest.raises(ValueError, match="needs entropy"):
+        oracle.sft(halves, loss_type="eaft")
     assert oracle.sft(steps([], [])).item() == 0
     with pytest.raises(ValueError, match="no formula"):
         oracle.sft(logps, loss_type="focal")
@@ -54,6 +60,17 @@ def test_z_loss() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- KTO
+def test_row_weights_and_clipped_ratios() -> None:
+    logps, refs = steps([-1.0, -2.0], [-3.0]), steps([-1.0 - LN3, -1.0], [-3.0])  # ratios ln 3 and -1; 0
+    options = {"beta": 1.0, "loss_type": "apo_zero_unpaired", "humanline_clip": (0.0, 2.0)}
+    loss = oracle.kto(logps, refs, [True, False], weights=[2.0, 0.5], **options)
+    assert loss.item() == pytest.approx((2 / 4 + 0.5 / 2) / 2)
+    # of kto both means are clipped: mismatched ratios 5 and -5 become 2 and 0
+    options |= {"loss_type": "kto", "humanline_clip": (0.0, 2.0)}
+    loss = oracle.kto(logps[1:], refs[1:], [True], steps([0.0], [-5.0]), steps([-5.0], [0.0]), **options)
+    assert loss.item() == pytest.approx(1 / (1 + exp(-1)))
+
+
 @pytest.mark.parametrize(
     "label, z, weights, expected",
     [

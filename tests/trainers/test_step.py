@@ -59,8 +59,10 @@ every = pytest.mark.parametrize("case", chosen_cases())
 
 
 def examples_of(case: Case) -> list[Example]:
-    """Ragged examples for a case, with token weights where it is about them."""
+    """Ragged examples for a case, with token weights or margins where it is about them."""
     examples = examples_for(case.loss.kind, gold=case.loss.scores_gold)
+    if case.loss.wants_margin:
+        examples = [dataclasses.replace(example, margin=i / 4 - 0.5) for i, example in enumerate(examples)]
     if case.weighted:
         for i, example in enumerate(examples[1:]):
             weights = [(i + t) % 4 / 2 for t in range(len(example.completions[0].ids))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,4 +98,12 @@ def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -
         paths.rows(slice(1, n, k)),
         paths.rows(slice(n, None)) if more and loss.scores_prompt else None,
         paths.rows(slice(2, n, k)) if more and loss.scores_gold else None,
+        _margins(batch, paths) if more and loss.wants_margin else None,
     )
+
+
+def _margins(batch: PackedBatch, paths: CompletionLogps) -> Tensor:
+    """[P], NaN where an example has none."""
+    margins = [math.nan if e.margin is None else e.margin for e in batch.examples]
+    dtype = torch.promote_types(paths.per_token_logps.dtype, torch.float32)
+    return torch.tensor(margins, dtype=dtype).to(paths.completion_mask.device, non_blocking=True)

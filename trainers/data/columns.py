@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.losses import LOSSES, Kind
@@ -38,7 +39,8 @@ class Source:
     prompt: None where `text` or `messages` are one piece, which then is the only completion.
     options: what its chat template is given beside the messages (`tools`, `chat_template_kwargs`).
     label: None too for a pair, which a kind of labeled rows takes apart.
-    weight: of every token of a sequence, from the column of that name.
+    weight: of every token of a sequence, or of a labeled completion, from the column of that name.
+    margin: by how much chosen is better, from the column of that name, where it is read.
     columns: all that the row has.
     """
 
@@ -49,6 +51,7 @@ class Source:
     columns: Mapping[str, Any]
     label: bool | None = None
     weight: float = 1.0
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Layout:
     """In which columns and which format the rows are: those of the first row that can be used.
 
     prompt: None where there is no such column. completions: the others that hold text. names: all of that row.
+    margin: pairs have one.
     """
 
     kind: Kind
@@ -64,6 +68,7 @@ class Layout:
     labeled: bool
     conversational: bool
     names: tuple[str, ...]
+    margin: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -71,18 +76,18 @@ class Layout:
         return self.completions if self.prompt is None else (self.prompt, *self.completions)
 
 
-def find_layout(bad: BadRows, kind: Kind, *, gold: bool = False) -> Layout:
+def find_layout(bad: BadRows, kind: Kind, *, gold: bool = False, margin: bool = False) -> Layout:
     """Raises UserError where the first row has no set of columns that will do, naming those that it has.
 
-    gold: pairs have a third completion. Where bad rows are skipped, the first row that has the columns counts, and
-    where none has them, the first one is named.
+    gold: pairs have a third completion. margin: they have a margin. Where bad rows are skipped, the first row that has
+    the columns counts, and where none has them, the first one is named.
     """
     first: UserError | None = None
     for index, row in enumerate(bad.rows):
         try:
             if isinstance(row, RowError):
                 raise row
-            return _layout(row, bad.rows.where(index), kind, gold)
+            return replace(_layout(row, bad.rows.where(index), kind, gold), margin=margin)
         except UserError as error:
             if not bad.skip:
                 raise
@@ -179,7 +184,7 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
     label = row["label"] if layout.labeled else None
     if label is not None and not isinstance(label, bool):
         raise UserError(f"{where}: 'label' must be true or false, got {shown(label)}")
-    weight = row.get("weight") if layout.kind == Kind.SEQUENCE else None
+    weight = row.get("weight") if layout.kind in (Kind.SEQUENCE, Kind.LABELED) else None
     return Source(
         index,
         prompt,
@@ -188,7 +193,27 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
         row,
         label,
         1.0 if weight is None else checked_weight(weight, where),
+        _margin(row, where, layout),
     )
+
+
+def _margin(row: Mapping[str, Any], where: str, layout: Layout) -> float | None:
+    """The column `margin` of pairs; UserError where it is missed, of no use, or not read."""
+    value = row.get("margin") if layout.kind in (Kind.PAIRED, Kind.LABELED) else None
+    if value is None and layout.margin:
+        raise UserError(
+            f"{where} has no 'margin', by how much chosen is better, which this loss_type compares with: add the "
+            "column, or use a loss_type without it, as sigmoid"
+        )
+    if value is not None and not layout.margin:
+        raise UserError(
+            f"{where} has a 'margin', which this method and loss_type do not read: remove the column, or use dpo with "
+            "loss_type odpo"
+        )
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if value is not None and not number:
+        raise UserError(f"{where}: 'margin' must be a finite number, got {shown(value)}")
+    return value if value is None else float(value)
 
 
 def _text(row: Mapping[str, Any], column: str, where: str, layout: Layout) -> Text:

@@ -57,12 +57,13 @@ class Preparation:
         completion_only_loss: bool | None = None,
         assistant_only_loss: bool = False,
         gold: bool = False,
+        margin: bool = False,
         on_bad_row: OnBadRow = "error",
     ) -> None:
         self.rows, self.kind, self.max_length = rows, kind, max_length
         self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
         self.bad = BadRows(rows, skip=on_bad_row == "skip")
-        self.layout = find_layout(self.bad, kind, gold=gold)
+        self.layout = find_layout(self.bad, kind, gold=gold, margin=margin)
         check_tokenizer(tokenizer, conversational=self.layout.conversational, assistant_only_loss=assistant_only_loss)
         if completion_only_loss and self.layout.prompt is None:
             raise UserError(
@@ -113,6 +114,7 @@ def prepare(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     gold: bool = False,
+    margin: bool = False,
     on_bad_row: OnBadRow = "error",
 ) -> tuple[list[Example], Report]:
     """Tokenize rows of sequences, pairs or labeled completions.
@@ -120,7 +122,7 @@ def prepare(
     max_length: of a prompt and one completion together, in tokens; the start is kept. None: no limit.
     completion_only_loss: of sequences; None: score the completion only where rows have one, all of the text otherwise.
     assistant_only_loss: of sequences; score only what the chat template marks as the assistant's.
-    gold: of pairs; a third completion, from the column `reference`.
+    gold: of pairs; a third completion, from the column `reference`. margin: of pairs; by how much chosen is better.
     on_bad_row: skip leaves out the rows that cannot be used; the report counts and lists them.
 
     Raises UserError for a row that cannot be used, and where no example remains. Pairs for a kind of labeled rows
@@ -136,6 +138,7 @@ def prepare(
         completion_only_loss=completion_only_loss,
         assistant_only_loss=assistant_only_loss,
         gold=gold,
+        margin=margin,
         on_bad_row=on_bad_row,
     )
     examples = [example for example in preparation.made() if isinstance(example, Example)]
@@ -266,4 +269,12 @@ def _shared_prompt(
         report.truncated += cut > 0
         report.tokens_cut += cut
     report.identical += len(completions) > 1 and completions[0] == completions[1]
-    return Example(wholes[0][:start], [Completion(ids) for ids in completions], source.label, source.row)
+    weighted = source.weight != 1
+    report.weighted += weighted
+    return Example(
+        wholes[0][:start],
+        [Completion(ids, weights=[source.weight] * len(ids) if weighted else None) for ids in completions],
+        source.label,
+        source.row,
+        margin=source.margin,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from .tokenization import Text
 class Completion:
     """Token ids that follow a prompt. scored: which of them the loss sees, same length; None: all of them.
 
-    weights: what each of them weighs in the loss (SFT), same length; None: 1 each.
+    weights: what each of them weighs in the loss (SFT; KTO, all alike), same length; None: 1 each.
     behavior: the log-probability of each, in nats, in the distribution that it was sampled from (GRPO), same length.
     support: the words that each of them was sampled from (GRPO), same length; None: the whole vocabulary.
     """
@@ -35,7 +36,7 @@ class Example:
     completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
         data set's, none is without a scored token.
     label: True where the completion is desirable (KTO). advantages: one a completion (GRPO),
-        or one for each of its scored tokens.
+        or one for each of its scored tokens. margin: by how much chosen is better than rejected (DPO).
     row: index in the data set, for messages.
     whole_tokens: scored tokens of the example that this one is a part of; None: it is whole.
     """
@@ -46,6 +47,7 @@ class Example:
     row: int = -1
     advantages: tuple[float | tuple[float, ...], ...] | None = None
     whole_tokens: int | None = None
+    margin: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -57,7 +59,7 @@ class Example:
         """The same prompt with some of its completions."""
         kept = [self.completions[i] for i in completions]
         advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return Example(self.prompt_ids, kept, self.label, self.row, advantages, self.prompt_tokens)
+        return dataclasses.replace(self, completions=kept, advantages=advantages, whole_tokens=self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,6 @@ ONLY = {
     "hub_revision": Only((*NOTHING, "main"), "the main branch is pushed to; leave it out"),
     "push_to_hub_organization": Only(NOTHING, "write it in front of the name: hub_model_id: ORGANIZATION/NAME"),
     # losses
-    "reference_free": Only(NOTHING, "take a method without a reference: cpo with loss_type simpo, or orpo"),
     "force_use_ref_model": Only(NOTHING, "name the reference: ref_model_name_or_path"),
     "generate_during_eval": Only(NOTHING, "evaluations have no samples; leave it out"),
     # rollouts

@@ -1,6 +1,7 @@
 """Weights: a row's, a message's, what truncation leaves of them, and where packing puts them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -99,6 +100,50 @@ def test_what_cannot_be_weighed_is_refused():
     rows = [{"messages": [message("user", "a"), message("assistant", "b", weight=0)]}]
     with pytest.raises(UserError, match="the chat template does not mark the assistant's turns"):
         prepared(rows, tokenizer=unmarked)
+
+
+def test_a_labeled_rows_weight_is_that_of_its_tokens():
+    rows = [{"prompt": "a", "completion": "bc", "label": label, "weight": w} for label, w in ((True, 0.5), (False, 1))]
+    examples, report = prepared(rows, Kind.LABELED)
+    assert [e.completions[0].weights for e in examples] == [[0.5] * 3, None]
+    assert str(report) == "data: 2 examples; 1 of them desirable; 1 of them with weights other than 1"
+    halves, _ = prepared([{"prompt": "a", "chosen": "b", "rejected": "cd", "weight": 3}], Kind.LABELED)
+    assert [e.completions[0].weights for e in halves] == [[3.0] * 2, [3.0] * 3]
+    with pytest.raises(UserError, match="'weight' must be a finite number, 0 or above, got int -1"):
+        prepared([rows[0] | {"weight": -1}], Kind.LABELED)
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def test_a_pairs_margin_is_read_where_it_is_asked_for():
+    rows = [PAIR | {"margin": m} for m in (0.5, -2, 0)]
+    examples, _ = prepared(rows, Kind.PAIRED, margin=True)
+    assert [e.margin for e in examples] == [0.5, -2.0, 0.0]
+    assert examples[0].take([1, 0]).margin == 0.5
+
+
+@pytest.mark.parametrize("kind", [Kind.PAIRED, Kind.LABELED])
+def test_a_margin_that_nothing_reads_is_refused(kind):
+    message = (
+        "data, row 1 (counted from 0) has a 'margin', which this method and loss_type do not read: remove the column, "
+        "or use dpo with loss_type odpo"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        prepared([PAIR, PAIR | {"margin": 0.5}], kind)
+    assert len(prepared([PAIR | {"margin": None}], kind)[0]) == (1 if kind is Kind.PAIRED else 2)
+
+
+def test_a_margin_that_is_missed_is_named():
+    message = (
+        "data, row 1 (counted from 0) has no 'margin', by how much chosen is better, which this loss_type compares "
+        "with: add the column, or use a loss_type without it, as sigmoid"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        prepared([PAIR | {"margin": 1}, PAIR], Kind.PAIRED, margin=True)
+    for value in (float("nan"), float("inf"), "1", True, [1]):
+        with pytest.raises(UserError, match=r"row 0 \(counted from 0\): 'margin' must be a finite number, got "):
+            prepared([PAIR | {"margin": value}], Kind.PAIRED, margin=True)
 
 
 def test_other_kinds_ignore_the_column():

@@ -196,7 +196,7 @@ def options_of(config: RunConfig) -> dict[str, Any]:
     if config.loss.kind is not Kind.GROUPED:
         options["completion_only_loss"] = data.completion_only_loss
         options["assistant_only_loss"] = data.assistant_only_loss
-        options["gold"] = config.loss.scores_gold
+        options["gold"], options["margin"] = config.loss.scores_gold, config.loss.wants_margin
     return options
 
 

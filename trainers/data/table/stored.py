@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ class Columns(NamedTuple):
     lengths: Lists
     row: Any
     label: Any
+    margin: Any
     scored: Lists | None
     weights: Lists | None
     rest: Lists | None
@@ -104,8 +106,9 @@ class Table:
             )
             for start, end in zip(cuts, cuts[1:], strict=False)
         ]
-        label = int(columns.label[i])
-        return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row)
+        label, margin = int(columns.label[i]), float(columns.margin[i])
+        known = None if math.isnan(margin) else margin
+        return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row, margin=known)
 
     def _load(self, number: int) -> Columns:
         batch = self._file.get_batch(number)
@@ -119,8 +122,8 @@ class Table:
 
         ids, lengths = lists("ids"), lists("lengths")
         assert ids is not None and lengths is not None
-        row, label = (batch.column(name).to_numpy() for name in ("row", "label"))
-        columns = Columns(ids, lengths, row, label, lists("scored"), lists("weights"), lists("rest"))
+        row, label, margin = (batch.column(name).to_numpy() for name in ("row", "label", "margin"))
+        columns = Columns(ids, lengths, row, label, margin, lists("scored"), lists("weights"), lists("rest"))
         self._columns[number] = columns
         return columns
 
@@ -186,7 +189,7 @@ class Examples(Sequence[Any]):
         row = self._row(number, made.row)
         if isinstance(made, Prompt):
             return Prompt(made.prompt_ids, made.prompt, made.columns, row)
-        return Example(made.prompt_ids, made.completions, made.label, row)
+        return Example(made.prompt_ids, made.completions, made.label, row, margin=made.margin)
 
     def _row(self, number: int, row: int) -> int:
         return row if len(self.tables) == 1 else Row.of(row, self._rows_before[number], self.names[number])

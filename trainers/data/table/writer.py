@@ -4,6 +4,7 @@
     lengths  of the prompt, then of each completion; of a `Prompt` only its own
     row      in the data set
     label    1, 0, or -1 for None
+    margin   of a pair, NaN for None
     scored, weights   of the only completion, null where it has none
     rest     of a `Prompt`, null else: JSON of its text or messages, and its columns (`values.py`)
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import struct
 from array import array
 from itertools import chain
@@ -37,6 +39,7 @@ SCHEMA = pa.schema(
         "lengths": pa.list_(pa.int32()),
         "row": pa.int64(),
         "label": pa.int8(),
+        "margin": pa.float64(),
         "scored": pa.list_(pa.uint8()),
         "weights": pa.list_(pa.float64()),
         "rest": pa.list_(pa.uint8()),
@@ -107,7 +110,7 @@ class TableWriter:
     def _begin(self) -> None:
         codes = {pa.int32(): "i", pa.uint8(): "B", pa.float64(): "d"}
         self._lists = {f.name: Lists(codes[f.type.value_type]) for f in SCHEMA if pa.types.is_list(f.type)}
-        self._rows, self._labels = array("q"), array("b")
+        self._rows, self._labels, self._margins = array("q"), array("b"), array("d")
 
     def add(self, made: Example | Prompt) -> None:
         """Raises UserError for a prompt whose columns hold what no file can."""
@@ -123,6 +126,8 @@ class TableWriter:
         lists["rest"].add(_rest(made) if isinstance(made, Prompt) else None)
         label = made.label if isinstance(made, Example) else None
         self._labels.append(-1 if label is None else label)
+        margin = made.margin if isinstance(made, Example) else None
+        self._margins.append(math.nan if margin is None else margin)
         self._rows.append(made.row)
         if len(self._rows) >= BATCH_ROWS or len(lists["ids"].values) >= BATCH_TOKENS:
             self._flush()
@@ -133,6 +138,7 @@ class TableWriter:
         columns = {name: lists.column(SCHEMA.field(name).type) for name, lists in self._lists.items()}
         columns["row"] = pa.array(np.asarray(self._rows))
         columns["label"] = pa.array(np.asarray(self._labels))
+        columns["margin"] = pa.array(np.asarray(self._margins))
         self.append(pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA))
         self._begin()
 

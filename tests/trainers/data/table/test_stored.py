@@ -34,7 +34,12 @@ def alone(draw):
 
 
 several = st.builds(
-    Example, ids, st.lists(st.builds(Completion, ids), min_size=2, max_size=4), st.none(), st.integers(0, 99)
+    Example,
+    ids,
+    st.lists(st.builds(Completion, ids), min_size=2, max_size=4),
+    st.none(),
+    st.integers(0, 99),
+    margin=st.none() | st.floats(allow_nan=False, allow_infinity=False),
 )
 prompts = st.builds(
     Prompt,

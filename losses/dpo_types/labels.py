@@ -1,0 +1,33 @@
+"""Noisy labels: what is known of how often the annotator errs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..dpo import DPOLoss, PairRatios, dpo_type
+
+
+def smoothed(x: Tensor, e: float) -> Tensor:
+    """(1 - e) sp(-x) + e sp(x): the cross-entropy of sigmoid(x) with a label that is right with probability 1 - e."""
+    return -(1 - e) * logsigmoid(x) - e * logsigmoid(-x)
+
+
+@dpo_type(reads=("label_smoothing",))
+def cdpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """(1 - e) sp(-x) + e sp(x), conservative DPO (Mitchell, "A note on DPO with noisy preferences", Eq. 3)."""
+    return smoothed(loss.beta * r.margin, loss.label_smoothing)
+
+
+@dpo_type(divergences=True, reads=("label_smoothing",))
+def robust(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """((1 - e) sp(-x) - e sp(x)) / (1 - 2e), arXiv 2403.00409: unbiased under flipped labels, not bounded below."""
+    x, e = loss.beta * r.margin, loss.label_smoothing
+    return (e * logsigmoid(-x) - (1 - e) * logsigmoid(x)) / (1 - 2 * e)
+
+
+@dpo_type(divergences=True, reads=("label_smoothing",))
+def exo_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """s(x) (log s(x) - log(1 - e)) + s(-x) (log s(-x) - log e), arXiv 2402.00856 Eq. 16: a reverse KL."""
+    x, e = loss.beta * r.margin, r.margin.new_tensor(loss.label_smoothing)
+    return x.sigmoid() * (logsigmoid(x) - (-e).log1p()) + (-x).sigmoid() * (logsigmoid(-x) - e.log())
