@@ -9,6 +9,7 @@ from .grpo_sampling import SAMPLING_CORRECTIONS
 from .head import Support, TokenLogps, Transform, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
+from .listwise import LISTWISE_TYPES, Lists, ListwiseLoss
 from .metrics import Largest, Mean, Smallest
 from .options import Variants, variant
 from .orpo import ORPOLoss
@@ -24,6 +25,7 @@ __all__ = [
     "GRPO_TYPES",
     "KL_ESTIMATORS",
     "KTO_TYPES",
+    "LISTWISE_TYPES",
     "LOSSES",
     "SAMPLING_CORRECTIONS",
     "SFT_TYPES",
@@ -39,6 +41,8 @@ __all__ = [
     "KTOType",
     "Kind",
     "Largest",
+    "Lists",
+    "ListwiseLoss",
     "Loss",
     "LossOutput",
     "Mean",

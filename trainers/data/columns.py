@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logratio.losses import LOSSES, Kind
 
 from ..errors import RowError, UserError, shown
 from .conversations import as_messages, check_value, is_written_out, template_options, with_system
+from .lists import COMPLETIONS, REWARDS, taken_apart
 from .report import BadRows
 from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
@@ -26,6 +27,7 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
         ("conversations", "chosen", "rejected"),
         ("chosen", "rejected"),
     ),
+    Kind.LISTED: (("prompt", COMPLETIONS, REWARDS), (COMPLETIONS, REWARDS)),
     Kind.GROUPED: (("prompt",),),
 }
 GOLD = "reference"  # the third, gold completion beside chosen and rejected (TPO)
@@ -39,6 +41,7 @@ class Source:
     options: what its chat template is given beside the messages (`tools`, `chat_template_kwargs`).
     label: None too for a pair, which a kind of labeled rows takes apart.
     weight: of every token of a sequence, from the column of that name.
+    rewards: one a completion, of lists.
     columns: all that the row has.
     """
 
@@ -49,13 +52,15 @@ class Source:
     columns: Mapping[str, Any]
     label: bool | None = None
     weight: float = 1.0
+    rewards: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """In which columns and which format the rows are: those of the first row that can be used.
 
-    prompt: None where there is no such column. completions: the others that hold text. names: all of that row.
+    prompt: None where there is no such column. completions: the others that hold text (of lists: the one that holds all
+    of them). names: all of that row.
     """
 
     kind: Kind
@@ -103,8 +108,10 @@ def _layout(row: Mapping[str, Any], where: str, kind: Kind, gold: bool) -> Layou
             "rejected: add the column, or use a method that needs pairs alone, as cpo"
         )
     prompt = columns[0] if columns[0] == "prompt" or len(columns) == 3 else None
-    completions = tuple(c for c in columns if c not in (prompt, "label"))
+    completions = tuple(c for c in columns if c not in (prompt, "label", REWARDS))
     value = row[columns[0]]
+    if columns[0] == COMPLETIONS:
+        value = taken_apart(row, where)[0][f"{COMPLETIONS}[0]"]
     if columns == ("text",) and is_written_out(value):
         raise UserError(
             f"{where}: 'text' is a list of messages written out: call the column 'messages', which goes through the "
@@ -162,7 +169,8 @@ def read_sources(bad: BadRows, layout: Layout, start: int = 0, stop: int | None 
 
 
 def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Source:
-    needed = (*layout.texts, "label") if layout.labeled else layout.texts
+    beside = ["label"] if layout.labeled else [REWARDS] if layout.kind is Kind.LISTED else []
+    needed = (*layout.texts, *beside)
     for column in needed:
         if row.get(column) is None:
             raise UserError(f"{where} lacks {column!r}, which the first row has: fill it in or remove the row")
@@ -172,6 +180,10 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
             f"{where} has {' and '.join(map(repr, more))}, which the first row lacks and which would not be read: "
             "give all rows the same columns"
         )
+    rewards = None
+    if layout.kind is Kind.LISTED:
+        row, names, rewards = taken_apart(row, where)
+        layout = replace(layout, completions=names)
     texts = {column: _text(row, column, where, layout) for column in layout.texts}
     prompt, completions = _parts(texts, where, layout)
     for column, completion in zip(layout.completions, completions, strict=True):
@@ -188,6 +200,7 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
         row,
         label,
         1.0 if weight is None else checked_weight(weight, where),
+        rewards,
     )
 
 
@@ -226,14 +239,15 @@ def _check_plain(row: Mapping[str, Any], column: str, where: str, layout: Layout
 
 
 def _parts(texts: dict[str, Text], where: str, layout: Layout) -> tuple[Text | None, list[Text]]:
-    """The prompt and what follows it; pairs without a prompt share one."""
+    """The prompt and what follows it; pairs and lists without a prompt share one."""
     completions = [texts[column] for column in layout.completions]
     if layout.prompt is None:
         if len(completions) == 1:
             return None, completions
         for column in layout.completions:
             _check_completion(texts[column], f"{where}: {column!r}")
-        cut = implicit_prompt(*completions[:2])
+        compared = completions if layout.kind is Kind.LISTED else completions[:2]
+        cut = min(implicit_prompt(compared[0], other) for other in compared[1:])
         prompt = completions[0][:cut]
         completions = [_behind(text, prompt, where) for text in completions]
     else:

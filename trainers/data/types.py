@@ -32,9 +32,10 @@ class Example:
     """What every method trains on: a prompt and its completions.
 
     prompt_ids: never empty, so that every scored token has a predecessor.
-    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
-        data set's, none is without a scored token.
-    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO).
+    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), a list (listwise), or
+        rollouts (GRPO). Of the data set's, none is without a scored token.
+    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO). rewards: one a completion
+        (listwise).
     row: index in the data set, for messages.
     """
 
@@ -43,12 +44,16 @@ class Example:
     label: bool | None = None
     row: int = -1
     advantages: tuple[float, ...] | None = None
+    rewards: tuple[float, ...] | None = None
 
     def take(self, completions: Sequence[int]) -> Example:
         """The same prompt with some of its completions."""
         kept = [self.completions[i] for i in completions]
-        advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return Example(self.prompt_ids, kept, self.label, self.row, advantages)
+        advantages, rewards = (
+            None if values is None else tuple(values[i] for i in completions)
+            for values in (self.advantages, self.rewards)
+        )
+        return Example(self.prompt_ids, kept, self.label, self.row, advantages, rewards)
 
 
 @dataclass(frozen=True, slots=True)

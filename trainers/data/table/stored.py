@@ -7,6 +7,7 @@ import json
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -47,6 +48,7 @@ class Columns(NamedTuple):
     label: Any
     scored: Lists | None
     weights: Lists | None
+    rewards: Lists | None
     rest: Lists | None
 
 
@@ -105,7 +107,9 @@ class Table:
             for start, end in zip(cuts, cuts[1:], strict=False)
         ]
         label = int(columns.label[i])
-        return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row)
+        rewards = None if columns.rewards is None else columns.rewards.of(i)
+        rewards = None if rewards is None else tuple(rewards.tolist())
+        return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row, rewards=rewards)
 
     def _load(self, number: int) -> Columns:
         batch = self._file.get_batch(number)
@@ -120,7 +124,8 @@ class Table:
         ids, lengths = lists("ids"), lists("lengths")
         assert ids is not None and lengths is not None
         row, label = (batch.column(name).to_numpy() for name in ("row", "label"))
-        columns = Columns(ids, lengths, row, label, lists("scored"), lists("weights"), lists("rest"))
+        others = (lists(name) for name in ("scored", "weights", "rewards", "rest"))
+        columns = Columns(ids, lengths, row, label, *others)
         self._columns[number] = columns
         return columns
 
@@ -184,9 +189,7 @@ class Examples(Sequence[Any]):
         number = bisect_right(self.starts, index) - 1
         made = self.tables[number][index - self.starts[number]]
         row = self._row(number, made.row)
-        if isinstance(made, Prompt):
-            return Prompt(made.prompt_ids, made.prompt, made.columns, row)
-        return Example(made.prompt_ids, made.completions, made.label, row)
+        return replace(made, row=row)
 
     def _row(self, number: int, row: int) -> int:
         return row if len(self.tables) == 1 else Row.of(row, self._rows_before[number], self.names[number])
