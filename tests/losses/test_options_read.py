@@ -207,6 +207,9 @@ def outcome(loss: Loss) -> list[float]:
         pairs = {name: PairLogps(x, y) for (name, x), y in zip(kept.items(), sides, strict=True)}
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
+    elif loss.kind is Kind.LISTED:
+        rewards, totals = torch.tensor([1.0, 0.5], dtype=torch.float64), Totals.of(kept["policy"], sizes=[2])
+        value = loss(**kept, rewards=rewards, sizes=[2], totals=totals).loss
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)

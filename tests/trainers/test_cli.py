@@ -26,7 +26,7 @@ def workspace(tmp_path, monkeypatch):
     for i in range(4):
         right, wrong = str(i + 1), str(i + 30)
         row = {"prompt": f"{i}+1=", "completion": right, "chosen": right, "rejected": wrong, "answer": right}
-        rows.append({**row, "label": i % 2 == 0})
+        rows.append({**row, "label": i % 2 == 0, "completions": [right, wrong, wrong[:1]], "rewards": [1, 0, 0.5]})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -36,6 +36,7 @@ METRICS = {
     "sft": {"nll"},
     "dpo": {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"},
     "kto": {"rewards/chosen", "rewards/rejected", "kl"},
+    "listwise": {"rewards/chosen", "rewards/margins", "rewards/accuracies", "frac_reward_zero_std"},
     "orpo": {"nll_loss", "log_odds_ratio", "rewards/margins"},
     "grpo": {
         "reward",
