@@ -138,12 +138,12 @@ def _columns_of(row: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
 def _hint(row: Mapping[str, Any], kind: Kind) -> str:
     """What to do about columns that will not do: a name that is near one that is missing, or the method that they are
     for; "" where neither is known."""
-    known = {column for sets in COLUMNS.values() for columns in sets for column in columns}
+    found = {other: columns for other in COLUMNS if (columns := _columns_of(row, other)) is not None}
+    known = {column for other in (kind, *found) for columns in COLUMNS[other] for column in columns}
     missing = sorted({column for columns in COLUMNS[kind] for column in columns} - row.keys())
     for name in (column for column in row if column not in known):
         if near := difflib.get_close_matches(str(name), missing, n=1, cutoff=0.75):
             return f"; is {name!r} meant to be {near[0]!r}? then rename it"
-    found = {other: columns for other in COLUMNS if (columns := _columns_of(row, other)) is not None}
     if not found:
         return ""
     best = max(found, key=lambda other: (len(found[other]), other is Kind.PAIRED))

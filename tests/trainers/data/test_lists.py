@@ -110,8 +110,8 @@ def test_a_bad_row_is_named(change, message):
     place = "data, row 1 (counted from 0)"
     with pytest.raises(UserError, match=f"^{re.escape(place + message)}$"):
         prepared([GOOD, bad])
-    (example,), report = prepared([bad, GOOD], on_bad_row="skip") if bad["prompt"] else prepared([GOOD])
-    assert example.rewards == (1.0, 0.5) and len(report.skipped) == (bad["prompt"] is not None)
+    (example,), report = prepared([GOOD, bad], on_bad_row="skip")
+    assert example.rewards == (1.0, 0.5) and [one["row"] for one in report.skipped] == [1]
 
 
 def test_one_conversation_is_no_list_of_completions():
@@ -122,11 +122,10 @@ def test_one_conversation_is_no_list_of_completions():
 
 def test_columns_that_are_another_methods():
     assert _hint(GOOD, Kind.PAIRED) == "; these are listwise's columns: logratio train listwise"
-    assert (
-        _hint({"prompt": "a", "completion": "b"}, Kind.LISTED)
-        == ("; is 'completion' meant to be 'completions'? then rename it")
-        or _hint({"prompt": "a", "completion": "b"}, Kind.LISTED) == "; these are sft's columns: logratio train sft"
-    )
+    row = {"prompt": "a", "completion": "b"}
+    assert _hint(row, Kind.LISTED) == "; these are sft's columns: logratio train sft"
+    row = {"prompt": "a", "completions": "b"}
+    assert _hint(row, Kind.SEQUENCE) == "; is 'completions' meant to be 'completion'? then rename it"
     with pytest.raises(UserError, match="expected prompt and completions and rewards, or completions and rewards"):
         prepared([{"prompt": "a"}])
 
