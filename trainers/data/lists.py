@@ -36,7 +36,7 @@ def taken_apart(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tup
         )
     if len(rewards) != len(values):
         raise UserError(
-            f"{where} has {len(values)} {COMPLETIONS} and {len(rewards)} {REWARDS}: give one reward for each completion"
+            f"{where} has {len(values)} completions and {len(rewards)} rewards: give one reward for each completion"
         )
     for i, reward in enumerate(rewards):
         if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
