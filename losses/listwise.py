@@ -88,7 +88,7 @@ def plackett_luce(x: Lists, loss: ListwiseLoss) -> Tensor:
     Each completion is the first choice among itself and those with a lesser reward; only the order of rewards is read.
     """
     itself = torch.eye(x.scores.shape[1], dtype=torch.bool, device=x.scores.device)
-    others = (x.rewards[:, None, :] < x.rewards[:, :, None]) & x.present[:, None, :]
+    others = x.rewards[:, None, :] < x.rewards[:, :, None]
     left = x.scores[:, None, :].masked_fill(~(others | itself), ABSENT)
     return left.logsumexp(-1) - x.scores
 
@@ -148,7 +148,7 @@ def list_metrics(x: Lists, logps: Tensor, scored: Tensor) -> dict[str, Mean]:
     most = x.rewards.amax(-1, keepdim=True)
     least = x.rewards.where(x.present, most).amin(-1, keepdim=True)
     differs = (most > least)[:, 0] & scored
-    ends = {"chosen": x.rewards == most, "rejected": (x.rewards == least) & x.present}
+    ends = {"chosen": x.rewards == most, "rejected": x.rewards == least}
 
     def of(values: Tensor, end: str) -> Tensor:
         return values.where(ends[end], 0.0).sum(-1) / ends[end].sum(-1).clamp(min=1)

@@ -45,9 +45,9 @@ def test_lists_may_be_of_different_sizes():
 
 
 def test_a_prompt_that_all_begin_with():
-    row = {"completions": ["say: one", "say: two", "say: three"], "rewards": [1, 0, 0]}
+    row = {"completions": ["say: one", "say: once", "say: two"], "rewards": [1, 0, 0]}
     ((example,), _), ((explicit,), _) = (
-        prepared([one]) for one in (row, {**row, "prompt": "say:", "completions": [" one", " two", " three"]})
+        prepared([one]) for one in (row, {**row, "prompt": "say:", "completions": [" one", " once", " two"]})
     )
     assert example.prompt_ids == explicit.prompt_ids == ids("say:")
     assert [c.ids for c in example.completions] == [c.ids for c in explicit.completions]
