@@ -227,6 +227,12 @@ def test_the_order_within_a_list_does_not_matter(name):
     for_every_batch("listed", law, max_examples=15, max_size=30.0, spreads=(0.25, 4.0))
 
 
+def test_what_a_variant_gives_where_a_list_has_ended_is_not_read(monkeypatch):
+    monkeypatch.setitem(LISTWISE_TYPES, "nca", lambda x, loss: 1 + 0 * x.scores)
+    out, _ = run(ListwiseLoss(loss_type="nca"), [0.0] * 7, [0.0] * 7, [2, 3, 2])
+    assert out.loss.item() == 7 / 3
+
+
 @pytest.mark.parametrize("rewards", [torch.zeros(2), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)], ids=str)
 def test_rewards_that_do_not_fit(rewards):
     x = flat([-1.0, -2.0, -3.0])
