@@ -29,7 +29,7 @@ from .reporting.records import read
 RECIPES = ("sft", "dpo", "kto", "orpo", "grpo")
 WAYS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora_r": 16}, "qlora": {"lora_r": 16, "load_in_4bit": True}}
 TITLES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-ORDER = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
+ORDER = ("sft", "dpo", "kto", "listwise", "orpo", "cpo", "tpo", "grpo")
 
 
 def recipe(folder: Path, method: str, way: str, gpu: str = "RTX4090") -> dict[str, Any]:

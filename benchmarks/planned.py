@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from logratio.losses import LOSSES, Loss
+from logratio.losses import LOSSES, Kind, Loss
 from logratio.trainers.errors import UserError
 
 from .memory.geometry import Geometry, find
 from .memory.gpus import GPUS, known_as
 from .memory.peak import CONTEXT, MIB, Prediction, Setup, largest_fitting, predict
-from .memory.roofline import Plan, Workload, plan, step_seconds
+from .memory.roofline import LIST, Plan, Workload, plan, step_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,9 @@ def not_modelled(settings: Mapping[str, Any]) -> list[str]:
         found.append("the plan does not know the loaded adapter's rank")
     if model.get("lora_r") and list(model.get("lora_target_modules") or ["all-linear"]) != ["all-linear"]:
         found.append("the plan is of adapters on all linear layers")
+    loss = loss_of(settings)
+    if loss is not None and loss.kind is Kind.LISTED:
+        found.append(f"the plan is of lists of {LIST} completions")
     named = {"load_in_8bit": "8-bit weights", "use_dora": "DoRA", "lora_modules_to_save": "modules that train whole"}
     found += [f"the plan does not model {what}" for name, what in named.items() if model.get(name)]
     return found

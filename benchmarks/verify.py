@@ -39,7 +39,7 @@ NEAR = 1e-4
 """How far from float64 rounding may take a side; beyond, it computes another formula than the oracle."""
 DRAWS = 8
 """How often sides are drawn, of which the largest error counts."""
-COLUMNS = "{:<6}  {:<7}  {:<7}  {:<27}  {:<27}  {:<3}  {}"
+COLUMNS = "{:<8}  {:<7}  {:<7}  {:<27}  {:<27}  {:<3}  {}"
 HEADER = COLUMNS.format("method", "against", "dtype", "loss err (ours, TRL)", "grad err (ours, TRL)", "ok", "variant")
 
 
@@ -48,7 +48,7 @@ class Options:
     """What to verify."""
 
     method: str | None = None
-    """One of sft, dpo, kto, orpo, cpo, tpo, grpo (default: all)."""
+    """One of sft, dpo, kto, orpo, cpo, tpo, listwise, grpo (default: all)."""
     only: list[str] = field(default_factory=list)
     """Only variants whose names contain one of these, such as discopop or ld_alpha."""
     seed: int = 0

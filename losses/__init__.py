@@ -11,6 +11,7 @@ from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOType
 from .head import Support, TokenLogps, Transform, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
+from .listwise import LISTWISE_TYPES, Lists, ListwiseLoss
 from .metrics import Largest, Mean, Smallest
 from .options import Variants, variant
 from .orpo import ORPOLoss
@@ -26,6 +27,7 @@ __all__ = [
     "GRPO_TYPES",
     "KL_ESTIMATORS",
     "KTO_TYPES",
+    "LISTWISE_TYPES",
     "LOSSES",
     "LOSS_AGGREGATIONS",
     "SAMPLING_CORRECTIONS",
@@ -42,6 +44,8 @@ __all__ = [
     "KTOType",
     "Kind",
     "Largest",
+    "Lists",
+    "ListwiseLoss",
     "Loss",
     "LossOutput",
     "Mean",

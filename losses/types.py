@@ -9,7 +9,7 @@ split of a step into micro-batches and processes is the same number with the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -27,6 +27,7 @@ class Kind(StrEnum):
     SEQUENCE = "sequence"  # a prompt and one completion:            loss(policy, totals=...)
     LABELED = "labeled"  # the same with a True/False label [C]:     loss(policy, ref, label, totals=...)
     PAIRED = "paired"  # a prompt, a chosen and a rejected one:      loss(policy, [ref,] totals=...)
+    LISTED = "listed"  # a prompt, K completions, K rewards: loss(policy, [ref,] rewards, sizes, totals=...)
     GROUPED = "grouped"  # a prompt and its rollouts:       loss(policy, [ref,] advantages, old, [behavior,] totals=...)
 
 
@@ -187,7 +188,7 @@ class PairLogps:
 class Totals:
     """What a loss knows of the whole optimizer step, all micro-batches and processes: what it divides by.
 
-    num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, CPO, ORPO), completions (GRPO).
+    num_sequences: examples of the kind: rows (SFT, KTO), pairs (DPO, CPO, ORPO), lists, completions (GRPO).
     num_prompts: prompts, each with all its completions (GRPO).
     num_tokens: scored completion tokens, of all completions of a pair together.
     num_chosen_tokens, num_gold_tokens: scored completion tokens of those completions (pairs).
@@ -210,8 +211,13 @@ class Totals:
     state: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def of(policy: CompletionLogps | PairLogps, collected: Tensor | None = None) -> Totals:
-        """The totals of a step that consists of this one batch, of as many prompts as it has rows."""
+    def of(
+        policy: CompletionLogps | PairLogps, collected: Tensor | None = None, sizes: Sequence[int] | None = None
+    ) -> Totals:
+        """The totals of a step that consists of this one batch, of as many prompts as it has rows.
+
+        sizes: of lists, how many completions each has.
+        """
         if isinstance(policy, CompletionLogps):
             mask, weights = policy.completion_mask, policy.weights
             counts: dict[str, float] = {"num_tokens": int(mask.sum())}
@@ -225,8 +231,9 @@ class Totals:
                 counts[name] = 0 if part is None else int(part.completion_mask.sum())
             counts["num_tokens"] += counts["num_gold_tokens"]
         own = torch.arange(len(mask), device=mask.device)
-        counts["num_prompts"] = len(mask)
-        return Totals(num_sequences=len(mask), **counts, collected=collected, own=own)  # type: ignore[arg-type]
+        examples = len(mask) if sizes is None else len(sizes)
+        counts["num_prompts"] = examples
+        return Totals(num_sequences=examples, **counts, collected=collected, own=own)  # type: ignore[arg-type]
 
 
 class LossOutput(NamedTuple):

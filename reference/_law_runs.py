@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,11 +49,32 @@ def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
             parts = ("chosen", "rejected") if role == "ref" else parts_of(loss)
             margin = batch.rows["margin"] if role == "policy" and loss.wants_margin else None
             kwargs[role] = PairLogps(**{part: logps_of(loss, batch, role, part) for part in parts}, margin=margin)
+        elif loss.kind is Kind.LISTED:
+            kwargs[role] = joined([logps_of(loss, batch, role, part) for part in parts_of(loss)], batch.rows["sizes"])
         else:
             kwargs[role] = logps_of(loss, batch, role)
+    if loss.kind is Kind.LISTED:
+        sizes, rewards = batch.rows["sizes"], batch.rows["rewards"]
+        return kwargs | {"sizes": sizes.tolist(), "rewards": rewards[torch.arange(rewards.shape[1]) < sizes[:, None]]}
     if loss.wants_prompt_tokens:  # as if each prompt had another completion, somewhere else, of one token more
         kwargs["prompt_tokens"] = 2 * batch.masks["completion"].sum(-1) + 1
     return kwargs if loss.kind is Kind.PAIRED else kwargs | batch.rows
+
+
+def joined(parts: Sequence[CompletionLogps], sizes: Tensor) -> CompletionLogps:
+    """Lists of completions one after the other: of the first, second, ... of each list those that it has."""
+    width = max(part.completion_mask.shape[1] for part in parts)
+    present = torch.arange(len(parts)) < sizes[:, None]
+
+    def of(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        wide = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in values]
+        return torch.stack(wide, 1)[present]
+
+    tensors = {f.name: of(f.name) for f in fields(CompletionLogps)}
+    return CompletionLogps(**tensors)  # type: ignore[arg-type]
 
 
 def collect(loss: Loss, batch: Batch) -> Tensor:
@@ -65,7 +86,8 @@ def collect(loss: Loss, batch: Batch) -> Tensor:
 def totals_of(loss: Loss, batch: Batch) -> Totals:
     """The totals of a step that is this batch, after `batch.earlier` steps on the same."""
     collected = {"mismatched": lambda: batch.collected, "own": lambda: collect(loss, batch), None: lambda: None}
-    totals = Totals.of(inputs(loss, batch)["policy"], collected[loss.window_pass]())
+    given = inputs(loss, batch)
+    totals = Totals.of(given["policy"], collected[loss.window_pass](), given.get("sizes"))
     for _ in range(batch.earlier):
         totals = replace(totals, state=loss.advance(totals))
     return totals
@@ -160,7 +182,7 @@ def show(loss: Loss, batch: Batch) -> str:
     lines = [f"{batch.kind} batch of {len(batch)} example{plural} (`_` is masked):"]
     for part in parts_of(loss):
         for role, tensors in batch.tokens.items():
-            seen = {"policy": True, "ref": loss.wants_reference and part in ("chosen", "rejected", "completion")}
+            seen = {"policy": True, "ref": loss.wants_reference and part not in ("prompt", "gold")}
             seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
             if seen.get(role, role in loss.stats):
                 lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")

@@ -216,9 +216,12 @@ def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
         expect(leaf.grad is None or (leaf.grad == 0).all(), f"{role} of {part} got the gradient {leaf.grad}")
 
 
-@law(applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.LABELED), options={"min_rows": 2})
+@law(
+    applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.LABELED, Kind.LISTED),
+    options={"min_rows": 2},
+)
 def no_broadcast(loss: Loss, batch: Batch) -> None:
-    """A reference, old policy, sampler, label or advantage of 1 row beside C is refused (ValueError, TypeError)."""
+    """What is given of 1 row beside a policy of C, a reference or labels, say, is refused (ValueError, TypeError)."""
     kwargs, one = arguments(loss, batch), inputs(loss, take(batch, [0]))
     for name in one.keys() - {"policy"}:
         try:
@@ -275,7 +278,8 @@ def direction(loss: Loss, batch: Batch, level: float) -> None:
     """At policy = reference = old, with nothing to choose between two completions, descent never lowers the log-prob of
     a completion that is wanted nor raises that of one that is not, and moves something.
 
-    Wanted: sequences, gold ones, prompts, chosen ones, label True, advantage 1; not: rejected, False, -1.
+    Wanted: sequences, gold ones, prompts, chosen ones, the best of a list, label True, advantage 1; not: rejected, the
+    worst of a list, False, -1.
     """
     count, width = len(batch), next(iter(batch.masks.values())).shape[1]
     full = torch.full((count, width), 1.0, dtype=torch.float64)
@@ -288,6 +292,11 @@ def direction(loss: Loss, batch: Batch, level: float) -> None:
         rows["margin"] = rows["margin"].abs()  # below 0 chosen is the worse one
     if loss.kind is Kind.LABELED:
         sign = torch.where(rows["label"], sign, -sign)
+    signs = {part: -sign if part == "rejected" else sign for part in batch.masks}
+    if loss.kind is Kind.LISTED:
+        rows["rewards"] = torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64).expand(count, 3)
+        # the first is the worst of two, and of three neither the worst nor the best
+        signs = {"first": -sign * (rows["sizes"] == 2), "second": sign, "third": -sign}
     even = Batch(
         batch.kind,
         {part: full.bool() for part in batch.masks},
@@ -299,6 +308,6 @@ def direction(loss: Loss, batch: Batch, level: float) -> None:
     expect(any((grad != 0).any() for grad in grads.values()), "the gradient is 0 everywhere")
     largest = max(grad.abs().max().item() for grad in grads.values())
     for part, grad in grads.items():
-        wrong = grad * (-sign if part == "rejected" else sign) > 1e-12 * largest
+        wrong = grad * signs[part] > 1e-12 * largest
         words = f"at {width} tokens of log-prob {-level:g}, dL/d(log-prob of {part}) is {grad.tolist()}"
-        expect(not wrong.any(), f"{words}, wanted: {(-sign if part == 'rejected' else sign).tolist()}")
+        expect(not wrong.any(), f"{words}, wanted: {signs[part].tolist()}")

@@ -25,8 +25,9 @@ PARTS = {
     "labeled": ("completion",),
     "grouped": ("completion",),
     "paired": ("chosen", "rejected", "prompt", "gold"),
+    "listed": ("first", "second", "third"),
 }
-"""kind -> what one example of it consists of."""
+"""kind -> what one example of it consists of; a list may lack its last."""
 
 LOGPS = ("policy", "ref", "old", "behavior")
 STATS = ("entropy", "log_z", "log_sum_p2")
@@ -43,9 +44,9 @@ class Batch:
     masks: part -> [C, T] bool, True where scored.
     tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
-        to 0); for sequences and labeled examples perhaps `weights` (at
-        least 0).
-    rows: name -> [C]; `label` bool (labeled), `advantages` (grouped), `margin` (paired).
+        to 0); for sequences and labeled examples perhaps `weights` (at least 0).
+    rows: name -> [C]; `label` bool (labeled), `advantages` (grouped), `margin` (paired), `sizes` int64 and `rewards`
+        [C, 3] (listed).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
     earlier: steps on this same batch that came before, for losses that carry a state.
     """
@@ -131,6 +132,10 @@ def batches(
         extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
     if kind == "paired":
         extras["margin"] = 4 * around_zero([count])
+    if kind == "listed":
+        extras["sizes"] = torch.tensor(draw(_lists(st.integers(2, 3), count), label="sizes"))
+        grades = st.sampled_from([0.0, 0.25, 1.0, 1e4])  # some are equal, and some far from each other
+        extras["rewards"] = draw(grades, label="size of rewards") * around_zero([count, 3])
     collected = spread * around_zero([count + 1 if kind == "labeled" else 0])
     tokens["behavior"] = {part: near(logps) for part, logps in tokens["old"].items()}
     return Batch(kind, masks, tokens, extras, collected, draw(st.integers(0, 2), label="earlier steps"))

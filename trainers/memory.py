@@ -140,7 +140,8 @@ class Memory:
     def _smaller(self, batch: PackedBatch) -> tuple[int, str]:
         """The budget halved until it divides this micro-batch; 0 and a sentence where it cannot be divided."""
         example = batch.examples[0]
-        whole = len(example.completions) == 1 or (self.loss is not None and self.loss.kind is Kind.PAIRED)
+        compares = self.loss is not None and self.loss.kind in (Kind.PAIRED, Kind.LISTED)
+        whole = compares or len(example.completions) == 1
         size, smaller = batch.input_ids.numel(), self.micro_batch_tokens // 2
         while smaller >= size:
             smaller //= 2

@@ -21,6 +21,7 @@ EFFICIENCY = 0.6
 TRAFFIC = 4
 # Of one float32 logit: written by the product, read twice by the row kernel, written and read in half precision.
 TILE_TRAFFIC = 16
+LIST = 4  # completions of a list, as UltraFeedback has them
 BLOCK = 128  # FlexAttention's rows are a multiple of it
 
 
@@ -28,7 +29,7 @@ BLOCK = 128  # FlexAttention's rows are a multiple of it
 class Workload:
     """What a step trains on. Lengths in tokens, of a prompt and of each of its completions; batch_size as in training.
 
-    num_generations: completions of a prompt, in methods that learn from rollouts.
+    num_generations: completions of a prompt, in methods that learn from rollouts. Lists are of `LIST`.
     """
 
     prompt_tokens: int = 200
@@ -39,7 +40,8 @@ class Workload:
     def completions(self, setup: Setup) -> int:
         """Of one example."""
         loss = setup.the_loss
-        return {Kind.PAIRED: 3 if loss.scores_gold else 2, Kind.GROUPED: self.num_generations}.get(loss.kind, 1)
+        pair = 3 if loss.scores_gold else 2
+        return {Kind.PAIRED: pair, Kind.LISTED: LIST, Kind.GROUPED: self.num_generations}.get(loss.kind, 1)
 
 
 @dataclass(frozen=True)

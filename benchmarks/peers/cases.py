@@ -195,6 +195,14 @@ def cpo_cases() -> Iterator[Case]:
     yield Case("orpo", {"beta": 1.0}, "orpo")
 
 
+def listwise_cases() -> Iterator[Case]:
+    for name in ("infonca", "nca", "exo_rw", "plackett_luce"):
+        yield Case("listwise", {"loss_type": name})
+        yield Case("listwise", {"loss_type": name, "beta": 0.5})
+        if name != "plackett_luce":
+            yield Case("listwise", {"loss_type": name, "temperature_alpha": 0.2})
+
+
 CLIPPED = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
 TRL_GRPO = (*CLIPPED, "cispo", "sapo", "vespo")
 
@@ -328,6 +336,6 @@ def support_cases() -> Iterator[Case]:
 
 
 CASES: list[Case] = [
-    *(*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases()),
+    *(*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *listwise_cases()),
     *(*grpo_cases(), *parts_cases(), *later_cases(), *sampling_cases(), *support_cases()),
 ]

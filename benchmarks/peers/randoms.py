@@ -32,6 +32,10 @@ def random_rows(
         row: dict[str, Any] = {"prompt": text(3, 20) + ":"}
         if LOSSES[method].kind is Kind.PAIRED:
             row |= {"chosen": " " + text(1, longest), "rejected": " " + text(1, longest)}
+        elif LOSSES[method].kind is Kind.LISTED:  # lists of two to four, the last two with equal rewards
+            row["completions"] = [" " + text(1, longest) for _ in range(2 + i % 3)]
+            rewards = [rng.randint(0, 24) / 8 for _ in row["completions"]]
+            row["rewards"] = [*rewards[:-1], rewards[-2]] if i % 3 else rewards
         else:
             row["completion"] = " " + text(1, longest)
         if method == "tpo":

@@ -112,6 +112,13 @@ def oracle_kto(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     return oracle.kto(policy, ref, labels, kl_policy, kl_ref, weights=weights, bco_state=state, **case.options), 0.0
 
 
+def oracle_listwise(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
+    places = [range(len(e.completions)) for e in examples]
+    policy = [[subject.policy_passes([e], k)[0].completion for k in ks] for e, ks in zip(examples, places, strict=True)]
+    ref = [[subject.reference_passes([e], k)[0] for k in ks] for e, ks in zip(examples, places, strict=True)]
+    return oracle.listwise(policy, ref, [list(e.rewards or ()) for e in examples], **case.options), 0.0
+
+
 def oracle_pairs(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:
     """CPO, TPO and ORPO: no reference."""
     parts = [subject.policy_passes(examples, k) for k in range(len(examples[0].completions))]
@@ -157,6 +164,7 @@ ORACLES = {
     "sft": oracle_sft,
     "dpo": oracle_dpo,
     "kto": oracle_kto,
+    "listwise": oracle_listwise,
     "cpo": oracle_pairs,
     "tpo": oracle_pairs,
     "orpo": oracle_pairs,

@@ -26,7 +26,7 @@ CONTESTANTS = (
 SAID = {"oom": "out of memory", "refused": "refused", "failed": "failed"}
 ORDERS: dict[str, Sequence[str]] = {
     "contestant": CONTESTANTS,
-    "method": ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo"),
+    "method": ("sft", "dpo", "kto", "listwise", "orpo", "cpo", "tpo", "grpo"),
     "adapter": ("full", "lora", "qlora"),
     "head": ("frozen", "trainable"),
 }

@@ -32,6 +32,7 @@ from logratio.reference.oracle.dpo import beta_dpo_next_mean, dpo
 from logratio.reference.oracle.grpo import grpo
 from logratio.reference.oracle.head import SequenceLogps, TokenLogps, sequence_logps, token_logps
 from logratio.reference.oracle.kto import bco_next_state, kto
+from logratio.reference.oracle.listwise import listwise
 from logratio.reference.oracle.sft import sft
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "grpo",
     "kl_estimate",
     "kto",
+    "listwise",
     "normalize_then_sum",
     "gpg",
     "maxrl",

@@ -15,7 +15,7 @@ from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.benchmarks.peers.sides import trls
 from logratio.benchmarks.peers.truths import Gradient, Subject
 from logratio.benchmarks.verify import Errors, line, main, verify, worst
-from logratio.losses import CPO_TYPES, DPO_TYPES, GRPO_TYPES, KTO_TYPES, LOSSES, SFT_TYPES, TPO_TYPES
+from logratio.losses import CPO_TYPES, DPO_TYPES, GRPO_TYPES, KTO_TYPES, LISTWISE_TYPES, LOSSES, SFT_TYPES, TPO_TYPES
 from logratio.reference import oracle
 from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.errors import UserError
@@ -29,6 +29,7 @@ TABLES = {
     "cpo": CPO_TYPES,
     "tpo": TPO_TYPES,
     "orpo": {None: None},
+    "listwise": LISTWISE_TYPES,
     "grpo": GRPO_TYPES,
 }
 

@@ -18,6 +18,7 @@ from logratio.losses import (
     GRPO_TYPES,
     KL_ESTIMATORS,
     KTO_TYPES,
+    LISTWISE_TYPES,
     LOSSES,
     SFT_TYPES,
     TPO_TYPES,
@@ -29,7 +30,10 @@ from logratio.reference.strategies import LOGPS, PARTS, Batch, take
 
 from .._cases import enough
 
-TABLES = {"sft": SFT_TYPES, "dpo": DPO_TYPES, "kto": KTO_TYPES, "cpo": CPO_TYPES, "tpo": TPO_TYPES, "grpo": GRPO_TYPES}
+TABLES = {
+    **{"sft": SFT_TYPES, "dpo": DPO_TYPES, "kto": KTO_TYPES, "cpo": CPO_TYPES, "tpo": TPO_TYPES},
+    **{"listwise": LISTWISE_TYPES, "grpo": GRPO_TYPES},
+}
 
 
 def types_of(case: Case) -> set[str]:
@@ -133,6 +137,7 @@ def test_which_laws_speak_of_which_losses():
         "cpo": [],
         "tpo": [],
         "orpo": [],
+        "listwise": ["no_broadcast", "only_the_policy_learns"],
         "grpo": ["no_broadcast", "only_the_policy_learns", "without_old"],
     }
 
@@ -142,6 +147,7 @@ def three(kind: str) -> Batch:
     tokens = {role: {part: torch.full((3, 2), -0.5) for part in PARTS[kind]} for role in LOGPS}
     rows = {"labeled": {"label": torch.tensor([True, False, True])}, "grouped": {"advantages": torch.ones(3)}}
     rows["paired"] = {"margin": torch.ones(3)}
+    rows["listed"] = {"rewards": torch.ones(3, 3), "sizes": torch.tensor([3, 3, 2])}
     masks = {part: torch.ones(3, 2, dtype=torch.bool) for part in PARTS[kind]}
     stats = {name: tokens["policy"] for name in ("entropy", "log_z", "log_sum_p2")}
     return Batch(kind, masks, tokens | stats, rows.get(kind, {}), torch.zeros(3))
@@ -157,7 +163,7 @@ every_type = pytest.mark.parametrize(
 
 
 @every_type
-@pytest.mark.parametrize("name", ["ref", "old", "advantages", "label"])
+@pytest.mark.parametrize("name", ["ref", "old", "advantages", "label", "rewards", "sizes"])
 def test_rows_that_would_broadcast_are_refused_by_name(loss, name):
     kwargs, one = arguments(loss, three(loss.kind)), inputs(loss, take(three(loss.kind), [0]))
     if name in kwargs:

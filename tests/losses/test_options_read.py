@@ -217,6 +217,9 @@ def outcome(loss: Loss) -> list[float]:
     elif loss.kind is Kind.SEQUENCE:
         totals = Totals.of(kept["policy"])
         value = loss(kept["policy"], totals=totals).loss
+    elif loss.kind is Kind.LISTED:
+        rewards, totals = torch.tensor([1.0, 0.5], dtype=torch.float64), Totals.of(kept["policy"], sizes=[2])
+        value = loss(**kept, rewards=rewards, sizes=[2], totals=totals).loss
     else:
         totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)

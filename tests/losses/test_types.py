@@ -130,8 +130,8 @@ def test_check_like_names_who_and_what():
 
 def test_totals_count_what_is_scored():
     def counts(totals: Totals) -> Totals:
-        assert totals.own.tolist() == [0, 1, 2]
-        return dataclasses.replace(totals, own=None)
+        assert totals.own.tolist() == [0, 1, 2] and totals.num_prompts == 3
+        return dataclasses.replace(totals, own=None, num_prompts=0)
 
     x = CompletionLogps(LOGPS, MASK)
     assert counts(Totals.of(x)) == Totals(num_sequences=3, num_tokens=3)

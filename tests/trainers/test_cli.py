@@ -28,6 +28,9 @@ def workspace(tmp_path, monkeypatch):
         row = {"prompt": f"{i}+1=", "completion": right, "chosen": right, "rejected": wrong, "answer": right}
         rows.append({**row, "label": i % 2 == 0})
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lists = [{"completions": [row["chosen"], row["rejected"], "7"], "rewards": [1, 0, 0.5]} for row in rows]
+    both = [{"prompt": row["prompt"]} | own for row, own in zip(rows, lists, strict=True)]
+    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, both)))
     return tmp_path
 
 
@@ -36,6 +39,7 @@ METRICS = {
     "sft": {"nll"},
     "dpo": {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"},
     "kto": {"rewards/chosen", "rewards/rejected", "kl"},
+    "listwise": {"rewards/chosen", "rewards/margins", "rewards/accuracies", "frac_reward_zero_std"},
     "orpo": {"nll_loss", "log_odds_ratio", "rewards/margins"},
     "grpo": {
         "reward",
@@ -55,6 +59,8 @@ def log_of(folder):
 @pytest.mark.parametrize("method", METRICS)
 def test_every_method_trains_logs_and_saves(workspace, method):
     extra = ["--num_generations", "2", "--max_completion_length", "4"] if method == "grpo" else []
+    if method == "listwise":  # its columns are names that rewards of grpo have
+        (workspace / "lists.jsonl").rename(workspace / "rows.jsonl")
     assert cli.main(["train", method, *SHORT, "--max_steps", "2", "--learning_rate", "1e-3", *extra]) == 0
     rows = log_of(workspace / "out")
     assert [row["step"] for row in rows] == [1, 2]

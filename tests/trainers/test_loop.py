@@ -208,6 +208,7 @@ CUT += [
         ("kto", "--loss_type bco"),
         ("cpo", "--loss_type simpo"),
         ("tpo", "--loss_type tpo-l"),
+        ("listwise", "--loss_type exo_rw"),
         ("grpo", "--loss_type dapo"),
         ("grpo", "--loss_type vespo"),
     ]

@@ -214,6 +214,7 @@ def test_random_states_come_back():
 ALONE = {
     "sft": "--max_length, ",
     "dpo": "--max_length, ",
+    "listwise": "--max_length, ",
     "grpo": "--max_length or --max_completion_length, ",
 }
 
@@ -224,6 +225,7 @@ def test_an_example_that_does_not_fit_alone_is_named(method, within, tmp_path, c
     rows = {
         "sft": {"prompt": "1+1=", "completion": "2"},
         "dpo": {"prompt": "1+1=", "chosen": "2", "rejected": "3"},
+        "listwise": {"prompt": "1+1=", "completions": ["2", "3", "4"], "rewards": [1, 0, 0]},
         "grpo": {"prompt": "1+1=", "answer": "2"},
     }
     long = {"prompt": "1+" * 40}

@@ -71,7 +71,8 @@ def examples_of(case: Case) -> list[Example]:
 
 
 def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = False) -> list[Example]:
-    """Ragged examples of one kind; sequences have unscored tokens, one pair tokenizes its prompt's end otherwise."""
+    """Ragged examples of one kind; sequences have unscored tokens, one pair tokenizes its prompt's end otherwise, lists
+    are of two to four."""
     rng = random.Random(0)
 
     def ids(high: int) -> list[int]:
@@ -80,7 +81,8 @@ def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = Fals
     sizes = {Kind.PAIRED: 3 if gold else 2, Kind.GROUPED: 3}
     examples = []
     for row in range(count):
-        completions = [Completion(ids(9)) for _ in range(sizes.get(kind, 1))]
+        size = 2 + row % 3 if kind is Kind.LISTED else sizes.get(kind, 1)
+        completions = [Completion(ids(9)) for _ in range(size)]
         if kind in (Kind.SEQUENCE, Kind.PAIRED) and row % 2:
             tokens = [*ids(3), *completions[0].ids]
             completions[0] = Completion(
@@ -88,7 +90,8 @@ def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = Fals
             )
         label = row % 3 != 1 if kind is Kind.LABELED else None
         advantages = tuple(rng.gauss(0, 1) for _ in completions) if kind is Kind.GROUPED else None
-        examples.append(Example(ids(8), completions, label, row, advantages))
+        rewards = tuple(rng.gauss(0, 1) for _ in completions) if kind is Kind.LISTED else None
+        examples.append(Example(ids(8), completions, label, row, advantages, rewards=rewards))
     return examples
 
 
@@ -172,9 +175,9 @@ def test_totals_counted_from_examples_are_those_of_the_tensors(case, shared):
         fields += ["num_chosen_tokens", "num_prompt_tokens", "num_gold_tokens"]
     summed = dict.fromkeys(fields, 0)
     for batch in pack(examples, 10_000, shared=shared, scores_prompt=loss.scores_prompt):
-        policy = loss_inputs(loss, batch, TokenLogps(torch.zeros(batch.scored.shape)), None, None)["policy"]
+        inputs = loss_inputs(loss, batch, TokenLogps(torch.zeros(batch.scored.shape)), None, None)
         for field in fields:
-            summed[field] += getattr(Totals.of(policy), field)
+            summed[field] += getattr(Totals.of(inputs["policy"], sizes=inputs.get("sizes")), field)
     assert {field: getattr(counted, field) for field in fields} == summed
     needed = {"num_prompt_tokens": loss.scores_prompt, "num_gold_tokens": loss.scores_gold}
     assert all((value > 0) == needed.get(field, True) for field, value in summed.items())

@@ -66,6 +66,10 @@ def loss_inputs(
         inputs["label"] = label.to(
             mask.device, non_blocking=True
         )  # else the host would wait for all that a GPU has to do
+    if loss.kind is Kind.LISTED:
+        rewards = [reward for e in batch.examples for reward in e.rewards or ()]
+        inputs["rewards"] = torch.tensor(rewards, dtype=out.logps.dtype).to(mask.device, non_blocking=True)
+        inputs["sizes"] = [len(e.completions) for e in batch.examples]
     if loss.kind is Kind.GROUPED:
         inputs["advantages"] = _advantages(batch, out.logps.dtype).to(mask.device, non_blocking=True)
         if loss.wants_prompt_tokens:

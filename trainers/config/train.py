@@ -45,7 +45,7 @@ class TrainConfig:
     """Remove the model and checkpoints that another run left in output_dir; logs and reference log-probs stay."""
     batch_size: Count | None = None
     """Examples of an optimizer step over all processes (default 8): rows for SFT and KTO, pairs for DPO and ORPO,
-    prompts for GRPO."""
+    lists, prompts for GRPO."""
     per_device_train_batch_size: Count | None = None
     """TRL's spelling: batch_size = this x gradient_accumulation_steps x processes; GRPO: divided by num_generations,
     since TRL counts completions."""

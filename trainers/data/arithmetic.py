@@ -16,6 +16,8 @@ from ..errors import UserError
 SPLITS = ("train", "test")
 TEST_SUMS = 600  # unordered pairs {a, b} held out, nearly two questions each
 _SPLIT_SEED = 20260101
+MISTAKES = (-10, -1, 1, 10)
+"""That somebody could make: one off, or a carry too many or too few."""
 
 
 def questions(split: str = "train") -> list[tuple[int, int]]:
@@ -32,8 +34,8 @@ def questions(split: str = "train") -> list[tuple[int, int]]:
 
 
 def wrong_sum(a: int, b: int, rng: random.Random) -> int:
-    """A mistake somebody could make: one off, or a carry too many or too few."""
-    return a + b + rng.choice((-10, -1, 1, 10))
+    """The sum with one of `MISTAKES`."""
+    return a + b + rng.choice(MISTAKES)
 
 
 def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
@@ -41,6 +43,7 @@ def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dic
 
     Sequences: prompt, completion. Pairs: prompt, chosen (the sum), rejected (a wrong one), reference (the sum again,
     for losses with a gold completion). Labeled: prompt, completion, label; a right and a wrong row for each question.
+    Listed: prompt, completions (the sum and two wrong ones), rewards (1 less a tenth of the error).
     Grouped: prompt, answer.
     """
     rng = random.Random(seed)
@@ -54,6 +57,10 @@ def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dic
         elif kind == Kind.LABELED:
             rows.append({"prompt": prompt, "completion": right, "label": True})
             rows.append({"prompt": prompt, "completion": wrong, "label": False})
+        elif kind == Kind.LISTED:
+            errors = [0, *rng.sample(MISTAKES, 2)]
+            rewards = [1 - abs(error) / 10 for error in errors]
+            rows.append({"prompt": prompt, "completions": [str(a + b + x) for x in errors], "rewards": rewards})
         else:
             rows.append({"prompt": prompt, "answer": right})
     return rows

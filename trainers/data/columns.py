@@ -13,6 +13,7 @@ from logratio.losses import LOSSES, Kind
 
 from ..errors import RowError, UserError, shown
 from .conversations import as_messages, check_value, is_written_out, template_options, with_system
+from .lists import COMPLETIONS, REWARDS, taken_apart
 from .report import BadRows
 from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
@@ -27,6 +28,7 @@ COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
         ("conversations", "chosen", "rejected"),
         ("chosen", "rejected"),
     ),
+    Kind.LISTED: (("prompt", COMPLETIONS, REWARDS), (COMPLETIONS, REWARDS)),
     Kind.GROUPED: (("prompt",),),
 }
 GOLD = "reference"  # the third, gold completion beside chosen and rejected (TPO)
@@ -41,6 +43,7 @@ class Source:
     label: None too for a pair, which a kind of labeled rows takes apart.
     weight: of every token of a sequence, or of a labeled completion, from the column of that name.
     margin: by how much chosen is better, from the column of that name, where it is read.
+    rewards: one a completion, of lists.
     columns: all that the row has.
     """
 
@@ -52,14 +55,15 @@ class Source:
     label: bool | None = None
     weight: float = 1.0
     margin: float | None = None
+    rewards: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """In which columns and which format the rows are: those of the first row that can be used.
 
-    prompt: None where there is no such column. completions: the others that hold text. names: all of that row.
-    margin: pairs have one.
+    prompt: None where there is no such column. completions: the others that hold text (of lists: the one that holds all
+    of them). names: all of that row. margin: pairs have one.
     """
 
     kind: Kind
@@ -108,8 +112,10 @@ def _layout(row: Mapping[str, Any], where: str, kind: Kind, gold: bool) -> Layou
             "rejected: add the column, or use a method that needs pairs alone, as cpo"
         )
     prompt = columns[0] if columns[0] == "prompt" or len(columns) == 3 else None
-    completions = tuple(c for c in columns if c not in (prompt, "label"))
+    completions = tuple(c for c in columns if c not in (prompt, "label", REWARDS))
     value = row[columns[0]]
+    if columns[0] == COMPLETIONS:
+        value = taken_apart(row, where)[0][f"{COMPLETIONS}[0]"]
     if columns == ("text",) and is_written_out(value):
         raise UserError(
             f"{where}: 'text' is a list of messages written out: call the column 'messages', which goes through the "
@@ -136,12 +142,12 @@ def _columns_of(row: Mapping[str, Any], kind: Kind) -> tuple[str, ...] | None:
 def _hint(row: Mapping[str, Any], kind: Kind) -> str:
     """What to do about columns that will not do: a name that is near one that is missing, or the method that they are
     for; "" where neither is known."""
-    known = {column for sets in COLUMNS.values() for columns in sets for column in columns}
+    found = {other: columns for other in COLUMNS if (columns := _columns_of(row, other)) is not None}
+    known = {column for other in (kind, *found) for columns in COLUMNS[other] for column in columns}
     missing = sorted({column for columns in COLUMNS[kind] for column in columns} - row.keys())
     for name in (column for column in row if column not in known):
         if near := difflib.get_close_matches(str(name), missing, n=1, cutoff=0.75):
             return f"; is {name!r} meant to be {near[0]!r}? then rename it"
-    found = {other: columns for other in COLUMNS if (columns := _columns_of(row, other)) is not None}
     if not found:
         return ""
     best = max(found, key=lambda other: (len(found[other]), other is Kind.PAIRED))
@@ -167,7 +173,8 @@ def read_sources(bad: BadRows, layout: Layout, start: int = 0, stop: int | None 
 
 
 def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Source:
-    needed = (*layout.texts, "label") if layout.labeled else layout.texts
+    beside = ["label"] if layout.labeled else [REWARDS] if layout.kind is Kind.LISTED else []
+    needed = (*layout.texts, *beside)
     for column in needed:
         if row.get(column) is None:
             raise UserError(f"{where} lacks {column!r}, which the first row has: fill it in or remove the row")
@@ -177,6 +184,10 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
             f"{where} has {' and '.join(map(repr, more))}, which the first row lacks and which would not be read: "
             "give all rows the same columns"
         )
+    rewards = None
+    if layout.kind is Kind.LISTED:
+        row, names, rewards = taken_apart(row, where)
+        layout = replace(layout, completions=names)
     texts = {column: _text(row, column, where, layout) for column in layout.texts}
     prompt, completions = _parts(texts, where, layout)
     for column, completion in zip(layout.completions, completions, strict=True):
@@ -194,6 +205,7 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
         label,
         1.0 if weight is None else checked_weight(weight, where),
         _margin(row, where, layout),
+        rewards,
     )
 
 
@@ -251,14 +263,15 @@ def _check_plain(row: Mapping[str, Any], column: str, where: str, layout: Layout
 
 
 def _parts(texts: dict[str, Text], where: str, layout: Layout) -> tuple[Text | None, list[Text]]:
-    """The prompt and what follows it; pairs without a prompt share one."""
+    """The prompt and what follows it; pairs and lists without a prompt share one."""
     completions = [texts[column] for column in layout.completions]
     if layout.prompt is None:
         if len(completions) == 1:
             return None, completions
         for column in layout.completions:
             _check_completion(texts[column], f"{where}: {column!r}")
-        cut = implicit_prompt(*completions[:2])
+        compared = completions if layout.kind is Kind.LISTED else completions[:2]
+        cut = min(implicit_prompt(compared[0], other) for other in compared[1:])
         prompt = completions[0][:cut]
         completions = [_behind(text, prompt, where) for text in completions]
     else:

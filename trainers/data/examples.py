@@ -5,6 +5,7 @@ What a row needs to have, by the kind of the loss (`losses.Kind`), as plain text
     SEQUENCE  prompt + completion | messages | conversations (ShareGPT) | text; perhaps weight, see `token_weights.py`
     PAIRED    prompt + chosen + rejected | chosen + rejected, which begin with the same prompt; reference (TPO)
     LABELED   prompt + completion + label | pairs, each of which becomes two rows
+    LISTED    prompt + completions + rewards | completions + rewards; lists, equally long, of two at least
     GROUPED   prompt, and further columns for the rewards (`prepare_prompts`)
 
 Ids and masks are those of TRL 1.16 (`tokenization.py`). Differs from TRL: a row that could only be trained on by
@@ -117,7 +118,7 @@ def prepare(
     margin: bool = False,
     on_bad_row: OnBadRow = "error",
 ) -> tuple[list[Example], Report]:
-    """Tokenize rows of sequences, pairs or labeled completions.
+    """Tokenize rows of sequences, pairs, labeled completions or lists.
 
     max_length: of a prompt and one completion together, in tokens; the start is kept. None: no limit.
     completion_only_loss: of sequences; None: score the completion only where rows have one, all of the text otherwise.
@@ -248,7 +249,7 @@ def _shared_prompt(
     source: Source, prompt: list[int], wholes: list[list[int]], max_length: int | None, place: str, report: Report
 ) -> Example | None:
     """Completions, scored from where the first of them parts from the prompt's ids, as in TRL: what of the prompt's
-    tail one completion tokenizes otherwise, is compared with what the other one has in its place."""
+    tail one completion tokenizes otherwise, is compared with what the others have in its place."""
     start = min(common_prefix(prompt, whole) for whole in wholes)
     report.moved += start < len(prompt)
     if start == 0:  # no prompt, and a tokenizer without BOS
@@ -268,7 +269,7 @@ def _shared_prompt(
         cut = len(whole) - start - len(ids)
         report.truncated += cut > 0
         report.tokens_cut += cut
-    report.identical += len(completions) > 1 and completions[0] == completions[1]
+    report.identical += len(completions) > 1 and source.rewards is None and completions[0] == completions[1]
     weighted = source.weight != 1
     report.weighted += weighted
     return Example(
@@ -277,4 +278,5 @@ def _shared_prompt(
         source.label,
         source.row,
         margin=source.margin,
+        rewards=source.rewards,
     )

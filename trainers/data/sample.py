@@ -10,8 +10,12 @@ PAIR = ("chosen", "rejected", "gold")
 
 
 def sample(example: Example, tokenizer: Any, turn: int = 0) -> list[tuple[str, str]]:
-    """(what, text) of the prompt and of both completions of a pair, or of one of the rollouts, which take turns."""
+    """(what, text) of the prompt and of both completions of a pair, of the best and the worst of a list, or of one of
+    the rollouts, which take turns."""
     chosen = list(enumerate(example.completions))
+    if example.rewards is not None:
+        ordered = sorted(chosen, key=lambda one: example.rewards[one[0]], reverse=True)  # type: ignore[index]
+        chosen = [ordered[0], ordered[-1]]
     if example.advantages is not None:
         chosen = chosen[turn % len(chosen) :][:1]
 
@@ -20,6 +24,8 @@ def sample(example: Example, tokenizer: Any, turn: int = 0) -> list[tuple[str, s
             given = example.advantages[i]
             one = sum(given) / max(len(given), 1) if isinstance(given, tuple) else given
             return f"advantage {one:.3g}"
+        if example.rewards is not None:
+            return f"reward {example.rewards[i]:.3g}"
         if len(example.completions) > 1:
             return PAIR[i]
         return {True: "desirable", False: "undesirable", None: "completion"}[example.label]

@@ -33,10 +33,10 @@ class Example:
     """What every method trains on: a prompt and its completions.
 
     prompt_ids: never empty, so that every scored token has a predecessor.
-    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), or rollouts (GRPO). Of the
-        data set's, none is without a scored token.
-    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO),
-        or one for each of its scored tokens. margin: by how much chosen is better than rejected (DPO).
+    completions: one (SFT, KTO), chosen and rejected (DPO, CPO, ORPO), these and gold (TPO), a list (listwise), or
+        rollouts (GRPO). Of the data set's, none is without a scored token.
+    label: True where the completion is desirable (KTO). advantages: one a completion (GRPO), or one for each of its
+        scored tokens. margin: by how much chosen is better than rejected (DPO). rewards: one a completion (listwise).
     row: index in the data set, for messages.
     whole_tokens: scored tokens of the example that this one is a part of; None: it is whole.
     """
@@ -48,6 +48,7 @@ class Example:
     advantages: tuple[float | tuple[float, ...], ...] | None = None
     whole_tokens: int | None = None
     margin: float | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,7 +60,10 @@ class Example:
         """The same prompt with some of its completions."""
         kept = [self.completions[i] for i in completions]
         advantages = None if self.advantages is None else tuple(self.advantages[i] for i in completions)
-        return dataclasses.replace(self, completions=kept, advantages=advantages, whole_tokens=self.prompt_tokens)
+        rewards = None if self.rewards is None else tuple(self.rewards[i] for i in completions)
+        return dataclasses.replace(
+            self, completions=kept, advantages=advantages, whole_tokens=self.prompt_tokens, rewards=rewards
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from typing import Any
 from logratio.losses import Kind, Loss
 from logratio.trainers.data.examples import Completion, Example
 
+from ...memory.roofline import LIST
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -60,7 +62,8 @@ WORKLOADS = {
 def examples(loss: Loss, lengths: Lengths, count: int, *, vocab_size: int, seed: int, group: int = 8) -> list[Example]:
     """`count` examples of the loss's kind. group: completions of a prompt, where the loss learns from rollouts."""
     rng = random.Random(seed)
-    completions = {Kind.PAIRED: 3 if loss.scores_gold else 2, Kind.GROUPED: group}.get(loss.kind, 1)
+    pair = 3 if loss.scores_gold else 2
+    completions = {Kind.PAIRED: pair, Kind.LISTED: LIST, Kind.GROUPED: group}.get(loss.kind, 1)
 
     def ids(n: int) -> list[int]:
         return [rng.randrange(vocab_size) for _ in range(n)]
@@ -71,6 +74,8 @@ def examples(loss: Loss, lengths: Lengths, count: int, *, vocab_size: int, seed:
         extra: dict[str, Any] = {}
         if loss.kind is Kind.LABELED:
             extra["label"] = row % 2 == 0
+        if loss.kind is Kind.LISTED:
+            extra["rewards"] = tuple(rng.gauss(0, 1) for _ in answers)
         if loss.kind is Kind.GROUPED:
             extra["advantages"] = tuple(rng.gauss(0, 1) for _ in answers)
         out.append(Example(ids(prompt), [Completion(ids(n)) for n in answers], row=row, **extra))

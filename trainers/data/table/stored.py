@@ -8,6 +8,7 @@ import math
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -49,6 +50,7 @@ class Columns(NamedTuple):
     margin: Any
     scored: Lists | None
     weights: Lists | None
+    rewards: Lists | None
     rest: Lists | None
 
 
@@ -108,7 +110,10 @@ class Table:
         ]
         label, margin = int(columns.label[i]), float(columns.margin[i])
         known = None if math.isnan(margin) else margin
-        return Example(ids[: cuts[0]], completions, None if label < 0 else bool(label), row, margin=known)
+        rewards = None if columns.rewards is None else columns.rewards.of(i)
+        rewards = None if rewards is None else tuple(rewards.tolist())
+        known_label = None if label < 0 else bool(label)
+        return Example(ids[: cuts[0]], completions, known_label, row, margin=known, rewards=rewards)
 
     def _load(self, number: int) -> Columns:
         batch = self._file.get_batch(number)
@@ -123,7 +128,8 @@ class Table:
         ids, lengths = lists("ids"), lists("lengths")
         assert ids is not None and lengths is not None
         row, label, margin = (batch.column(name).to_numpy() for name in ("row", "label", "margin"))
-        columns = Columns(ids, lengths, row, label, margin, lists("scored"), lists("weights"), lists("rest"))
+        others = (lists(name) for name in ("scored", "weights", "rewards", "rest"))
+        columns = Columns(ids, lengths, row, label, margin, *others)
         self._columns[number] = columns
         return columns
 
@@ -187,9 +193,7 @@ class Examples(Sequence[Any]):
         number = bisect_right(self.starts, index) - 1
         made = self.tables[number][index - self.starts[number]]
         row = self._row(number, made.row)
-        if isinstance(made, Prompt):
-            return Prompt(made.prompt_ids, made.prompt, made.columns, row)
-        return Example(made.prompt_ids, made.completions, made.label, row, margin=made.margin)
+        return replace(made, row=row)
 
     def _row(self, number: int, row: int) -> int:
         return row if len(self.tables) == 1 else Row.of(row, self._rows_before[number], self.names[number])

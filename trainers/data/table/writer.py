@@ -6,6 +6,7 @@
     label    1, 0, or -1 for None
     margin   of a pair, NaN for None
     scored, weights   of the only completion, null where it has none
+    rewards  of the completions of a list, null else
     rest     of a `Prompt`, null else: JSON of its text or messages, and its columns (`values.py`)
 
 Behind the Arrow file stands what is known of all its rows, as JSON (`close`), and an `END`, by whose hash a damaged
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         "margin": pa.float64(),
         "scored": pa.list_(pa.uint8()),
         "weights": pa.list_(pa.float64()),
+        "rewards": pa.list_(pa.float64()),
         "rest": pa.list_(pa.uint8()),
     }
 )
@@ -123,6 +125,7 @@ class TableWriter:
         lists["lengths"].add([len(made.prompt_ids), *(len(c.ids) for c in completions)])
         lists["scored"].add(None if masked is None else masked.scored)
         lists["weights"].add(None if masked is None else masked.weights)
+        lists["rewards"].add(made.rewards if isinstance(made, Example) else None)
         lists["rest"].add(_rest(made) if isinstance(made, Prompt) else None)
         label = made.label if isinstance(made, Example) else None
         self._labels.append(-1 if label is None else label)
