@@ -12,8 +12,9 @@ Two faults of the kind that the law `split` finds, intermediate micro-batches dr
 and means of means, weakened the SFT that many papers compare with (arXiv 2604.23747).
 """
 
-from .book import LAWS, Asking, Broken, Law, NotAsked
-from .check import Report, TrainerLawViolation, check_trainer, verdicts
+from .._verdicts import LawViolation, Report
+from .book import LAWS
+from .check import check_trainer, verdicts
 from .trained import DESIGNS, IDS, KINDS, Trained, adamw, make_rows, sgd
 
 __all__ = [
@@ -21,13 +22,9 @@ __all__ = [
     "IDS",
     "KINDS",
     "LAWS",
-    "Asking",
-    "Broken",
-    "Law",
-    "NotAsked",
+    "LawViolation",
     "Report",
     "Trained",
-    "TrainerLawViolation",
     "adamw",
     "check_trainer",
     "make_rows",

@@ -8,19 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .._verdicts import NotAsked
 from .trained import Trained, make_rows, show_row
 
 ALWAYS = ("batch_size", "steps")
 OPTIONAL = ("micro_batch_size", "processes", "seed", "learning_rate", "stop_after")
 """What `fn` may take beside its rows, `batch_size` and `steps`."""
-
-
-class Broken(AssertionError):
-    """A law is broken; says by how much."""
-
-
-class NotAsked(Exception):
-    """A law cannot be asked of this trainer, or this run; says why."""
 
 
 @dataclass(frozen=True)

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 
+from .._verdicts import Broken, LawViolation, NotAsked, Report
 from . import laws as _laws  # noqa: F401  it fills the book
-from .book import LAWS, Asking, Broken, Case, Law, NotAsked
+from .book import LAWS, Asking, Case, Law
 from .trained import KINDS, Trained
-
-
-class TrainerLawViolation(AssertionError):
-    """A trainer breaks a law; the message names the law, states it, and shows the smallest rows found."""
-
-    def __init__(self, law: str, message: str) -> None:
-        super().__init__(f"{law}: {message}")
-        self.law = law
-
-
-@dataclass
-class Report:
-    """held: the laws that the trainer keeps. not_asked: those that it was not asked, and why. runs: of the trainer."""
-
-    held: list[str] = field(default_factory=list)
-    not_asked: dict[str, str] = field(default_factory=dict)
-    runs: int = 0
-
-    def __str__(self) -> str:
-        lines = [f"held: {', '.join(self.held) or 'none'} ({self.runs} runs)"]
-        return "\n".join([*lines, *(f"not asked: {name}: {reason}" for name, reason in self.not_asked.items())])
 
 
 def check_trainer(
@@ -41,7 +20,7 @@ def check_trainer(
     rtol: float | None = None,
     shrink_runs: int = 40,
 ) -> Report:
-    """Hold a trainer to the laws; raise `TrainerLawViolation` for the first that it breaks.
+    """Hold a trainer to the laws; raise `LawViolation` for the first that it breaks.
 
     kind: of its rows, see `make_rows`. loss_at_start: what its first loss is whatever the rows, such as ln 2. laws:
     only these. skip: all but these, for a trainer that means to break them. rtol: how far two runs may be apart that
@@ -52,7 +31,7 @@ def check_trainer(
     for name, verdict in verdicts(
         fn, kind, loss_at_start=loss_at_start, laws=laws, skip=skip, rtol=rtol, shrink_runs=shrink_runs, report=report
     ):
-        if isinstance(verdict, TrainerLawViolation):
+        if isinstance(verdict, LawViolation):
             raise verdict
         if verdict is None:
             report.held.append(name)
@@ -73,7 +52,7 @@ def verdicts(
     rtol: float | None = None,
     shrink_runs: int = 40,
     report: Report | None = None,
-) -> Iterator[tuple[str, TrainerLawViolation | str | None]]:
+) -> Iterator[tuple[str, LawViolation | str | None]]:
     """(law, None where it is kept, the violation, or why it is not asked), law by law; arguments of `check_trainer`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -88,14 +67,14 @@ def verdicts(
                 report.runs = ask.runs
 
 
-def _verdict(ask: Asking, one: Law, shrink_runs: int) -> TrainerLawViolation | str | None:
+def _verdict(ask: Asking, one: Law, shrink_runs: int) -> LawViolation | str | None:
     try:
         one.check(ask, one.case)
     except NotAsked as reason:
         return str(reason)
     except Broken as broken:
         case, detail = _smallest(ask, one, one.case, str(broken), shrink_runs)
-        return TrainerLawViolation(one.name, f"{one.statement}\n  {detail}\n{ask.show(case)}")
+        return LawViolation(one.name, f"{one.statement}\n  {detail}\n{ask.show(case)}")
     return None
 
 

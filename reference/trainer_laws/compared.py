@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .book import Broken
+from .._verdicts import Broken
 from .trained import Trained, joined
 
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-4}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .book import Asking, Broken, Case, NotAsked, law
+from .._verdicts import Broken, NotAsked
+from .book import Asking, Case, law
 from .compared import equal, listed, rounding, same_run, same_start, same_vector, tolerance
 from .trained import Trained, joined
 

@@ -20,8 +20,8 @@ class Trained:
 
     losses: one an optimizer step, as the trainer reports them. start, end: every tensor of the model by its name,
     copied before the first step and behind the last. trained: the names that are meant to move; None: all.
-    gradient: what the optimizer was given in the first step, by name; a factor is not seen in AdamW's update, which
-    hardly depends on it, so give it unless the optimizer is SGD. update: the optimizer's first step, see `sgd`, `adamw`.
+    gradient: what the optimizer was given in the first step, by name; AdamW's update hardly depends on its size, so
+    without it a factor is seen under SGD alone. update: the optimizer's first step, see `sgd`, `adamw`.
     """
 
     losses: Sequence[float]
@@ -57,8 +57,8 @@ DESIGNS: dict[str, Callable[[int, int], tuple[int, int]]] = {
     "uneven": lambda i, n: (1, n + 1) if i % 2 == 0 else (n + 1, 1),
     "ragged": lambda i, n: (1 + n * i, 1),
 }
-"""(number of a row, size) -> (prompt tokens, scored tokens). All lengths alike; as many tokens in all, but unevenly many
-of them scored; as many scored, behind prompts of other lengths. So a law is broken by what it speaks of alone."""
+"""(number of a row, size) -> (prompt tokens, scored tokens). All lengths alike; as many tokens in all, unevenly many of
+them scored; as many scored, behind prompts of other lengths. So a law is broken by what it speaks of alone."""
 
 
 def make_rows(kind: str, design: str, count: int, size: int, draw: int = 0) -> list[dict[str, Any]]:

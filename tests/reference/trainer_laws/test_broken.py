@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from logratio.reference.trainer_laws import LAWS, Trained, TrainerLawViolation, check_trainer, verdicts
+from logratio.reference.trainer_laws import LAWS, LawViolation, Trained, check_trainer, verdicts
 
 from ._plain import Plain
 
@@ -48,7 +48,7 @@ def test_a_right_trainer_keeps_them(trainer):
 
 @pytest.mark.parametrize(("mistake", "law"), BROKEN.values(), ids=BROKEN)
 def test_a_mistake_breaks_its_law(mistake, law):
-    with pytest.raises(TrainerLawViolation) as violation:
+    with pytest.raises(LawViolation) as violation:
         checked(Plain(**mistake))
     assert violation.value.law == law
     assert str(violation.value).startswith(f"{law}: {LAWS[law].statement}\n  ")
@@ -66,23 +66,21 @@ def test_the_order_within_a_window():
     def fn(rows, *, batch_size, steps):
         return sorts(rows, batch_size=batch_size, steps=steps, micro_batch_size=batch_size, processes=1, seed=0)
 
-    with pytest.raises(TrainerLawViolation, match="^order: .*\n  rows backwards against forwards: the gradient "):
+    with pytest.raises(LawViolation, match="^order: .*\n  rows backwards against forwards: the gradient "):
         check_trainer(fn)
 
 
 def test_the_message_shows_the_smallest_rows_and_by_how_much():
-    with pytest.raises(TrainerLawViolation) as violation:
+    with pytest.raises(LawViolation) as violation:
         checked(Plain(keeps="ends"))
     lines = str(violation.value).splitlines()
     assert lines[0].startswith("split: The size of micro-batches changes nothing: ")
     assert lines[1].startswith("  micro_batch_size=1 against 3: the gradient differs by ")
     assert lines[2] == "  3 rows, batch_size=3, steps=1:", "two micro-batches have no intermediate one"
     assert len(lines) == 6 and all("prompt=[" in line and "completion=[" in line for line in lines[3:])
-    with pytest.raises(TrainerLawViolation, match="the gradient is 0.5 times as large, most in lora.[AB]\n  2 rows"):
+    with pytest.raises(LawViolation, match="the gradient is 0.5 times as large, most in lora.[AB]\n  2 rows"):
         checked(Plain(averages_processes=True))
-    with pytest.raises(
-        TrainerLawViolation, match="the loss falls 2 times as fast as the gradient says\n  1 row, batch"
-    ):
+    with pytest.raises(LawViolation, match="the loss falls 2 times as fast as .*\n  1 row, batch"):
         checked(Plain(divides_twice=True))
 
 
@@ -96,7 +94,7 @@ def test_the_search_for_the_smallest_ends():
     def fn(rows, *, batch_size, steps, micro_batch_size):
         return counted(rows, batch_size=batch_size, steps=steps, micro_batch_size=micro_batch_size, processes=1, seed=0)
 
-    with pytest.raises(TrainerLawViolation, match="4 rows"):
+    with pytest.raises(LawViolation, match="4 rows"):
         check_trainer(fn, laws=["split"], shrink_runs=0)
     assert len(runs) == 2
 
@@ -106,7 +104,7 @@ def test_what_cannot_be_asked_is_said_and_not_passed():
         trained = Plain()(rows, batch_size=batch_size, steps=steps, micro_batch_size=batch_size, processes=1, seed=0)
         return Trained(trained.losses, trained.start, trained.end)
 
-    with pytest.raises(TrainerLawViolation, match="^moves: .*\n  unmoved: embed, head"):
+    with pytest.raises(LawViolation, match="^moves: .*\n  unmoved: embed, head"):
         check_trainer(fn)
     report = check_trainer(fn, skip=["moves"])
     assert report.held == ["deterministic", "order"]
@@ -127,14 +125,14 @@ def test_adamw_hides_a_factor_unless_the_gradient_is_told():
         return Trained(told.losses, told.start, told.end, told.trained)
 
     assert "world_size" not in check_trainer(silent, rtol=1e-4).not_asked
-    with pytest.raises(TrainerLawViolation, match="^world_size: "):
+    with pytest.raises(LawViolation, match="^world_size: "):
         checked(Plain(optimizer="adamw", averages_processes=True))
 
 
 def test_all_verdicts_can_be_had():
     found = dict(verdicts(Plain(keeps="last", decays_anyway=True)))
     assert list(found) == list(LAWS)
-    broken = {name for name, verdict in found.items() if isinstance(verdict, TrainerLawViolation)}
+    broken = {name for name, verdict in found.items() if isinstance(verdict, LawViolation)}
     assert broken >= {"learning_rate_0", "split", "uneven", "padding", "last_window"}
     assert found["deterministic"] is None and found["start"] == "loss_at_start is not given"
 
