@@ -19,7 +19,7 @@ OPTIONAL = ("micro_batch_size", "processes", "seed", "learning_rate", "stop_afte
 @dataclass(frozen=True)
 class Case:
     """A small data set, and how it is trained on: `count` rows of a design of `make_rows`, batches of `batch_size`
-    rows (None: all)."""
+    rows (None: all), cut into micro-batches of `block` rows."""
 
     design: str
     count: int
@@ -27,11 +27,16 @@ class Case:
     draw: int
     batch_size: int | None = None
     steps: int = 1
-    micro_batch_size: int = 1
+    block: int = 1
+
+    def cut_into(self, block: int) -> Case:
+        """As many micro-batches, of so many rows."""
+        batch = None if self.batch_size is None else self.batch_size * block
+        return dataclasses.replace(self, count=self.count * block, batch_size=batch, block=block)
 
     def smaller(self, fewest: int) -> Iterator[Case]:
-        """Cases of the same design with less in them, the smallest first; at least `fewest` rows."""
-        counts = range(fewest, self.count) if self.batch_size is None else ()
+        """Cases of the same design with less in them, the smallest first; at least `fewest` micro-batches."""
+        counts = range(fewest * self.block, self.count, self.block) if self.batch_size is None else ()
         changes: list[dict[str, int]] = [{"count": n} for n in counts]
         changes += [{"size": n} for n in range(1, self.size)] + ([{"draw": 0}] if self.draw else [])
         yield from (dataclasses.replace(self, **change) for change in changes)
@@ -65,7 +70,7 @@ class Asking:
             raise NotAsked(f"fn takes no {' and no '.join(absent)}")
 
     def rows(self, case: Case) -> list[dict[str, Any]]:
-        return make_rows(self.kind, case.design, case.count, case.size, case.draw)
+        return make_rows(self.kind, case.design, case.count, case.size, case.draw, case.block)
 
     def run(self, case: Case, *, again: bool = False, order: tuple[int, ...] | None = None, **changed: Any) -> Trained:
         """Train on the case: in one micro-batch of one process with seed 0, unless it is `changed`, as far as fn takes
@@ -106,7 +111,8 @@ def _check(trained: Any, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Law:
-    """check(ask, case) raises Broken or NotAsked. case: on which; fewest: rows that it takes."""
+    """check(ask, case) raises Broken or NotAsked. case: on which, with micro-batches of one row; fewest: that it takes
+    of these."""
 
     name: str
     statement: str

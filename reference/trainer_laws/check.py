@@ -14,6 +14,7 @@ def check_trainer(
     fn: Callable[..., Trained],
     kind: str = "sequence",
     *,
+    micro_batch_size: int = 1,
     loss_at_start: float | None = None,
     laws: Collection[str] | None = None,
     skip: Collection[str] = (),
@@ -22,14 +23,23 @@ def check_trainer(
 ) -> Report:
     """Hold a trainer to the laws; raise `LawViolation` for the first that it breaks.
 
-    kind: of its rows, see `make_rows`. loss_at_start: what its first loss is whatever the rows, such as ln 2. laws:
+    kind: of its rows, see `make_rows`. micro_batch_size: the smallest that it takes; KTO may take none of one row.
+    loss_at_start: what its first loss is whatever the rows, such as ln 2. laws:
     only these. skip: all but these, for a trainer that means to break them. rtol: how far two runs may be apart that
     should be one, relative to the longer gradient or update; by default what the weights' dtype takes. shrink_runs: at
     most so many runs in search of the smallest rows. Raises ValueError for a law in `laws` that cannot be asked.
     """
     report = Report()
     for name, verdict in verdicts(
-        fn, kind, loss_at_start=loss_at_start, laws=laws, skip=skip, rtol=rtol, shrink_runs=shrink_runs, report=report
+        fn,
+        kind,
+        micro_batch_size=micro_batch_size,
+        loss_at_start=loss_at_start,
+        laws=laws,
+        skip=skip,
+        rtol=rtol,
+        shrink_runs=shrink_runs,
+        report=report,
     ):
         if isinstance(verdict, LawViolation):
             raise verdict
@@ -46,6 +56,7 @@ def verdicts(
     fn: Callable[..., Trained],
     kind: str = "sequence",
     *,
+    micro_batch_size: int = 1,
     loss_at_start: float | None = None,
     laws: Collection[str] | None = None,
     skip: Collection[str] = (),
@@ -62,18 +73,19 @@ def verdicts(
     ask = Asking(fn, kind, loss_at_start, rtol)
     for name, one in LAWS.items():
         if name in (LAWS if laws is None else laws):
-            yield name, "skipped" if name in skip else _verdict(ask, one, shrink_runs)
+            yield name, "skipped" if name in skip else _verdict(ask, one, micro_batch_size, shrink_runs)
             if report is not None:
                 report.runs = ask.runs
 
 
-def _verdict(ask: Asking, one: Law, shrink_runs: int) -> LawViolation | str | None:
+def _verdict(ask: Asking, one: Law, micro_batch_size: int, shrink_runs: int) -> LawViolation | str | None:
+    case = one.case.cut_into(micro_batch_size)
     try:
-        one.check(ask, one.case)
+        one.check(ask, case)
     except NotAsked as reason:
         return str(reason)
     except Broken as broken:
-        case, detail = _smallest(ask, one, one.case, str(broken), shrink_runs)
+        case, detail = _smallest(ask, one, case, str(broken), shrink_runs)
         return LawViolation(one.name, f"{one.statement}\n  {detail}\n{ask.show(case)}")
     return None
 

@@ -128,17 +128,17 @@ def order(ask: Asking, case: Case) -> None:
 def world_size(ask: Asking, case: Case) -> None:
     """Two processes learn what one does."""
     ask.needs("processes")
-    got = ask.run(case, processes=2, micro_batch_size=1)
+    got = ask.run(case, processes=2, micro_batch_size=case.block)
     same_run(got, ask.run(case), "processes=2 against 1", ask.rtol)
 
 
-@law(design="uneven", fewest=2)
+@law(fewest=2)
 def update(ask: Asking, case: Case) -> None:
     """The first step is the optimizer's formula of the whole window's gradient."""
     whole = ask.run(case)
     if whole.gradient is None or whole.update is None:
         raise NotAsked("the run does not tell its gradient and update")
-    got = ask.run(case, micro_batch_size=1)
+    got = ask.run(case, micro_batch_size=case.block)
     start = {name: got.start[name].double() for name in whole.gradient}
     expected = {name: whole.update(start[name], g.double()) - start[name] for name, g in whole.gradient.items()}
     moved = {name: got.end[name].double() - start[name] for name in expected}
@@ -154,11 +154,10 @@ def resume(ask: Asking, case: Case) -> None:
 
 
 def _cut(ask: Asking, case: Case) -> None:
-    """The run in micro-batches of one row against the run in whole windows."""
+    """The run in the smallest micro-batches against the run in whole windows."""
     ask.needs("micro_batch_size")
-    one = case.micro_batch_size
-    words = f"micro_batch_size={one} against {case.batch_size or case.count}"
-    same_run(ask.run(case, micro_batch_size=one), ask.run(case), words, ask.rtol)
+    words = f"micro_batch_size={case.block} against {case.batch_size or case.count}"
+    same_run(ask.run(case, micro_batch_size=case.block), ask.run(case), words, ask.rtol)
 
 
 def _unmoved(trained: Trained, but: set[str] | None) -> None:

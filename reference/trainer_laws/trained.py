@@ -61,10 +61,12 @@ DESIGNS: dict[str, Callable[[int, int], tuple[int, int]]] = {
 them scored; as many scored, behind prompts of other lengths. So a law is broken by what it speaks of alone."""
 
 
-def make_rows(kind: str, design: str, count: int, size: int, draw: int = 0) -> list[dict[str, Any]]:
+def make_rows(kind: str, design: str, count: int, size: int, draw: int = 0, block: int = 1) -> list[dict[str, Any]]:
     """Rows of a kind: `prompt` with `completion` (sequence), `chosen`, `rejected` and, for triples, `reference`
-    (paired), `completion` and `label` (labeled), `completions` and their `rewards` (grouped); lists of token ids."""
-    return [_row(kind, i, *DESIGNS[design](i, size), random.Random(1000 * draw + i)) for i in range(count)]
+    (paired), `completion` and `label` (labeled), `completions` and their `rewards` (grouped), lists of token ids; and
+    `row`, its number, by which rows are told apart whose prompts happen to be equal. block: so many neighbours have the
+    same lengths."""
+    return [_row(kind, i, *DESIGNS[design](i // block, size), random.Random(1000 * draw + i)) for i in range(count)]
 
 
 def _row(kind: str, i: int, prompt: int, scored: int, numbers: random.Random) -> dict[str, Any]:
@@ -78,12 +80,12 @@ def _row(kind: str, i: int, prompt: int, scored: int, numbers: random.Random) ->
         "labeled": {"completion": said[0], "label": i % 2 == 0},
         "grouped": {"completions": said[:2], "rewards": [1.0, 0.25 * (i % 3)]},
     }
-    return {"prompt": asked, **parts[kind]}
+    return {"row": i, "prompt": asked, **parts[kind]}
 
 
 def show_row(row: Mapping[str, Any]) -> str:
     """prompt=[3 1] chosen=[4 0] ..."""
-    return " ".join(f"{name}={_shown(value)}" for name, value in row.items() if name != "reference")
+    return " ".join(f"{name}={_shown(value)}" for name, value in row.items() if name not in ("row", "reference"))
 
 
 def _shown(value: Any) -> str:
