@@ -13,8 +13,11 @@ from .book import Asking, Case, law
 from .compared import equal, listed, rounding, same_run, same_start, same_vector, tolerance
 from .trained import Trained, joined
 
-SLOPE = 0.02
-"""Relative error of the slope that the law `gradient` measures."""
+STRAIGHT, SLOPE = 0.1, 0.05
+"""How far the slopes of a step and of half of it may be apart, where the law `gradient` measures one; and how far it
+may be from 1, which leaves room for the square of the first."""
+SEEN = 1e-4
+"""Change of a loss, beside it or 1, that float32 tells to a hundredth."""
 
 
 @law(steps=2)
@@ -85,15 +88,21 @@ def gradient(ask: Asking, case: Case) -> None:
     ask.needs("learning_rate")
     if ask.learning_rate is None:
         raise NotAsked("fn's learning_rate has no default to begin with")
-    slopes = [_slope(ask, case, ask.learning_rate * part) for part in (1.0, 0.5)]
-    if abs(slopes[0] - slopes[1]) > 0.2 * abs(slopes[1]):
-        raise NotAsked(f"steps of the learning rate {ask.learning_rate:g} are too large to tell a slope")
-    slope = 2 * slopes[1] - slopes[0]  # what both would be for a step of no length, up to its square
-    if abs(slope - 1) > SLOPE:
-        raise Broken(f"the loss falls {slope:.2g} times as fast as the gradient says")
+    found = None
+    for part in (1.0, 1 / 8, 1 / 64, 1 / 512):
+        whole, half = (_slope(ask, case, ask.learning_rate * part * length) for length in (1.0, 0.5))
+        if abs(whole - half) > STRAIGHT * abs(half):
+            continue
+        slope = 2 * half - whole  # what both would be for a step of no length, up to its square
+        if abs(slope - 1) <= SLOPE:
+            return
+        if found is not None and abs(slope - found) <= SLOPE * abs(found):  # no accident of a step that is too large
+            raise Broken(f"the loss falls {slope:.2g} times as fast as the gradient says")
+        found = slope
+    raise NotAsked(f"steps of the learning rate {ask.learning_rate:g}, and of a 512th, are too large to tell a slope")
 
 
-@law(fewest=2)
+@law(steps=2, fewest=2)
 def split(ask: Asking, case: Case) -> None:
     """The size of micro-batches changes nothing: every row's gradient is there once, whatever it was computed with."""
     _cut(ask, case)
@@ -117,7 +126,7 @@ def last_window(ask: Asking, case: Case) -> None:
     _cut(ask, case)
 
 
-@law(design="uneven", count=3, fewest=2)
+@law(design="uneven", count=3, steps=2, fewest=2)
 def order(ask: Asking, case: Case) -> None:
     """The order of the rows within a window changes nothing."""
     backwards = tuple(reversed(range(case.count)))
@@ -178,4 +187,7 @@ def _slope(ask: Asking, case: Case, learning_rate: float) -> float:
     expected = (joined(first.gradient, names) @ moved).item()
     if not expected:
         raise NotAsked("the gradient is 0")
-    return (both.losses[1] - both.losses[0]) / expected
+    changed = both.losses[1] - both.losses[0]
+    if not abs(changed) > SEEN * max(abs(both.losses[0]), 1.0):
+        raise NotAsked(f"a step of the learning rate {learning_rate:.3g} changes the loss too little to tell a slope")
+    return changed / expected

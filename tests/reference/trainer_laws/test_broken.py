@@ -34,6 +34,9 @@ BROKEN = {
 }
 
 
+ALONE = {"micro_batch_size": 8, "processes": 1, "seed": 0}
+
+
 def checked(trainer: Plain, **options):
     kind = "paired" if trainer.paired else "sequence"
     return check_trainer(trainer, kind, loss_at_start=math.log(2) if trainer.paired else None, **options)
@@ -76,7 +79,7 @@ def test_the_message_shows_the_smallest_rows_and_by_how_much():
     lines = str(violation.value).splitlines()
     assert lines[0].startswith("split: The size of micro-batches changes nothing: ")
     assert lines[1].startswith("  micro_batch_size=1 against 3: the gradient differs by ")
-    assert lines[2] == "  3 rows, batch_size=3, steps=1:", "two micro-batches have no intermediate one"
+    assert lines[2] == "  3 rows, batch_size=3, steps=2:", "two micro-batches have no intermediate one"
     assert len(lines) == 6 and all("prompt=[" in line and "completion=[" in line for line in lines[3:])
     with pytest.raises(LawViolation, match="the gradient is 0.5 times as large, most in lora.[AB]\n  2 rows"):
         checked(Plain(averages_processes=True))
@@ -116,6 +119,20 @@ def test_what_cannot_be_asked_is_said_and_not_passed():
     assert str(report).startswith(f"held: deterministic, order ({report.runs} runs)\nnot asked: frozen: every tensor")
     with pytest.raises(ValueError, match="world_size cannot be asked: fn takes no processes"):
         check_trainer(fn, laws=["world_size"])
+
+
+def test_a_gradient_of_steps_that_are_too_large_is_not_judged():
+    def fn(rows, *, batch_size, steps, learning_rate=1000.0):
+        return Plain()(rows, batch_size=batch_size, steps=steps, learning_rate=learning_rate, **ALONE)
+
+    assert "too large to tell a slope" in check_trainer(fn, skip=["update"]).not_asked["gradient"]
+    right, small = Plain(), 1e-7
+    report = check_trainer(
+        lambda rows, *, batch_size, steps, learning_rate=small: right(
+            rows, batch_size=batch_size, steps=steps, learning_rate=learning_rate, **ALONE
+        )
+    )
+    assert "too little to tell a slope" in report.not_asked["gradient"]
 
 
 def test_adamw_hides_a_factor_unless_the_gradient_is_told():
