@@ -136,7 +136,7 @@ def _laws(atlas: dict[str, Any]) -> str:
     rows = []
     for row in atlas["laws"]:
         broken = [
-            f"{_code(law)}: {said} {LAW_REASONS.get((row['trainer'], law), '')}" for law, said in row["broken"].items()
+            f"{_code(law)}: {said}. {LAW_REASONS.get((row['trainer'], law), '')}" for law, said in row["broken"].items()
         ]
         rows.append(
             [row["trainer"], f"{len(row['held'])}", "<br>".join(broken), ", ".join(map(_code, row["not_asked"]))]

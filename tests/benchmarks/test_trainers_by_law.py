@@ -1,20 +1,12 @@
 """Our trainer keeps the laws of trainers in every method, on one process and on two; what the others break is known."""
 
-import math
-
 import pytest
 
 from logratio.benchmarks.peers.our_trainer import our_trainer
 from logratio.benchmarks.peers.their_trainers import KINDS, transformers_trainer, trl_trainer
+from logratio.benchmarks.peers.trainer_rows import OPTIONS
 from logratio.losses import LOSSES
 from logratio.reference.laws import LawViolation, check_trainer
-
-# TRL refuses KTO in micro-batches of one row; the value that GRPO reports does not fall.
-OPTIONS = {
-    "dpo": {"loss_at_start": math.log(2)},
-    "kto": {"micro_batch_size": 2},
-    "grpo": {"skip": ["gradient"]},
-}
 
 
 def checked(method, fn, **more):
