@@ -129,7 +129,8 @@ def copied(run: Run) -> dict[str, Tensor]:
 
 def said_in(rows: Rows, prompts: list[str]) -> dict[str, Any]:
     """The completions that the rows have, of each prompt in turn."""
-    eos, seen, ids = tiny_tokenizer().eos_token_id, {}, []
+    seen: dict[str, int] = {}
+    eos, ids = tiny_tokenizer().eos_token_id, []
     for prompt in prompts:
         row = row_of(rows, prompt)
         ids.append([*ids_of(row["completions"][seen.get(prompt, 0) % len(row["completions"])]), eos])

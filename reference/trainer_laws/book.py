@@ -37,7 +37,7 @@ class Case:
     def smaller(self, fewest: int) -> Iterator[Case]:
         """Cases of the same design with less in them, the smallest first; at least `fewest` micro-batches."""
         counts = range(fewest * self.block, self.count, self.block) if self.batch_size is None else ()
-        changes: list[dict[str, int]] = [{"count": n} for n in counts]
+        changes: list[dict[str, Any]] = [{"count": n} for n in counts]
         changes += [{"size": n} for n in range(1, self.size)] + ([{"draw": 0}] if self.draw else [])
         yield from (dataclasses.replace(self, **change) for change in changes)
 

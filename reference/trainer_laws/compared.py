@@ -38,8 +38,8 @@ def same_run(got: Trained, expected: Trained, words: str, rtol: float | None) ->
     rtol = tolerance(expected, rtol)
     if got.gradient is not None and expected.gradient is not None:
         same_vector(got.gradient, expected.gradient, "the gradient", words, rtol)
-    moved = [{name: t.end[name].double() - t.start[name].double() for name in t.moving} for t in (got, expected)]
-    same_vector(*moved, "the update", words, rtol, rounding(expected))
+    ours, theirs = ({name: t.end[name].double() - t.start[name].double() for name in t.moving} for t in (got, expected))
+    same_vector(ours, theirs, "the update", words, rtol, rounding(expected))
     for step, (a, b) in enumerate(zip(got.losses, expected.losses, strict=True), 1):
         if not abs(a - b) <= rtol * max(abs(a), abs(b), 1.0):
             raise Broken(f"{words}: the loss of step {step} is {a:.6g} against {b:.6g}")

@@ -74,7 +74,7 @@ def _row(kind: str, i: int, prompt: int, scored: int, numbers: random.Random) ->
     firsts = numbers.sample(range(IDS), 3)
     asked = [numbers.randrange(IDS) for _ in range(prompt)]
     said = [[first, *(numbers.randrange(IDS) for _ in range(scored - 1))] for first in firsts]
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "sequence": {"completion": said[0]},
         "paired": {"chosen": said[0], "rejected": said[1], "reference": said[2]},
         "labeled": {"completion": said[0], "label": i % 2 == 0},
