@@ -1,15 +1,17 @@
 """`logratio atlas`: every loss that TRL or Liger has too, measured against theirs, and why the ones that differ do.
 
-Three tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
+Four tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
 Splits: how far each one's gradient moves when the same batch is cut in micro-batches, as its user would accumulate.
-Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. A verdict is a measurement: one
-without its reason in `peers/reasons.py`, or a reason without its measurement, is an error (status 1).
+Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. Laws: which laws of whole
+trainers each one's trainer keeps. A verdict is a measurement: one without its reason in `peers/reasons.py` or
+`peers/trainer_rows.py`, or a reason without its measurement, is an error (status 1).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .peers.compared import ATLAS, Asked, Compared
 from .peers.faults import FAULTS, measure_faults
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
+from .peers.trainer_rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient
 from .progress import Progress
 from .reporting import drawing
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         with drawing():
             from .reporting.atlas_plots import draw
     compared = [case for case in ATLAS if method in (None, case.method)]
-    atlas = measure(compared, FAULTS if method is None else [])
+    atlas = measure(compared, *((FAULTS, TRAINERS) if method is None else ()))
     Console(highlight=False).print(markdown(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
@@ -77,11 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[str, Any]:
+def measure(
+    compared: Sequence[Compared], faults: Sequence[Any] = (), trainers: Mapping[str, Any] = types.MappingProxyType({})
+) -> dict[str, Any]:
     """All that the atlas says, ready for JSON."""
     torch.set_num_threads(1)
-    variants, splits, seen = [], [], []
-    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults)) as progress:
+    variants, splits, seen, laws = [], [], [], []
+    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults) + len(trainers)) as progress:
         for case in compared:
             progress.begin(case.name)
             more, split = measure_one(case)
@@ -92,6 +97,10 @@ def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[st
             progress.begin(fault.name)
             seen += measure_faults([fault])
             progress.step(f"fault: {fault.name}")
+        for name, subject in trainers.items():
+            progress.begin(name)
+            laws.append(measure_trainer(name, subject))
+            progress.step(f"laws: {name}")
     return {
         "command": "logratio atlas",
         "versions": peers.versions(),
@@ -102,6 +111,7 @@ def measure(compared: Sequence[Compared], faults: Sequence[Any] = ()) -> dict[st
         "variants": variants,
         "splits": splits,
         "faults": seen,
+        "laws": laws,
     }
 
 
@@ -170,10 +180,11 @@ def problems(atlas: dict[str, Any]) -> list[str]:
                 out.append(f"{peer}, {row['fault']}: no fault was seen ({row[peer]['shown']})")
         if not row["ours"]["sound"]:
             out.append(f"ours, {row['fault']}: {row['ours']['shown']}")
-    return out
+    return out + law_problems(atlas["laws"])
 
 
 def stale(atlas: dict[str, Any]) -> list[str]:
     """Reasons for rows that are not there."""
     rows = {(row["peer"], row["variant"]) for row in atlas["variants"]}
-    return [f"{peer}, {name}: a reason for no row" for peer, name in {*REASONS, *SPLIT_REASONS} - rows]
+    rows |= {(name, law) for name, law in LAW_REASONS if name in TRAINERS}
+    return [f"{peer}, {name}: a reason for no row" for peer, name in {*REASONS, *SPLIT_REASONS, *LAW_REASONS} - rows]

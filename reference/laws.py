@@ -7,7 +7,8 @@ Each law is a plain function of a loss and a batch of `strategies` (and of what 
     from logratio.reference.laws import check_loss
     check_loss(MyLoss(beta=0.1))
 
-Laws of particular families of losses are in `family_laws.py`.
+Laws of particular families of losses are in `family_laws.py`. A whole trainer has laws too, `check_trainer`, as have
+an advantage, `check_advantage`, and an LM head, `check_kernel`: see `trainer_laws` and `function_laws`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,27 @@ from logratio.losses.types import Loss
 from . import generic_laws  # it fills the book
 from ._law_book import LAWS, Law
 from ._law_runs import copy, show
+from ._verdicts import LawViolation, Report
+from .function_laws import check_advantage, check_kernel
 from .strategies import Batch, batches
+from .trainer_laws import Trained, adamw, check_trainer, sgd
 
-__all__ = ["LAWS", "Law", "LawViolation", "check_loss", "for_every_batch", "generic_laws", "laws_of"]
-
-
-class LawViolation(AssertionError):
-    """A loss breaks a law; the message names the law, states it, and shows the smallest batch found."""
-
-    def __init__(self, law: str, message: str) -> None:
-        super().__init__(f"{law}: {message}")
-        self.law = law
+__all__ = [
+    "LAWS",
+    "Law",
+    "LawViolation",
+    "Report",
+    "Trained",
+    "adamw",
+    "check_advantage",
+    "check_kernel",
+    "check_loss",
+    "check_trainer",
+    "for_every_batch",
+    "generic_laws",
+    "laws_of",
+    "sgd",
+]
 
 
 def laws_of(loss: Loss) -> list[str]:

@@ -29,7 +29,7 @@ def test_its_python_runs_and_prints_what_it_says_or_is_the_sources_own() -> None
         "README.md",
         "CONTRIBUTING.md",
         "docs/totals.md",
-        "docs/own_loss.md",
+        "docs/laws.md",
         "docs/atlas.md",
         "docs/coming_from_trl.md",
         "docs/training.md",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .trainer_rows import LAW_REASONS
+
 PEER_NAMES = {"trl": "TRL", "liger": "Liger"}
 
 INTRODUCTION = """# Atlas: our losses beside TRL's and Liger's
@@ -45,6 +47,13 @@ largest entry of its gradient. Where no exact loss is given, a finite value and 
 holds exponents at 40: beyond, the loss is finite instead of right, and what is held has no gradient.
 """
 
+LAWS = """## Whole trainers, law by law
+
+What [`check_trainer`](laws.md#a-trainer) says of each: transformers' `Trainer` and TRL's under SGD, ours under AdamW,
+with LoRA on a tiny Llama in float32 on a CPU; ours on one process and on two. Not asked is what a trainer was not given
+a way to be asked.
+"""
+
 
 def markdown(atlas: dict[str, Any]) -> str:
     """The page."""
@@ -60,6 +69,8 @@ def markdown(atlas: dict[str, Any]) -> str:
     ]
     if atlas["faults"]:
         out += [FAULTS, _faults(atlas)]
+    if atlas["laws"]:
+        out += [LAWS, _laws(atlas)]
     return "\n".join(out)
 
 
@@ -119,3 +130,15 @@ def _faults(atlas: dict[str, Any]) -> str:
         results = [row[who]["shown"] if who in row else "" for who in (*PEER_NAMES, "ours")]
         rows.append([row["fault"], row["cause"], exact, *results])
     return _table(["input", "what happens", "exact loss", *PEER_NAMES.values(), "ours"], rows)
+
+
+def _laws(atlas: dict[str, Any]) -> str:
+    rows = []
+    for row in atlas["laws"]:
+        broken = [
+            f"{_code(law)}: {said}. {LAW_REASONS.get((row['trainer'], law), '')}" for law, said in row["broken"].items()
+        ]
+        rows.append(
+            [row["trainer"], f"{len(row['held'])}", "<br>".join(broken), ", ".join(map(_code, row["not_asked"]))]
+        )
+    return _table(["trainer", "laws held", "broken", "not asked"], rows)

@@ -103,6 +103,7 @@ def test_a_verdict_and_its_reason_must_fit(measured: dict, table: str, row: int,
 def test_a_reason_for_a_row_that_is_not_there_is_an_error(measured: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "REASONS", {("trl", "dpo aot"): "x", ("trl", "dpo nothing"): "y"})
     monkeypatch.setattr(atlas, "SPLIT_REASONS", {})
+    monkeypatch.setattr(atlas, "LAW_REASONS", {("TRL cpo", "uneven"): "z"})
     assert atlas.stale(measured) == ["trl, dpo nothing: a reason for no row"]
 
 
@@ -112,6 +113,8 @@ def test_a_wrong_reason_fails_the_command(
     monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "ATLAS", [same("sft", loss_type="nll")])
     monkeypatch.setattr(atlas, "FAULTS", [])
+    monkeypatch.setattr(atlas, "TRAINERS", {})
+    monkeypatch.setattr(atlas, "LAW_REASONS", {})
     monkeypatch.setattr(atlas, "REASONS", {})
     monkeypatch.setattr(atlas, "SPLIT_REASONS", {})
     assert atlas.main(["--out", str(tmp_path)]) == 0

@@ -19,7 +19,7 @@ ROLLOUT = f"{PREFIX}rollout_func"
 NOT_TAKEN = {
     "data_collator": "micro-batches are packed by the trainer",
     "compute_metrics": "evaluations report the method's metrics",
-    "compute_loss_func": "a loss of your own is a class (docs/own_loss.md): `logratio train --loss module:Class`",
+    "compute_loss_func": "a loss of your own is a class (docs/laws.md): `logratio train --loss module:Class`",
     "optimizer_cls_and_kwargs": "the optimizer is AdamW, by the option optim",
     "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
     "formatting_func": "format the rows with train_dataset.map beforehand",

@@ -1,0 +1,163 @@
+"""TRL's trainers and transformers' own, as `check_trainer` asks them: a tiny model with LoRA under SGD, in float32.
+
+`trl_trainer("dpo")` and `transformers_trainer` are its `fn`. They begin with the same model each time and take the rows
+in their order. Two processes they cannot be asked for here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from logratio.reference._trl_drive import DEFAULTS, built
+from logratio.reference.trainer_laws import Trained, sgd
+from logratio.trainers.policy.tiny import tiny_tokenizer
+
+from .truths import random_model
+
+Rows = list[dict[str, Any]]
+KINDS = {"sft": "sequence", "kto": "labeled", "grpo": "grouped"}
+"""method -> the kind of its rows; the others' are paired."""
+MAX_LENGTH = 128
+
+
+def text_of(ids: list[int]) -> str:
+    """A digit an id, which is a token a digit for the tiny tokenizer."""
+    return "".join(map(str, ids))
+
+
+def text_rows(rows: Rows) -> Rows:
+    """The rows in TRL's formats, but for rollouts; `row` makes prompts different that are not."""
+    parts = ("prompt", "completion", "chosen", "rejected", "reference")
+    return [{k: text_of(v) if k in parts else v for k, v in row.items() if k != "row"} for row in rows]
+
+
+def rollout_rows(rows: Rows, eos: int) -> Rows:
+    """A row a completion, its advantage against the mean of the group's rewards."""
+    return [
+        {"prompt_ids": ids_of(row["prompt"]), "completion_ids": [*ids_of(said), eos], "advantage": reward - mean}
+        for row in rows
+        for mean in [sum(row["rewards"]) / len(row["rewards"])]
+        for said, reward in zip(row["completions"], row["rewards"], strict=True)
+    ]
+
+
+def ids_of(ids: list[int]) -> list[int]:
+    """Of the tiny tokenizer, whose ids are bytes."""
+    return list(text_of(ids).encode())
+
+
+class Watch(TrainerCallback):
+    """What a trainer of transformers does, step by step: its losses, and the gradient of its first step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.losses: list[float] = []
+        self.gradient: dict[str, Tensor] = {}
+        self.so_far = 0.0
+        step = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            loss = step(*args, **kwargs)
+            self.so_far += loss.item()
+            return loss
+
+        trainer.training_step = training_step
+        trainer.add_callback(self)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.losses.append(self.so_far)
+        self.so_far = 0.0
+        if not self.gradient:
+            named = kwargs["model"].named_parameters()
+            self.gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+            self.gradient = {n: g for n, g in self.gradient.items() if n in self.trained(kwargs["model"])}
+
+    @staticmethod
+    def trained(model: Any) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def watched(trainer: Any, learning_rate: float) -> Trained:
+    """Train it to its end."""
+    watch = Watch(trainer)
+    start = copied(trainer.model)
+    trainer.train()
+    trained = Watch.trained(trainer.model)
+    return Trained(watch.losses, start, copied(trainer.model), trained, watch.gradient, sgd(learning_rate))
+
+
+def copied(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def options_of(batch_size: int, steps: int, micro_batch_size: int, seed: int, learning_rate: float) -> dict[str, Any]:
+    """Fields of transformers' TrainingArguments."""
+    return {
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": batch_size // micro_batch_size,
+        "max_steps": steps,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0.0,
+    }
+
+
+def tiny(adapters: float = 0.5) -> Any:
+    """adapters: the scale of B; at 0, as in a fresh adapter, the policy is its reference."""
+    return random_model(LlamaConfig, 3, adapters)
+
+
+def trl_trainer(method: str, adapters: float = 0.5, **options: Any) -> Callable[..., Trained]:
+    """TRL's trainer of a method. adapters: see `tiny`. options: fields of its configuration."""
+
+    def fn(
+        rows: Rows, *, batch_size: int, steps: int, micro_batch_size: int, seed: int, learning_rate: float = 0.05
+    ) -> Trained:
+        tokenizer, each = tiny_tokenizer(), 1
+        if method == "grpo":
+            each = len(rows[0]["completions"])
+            rows = rollout_rows(rows, tokenizer.eos_token_id)
+            rows = (rows * steps * batch_size * each)[
+                : steps * batch_size * each
+            ]  # its sampler makes whole windows only
+        else:
+            rows = text_rows(rows)
+        said = options_of(batch_size * each, steps, micro_batch_size * each, seed, learning_rate)
+        with built(method, tiny(adapters), tokenizer, rows, None, MAX_LENGTH, {**said, **options}) as trainer:
+            return watched(trainer, learning_rate)
+
+    return fn
+
+
+def transformers_trainer(
+    rows: Rows, *, batch_size: int, steps: int, micro_batch_size: int, seed: int, learning_rate: float = 0.05
+) -> Trained:
+    """transformers' Trainer, with the loss of its model and labels of -100 where nothing is scored."""
+    data = [{k: ids_of(v) for k, v in row.items() if k in ("prompt", "completion")} for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        said = options_of(batch_size, steps, micro_batch_size, seed, learning_rate)
+        arguments = TrainingArguments(folder, remove_unused_columns=False, **{**DEFAULTS, **said})
+        trainer = Trainer(tiny(), arguments, train_dataset=data, data_collator=collated)
+        trainer.remove_callback(PrinterCallback)
+        return watched(trainer, learning_rate)
+
+
+def collated(rows: Rows) -> dict[str, Tensor]:
+    """Padded on the right."""
+    width = max(len(row["prompt"] + row["completion"]) for row in rows)
+    ids, labels, seen = torch.zeros(len(rows), width, dtype=torch.int64), [], []
+    for i, row in enumerate(rows):
+        line = row["prompt"] + row["completion"]
+        ids[i, : len(line)] = torch.tensor(line)
+        rest = [-100] * (width - len(line))
+        labels.append([-100] * len(row["prompt"]) + row["completion"] + rest)
+        seen.append([1] * len(line) + [0] * (width - len(line)))
+    return {"input_ids": ids, "labels": torch.tensor(labels), "attention_mask": torch.tensor(seen)}

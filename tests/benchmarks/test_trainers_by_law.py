@@ -1,0 +1,51 @@
+"""Our trainer keeps the laws of trainers in every method, on one process and on two; what the others break is known."""
+
+import pytest
+
+from logratio.benchmarks.peers.our_trainer import our_trainer
+from logratio.benchmarks.peers.their_trainers import KINDS, transformers_trainer, trl_trainer
+from logratio.benchmarks.peers.trainer_rows import OPTIONS
+from logratio.losses import LOSSES
+from logratio.reference.laws import LawViolation, check_trainer
+
+
+def checked(method, fn, **more):
+    return check_trainer(fn, KINDS.get(method, "paired"), **{**OPTIONS.get(method, {}), **more})
+
+
+def test_ours_is_cut_as_it_may_be():
+    """One law of one method; the slow test below has all."""
+    assert checked("sft", our_trainer("sft"), laws=["uneven"]).held == ["uneven"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", LOSSES)
+def test_ours_keeps_them_all(method):
+    report = checked(method, our_trainer(method))
+    left_out = {"start"} - ({"start"} if method == "dpo" else set()) | ({"gradient"} if method == "grpo" else set())
+    assert set(report.not_asked) == left_out and "world_size" in report.held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_trls_keeps_those_that_it_can_be_asked(method):
+    skip = ["gradient", "last_window"] if method == "grpo" else []
+    fn = trl_trainer(method, adapters=0.0)
+    report = checked(method, fn, skip=skip)
+    assert {"frozen", "split", "uneven", "padding", "update"} <= set(report.held)
+    assert report.not_asked["world_size"] == "fn takes no processes"
+
+
+@pytest.mark.slow
+def test_transformers_keeps_those_that_it_can_be_asked():
+    assert {"split", "uneven", "padding", "last_window"} <= set(check_trainer(transformers_trainer).held)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "law"), [("cpo", "uneven"), ("tpo", "uneven"), ("orpo", "padding"), ("kto", "split")]
+)
+def test_trls_that_break_one(method, law):
+    """The NLL of CPO, TPO and ORPO (of prompt and completion) is the micro-batch's mean, KTO's KL the micro-batch's."""
+    with pytest.raises(LawViolation, match=rf"^{law}: .*\n  micro_batch_size=\d against \d: the gradient differs by"):
+        checked(method, trl_trainer(method), laws=[law])

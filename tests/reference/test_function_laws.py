@@ -1,0 +1,151 @@
+"""Our advantages and heads keep the laws of theirs, and each law is broken by a mistake that is its own."""
+
+import pytest
+import torch
+
+from logratio.losses import linear_logps
+from logratio.losses.advantages import ADVANTAGES, advantages_of
+from logratio.reference.function_laws import advantage, check_advantage, check_kernel, kernel
+from logratio.reference.laws import LawViolation
+
+# Of ours: what each may claim
+CLAIMS = {
+    "group": {},
+    "rloo": {"scale": "linear"},
+    "reinforce_pp": {"shift": "step", "independent": False, "zero_sum": False},
+    "reinforce_pp_baseline": {"independent": False},
+    "remax": {"scale": "linear", "zero_sum": False},
+    "opo": {"scale": "linear", "zero_sum": False},
+}
+
+
+def of_type(name, **options):
+    def fn(rewards, lengths, baseline):
+        needed = {"opo": {"lengths": lengths}, "remax": {"baseline": baseline}}.get(name, {})
+        return advantages_of(rewards, name, **needed, **options)
+
+    return fn
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_our_advantages_keep_them(name):
+    report = check_advantage(of_type(name), **CLAIMS[name])
+    assert {*report.held, *report.not_asked} == set(advantage.LAWS)
+    assert len(report.not_asked) == sum(not value for value in CLAIMS[name].values())
+
+
+def test_our_other_scales_keep_them():
+    check_advantage(of_type("group", scale="none"), scale="linear")
+    check_advantage(of_type("group", scale="batch"), shift="step", independent=False)
+    check_advantage(of_type("rloo", normalize_advantages=True), independent=False)
+
+
+def mean(rewards):
+    return rewards.nanmean(1, keepdim=True)
+
+
+WRONG_ADVANTAGES = {
+    "finite": lambda rewards: advantages_of(rewards) / (rewards - 1),
+    "equal_rewards": lambda rewards: advantages_of(rewards) + 1e-12,
+    "within_a_group": lambda rewards: advantages_of(rewards) * torch.arange(1, rewards.shape[1] + 1),
+    "of_groups": lambda rewards: advantages_of(rewards) * torch.arange(1, len(rewards) + 1)[:, None],
+    "monotone": lambda rewards: advantages_of(rewards).abs(),
+    "sums_to_0": lambda rewards: advantages_of(rewards) * (rewards > mean(rewards)),
+    "shift_invariant": lambda rewards: advantages_of(rewards) * (1 + mean(rewards).abs()),
+    "scaled": lambda rewards: advantages_of(rewards, scale="none"),
+    "other_groups": lambda rewards: advantages_of(rewards, "reinforce_pp_baseline"),
+    "missing": lambda rewards: advantages_of(rewards.nan_to_num(0.0)),
+}
+
+
+@pytest.mark.parametrize("law", advantage.LAWS)
+def test_a_wrong_advantage_breaks_its_law(law):
+    with pytest.raises(LawViolation, match="rewards ") as violation:
+        skip = ["monotone"] if law == "sums_to_0" else []
+        check_advantage(WRONG_ADVANTAGES[law], skip=skip)
+    assert violation.value.law == law
+
+
+def test_the_message_of_an_advantage_shows_a_small_step():
+    with pytest.raises(LawViolation) as violation:
+        check_advantage(WRONG_ADVANTAGES["equal_rewards"])
+    stated = "Where all rewards of a step are equal there is nothing to learn: exactly 0."
+    assert str(violation.value) == f"equal_rewards: {stated}\n  rewards [[0.0, 0.0]] gives [[1e-12, 1e-12]]"
+    with pytest.raises(LawViolation, match=r"^finite: .*\n  advantages \[1, 1\] for rewards \[1, 2\]"):
+        check_advantage(lambda rewards: rewards[:, :1])
+    with pytest.raises(ValueError, match="scaled cannot be asked: nothing is claimed of the scale"):
+        check_advantage(of_type("group"), scale=None, laws=["scaled"])
+    with pytest.raises(ValueError, match="typo: the laws are finite, "):
+        check_advantage(of_type("group"), skip=["typo"])
+
+
+def head_of(impl):
+    def fn(hidden, weight, targets, chunk_tokens=4):
+        return linear_logps(hidden, weight, targets, impl=impl, chunk_tokens=chunk_tokens)
+
+    return fn
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager", "two_gemm"])
+@pytest.mark.parametrize("trains_weight", [True, False])
+def test_our_heads_keep_them(impl, trains_weight):
+    report = check_kernel(head_of(impl), trains_weight=trains_weight)
+    assert report.held == [name for name in kernel.LAWS if name != "ignored"]
+    assert report.not_asked == {"ignored": "it has no ignore_index"}
+
+
+def test_an_index_that_is_ignored():
+    def masked(hidden, weight, targets):
+        kept = targets != -100
+        scored = linear_logps(hidden[kept], weight, targets[kept])
+        return torch.zeros(len(targets), dtype=scored.dtype).masked_scatter(kept, scored)
+
+    assert "ignored" in check_kernel(masked, ignore_index=-100).held
+    with pytest.raises(LawViolation, match="^ignored: .*\n  .* row"):
+        check_kernel(lambda h, w, y: kernel.plain(h, w, y.clamp(min=0)), ignore_index=-100)
+
+
+def forgets(hidden, weight, targets, chunk_tokens=100):
+    """The gradient of a last chunk that is smaller."""
+    logps = kernel.plain(hidden, weight, targets)
+    whole = len(logps) - len(logps) % chunk_tokens if len(logps) > chunk_tokens else len(logps)
+    return torch.cat([logps[:whole], logps[whole:].detach()])
+
+
+def overflows(hidden, weight, targets):
+    logits = hidden @ weight.T
+    return logits.gather(1, targets[:, None])[:, 0] - logits.exp().sum(1).log()
+
+
+def cancels(hidden, weight, targets):
+    """Its log-softmax in the dtype of the inputs."""
+    return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def leaks(hidden, weight, targets):
+    logps = kernel.plain(hidden, weight, targets)
+    return logps + 0 * logps.sum()
+
+
+WRONG_HEADS = {
+    "definition": lambda h, w, y: 0.999 * kernel.plain(h, w, y),
+    "chunks": forgets,
+    "no_rows": lambda h, w, y: kernel.plain(h, w, y) if len(y) else kernel.plain(h, w, y).sum()[None],
+    "rows_alone": leaks,
+    "large_logits": overflows,
+    "budget": cancels,
+}
+
+
+@pytest.mark.parametrize("law", WRONG_HEADS)
+def test_a_wrong_head_breaks_its_law(law):
+    with pytest.raises(LawViolation) as violation:
+        check_kernel(WRONG_HEADS[law])
+    assert violation.value.law == law
+
+
+def test_what_cannot_be_asked_of_a_head_is_said():
+    assert "float64 is not among" in check_kernel(head_of("eager"), dtypes=[torch.float32]).not_asked["definition"]
+    assert "float64 is all" in check_kernel(head_of("eager"), dtypes=[torch.float64]).not_asked["budget"]
+    with pytest.raises(LawViolation, match="no gradient of what trains"):
+        check_kernel(lambda h, w, y: linear_logps(h, w.detach(), y))
