@@ -215,7 +215,11 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
 
 
 def phase(
-    method: Method, model: str, folder: Path, test: Rows, until: Callable[[Run, int], bool] | None = None
+    method: Method,
+    model: str,
+    folder: Path,
+    test: Rows,
+    until: Callable[[Run, Mapping[str, float]], bool] | None = None,
 ) -> tuple[Run, Result]:
     """Train one method from `model` and score it on the test questions; the time is that of training alone."""
     run = build(configuration(method, model, folder))
@@ -233,9 +237,9 @@ def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
     sft = [{"prompt": row["prompt"], "completion": row["answer"]} for row in training.rows]
     write(folder, {"prompts": training.rows, "sft": sft})
 
-    def skilled(run: Run, step: int) -> bool:
+    def skilled(run: Run, row: Mapping[str, float]) -> bool:
         """Skill comes all at once, at a step that nobody can foresee: so it is measured."""
-        return step % CHECK_EVERY == 0 and score(run, prepared(validation, run)).accuracy >= TARGET
+        return row["step"] % CHECK_EVERY == 0 and score(run, prepared(validation, run)).accuracy >= TARGET
 
     say(f"SFT from random weights, until {TARGET:.0%} of {len(validation)} validation questions are answered right")
     run, result = phase(START, TINY, folder, test, until=skilled)

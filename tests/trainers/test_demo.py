@@ -136,7 +136,7 @@ def test_a_phase_stops_where_it_is_told_and_scores_what_it_trained(tmp_path):
     demo.write(tmp_path, {"sft": [{"prompt": r["prompt"], "completion": r["answer"]} for r in validation.rows]})
     few = Rows("few", validation.rows[:8])
     method = dataclasses.replace(START, batch_size=2)
-    run, result = demo.phase(method, "tiny", tmp_path, few, until=lambda run, step: step == 3)
+    run, result = demo.phase(method, "tiny", tmp_path, few, until=lambda run, row: row["step"] == 3)
     assert result.steps == 3 and result.score == demo.score(run, demo.prepared(few, run))
     assert (tmp_path / "sft" / "model.safetensors").exists() and result.peak_mem_mib > 0
     assert len((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()) == 3
