@@ -156,7 +156,7 @@ class Watch:
         """Score the policy as it is."""
         self.scores = self.scorer()
         means = {name: sum(values) / len(values) for name, values in self.scores.items()}
-        cost = {"step": row["step"], "tokens": row["num_tokens"], "seconds": self.seconds}
+        cost = {"steps": row["step"], "tokens": row["num_tokens"], "seconds": self.seconds}
         self.curve.append({**cost, **{name: means[name] for name in HIGHER if name in means}})
 
 
