@@ -5,8 +5,8 @@ Contestants are what would follow `logratio train`, in quotes, with a name if yo
     logratio compare sft "dpo --beta 0.5" dpo:ipo "mine=my_loss:SquaredHinge --beta 0.2"
     logratio compare contest.yaml
 
-All start from the same model and learn from the same pairs in the same order, seed by seed, for as many steps, tokens or
-seconds; what they have learned is compared on held-out rows, in pairs. Options that are none of these are those of
+All start from the same model and learn from the same pairs in the same order, seed by seed, for as many steps, tokens
+or seconds; what they have learned is compared on held-out rows, in pairs. Options that are none of these are those of
 `logratio train`, and common to all contestants. Without contestants five compare themselves on the embedded task
 `shopping`, in some minutes. A run that has its line already is not run again. Status 1 where one failed.
 """
@@ -42,7 +42,7 @@ from .outcome import Outcome, as_lines, outcome
 from .page import MAKER, rendered
 from .rows import Material, material
 from .running import Budget, Job, run_job
-from .scores import HIGHER, Asked
+from .scores import Asked
 
 PAGE, LINES, VERDICTS = "compare.html", "compare.jsonl", "comparisons.jsonl"
 CONTEST = (
@@ -52,10 +52,10 @@ CONTEST = (
     "orpo=orpo --beta 1 --learning_rate 3e-4 --batch_size 32",
     "grpo=grpo --learning_rate 3e-4 --batch_size 16",
 )
-"""Of the embedded task. Its answers are five tokens long and have small log-ratios, so betas and rates are far above the
-defaults made for long texts."""
+"""Of the embedded task. Its answers are five tokens long and have small log-ratios, so betas and rates are far above
+the defaults made for long texts."""
 REWARD = {"shopping": "logratio.trainers.data.shopping:cheap_basket", "arithmetic": "exact_answer"}
-TOKENS = 50_000
+TOKENS = 40_000
 """The budget of the embedded tasks, where none is given."""
 
 
@@ -74,7 +74,7 @@ class Options:
     """Held-out rows that all are scored on."""
     model_name_or_path: str = TINY
     """What all start from. "tiny", the embedded model: first taught by SFT, see start_steps."""
-    start_steps: int = 100
+    start_steps: int = 150
     """Steps of SFT that the embedded model begins with, on the task's demonstrations, or the rows' chosen answers."""
     seeds: int = 3
     """Seeds of each contestant, from 0 on: of the order of the data, and of all that is random in a run."""
@@ -82,7 +82,7 @@ class Options:
     """Train each for so many optimizer steps."""
     max_tokens: int | None = None
     """Or until it has learned from so many tokens, a prompt counted with each of its completions, sampled ones too
-    (embedded tasks: 50,000)."""
+    (embedded tasks: 40,000)."""
     max_seconds: float | None = None
     """Or for so many seconds in steps, sampling among them, evaluations not."""
     reward_funcs: tuple[str, ...] = ()

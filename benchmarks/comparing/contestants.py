@@ -1,10 +1,10 @@
 """What stands in a comparison, and how it is written.
 
-    sft                                  a method with its defaults
-    dpo:ipo                              METHOD:VARIANT, short for dpo --loss_type ipo
-    "dpo --beta 0.5"                     a method with options, as after `logratio train`
-    "soft=dpo --label_smoothing 0.1"     the same with a name of its own
-    "my_loss:SquaredHinge --beta 0.2"    a loss of your own, module:Class
+    sft                                     a method with its defaults
+    dpo:ipo                                 METHOD:VARIANT, short for dpo --loss_type ipo
+    "dpo --beta 0.5"                        a method with options, as after `logratio train`
+    "soft=dpo:cdpo --label_smoothing 0.1"   the same with a name of its own
+    "my_loss:SquaredHinge --beta 0.2"       a loss of your own, module:Class
 
 A YAML file has them under `contestants`, as a list of these or as a mapping from names, and other options beside.
 """
@@ -56,7 +56,10 @@ class Contestant:
     def config(self, common: Sequence[str] = ()) -> RunConfig:
         """Its run, with the common options first, which its own go before."""
         head = 2 if self.words[0] == "--loss" else 1
-        return parse_train([*self.words[:head], *common, *self.words[head:]])
+        try:
+            return parse_train([*self.words[:head], *common, *self.words[head:]])
+        except UserError as error:
+            raise UserError(f"contestant {self.spec!r}: {error}") from error
 
 
 def contestant(spec: str, name: str | None = None) -> Contestant:
@@ -83,8 +86,8 @@ def contestant(spec: str, name: str | None = None) -> Contestant:
         head = ["--loss", words[0]]
     else:
         raise UserError(
-            f"contestant {spec!r}: {words[0]!r} is neither a method ({', '.join(LOSSES)}), METHOD:VARIANT, nor a loss of "
-            "your own as module:Class"
+            f"contestant {spec!r}: {words[0]!r} is neither a method ({', '.join(LOSSES)}), METHOD:VARIANT, nor a loss "
+            "of your own as module:Class"
         )
     return Contestant(name or " ".join(words), spec, (*head, *words[1:]))
 

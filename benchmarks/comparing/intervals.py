@@ -1,14 +1,14 @@
 """How sure a difference between two contestants is: pairs within seed and held-out row, and both are only a sample.
 
 A metric of contestant A with seed s on held-out row i is a(s, i). Both contestants have the same seeds (order of the
-data, random numbers) and the same rows, so what is asked about is the paired difference d(s, i) = a(s, i) - b(s, i), and
-its mean over all seeds and all rows there might have been. Seeds and rows are crossed: every seed is asked every row.
+data, random numbers) and the same rows, so what is asked about is the paired difference d(s, i) = a(s, i) - b(s, i),
+and its mean over all seeds and rows there might have been. Seeds and rows are crossed: every seed is asked every row.
 
     mean of d  +-  what other rows would have changed  +  what other seeds would have changed
 
 Rows are many, so they are resampled (bootstrap: the means over seeds of n rows drawn with replacement). Seeds are few,
 and three resampled have ten different means, which spread by sqrt(2/3) of what they should: a hierarchical bootstrap
-over both covers far less than it says (0.83 of the time for 0.95, in the tests). So each draw adds, for the seeds, s t
+over both covers far less than it says (in the tests, where seeds differ, about 0.8 for 0.95). So each draw adds, for the seeds, s t
 / sqrt(S) in place of a resampled mean, with s the standard deviation of the S seeds' means and t Student's with S - 1
 degrees of freedom, which is exact where these means are normal. The sum of two such terms is Fisher's solution of the
 Behrens-Fisher problem and known to cover at least what it says; part of the variance of rows is in both (the noise of

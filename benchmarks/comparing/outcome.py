@@ -58,9 +58,8 @@ def outcome(lines: Sequence[Line], names: Sequence[str], metric: str | None, bas
     for one, of_metric in values.items():
         for name, table in of_metric.items():
             means[name][one] = Bootstrap.of(*table.shape).estimate(table)
-    comparisons = {
-        one: compared(of_metric, baseline if baseline in well else None) for one, of_metric in values.items()
-    }
+    against = baseline if baseline in well else None
+    comparisons = {one: compared(of_metric, against) for one, of_metric in values.items()}
     return Outcome(
         well,
         metric or ("reward" if "reward" in start else "accuracy"),
@@ -108,8 +107,8 @@ def advice(found: Outcome) -> str:
     seeds = len(found.runs[found.names[0]])
     more = f"more --seeds than {seeds}" if share >= 0.5 else "more --eval_rows"
     return (
-        f"where no difference is seen, one of up to {widest:.2g} could be: {share:.0%} of what is uncertain lies between "
-        f"seeds, so {more} would show smaller ones"
+        f"where no difference is seen, one of up to {widest:.2g} could be: {share:.0%} of what is uncertain lies "
+        f"between seeds, so {more} would show smaller ones"
     )
 
 

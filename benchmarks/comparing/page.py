@@ -77,7 +77,7 @@ def rendered(
 
 
 def frontier_figure(found: Outcome) -> Figure:
-    note = f"each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
+    note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
     return Figure(f"{told.WORDS[found.metric]} against KL", note, frontier(found.runs, found.metric))
 
 

@@ -56,7 +56,8 @@ def material(dataset: str, split: str, test_split: str | None, eval_rows: int) -
         held_out, train = train[:eval_rows], train[eval_rows:]
         if len(train) < 2:
             raise UserError(
-                f"{dataset} has {len(held_out) + len(train)} rows, of which --eval_rows {eval_rows} leaves too few to train on"
+                f"{dataset} has {len(held_out) + len(train)} rows, of which --eval_rows {eval_rows} leaves too few "
+                "to train on"
             )
     if len(held_out) < 2:
         raise UserError(
@@ -76,8 +77,8 @@ def pairs(dataset: str, split: str) -> list[Row]:
         missing = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]
         if missing:
             raise UserError(
-                f"{rows.where(index)} has no {missing[0]!r}: contestants are compared on pairs, with the columns prompt, "
-                "chosen and rejected, of which each takes what it needs"
+                f"{rows.where(index)} has no {missing[0]!r}: contestants are compared on pairs, with the columns "
+                "prompt, chosen and rejected, of which each takes what it needs"
             )
         found.append(row)
     return found

@@ -64,8 +64,8 @@ class Job:
         steps = int(self.budget.amount) if self.budget.unit == "steps" else ENDLESS
         if self.budget.unit != "steps" and config.train.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             raise UserError(
-                f"contestant {self.contestant!r}: --lr_scheduler_type {config.train.lr_scheduler_type} needs to know the "
-                "last step; take --max_steps as the budget, or constant"
+                f"contestant {self.contestant!r}: --lr_scheduler_type {config.train.lr_scheduler_type} needs to know "
+                "the last step; take --max_steps as the budget, or constant"
             )
         resolved = config.train.resolved(config.method, 1, config.rollout.num_generations if config.rollout else 1)
         assert resolved.batch_size is not None
@@ -82,8 +82,8 @@ class Job:
         if rollout is not None:
             if not self.asked.rewards:
                 raise UserError(
-                    f"contestant {self.contestant!r} learns from rewards: name them with --reward_funcs, or add a column "
-                    "'answer' to the rows"
+                    f"contestant {self.contestant!r} learns from rewards: name them with --reward_funcs, or add a "
+                    "column 'answer' to the rows"
                 )
             rollout = dataclasses.replace(rollout, reward_funcs=self.asked.rewards, log_completions=False)
         loss = config.loss

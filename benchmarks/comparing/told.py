@@ -16,6 +16,16 @@ from .intervals import LEVEL, Estimate
 from .outcome import Outcome, advice, summary, verdict
 from .running import Job
 
+SHORT = {
+    "reward": "reward",
+    "greedy": "greedy",
+    "exact": "exact",
+    "accuracy": "order",
+    "nll": "NLL",
+    "kl": "KL",
+    "length": "length",
+}
+"""On a terminal, where a line is short."""
 WORDS = {
     "reward": "reward",
     "greedy": "reward, greedy",
@@ -41,8 +51,8 @@ def interval(estimate: Estimate) -> str:
     return f"{number(estimate.mean, 3)} ({number(estimate.low, 3)} to {number(estimate.high, 3)})"
 
 
-def contestant_rows(found: Outcome) -> list[list[str]]:
-    """The start, then each contestant, best first: the deciding metric with its interval, the means of the others."""
+def contestant_rows(found: Outcome, *, short: bool = False) -> list[list[str]]:
+    """The start, then each contestant, best first: the deciding metric (with its interval), and the others."""
     rest = [name for name in found.metrics if name != found.metric]
     rows = [
         ["(start)", number(found.start[found.metric], 3), *(number(found.start[name], 3) for name in rest), "", "", ""]
@@ -53,7 +63,7 @@ def contestant_rows(found: Outcome) -> list[list[str]]:
         rows.append(
             [
                 name,
-                interval(means[found.metric]),
+                number(means[found.metric].mean, 3) if short else interval(means[found.metric]),
                 *(number(means[other].mean, 3) for other in rest),
                 "–" if own[0] is None else number(sum(own) / len(own), 3),
                 number(sum(run["steps"] for run in runs) / len(runs), 3),
@@ -63,10 +73,10 @@ def contestant_rows(found: Outcome) -> list[list[str]]:
     return rows
 
 
-def columns(found: Outcome) -> list[str]:
+def columns(found: Outcome, words: Mapping[str, str] = WORDS) -> list[str]:
     """Of `contestant_rows`."""
     rest = [name for name in found.metrics if name != found.metric]
-    return ["", WORDS[found.metric], *(WORDS[name] for name in rest), "own loss", "steps", "time"]
+    return ["", *(words[name] for name in (found.metric, *rest)), "own loss", "steps", "time"]
 
 
 def comparison_rows(found: Outcome, metric: str) -> list[list[str]]:
@@ -91,7 +101,8 @@ def show(found: Outcome, console: Console) -> None:
     """Tables on a terminal."""
     say = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
     if len(found.names) > 1:
-        console.print(table("each, over its seeds", columns(found), contestant_rows(found)))
+        rows = contestant_rows(found, short=True)
+        console.print(table("means over seeds and held-out rows", columns(found, SHORT), rows))
         title = f"differences in {WORDS[found.metric]}, {together(found, found.metric)}"
         console.print(table(title, ("", "difference", "interval", ""), comparison_rows(found, found.metric)))
     for line in (summary(found), advice(found), *found.failed):

@@ -1,13 +1,13 @@
 """The embedded data set `shopping`: where to buy four things, which many answers do rightly and few do well.
 
-Each of the goods 0 to 9 is sold by three of the shops a to e (`PRICES`). A right answer to the list "7294=" names a shop
-that sells it for each of the goods in turn; "ceee" is the cheapest, for 1 + 3 + 2 + 1. There are 10,000 lists, of which
-the test split is fixed, whatever the seed.
+Each of the goods 0 to 9 is sold by three of the shops a to e (`PRICES`). A right answer to the list "7294=" names, for
+each of its goods in turn, a shop that sells it; "ccee" is the cheapest, for 1 + 3 + 2 + 1. There are 10,000 lists, of
+which the test split is fixed, whatever the seed.
 
-What is imitated is not what is preferred. The demonstrations (`bought`) are those of people who go where they always go,
-mostly where it is dear; one in ten names a shop that does not sell the thing. Two of them for the same list make a pair,
-judged by the bill alone (`worth`), never wrongly: the chosen answer is only the better one of two bad ones. To imitate
-the chosen answers is to end where the better of two such buyers does; to compare them is to learn the prices.
+What is imitated is not what is preferred. The demonstrations (`bought`) are those of people who go where they always
+go, mostly where it is dear; one in ten names a shop that does not sell the thing. Two of them for the same list make a
+pair, judged by the bill alone (`worth`), never wrongly: the chosen answer is only the better one of two bad ones. To
+imitate the chosen answers is to end where the better of two such buyers does; to compare them is to learn the prices.
 """
 
 from __future__ import annotations
