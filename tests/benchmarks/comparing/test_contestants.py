@@ -19,7 +19,9 @@ class Mine(DPOLoss):
 
 
 def test_a_method_a_variant_options_and_a_name():
-    plain, variant, named = (contestant(s) for s in ("sft", "dpo:ipo --beta 0.5", "soft=dpo:cdpo --label_smoothing=0.1"))
+    plain, variant, named = (
+        contestant(s) for s in ("sft", "dpo:ipo --beta 0.5", "soft=dpo:cdpo --label_smoothing=0.1")
+    )
     assert plain.name == "sft" and plain.config().method == "sft"
     assert variant.name == "dpo:ipo --beta 0.5"
     assert (variant.config().loss.loss_type, variant.config().loss.beta) == (("ipo",), 0.5)
@@ -68,7 +70,7 @@ REFUSED = [
     (["dpo", "dpo:ipo --loss_type hinge"], "contestant 'dpo:ipo --loss_type hinge' has the loss_type twice: dpo:ipo"),
     (["dpo", "dpo --seed 3"], "contestant 'dpo --seed 3': --seed is decided by --seeds; leave it out"),
     (["dpo", "dpo --no-shuffle"], "contestant 'dpo --no-shuffle': --shuffle is decided by the order of each seed"),
-    (["dpo", "dpo '"], "contestant \"dpo '\" cannot be read: No closing quotation"),
+    (["dpo", "dpo '"], 'contestant "dpo \'" cannot be read: No closing quotation'),
     (["dpo", "nowhere:Mine"], "--loss='nowhere:Mine': there is no module 'nowhere' here or installed"),
 ]
 

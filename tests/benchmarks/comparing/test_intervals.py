@@ -130,7 +130,8 @@ def test_answers_that_are_right_or_wrong_are_covered_too(coarse):
 
 def test_all_intervals_of_a_metric_hold_together(coarse, monkeypatch):
     """Five contestants as good as each other: in nineteen of twenty experiments none of ten pairs is said to differ."""
-    monkeypatch.setattr(Bootstrap, "of", staticmethod(lambda seeds, rows, made=Bootstrap(3, 40): made))
+    made = Bootstrap(3, 40)
+    monkeypatch.setattr(Bootstrap, "of", staticmethod(lambda seeds, rows: made))
     rng, wrong = np.random.default_rng(5), 0
     for _ in range(100):
         shared = rng.normal(0, 1, (1, 40))
