@@ -39,7 +39,7 @@ FLOORS = (
     ("trainers/setup.py",),
     ("trainers/resume.py",),
     ("trainers/loop.py", "trainers/trl_names"),
-    ("trainers/options.py",),
+    ("trainers/demo_parts.py", "trainers/options.py"),
     ("trainers/cli.py", "trainers/demo.py", "trainers/migrate.py"),
     ("trainers/classes", "trainers/after"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),

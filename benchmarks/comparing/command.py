@@ -208,20 +208,18 @@ def jobs_of(
     return jobs, settings
 
 
-def stub_of(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a line begins with, and is found again by."""
+def stub_of(job: Job, settings: dict[str, Any], device: torch.device, born: dict[str, Any]) -> dict[str, Any]:
+    """What a line begins with, and is found again by. born: the certificate that all share."""
     config = job.resolved().as_dict()
     for part, name in (("train", "output_dir"), ("data", "dataset_name"), ("model", "model_name_or_path")):
         del config[part][name]  # folders of the comparison
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    born = certificate(device, {**settings, **config})
     return {
         "suite": "compare",
         "case": f"seed{job.seed}",
         "contestant": job.contestant,
         "seed": job.seed,
         "gpu": device_name(device),
-        "certificate": json.loads(json.dumps(born)),
+        "certificate": {**born, "settings": {**settings, **config}},
     }
 
 
@@ -229,7 +227,9 @@ def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, sa
     """The lines of all jobs, those that were there already among them."""
     path = options.output_dir / LINES
     records = Records(path, fresh=options.fresh)
-    stubs = [json.loads(json.dumps(stub_of(job, settings))) for job in jobs]
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    born = certificate(device, {})
+    stubs = [json.loads(json.dumps(stub_of(job, settings, device, born))) for job in jobs]
     left = [(job, stub) for job, stub in zip(jobs, stubs, strict=True) if not records.has(stub)]
     if len(left) < len(jobs):
         say(f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")

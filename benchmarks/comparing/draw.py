@@ -14,7 +14,7 @@ from .intervals import Comparison
 from .outcome import Line as RunLine
 from .scores import HIGHER
 
-ROW = 44
+ROW, ABOVE = 44, 6
 Runs = Mapping[str, Sequence[RunLine]]
 
 
@@ -84,7 +84,7 @@ def intervals(metric: str, comparisons: Sequence[Comparison]) -> Markup:
     """A row for each comparison: the difference and its interval, beside 0."""
     ends = [0.0, *(end for one in comparisons for end in (one.difference.low, one.difference.high))]
     pad = 0.04 * (max(ends) - min(ends)) or 1.0
-    x, height = Scale(min(ends) - pad, max(ends) + pad, 4, WIDTH - 4), ROW * len(comparisons) + 22
+    x, height = Scale(min(ends) - pad, max(ends) + pad, 4, WIDTH - 4), ABOVE + ROW * len(comparisons) + 22
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="differences in {escape(metric)}">']
     places = ticks(x.low, x.high, 5)
     for value, label in zip(places, tick_labels(places), strict=True):
@@ -92,7 +92,7 @@ def intervals(metric: str, comparisons: Sequence[Comparison]) -> Markup:
         out.append(f'<path class="{"zero" if value == 0 else "grid"}" d="M{at:.1f} 2V{height - 18}"/>')
         out.append(f'<text x="{at:.1f}" y="{height - 4}" text-anchor="middle">{label}</text>')
     for row, one in enumerate(comparisons):
-        top, difference = ROW * row, one.difference
+        top, difference = ABOVE + ROW * row, one.difference
         low, middle, high = (float(x(np.array(v))) for v in (difference.low, difference.mean, difference.high))
         shade = "s9" if not difference.sign else "s2" if HIGHER[metric] * difference.sign > 0 else "s1"
         shade = "s0" if difference.sign and not HIGHER[metric] else shade

@@ -6,13 +6,14 @@ and its mean over all seeds and rows there might have been. Seeds and rows are c
 
     mean of d  +-  what other rows would have changed  +  what other seeds would have changed
 
-Rows are many, so they are resampled (bootstrap: the means over seeds of n rows drawn with replacement). Seeds are few, and
-three resampled have ten different means, which spread by sqrt(2/3) of what they should: a hierarchical bootstrap over
-both covers far less than it says (in the tests, where seeds differ, about 0.8 for 0.95). So each draw adds, for the
-seeds, s t / sqrt(S) in place of a resampled mean, with s the standard deviation of the S seeds' means and t Student's
-with S - 1 degrees of freedom, which is exact where these means are normal. The sum of two such terms is Fisher's
-solution of the Behrens-Fisher problem and known to cover at least what it says; part of the variance of rows is in both
-(the noise of each seed on each row), which errs to the same side. What it cannot see is a seed unlike all that were run.
+Rows are many, so they are resampled (bootstrap: the means over seeds of n rows drawn with replacement). Seeds are few,
+and three resampled have ten different means, which spread by sqrt(2/3) of what they should: a hierarchical bootstrap
+over both covers far less than it says (in the tests, where seeds differ, about 0.8 for 0.95). So each draw adds, for
+the seeds, s t / sqrt(S) in place of a resampled mean, with s the standard deviation of the S seeds' means and t
+Student's with S - 1 degrees of freedom, which is exact where these means are normal. The sum of two such terms is
+Fisher's solution of the Behrens-Fisher problem and known to cover at least what it says; part of the variance of rows
+is in both (the noise of each seed on each row), which errs to the same side. What it cannot see is a seed unlike all
+that were run.
 
 Comparisons are several, and one of twenty intervals of 95 % misses even where all losses are alike. All those of one
 metric hold together with 95 % or more, by Bonferroni: each has the level 1 - 0.05 / m. Holm's procedure would find a

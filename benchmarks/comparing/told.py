@@ -111,7 +111,7 @@ def show(found: Outcome, console: Console) -> None:
 
 
 def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for at, name in enumerate(names):
         shown.add_column(name, justify="left" if at == 0 or not name else "right", overflow="fold")
     for row in rows:

@@ -50,7 +50,7 @@ def test_a_pair_is_two_demonstrations_of_which_the_cheaper_is_chosen():
 
 
 def test_what_is_chosen_is_seldom_what_is_best():
-    """The demonstrations: nine of ten possible, half as dear again and more; of two the better one is not much better."""
+    """Nine of ten demonstrations are possible, and dear; of two the better one is not much better."""
     rng = random.Random(0)
     said = [worth(things, bought(things, rng)) for things in lists()]
     chosen = [worth(things, judged(things, rng)[0]) for things in lists()]
