@@ -86,7 +86,8 @@ def summary(found: Outcome) -> str:
     if len(found.names) < 2:
         return "there are no two contestants to compare"
     best = found.ranked[0]
-    beaten, equal = [], []
+    beaten: list[str] = []
+    equal: list[str] = []
     for one in found.comparisons[found.metric]:
         if best in (one.first, one.second):
             other = one.second if one.first == best else one.first

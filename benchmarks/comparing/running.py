@@ -166,10 +166,16 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
     if loss.kind is Kind.GROUPED:
         return None
     own, data = as_rows(as_kind(rows, loss.kind), "held-out rows"), run.config.data
-    options = {} if loss.kind is not Kind.SEQUENCE else {
-        "completion_only_loss": data.completion_only_loss, "assistant_only_loss": data.assistant_only_loss
-    }  # fmt: skip
-    return prepare(own, loss.kind, run.tokenizer, max_length=data.max_length, gold=loss.scores_gold, **options)[0]
+    sequences = loss.kind is Kind.SEQUENCE
+    return prepare(
+        own,
+        loss.kind,
+        run.tokenizer,
+        max_length=data.max_length,
+        completion_only_loss=data.completion_only_loss if sequences else None,
+        assistant_only_loss=sequences and data.assistant_only_loss,
+        gold=loss.scores_gold,
+    )[0]
 
 
 def own_loss(run: Run, examples: Sequence[Example]) -> float:

@@ -136,6 +136,13 @@ def test_the_page_fits_narrow_and_wide_light_and_dark(compared):
             assert tab.value(overflow) == [] and tab.errors == []
 
 
+@pytest.mark.slow
+def test_a_process_for_each_run_gives_the_same_lines(compared, tmp_path):
+    assert compare(tmp_path, *THREE, "--isolate", "2") == 0
+    alone = {(x["contestant"], x["seed"]): x["rows"] for x in lines(tmp_path)}
+    assert alone == {(x["contestant"], x["seed"]): x["rows"] for x in lines(compared)}
+
+
 def test_the_budget_in_tokens_ends_at_the_first_step_that_reaches_it():
     spent = running.Budget("tokens", 100)
     assert [spent.spent({"step": 3, "num_tokens": tokens}, 9.0) for tokens in (99, 100)] == [99, 100]
