@@ -39,7 +39,7 @@ FLOORS = (
     ("trainers/setup.py",),
     ("trainers/resume.py",),
     ("trainers/loop.py", "trainers/trl_names"),
-    ("trainers/options.py",),
+    ("trainers/demo_parts.py", "trainers/options.py"),
     ("trainers/cli.py", "trainers/demo.py", "trainers/migrate.py"),
     ("trainers/classes", "trainers/after"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
@@ -47,7 +47,7 @@ FLOORS = (
     ("benchmarks/planned.py", "benchmarks/suites.py", "benchmarks/verify.py"),
     ("benchmarks/plan.py",),
     ("benchmarks/pages",),
-    ("benchmarks/own",),
+    ("benchmarks/own", "benchmarks/comparing"),
     ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/documents.py", "benchmarks/report.py"),
     ("benchmarks/profile.py",),
 )

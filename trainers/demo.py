@@ -1,4 +1,6 @@
-"""`make demo`: all five methods on the embedded model and task, from random weights, in two minutes on one core.
+"""`make demo`: all five methods on the embedded model and tasks, from random weights, in two minutes on one core.
+
+Arithmetic, where a question has one right answer:
 
 1. SFT from random weights, until about half of the answers are right.
 2. That model answers its training questions, by sampling. Its mistakes against the right answers are the pairs of
@@ -7,16 +9,17 @@
 3. Every method goes on from that model, and so does SFT on the pairs' right answers: the control for what these
    alone would have taught. That is most here, where a question has one right answer and it is known.
 4. Accuracy of greedy answers on test questions that nothing was trained or chosen on.
+
+Then shopping (`data/shopping.py`), where answers are right and dear, or right and cheap: SFT on what people do, and
+from there DPO on pairs of which one is cheaper, GRPO on the bill, and SFT on the chosen answers again, which here
+teaches little: what is preferred is not what is imitated. Scored is what sampled answers to test lists are worth.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,18 +37,18 @@ from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConf
 from .data.arithmetic import arithmetic_rows
 from .data.examples import Prompt, prepare_prompts
 from .data.rows import Rows
+from .data.shopping import cheap_basket, shopping_rows
+from .demo_parts import Score, addends, clustered, grade, preferences, split_validation, write
 from .errors import UserError
 from .logs.runlog import reset_peak_mem
 from .loop import train_run
 from .policy.policy import Policy
 from .policy.tiny import TINY
 from .rollout.generation import completion_seed, generate
-from .rollout.rewards import exact_answer
 from .setup import Run, build
 
 TARGET = 0.45  # SFT ends at this accuracy of the validation questions
 CHECK_EVERY = 10  # steps
-VALIDATION_SUMS = 250  # unordered pairs {a, b}, nearly two questions each
 ANSWER_TOKENS = 5  # three digits, EOS, and one to spare
 
 
@@ -89,20 +92,22 @@ METHODS = (
     Method(name="sft", loss=SFTLoss(), data="chosen", steps=150, learning_rate=3e-4, control=True),
 )
 
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy in [0, 1] and its standard error."""
-
-    accuracy: float
-    standard_error: float
-
-    def __str__(self) -> str:
-        return f"{self.accuracy:.3f} ± {self.standard_error:.3f}"
-
-    def beyond(self, other: Score) -> float:
-        """By how many standard errors of the difference this is above `other`, taken as independent."""
-        return (self.accuracy - other.accuracy) / math.hypot(self.standard_error, other.standard_error)
+SHOPPING_TOKENS = 6  # four shops, EOS, and one to spare
+SHOPPING_LISTS = 500  # of the test split
+SHOPPING_START = Method(name="sft", loss=SFTLoss(), data="demonstrations", steps=150, learning_rate=1e-3, batch_size=64)
+SHOPPING = (
+    Method(name="dpo", loss=DPOLoss(beta=0.5), data="pairs", steps=60, learning_rate=1e-4),
+    Method(
+        name="grpo",
+        loss=GRPOLoss(max_completion_length=SHOPPING_TOKENS),
+        data="prompts",
+        steps=40,
+        learning_rate=3e-4,
+        batch_size=16,
+        rollout=RolloutConfig(reward_funcs=(f"{cheap_basket.__module__}:{cheap_basket.__name__}",)),
+    ),
+    Method(name="sft", loss=SFTLoss(), data="chosen", steps=60, learning_rate=3e-4, control=True),
+)
 
 
 @dataclass(frozen=True)
@@ -119,21 +124,6 @@ class Result:
         return f"{self.method.title}: {self.score} on the test questions after {self.steps} steps, {self.seconds:.0f} s"
 
 
-def addends(prompt: str) -> frozenset[str]:
-    """What a+b and b+a have in common: a model that knows the one mostly knows the other."""
-    return frozenset(prompt.removesuffix("=").split("+"))
-
-
-def clustered(right: Sequence[float], clusters: Sequence[Hashable]) -> Score:
-    """The mean of `right`, with the standard error that holds where answers in one cluster are alike."""
-    mean = sum(right) / len(right)
-    sums: dict[Hashable, float] = defaultdict(float)
-    for value, cluster in zip(right, clusters, strict=True):
-        sums[cluster] += value - mean
-    variance = sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)
-    return Score(mean, math.sqrt(variance) / len(right))
-
-
 class Speaker(Protocol):
     """A run, or whatever else has a model and its tokenizer."""
 
@@ -141,16 +131,13 @@ class Speaker(Protocol):
     tokenizer: Any
 
 
-def answers(speaker: Speaker, prompts: Sequence[Prompt], *, seed: int | None = None) -> list[str]:
+def answers(
+    speaker: Speaker, prompts: Sequence[Prompt], *, seed: int | None = None, tokens: int = ANSWER_TOKENS
+) -> list[str]:
     """One answer of the model to each, as text. seed: of sampled ones; None: greedy ones."""
     seeds = None if seed is None else [completion_seed("train", seed, 0, p.row, 0) for p in prompts]
-    said = generate(speaker.policy, speaker.tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, seeds=seeds)
+    said = generate(speaker.policy, speaker.tokenizer, prompts, max_new_tokens=tokens, seeds=seeds)
     return speaker.tokenizer.batch_decode([s.ids for s in said], skip_special_tokens=True)
-
-
-def grade(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """1 for a right answer, 0 for a wrong one: the reward that GRPO learns from."""
-    return [float(x or 0) for x in exact_answer(list(texts), [p.columns["answer"] for p in prompts])]
 
 
 def score(speaker: Speaker, prompts: Sequence[Prompt]) -> Score:
@@ -158,41 +145,16 @@ def score(speaker: Speaker, prompts: Sequence[Prompt]) -> Score:
     return clustered(grade(prompts, answers(speaker, prompts)), [addends(str(p.prompt)) for p in prompts])
 
 
+def thrift(speaker: Speaker, prompts: Sequence[Prompt]) -> Score:
+    """What the model's sampled answers to shopping lists are worth."""
+    texts = answers(speaker, prompts, seed=0, tokens=SHOPPING_TOKENS)
+    worth = cheap_basket([str(p.prompt) for p in prompts], texts)
+    return clustered([float(x or 0) for x in worth], range(len(prompts)))
+
+
 def prepared(rows: Rows, speaker: Speaker) -> list[Prompt]:
     """Questions as token ids."""
     return list(prepare_prompts(rows, speaker.tokenizer)[0])
-
-
-def split_validation(rows: Sequence[dict[str, Any]]) -> tuple[Rows, Rows]:
-    """(validation, training) questions; a+b and b+a are in the same part."""
-    held_out = set(list(dict.fromkeys(addends(row["prompt"]) for row in rows))[:VALIDATION_SUMS])
-    validation = [row for row in rows if addends(row["prompt"]) in held_out]
-    training = [row for row in rows if addends(row["prompt"]) not in held_out]
-    return Rows("validation questions", validation), Rows("training questions", training)
-
-
-def preferences(prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The files that the model's mistakes make; an empty answer has no text to learn from, and is in none of them.
-
-    pairs: the right answer and the model's wrong one. labeled: the same as single rows. chosen: right answers only.
-    """
-    files: dict[str, list[dict[str, Any]]] = {"pairs": [], "labeled": [], "chosen": []}
-    for prompt, text, right in zip(prompts, texts, grade(prompts, texts), strict=True):
-        if right or not text.strip():
-            continue
-        question, answer = {"prompt": prompt.prompt}, prompt.columns["answer"]
-        files["pairs"].append({**question, "chosen": answer, "rejected": text})
-        files["labeled"].append({**question, "completion": answer, "label": True})
-        files["labeled"].append({**question, "completion": text, "label": False})
-        files["chosen"].append({**question, "completion": answer})
-    return files
-
-
-def write(folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Every file as NAME.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def configuration(method: Method, model: str, folder: Path) -> RunConfig:
@@ -215,7 +177,12 @@ def configuration(method: Method, model: str, folder: Path) -> RunConfig:
 
 
 def phase(
-    method: Method, model: str, folder: Path, test: Rows, until: Callable[[Run, int], bool] | None = None
+    method: Method,
+    model: str,
+    folder: Path,
+    test: Rows,
+    until: Callable[[Run, Mapping[str, float]], bool] | None = None,
+    by: Callable[[Run, Sequence[Prompt]], Score] = score,
 ) -> tuple[Run, Result]:
     """Train one method from `model` and score it on the test questions; the time is that of training alone."""
     run = build(configuration(method, model, folder))
@@ -223,7 +190,7 @@ def phase(
     started = time.perf_counter()
     row = train_run(run, until=until, quiet=True)
     seconds = time.perf_counter() - started
-    return run, Result(method, score(run, prepared(test, run)), int(row["step"]), seconds, row["peak_mem_mib"])
+    return run, Result(method, by(run, prepared(test, run)), int(row["step"]), seconds, row["peak_mem_mib"])
 
 
 def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
@@ -233,9 +200,9 @@ def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
     sft = [{"prompt": row["prompt"], "completion": row["answer"]} for row in training.rows]
     write(folder, {"prompts": training.rows, "sft": sft})
 
-    def skilled(run: Run, step: int) -> bool:
+    def skilled(run: Run, row: Mapping[str, float]) -> bool:
         """Skill comes all at once, at a step that nobody can foresee: so it is measured."""
-        return step % CHECK_EVERY == 0 and score(run, prepared(validation, run)).accuracy >= TARGET
+        return row["step"] % CHECK_EVERY == 0 and score(run, prepared(validation, run)).accuracy >= TARGET
 
     say(f"SFT from random weights, until {TARGET:.0%} of {len(validation)} validation questions are answered right")
     run, result = phase(START, TINY, folder, test, until=skilled)
@@ -255,11 +222,28 @@ def train_all(folder: Path, say: Callable[[str], None]) -> list[Result]:
     return results
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Accuracy before and after each method, and what it took."""
+def shop(folder: Path, say: Callable[[str], None]) -> list[Result]:
+    """The same of shopping; the first result is again that of SFT from random weights."""
+    test = Rows("test lists", shopping_rows(Kind.GROUPED, "test")[:SHOPPING_LISTS])
+    pairs = shopping_rows(Kind.PAIRED)
+    chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    files = {"pairs": pairs, "chosen": chosen, "demonstrations": shopping_rows(Kind.SEQUENCE)}
+    write(folder, {**files, "prompts": shopping_rows(Kind.GROUPED)})
+    say("shopping, where what is imitated is not what is preferred: SFT on demonstrations")
+    results: list[Result] = []
+    for method in (SHOPPING_START, *SHOPPING):
+        model = str(folder / SHOPPING_START.folder) if results else TINY
+        _, result = phase(method, model, folder, test, by=thrift)
+        say(str(result))
+        results.append(result)
+    return results
+
+
+def table(results: Sequence[Result], title: str = "accuracy ± standard error") -> Table:
+    """Score before and after each method, and what it took."""
     start = results[0].score
     columns = "method", "before", "after", "gain\n(s.e.)", "steps", "time\n(s)", "peak\nMiB"
-    shown = Table(*columns, box=SIMPLE, title="accuracy ± standard error")
+    shown = Table(*columns, box=SIMPLE, title=title)
     for column in shown.columns[1:]:
         column.justify = "right"
     for i, r in enumerate(results):
@@ -271,22 +255,30 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def demo(output_dir: str = "runs/demo") -> int:
-    """SFT, DPO, KTO, ORPO and GRPO on a tiny model, from random weights. Status 1 where a method does not help.
+    """SFT, DPO, KTO, ORPO and GRPO on a tiny model, from random weights. Status 1 where a method does not help, or one
+    that is told what is preferred does not go beyond SFT on what was chosen.
 
     Args:
         output_dir: Folder for the data, logs and models.
     """
     disable_progress_bar()  # of loading and saving
     console, started, cpu_started = Console(soft_wrap=True), time.perf_counter(), time.process_time()
-    results = train_all(Path(output_dir), lambda text: console.print(text, highlight=False, markup=False))
+    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    results = train_all(Path(output_dir), say)
     console.print(table(results))
+    shopped = shop(Path(output_dir) / "shopping", say)
+    console.print(table(shopped, "what a basket is worth (1: the cheapest) ± standard error"))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
     console.print(f"{seconds:.0f} s in all ({cpu:.0f} s of CPU time); data, logs and models are in {output_dir}")
     start = results[0].score
     failed = [r for r in results[1:] if not r.method.control and r.score.beyond(start) <= 2]
     for r in failed:
         console.print(f"{r.method.title}: {r.score} is not two standard errors above SFT's {start}")
-    return 1 if failed else 0
+    control = next(r for r in shopped if r.method.control)
+    behind = [r for r in shopped[1:] if r is not control and r.score.beyond(control.score) <= 2]
+    for r in behind:
+        console.print(f"{r.method.title}: {r.score} is not two standard errors above the control's {control.score}")
+    return 1 if failed or behind else 0
 
 
 def main() -> int:

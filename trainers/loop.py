@@ -65,7 +65,7 @@ def train(config: RunConfig, plan: Planner | None = None) -> dict[str, float]:
 def train_run(
     run: Run,
     *,
-    until: Callable[[Run, int], bool] | None = None,
+    until: Callable[[Run, Mapping[str, float]], bool] | None = None,
     told: Callable[[dict[str, float], bool], None] | None = None,
     quiet: bool = False,
     stop: Stop | None = None,
@@ -73,8 +73,8 @@ def train_run(
 ) -> dict[str, float]:
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
-    until: called with the run and the step's number after every step; the step for which it is true, on all
-        processes alike, is the last. told: called with every step's line of the log, and whether there is a
+    until: called with the run and the step's line of the log after every step, before an evaluation; the step for which
+        it is true, on all processes alike, is the last. told: called with every step's line, and whether there is a
         checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
     """
     progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
@@ -98,7 +98,7 @@ def train_run(
                 raise UserError(f"step {step}: {error}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.alarm(note)
-            ends = (until is not None and until(run, step)) or step == total
+            ends = (until is not None and until(run, row)) or step == total
             if run.rollouts is not None:
                 log.completions(run.rollouts.taken(), number_of(run.rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):

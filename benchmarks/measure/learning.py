@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -139,8 +139,8 @@ def begun(case: LearningCase, folder: Path) -> Score:
     run = build(with_options(configuration(START, TINY, folder), seed=case.seed))
     validation, test = known(run)
 
-    def skilled(run: Run, step: int) -> bool:
-        return step % CHECK_EVERY == 0 and score(run, validation).accuracy >= case.start
+    def skilled(run: Run, row: Mapping[str, float]) -> bool:
+        return row["step"] % CHECK_EVERY == 0 and score(run, validation).accuracy >= case.start
 
     train_run(run, until=skilled, quiet=True)
     return score(run, test)

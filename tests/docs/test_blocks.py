@@ -16,6 +16,8 @@ import sys
 
 import pytest
 
+from logratio.benchmarks.comparing import command as compare
+from logratio.benchmarks.comparing.contestants import contestants
 from logratio.benchmarks.own.command import parsed, train_words
 from logratio.trainers import cli
 from logratio.trainers.config import RunConfig
@@ -106,6 +108,10 @@ def test_what_needs_a_gpu_or_the_hub_has_options_that_there_are(page, line, monk
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "train":
         assert program == "logratio" and isinstance(parse_train(words[1:]).resolved(1), RunConfig)
+    elif words[0] == "compare":
+        specs, options, common = compare.parsed(words[1:])
+        configs = [one.config(common) for one in contestants(specs)]
+        assert program == "logratio" and options.budget and len(configs) > 1
     elif words[0] == "bench":
         assert program == "logratio" and isinstance(parse_train(train_words(*parsed(words[1:]))), RunConfig)
     else:

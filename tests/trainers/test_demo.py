@@ -14,7 +14,7 @@ from logratio.trainers.config import RunConfig
 from logratio.trainers.data.arithmetic import arithmetic_rows
 from logratio.trainers.data.examples import load_rows, prepare, prepare_prompts
 from logratio.trainers.data.rows import Rows
-from logratio.trainers.demo import METHODS, START, Method, Result, Score
+from logratio.trainers.demo import METHODS, SHOPPING, SHOPPING_START, START, Method, Result, Score
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.rollout.engines.protocol import Sample
@@ -117,9 +117,47 @@ def results_with(gain: float, control_gain: float) -> list[Result]:
 def test_the_status_tells_whether_every_method_helped(monkeypatch, capsys, gain, control_gain, status):
     # two standard errors of the difference are 2 * 0.01 * sqrt(2) = 0.0283
     monkeypatch.setattr(demo, "train_all", lambda folder, say: results_with(gain, control_gain))
+    monkeypatch.setattr(demo, "shop", lambda folder, say: shopped_with(0.03))
     assert demo.demo("nowhere") == status
     shown = capsys.readouterr().out
     assert all(m.title in shown for m in METHODS) and (("not two standard errors" in shown) == (status == 1))
+
+
+def shopped_with(beyond: float) -> list[Result]:
+    """dpo that far above the control, grpo far above it."""
+    start = Result(SHOPPING_START, Score(0.3, 0.01), 150, 10.0, 400.0)
+    scores = {"dpo": 0.36 + beyond, "grpo": 0.9, "sft": 0.36}
+    return [start, *(Result(m, Score(scores[m.name], 0.01), 60, 10.0, 400.0) for m in SHOPPING)]
+
+
+@pytest.mark.parametrize(("beyond", "status"), [(0.03, 0), (0.027, 1)])
+def test_the_status_tells_whether_preferences_taught_more_than_imitation(monkeypatch, capsys, beyond, status):
+    monkeypatch.setattr(demo, "train_all", lambda folder, say: results_with(0.1, 0.1))
+    monkeypatch.setattr(demo, "shop", lambda folder, say: shopped_with(beyond))
+    assert demo.demo("nowhere") == status
+    said = "dpo: 0.387 ± 0.010 is not two standard errors above the control's 0.360 ± 0.010"
+    assert (said in capsys.readouterr().out) == (status == 1)
+
+
+def test_thrift_is_the_mean_worth_of_sampled_answers(monkeypatch):
+    prompts = prepare_prompts(Rows("lists", [{"prompt": "7294="}, {"prompt": "00="}]), TOKENIZER)[0]
+    monkeypatch.setattr(demo, "answers", lambda speaker, asked, *, seed, tokens: ["ccee", "ab"][: len(asked)])
+    assert demo.thrift(RUN, prompts).accuracy == pytest.approx((1 + 4 / 7) / 2)
+
+
+def test_shopping_has_a_start_what_learns_from_preferences_and_a_control(tmp_path, monkeypatch):
+    asked = []
+
+    def phase(method: Method, model: str, folder, test, *, by):
+        asked.append((method, model, (folder / f"{method.data}.jsonl").exists(), len(test), by))
+        return RUN, Result(method, Score(0.4, 0.01), method.steps, 1.0, 1.0)
+
+    monkeypatch.setattr(demo, "phase", phase)
+    assert [result.method for result in demo.shop(tmp_path, print)] == [SHOPPING_START, *SHOPPING]
+    start = str(tmp_path / "sft")
+    assert [one[1] for one in asked] == ["tiny", start, start, start]
+    assert all(there and lists == 500 and by is demo.thrift for _, _, there, lists, by in asked)
+    assert [m.control for m in SHOPPING] == [False, False, True]
 
 
 def test_sft_that_learns_nothing_is_said(monkeypatch, tmp_path):
@@ -136,7 +174,7 @@ def test_a_phase_stops_where_it_is_told_and_scores_what_it_trained(tmp_path):
     demo.write(tmp_path, {"sft": [{"prompt": r["prompt"], "completion": r["answer"]} for r in validation.rows]})
     few = Rows("few", validation.rows[:8])
     method = dataclasses.replace(START, batch_size=2)
-    run, result = demo.phase(method, "tiny", tmp_path, few, until=lambda run, step: step == 3)
+    run, result = demo.phase(method, "tiny", tmp_path, few, until=lambda run, row: row["step"] == 3)
     assert result.steps == 3 and result.score == demo.score(run, demo.prepared(few, run))
     assert (tmp_path / "sft" / "model.safetensors").exists() and result.peak_mem_mib > 0
     assert len((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()) == 3

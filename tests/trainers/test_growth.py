@@ -3,6 +3,7 @@
 import gc
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def test_objects_do_not_pile_up(method: str, tmp_path: Path) -> None:
     """Nothing grows with the steps, in the second twelve and again in the third."""
     seen: list[Counter[str]] = []
 
-    def count(run: setup.Run, step: int) -> bool:
-        if step % EVERY == 0:
+    def count(run: setup.Run, row: Mapping[str, float]) -> bool:
+        if row["step"] % EVERY == 0:
             seen.append(alive())
         return False
 
@@ -77,8 +78,8 @@ def test_resident_memory_is_flat_over_2000_steps(method: str, tmp_path: Path) ->
     """Its second half takes less than 16 MiB more, which 16 KiB a step would be."""
     seen: dict[int, float] = {}
 
-    def measure(run: setup.Run, step: int) -> bool:
-        if step in (1000, 1999):  # the last is not asked about
+    def measure(run: setup.Run, row: Mapping[str, float]) -> bool:
+        if (step := int(row["step"])) in (1000, 1999):  # the last is not asked about
             seen[step] = resident_mib()
         return False
 

@@ -147,7 +147,7 @@ def test_what_was_done_of_the_step_is_dropped(within, tmp_path):
     first = within(Room(0, "backward"))
     first.times = 0
     run = run_of("sft", tmp_path / "one", *words)
-    loop.train_run(run, until=lambda run, step: step == 1, quiet=True)
+    loop.train_run(run, until=lambda run, row: row["step"] == 1, quiet=True)
     per_step = first.passes
     assert per_step > 1
 
@@ -156,8 +156,8 @@ def test_what_was_done_of_the_step_is_dropped(within, tmp_path):
         room = within(Room(0, "backward", after=per_step + 1, times=1 if fails else 0))
         run = run_of("sft", tmp_path / str(fails), *words)
 
-        def smaller(run, step, fails=fails):
-            if step == 1 and not fails:
+        def smaller(run, row, fails=fails):
+            if row["step"] == 1 and not fails:
                 run.step.micro_batch_tokens = 20
             return False
 

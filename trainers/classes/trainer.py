@@ -157,7 +157,7 @@ class Trainer:
             self.events.call("on_epoch_begin")
             with stopping() as stop:
                 row = loop.train_run(
-                    run, until=lambda run, step: self.events.stepped(step), told=self.events.told, stop=stop
+                    run, until=lambda run, row: self.events.stepped(int(row["step"])), told=self.events.told, stop=stop
                 )
         self.events.call("on_train_end")
         losses = [one["loss"] for one in self.state.log_history]

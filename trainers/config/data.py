@@ -16,8 +16,8 @@ class DataConfig:
     """What it is trained on."""
 
     dataset_name: tuple[str, ...] = ("arithmetic",)
-    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or "arithmetic": the embedded task. Several
-    are trained on together."""
+    """Hub name, .jsonl, .json (or these gzipped) or .parquet file, folder, or an embedded task: "arithmetic" or
+    "shopping". Several are trained on together."""
     dataset_weights: tuple[float, ...] | None = None
     """In which proportions an epoch draws rows of several data sets, none of them twice (default: all of each)."""
     datasets: tuple[str, ...] | None = None

@@ -15,6 +15,10 @@ from ..errors import RowError, UserError, first_line
 from ..ground.given import given
 from .arithmetic import arithmetic_rows
 from .files import FILE_TYPES, file_type, open_file
+from .shopping import shopping_rows
+
+EMBEDDED = {"arithmetic": arithmetic_rows, "shopping": shopping_rows}
+"""The tasks that need no file."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def load_rows(
 ) -> Rows:
     """The rows of one split of `dataset_name`; never empty, unless they are streamed.
 
-    dataset_name: `arithmetic` (the embedded task, in the columns of `kind`; `seed` draws its wrong answers), a local
+    dataset_name: one of `EMBEDDED` (in the columns of `kind`; `seed` draws what is random in it), a local
         file of one of `FILE_TYPES` (its one split is "train"), a folder (`{split}.jsonl` and its like, what
         `Dataset.save_to_disk` wrote, or whatever `datasets.load_dataset` can read), or a data set of the Hub.
     split, config: as `datasets.load_dataset` takes them ("train[:10%]" too) for folders and the Hub.
@@ -166,8 +170,8 @@ def load_rows(
         is_file, is_dir, exists = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{dataset_name} cannot be opened: {error.strerror}") from None
-    if dataset_name == "arithmetic":
-        rows = Rows("arithmetic", arithmetic_rows(kind, split, seed))
+    if dataset_name in EMBEDDED:
+        rows = Rows(dataset_name, EMBEDDED[dataset_name](kind, split, seed))
     elif is_file:
         if split != "train":
             raise UserError(
@@ -235,7 +239,7 @@ def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
     except Exception as error:
         raise UserError(
             f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "
-            f"a file ({', '.join(FILE_TYPES)}), a folder, or a data set of the Hub that can be reached"
+            f"'shopping', a file ({', '.join(FILE_TYPES)}), a folder, or a data set of the Hub that can be reached"
         ) from error
 
 

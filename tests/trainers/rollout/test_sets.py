@@ -82,7 +82,7 @@ def test_out_of_memory_after_a_resume_inside_a_set_keeps_what_its_steps_are_comp
 def test_a_resume_inside_a_set_has_its_windows_in_their_order(run_of):
     """1, 2, 1, 2: of which the second, third and fourth are left, two of them the same; then one step alone."""
     words = "--max_steps", "5", "--steps_per_generation", "2", "--num_iterations", "2", "--save_steps", "1"
-    loop.train_run(run_of(*words), until=lambda run, step: True, quiet=True)
+    loop.train_run(run_of(*words), until=lambda run, row: True, quiet=True)
     run = run_of(*words, "--resume_from_checkpoint", "out/checkpoint-1")
     progress = restore(run)
     first, _, third = progress.windows

@@ -1,0 +1,1 @@
+"""`logratio compare`: which of several losses is better, with an interval."""

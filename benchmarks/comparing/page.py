@@ -1,0 +1,86 @@
+"""The page of a comparison: one HTML file with nothing outside it, in the style of `logratio report`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..pages.page import HERE as PAGES
+from ..pages.page import css, mark
+from ..pages.svg import colour_of
+from . import told
+from .draw import curves, frontier, intervals
+from .outcome import Outcome, advice, summary
+from .running import Budget
+
+MAKER = "logratio compare"
+NOTES = {
+    "reward": "of sampled completions",
+    "greedy": "of the greedy completion",
+    "exact": "share of sampled completions that are the answer",
+    "accuracy": "share of held-out pairs whose chosen has gained more",
+    "nll": "nats a token",
+    "kl": "from the start, nats a completion",
+    "length": "tokens a completion",
+}
+
+
+class Figure(NamedTuple):
+    title: str
+    note: str
+    svg: Markup
+
+
+def rendered(
+    found: Outcome, specs: Mapping[str, str], dataset: str, budget: Budget, lines: Sequence[Mapping[str, Any]]
+) -> str:
+    """The HTML. Whatever comes from the user is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    enough = len(found.names) > 1
+    born = lines[0]["certificate"] if lines else {"command": MAKER, "versions": {}, "cpu": "", "device": ""}
+    order = [found.metric, *(name for name in found.metrics if name != found.metric)] if enough else []
+    return environment.get_template("compare.html.j2").render(
+        mark=mark(MAKER),
+        css=css(),
+        js=Markup((PAGES / "page.js").read_text()),
+        title=" · ".join(found.names) if len(found.names) <= 3 else f"{len(found.names)} losses compared",
+        dataset=dataset,
+        budget=budget,
+        seeds=max((len(runs) for runs in found.runs.values()), default=0),
+        device=born["cpu"] if born["device"] == "cpu" else born["device"],
+        summary=summary(found),
+        advice=advice(found),
+        failed=found.failed,
+        keys=[(colour_of(at), name, specs[name]) for at, name in enumerate(found.runs)],
+        columns=told.columns(found) if enough else [],
+        rows=told.contestant_rows(found) if enough else [],
+        frontier=frontier_figure(found) if enough and "kl" in order else None,
+        differences=[difference(found, name) for name in order],
+        tables=[(told.WORDS[name], told.comparison_rows(found, name)) for name in order],
+        curves=[
+            Figure(told.WORDS[name], NOTES[name], curves(told.WORDS[name], found.runs, name, budget.unit))
+            for name in order
+        ],
+        versions=born["versions"],
+        command=born["command"],
+    )
+
+
+def frontier_figure(found: Outcome) -> Figure:
+    note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
+    return Figure(f"{told.WORDS[found.metric]} against KL", note, frontier(found.runs, found.metric))
+
+
+def difference(found: Outcome, metric: str) -> Figure:
+    note = f"{NOTES[metric]}; {told.together(found, metric)}"
+    return Figure(f"Differences in {told.WORDS[metric]}", note, intervals(metric, found.comparisons[metric]))
