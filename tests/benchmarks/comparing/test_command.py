@@ -155,10 +155,12 @@ def test_all_learn_from_the_same_pairs_in_the_same_order():
     in_order = ordered(data.train, 1)
     assert in_order != data.train and ordered(data.train, 2) != in_order == ordered(data.train, 1)
     prompts = [row["prompt"] for row in in_order[:8]]
-    for kind, each in ((Kind.SEQUENCE, 1), (Kind.PAIRED, 1), (Kind.LABELED, 2), (Kind.GROUPED, 1)):
+    for kind, each in ((Kind.SEQUENCE, 1), (Kind.PAIRED, 1), (Kind.LABELED, 2), (Kind.LISTED, 1), (Kind.GROUPED, 1)):
         rows = as_kind(in_order, kind)
         assert [row["prompt"] for row in rows[: 8 * each : each]] == prompts
     assert as_kind(in_order, Kind.SEQUENCE)[0]["completion"] == in_order[0]["chosen"]
+    listed = as_kind(in_order, Kind.LISTED)[0]
+    assert listed["completions"] == [in_order[0]["chosen"], in_order[0]["rejected"]] and listed["rewards"] == [1, 0]
     assert set(as_kind(in_order, Kind.GROUPED)[0]) == {"prompt", "answer"}, "what is right is not in it"
 
 

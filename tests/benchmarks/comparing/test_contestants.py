@@ -65,7 +65,7 @@ def test_without_contestants_five_of_the_embedded_task():
 REFUSED = [
     (["dpo"], "a comparison needs two contestants at least, got 1"),
     (["dpo", "dpo"], "two contestants are called 'dpo': give one a name of its own, as in 'b=dpo'"),
-    (["dpo", "ppo"], "contestant 'ppo': 'ppo' is neither a method (dpo, grpo, "),
+    (["dpo", "ppo"], "contestant 'ppo': 'ppo' is neither a method (cpo, dpo, grpo, "),
     (["dpo", ""], "contestant '' is empty: write a method with its options, or module:Class"),
     (["dpo", "dpo:ipo --loss_type hinge"], "contestant 'dpo:ipo --loss_type hinge' has the loss_type twice: dpo:ipo"),
     (["dpo", "dpo --seed 3"], "contestant 'dpo --seed 3': --seed is decided by --seeds; leave it out"),
