@@ -86,8 +86,8 @@ def contestant(spec: str, name: str | None = None) -> Contestant:
         head = ["--loss", words[0]]
     else:
         raise UserError(
-            f"contestant {spec!r}: {words[0]!r} is neither a method ({', '.join(sorted(LOSSES))}), METHOD:VARIANT, nor a loss "
-            "of your own as module:Class"
+            f"contestant {spec!r}: {words[0]!r} is neither a method ({', '.join(sorted(LOSSES))}), METHOD:VARIANT, nor "
+            "a loss of your own as module:Class"
         )
     return Contestant(name or " ".join(words), spec, (*head, *words[1:]))
 

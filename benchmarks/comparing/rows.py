@@ -1,7 +1,8 @@
 """The same pairs for every contestant, in the columns that it needs and in one order for each seed.
 
-Of one pair become: a sequence (the prompt with its chosen completion), the pair itself, a list of the two with rewards 1
-and 0, two labeled rows next to each other, or a prompt with the other columns for rewards. So the k-th step of all contestants is about the same pairs.
+Of one pair become: a sequence (the prompt with its chosen completion), the pair itself, a list of the two with rewards
+1 and 0, two labeled rows next to each other, or a prompt with the other columns for rewards. So the k-th step of all
+contestants is about the same pairs.
 """
 
 from __future__ import annotations
