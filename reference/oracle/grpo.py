@@ -238,7 +238,7 @@ def _topr(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Op
 
 
 def _kimi(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2501.12599 Eq. 3, its penalty of the whole answer in equal parts at every token."""
+    """arXiv 2501.12599, of the gradient Eq. 3, its penalty of the whole answer in equal parts at every token."""
     return -advantage * y[t] + o.log_ratio_coef / 2 * (y - old).sum() ** 2 / len(y)
 
 
