@@ -64,7 +64,7 @@ def collect(loss: Loss, batch: Batch) -> Tensor:
 def totals_of(loss: Loss, batch: Batch) -> Totals:
     """The totals of a step that is this batch, after `batch.earlier` steps on the same."""
     collected = {"mismatched": lambda: batch.collected, "own": lambda: collect(loss, batch), None: lambda: None}
-    totals = Totals.of(inputs(loss, batch)["policy"], collected[loss.window_pass]())
+    totals = Totals.of(inputs(loss, batch)["policy"], collected[loss.window_pass](), batch.rows.get("advantages"))
     for _ in range(batch.earlier):
         totals = replace(totals, state=loss.advance(totals))
     return totals

@@ -213,8 +213,8 @@ def outcome(loss: Loss) -> list[float]:
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
     else:
-        totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None, advantages)
         more = {"prompt_tokens": torch.tensor([4, 7])} if loss.wants_prompt_tokens else {}
         value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals, **more).loss
     value.backward()

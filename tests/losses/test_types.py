@@ -130,8 +130,8 @@ def test_check_like_names_who_and_what():
 
 def test_totals_count_what_is_scored():
     def counts(totals: Totals) -> Totals:
-        assert totals.own.tolist() == [0, 1, 2]
-        return dataclasses.replace(totals, own=None)
+        assert totals.own.tolist() == [0, 1, 2] and totals.num_prompts == 3
+        return dataclasses.replace(totals, own=None, num_prompts=0)
 
     x = CompletionLogps(LOGPS, MASK)
     assert counts(Totals.of(x)) == Totals(num_sequences=3, num_tokens=3)
@@ -145,6 +145,9 @@ def test_totals_count_what_is_scored():
     weights = torch.tensor([[0.5, 2.0, torch.nan], [9.0, 0.25, 9.0], [9.0, 9.0, 9.0]])
     weighted = Totals.of(CompletionLogps(LOGPS, MASK, weights=weights))
     assert counts(weighted) == Totals(num_sequences=3, num_tokens=3, sum_weights=2.75)
+    assert Totals.of(x, advantages=torch.tensor([1.0, 0.0, 1.0])).num_positive_tokens == 2
+    by_token = torch.tensor([[1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    assert Totals.of(x, advantages=by_token).num_positive_tokens == 1
     collected = torch.ones(2)
     assert Totals.of(x, collected).collected is collected
 
