@@ -5,6 +5,7 @@ arXiv 2507.18071), A the advantage of the completion and d = log p - log p_ref:
 
     token loss = -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta k(d)
     L = sum over tokens of weight * token loss - entropy_coef * token mean of the entropy
+        - positive_nll_coef * mean of log p over the tokens of A > 0
 
 Four parts can be chosen apart: the surrogate (the first term, `loss_type`), the weight (`loss_aggregation`; without it
 the one of the loss_type's paper), what rho is of (`importance_sampling_level`), and the advantage, of completions or of
@@ -30,7 +31,6 @@ gradient is that of the reverse KL also off policy.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -40,6 +40,7 @@ from torch import Tensor
 from .divergences import MAX_EXPONENT
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
+from .grpo_types.chosen import positive_nll, top_entropy
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
@@ -97,6 +98,8 @@ class GRPOLoss(Loss):
     """Share of tokens, those of highest entropy over the step, that the policy term is taken of."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    positive_nll_coef: NotNegative = 0.0
+    """mu, the weight of -log p in the mean over the step's tokens of positive advantage (VAPO, where it is 0.1)."""
     max_completion_length: Count = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo and constant_length."""
     sapo_temperature_pos: Positive = 1.0
@@ -190,7 +193,7 @@ class GRPOLoss(Loss):
         if prompt_tokens is not None and prompt_tokens.shape != mask.shape[:1]:
             raise ValueError(f"prompt_tokens must be [{len(mask)}], one a completion, got {list(prompt_tokens.shape)}")
         policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
-        kept, num_kept = self._kept(policy, totals)
+        kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
         x = self._ratios(policy, old, advantages, kept, prompt_tokens)
         metrics = self._clip_metrics(x, mask)
         if behavior is not None:
@@ -221,6 +224,9 @@ class GRPOLoss(Loss):
         if self.entropy_coef:
             entropy = (policy.needed("entropy") * kept).sum()
             loss = loss - self.entropy_coef * divide(entropy, num_kept)
+        if self.positive_nll_coef:
+            nll, metrics["nll_loss"] = positive_nll(x, mask, totals)
+            loss = loss + self.positive_nll_coef * nll
         return LossOutput(loss, metrics)
 
     def _check_advantages(self, advantages: Tensor, mask: Tensor) -> None:
@@ -264,20 +270,6 @@ class GRPOLoss(Loss):
         log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled
         drift = -log_ratio.detach().sum(-1, keepdim=True) / x.lengths
         return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)
-
-    def _kept(self, policy: CompletionLogps, totals: Totals) -> tuple[Tensor, float | Tensor]:
-        """[C, T] bool, scored tokens in the step's top entropy quantile (arXiv 2506.01939), and their number there."""
-        if self.window_pass is None:
-            return policy.completion_mask, totals.num_tokens
-        if totals.collected is None:
-            raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
-        if not totals.collected.numel():
-            return policy.completion_mask, 0
-        # what is at least the quantile is at least the next order statistic; torch.quantile takes no more than 2^24
-        rank = math.ceil((1 - self.top_entropy_quantile) * (len(totals.collected) - 1) - 1e-9)
-        threshold = totals.collected.kthvalue(rank + 1).values
-        kept = policy.completion_mask & (policy.needed("entropy").detach() >= threshold)
-        return kept, (totals.collected >= threshold).sum()
 
     @torch.no_grad()
     def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:

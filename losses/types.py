@@ -193,6 +193,7 @@ class Totals:
     num_tokens: scored completion tokens, of all completions of a pair together.
     num_chosen_tokens, num_gold_tokens: scored completion tokens of those completions (pairs).
     num_prompt_tokens: scored prompt tokens (losses with `scores_prompt`).
+    num_positive_tokens: scored tokens of positive advantage (GRPO); None: nobody has counted them.
     sum_weights: sum of the weights of scored tokens; num_tokens where tokens have none (the default).
     collected: [n, ...], what `Loss.collect` returned, concatenated over the whole step (`window_pass`).
     own: [C] int64, which rows of `collected` this micro-batch's examples are, where `collect` gives one for each.
@@ -205,6 +206,7 @@ class Totals:
     num_gold_tokens: float = 0
     num_prompt_tokens: float = 0
     num_prompts: float = 0
+    num_positive_tokens: float | None = None
     sum_weights: float | None = None
     collected: Tensor | None = None
     own: Tensor | None = None
@@ -212,17 +214,23 @@ class Totals:
 
     @staticmethod
     def of(
-        policy: CompletionLogps | PairLogps, collected: Tensor | None = None, sizes: Sequence[int] | None = None
+        policy: CompletionLogps | PairLogps,
+        collected: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+        advantages: Tensor | None = None,
     ) -> Totals:
         """The totals of a step that consists of this one batch, of as many prompts as it has rows.
 
-        sizes: of lists, how many completions each has.
+        sizes: of lists, how many completions each has. advantages: [C] or [C, T], of rollouts.
         """
         if isinstance(policy, CompletionLogps):
             mask, weights = policy.completion_mask, policy.weights
             counts: dict[str, float] = {"num_tokens": int(mask.sum())}
             if weights is not None:
                 counts["sum_weights"] = float(policy.masked(weights).sum())
+            if advantages is not None:
+                positive = (advantages if advantages.ndim == 2 else advantages[:, None]) > 0
+                counts["num_positive_tokens"] = int((mask & positive).sum())
         else:
             mask = policy.chosen.completion_mask
             chosen, rejected = int(mask.sum()), int(policy.rejected.completion_mask.sum())

@@ -87,7 +87,7 @@ def totals_of(loss: Loss, batch: Batch) -> Totals:
     """The totals of a step that is this batch, after `batch.earlier` steps on the same."""
     collected = {"mismatched": lambda: batch.collected, "own": lambda: collect(loss, batch), None: lambda: None}
     given = inputs(loss, batch)
-    totals = Totals.of(given["policy"], collected[loss.window_pass](), given.get("sizes"))
+    totals = Totals.of(given["policy"], collected[loss.window_pass](), given.get("sizes"), given.get("advantages"))
     for _ in range(batch.earlier):
         totals = replace(totals, state=loss.advance(totals))
     return totals

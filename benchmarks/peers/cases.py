@@ -281,6 +281,9 @@ def later_cases() -> Iterator[Case]:
         {"loss_type": "fipo", "fipo_half_life": 2.0, "fipo_clip": 0.5, "delta": 1.3},
     ]
     yield from (Case("grpo", one) for one in options)
+    for name in ("dapo", "gmpo", "rloo", "vespo"):
+        yield Case("grpo", {"loss_type": name, "positive_nll_coef": 0.1})
+    yield Case("grpo", {"loss_type": "dapo", "positive_nll_coef": 0.5, "top_entropy_quantile": 0.4}, by_token=True)
     yield Case("grpo", {"loss_type": "fipo"}, by_token=True)
     prime = {"loss_type": "prime", "log_ratio_coef": 0.1}
     yield Case("grpo", prime, sampled=True)

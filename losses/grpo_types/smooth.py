@@ -46,7 +46,7 @@ def smoothed(x: Ratios, loss: GRPOLoss) -> Tensor:
 
 def penalized(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-weight rho A + tau (log p - log mu)^2, prime-rl's default, with the mask |p - mu| of sampling_correction ipo (or
-    dppo_tv) as weight; tau is `log_ratio_coef`.
+    dppo_tv) as weight; tau is `log_ratio_coef`, its `kl_tau`, 1e-3 there too.
 
     Readings: (1) mu is what sampled, or `old` where nobody says; (2) the mask does not touch the penalty; (3) the
     penalty's log-ratio is held at 40, beyond which it has no gradient. Its advantages are not divided by a std.

@@ -56,21 +56,22 @@ def gamma_weight(x: Ratios, loss: GRPOLoss) -> Tensor:
 
 
 def tapered(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-w A log p, w = 1 where A >= 0 and sg(min(W, 1)) elsewhere, W = exp(sum log rho), TOPR, arXiv 2503.14286 Sec. 3.
+    """-w A log p, w = 1 where A >= 0 and sg(min(W, 1)) elsewhere, W = exp(sum log rho), TOPR, arXiv 2503.14286.
 
     Readings: (1) the paper's reward less its baseline is A; (2) its policy that sampled is `old`, as for every ratio
-    here: for what another engine sampled take a sampling correction of sequences beside.
+    here: for what another engine sampled take a sampling correction of sequences beside; (3) W is the whole answer's,
+    as there, where verl's topr takes its geometric mean.
     """
     w = x.log_ratio.detach().sum(-1, keepdim=True).clamp(max=0).exp()
     return -torch.where(x.advantages >= 0, 1.0, w) * x.advantages * x.logps
 
 
 def mirror_descent(x: Ratios, loss: GRPOLoss) -> Tensor:
-    """-A log p + (tau / 2) (sum log rho)^2 / |y|, Kimi k1.5, arXiv 2501.12599 Eq. 3: summed over a completion's tokens
-    -A log p(y) + (tau / 2) log^2(p(y) / p_old(y)).
+    """-A log p + (tau / 2) (sum log rho)^2 / |y|, Kimi k1.5, arXiv 2501.12599 Sec. 2.3.2: of a completion
+    -A log p(y) + (tau / 2) log^2(p(y) / p_old(y)), of gradient Eq. 3.
 
-    Readings: (1) tau is `log_ratio_coef`, of which the paper gives no number; (2) the squared log-ratio is held at 40,
-    as every exponent is, beyond which it has no gradient.
+    There A is R less its group's mean, without a std. Readings: (1) tau is `log_ratio_coef`, of which the paper gives
+    no number; (2) the squared log-ratio is held at 40, as every exponent is, beyond which it has no gradient.
     """
     drift = x.log_ratio.sum(-1, keepdim=True).clamp(-MAX_EXPONENT, MAX_EXPONENT)
     return -x.advantages * x.logps + loss.log_ratio_coef / 2 * drift**2 / x.lengths

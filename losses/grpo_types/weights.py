@@ -48,7 +48,7 @@ def prompt_mean(x: Ratios, totals: Totals, loss: GRPOLoss) -> Tensor:
     """1 / (P N_p): the mean over prompts of the token mean over all of the prompt's completions.
 
     DAPO's Eq. 8 as it is written (arXiv 2503.14476), with a sum over one prompt's group and an expectation over
-    prompts; ScaleRL's prompt average (arXiv 2510.13786). A prompt with nothing scored counts in P.
+    prompts; ScaleRL's prompt average (arXiv 2510.13786 Sec. 3.2). A prompt with nothing scored counts in P.
     """
     if x.prompt_tokens is None:
         raise ValueError("loss_aggregation=prompt_mean needs prompt_tokens, the scored tokens of each one's prompt")

@@ -30,6 +30,7 @@ class Options:
     top_entropy_quantile: float = 1.0
     off_policy_mask_threshold: float | None = None
     entropy_coef: float = 0.0
+    positive_nll_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     vespo_k_pos: float = 2.0
@@ -96,6 +97,11 @@ def grpo(
         ]
         for h in acting:  # a mean over the tokens that the policy term acts on, whatever divides that term
             total = total - o.entropy_coef * h / len(acting)
+    if o.positive_nll_coef:  # VAPO, arXiv 2504.05118: imitate what was right, each of its tokens alike
+        given = [a for y, row in zip(logps, advantages, strict=True) for a in _each(row, len(y))]
+        right = [x for x, a in zip((x for y in logps for x in y), given, strict=True) if a > 0]
+        for x in right:
+            total = total - o.positive_nll_coef * x / len(right)
     return total
 
 
@@ -238,7 +244,7 @@ def _topr(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Op
 
 
 def _kimi(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2501.12599 Eq. 3, its penalty of the whole answer in equal parts at every token."""
+    """arXiv 2501.12599, of the gradient Eq. 3, its penalty of the whole answer in equal parts at every token."""
     return -advantage * y[t] + o.log_ratio_coef / 2 * (y - old).sum() ** 2 / len(y)
 
 

@@ -1,5 +1,6 @@
 """GRPO's variants beyond TRL's by hand: values, slopes, and what each paper promises of them."""
 
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from logratio.losses import KL_ESTIMATORS, CompletionLogps, GRPOLoss, Totals
 
 from ._families import refused
-from .test_grpo_types import ADVANTAGES, BY_SEQUENCE, BY_TOKEN, LENGTHS, LOGPS, check, run
+from .test_grpo_types import ADVANTAGES, BY_SEQUENCE, BY_TOKEN, LENGTHS, LOGPS, TOTALS, check, run
 
 # rho = 3/2, 1, 1/2 of A = 2, and 3/2, 1/2 of A = -1; W = 3/4 of both
 RHO = [[1.5, 1.0, 0.5], [1.5, 0.5], []]
@@ -157,3 +158,39 @@ def test_kl_estimators(name):
         "abs": ([0.5, 0, 2], [-1, 0, 1]),
     }[name]
     assert value.tolist() == pytest.approx(values, rel=1e-12) and d.grad.tolist() == slopes
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gmpo", "cispo"])
+def test_nll_of_what_was_right(loss_type):
+    """mu times the mean of -log p over the tokens of A = 2, whatever the policy term is and is divided by."""
+    plain, grads = run(GRPOLoss(loss_type=loss_type))
+    totals = replace(TOTALS, num_positive_tokens=12)
+    value, more = run(GRPOLoss(loss_type=loss_type, positive_nll_coef=0.6), totals=totals)
+    assert value == pytest.approx(plain - 0.6 * sum(SCORED[0]) / 12, rel=1e-12)
+    expected = [[g - 0.05 * (x == x) for g, x in zip(grads[0], LOGPS[0], strict=True)], *grads[1:]]
+    assert more == [pytest.approx(row, rel=1e-12) for row in expected]
+
+
+def test_nll_of_tokens_that_were_right():
+    """Of four tokens those of A > 0, with 0.5 and 0.3 nats; what is masked does not count."""
+    x, mask = torch.tensor([[-0.5, -9.0, -1.0], [-2.0, -0.3, -4.0]]), torch.tensor([[True, True, False]] * 2)
+    given = torch.tensor([[1.0, 0.0, 5.0], [-1.0, 3.0, 5.0]])
+    policy = CompletionLogps(x, mask)
+    totals = Totals.of(policy, advantages=given)
+    assert totals.num_positive_tokens == 2
+    out = GRPOLoss(positive_nll_coef=0.5)(policy, advantages=given, totals=totals)
+    plain = GRPOLoss()(policy, advantages=given, totals=totals).loss
+    assert (out.loss - plain).item() == pytest.approx(0.5 * (0.5 + 0.3) / 2, rel=1e-5)
+    nll = out.metrics["nll_loss"]
+    assert nll.total.item() == pytest.approx(0.8) and nll.count.item() == 2
+
+
+def test_nll_where_nothing_was_right():
+    x, mask = torch.tensor([[-0.5]], requires_grad=True), torch.ones(1, 1, dtype=torch.bool)
+    policy, given = CompletionLogps(x, mask), torch.zeros(1)
+    loss = GRPOLoss(positive_nll_coef=0.5)
+    out = loss(policy, advantages=given, totals=Totals.of(policy, advantages=given)).loss
+    out.backward()
+    assert out.item() == x.grad.item() == 0
+    with refused("positive_nll_coef divides by totals.num_positive_tokens, which is None"):
+        loss(policy, advantages=given, totals=Totals.of(policy))

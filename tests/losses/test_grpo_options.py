@@ -63,6 +63,7 @@ def test_defaults():
         "sampling_clip_max": None,
         "top_entropy_quantile": 1.0,
         "entropy_coef": 0.0,
+        "positive_nll_coef": 0.0,
         "max_completion_length": 512,
         "log_ratio_coef": 1e-3,
         "pspo_alpha": 0.1,

@@ -36,11 +36,13 @@ def logps(rows: Table) -> CompletionLogps:
     return CompletionLogps(values.requires_grad_(), ~values.detach().isnan())
 
 
-def run(loss: GRPOLoss, policy: Table = LOGPS, old: Table = OLD, advantages: Any = ADVANTAGES) -> tuple[float, Table]:
+def run(
+    loss: GRPOLoss, policy: Table = LOGPS, old: Table = OLD, advantages: Any = ADVANTAGES, totals: Totals = TOTALS
+) -> tuple[float, Table]:
     """(value, gradient)"""
     x, before = logps(policy), logps(old)
     given = torch.tensor(advantages, dtype=torch.float64)
-    value = loss(x, advantages=given, old=before, totals=TOTALS).loss
+    value = loss(x, advantages=given, old=before, totals=totals).loss
     value.backward()
     assert before.per_token_logps.grad is None
     return value.item(), x.per_token_logps.grad.tolist()

@@ -221,8 +221,8 @@ def outcome(loss: Loss) -> list[float]:
         rewards, totals = torch.tensor([1.0, 0.5], dtype=torch.float64), Totals.of(kept["policy"], sizes=[2])
         value = loss(**kept, rewards=rewards, sizes=[2], totals=totals).loss
     else:
-        totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None)
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None, advantages)
         more = {"prompt_tokens": torch.tensor([4, 7])} if loss.wants_prompt_tokens else {}
         value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals, **more).loss
     value.backward()

@@ -145,6 +145,9 @@ def test_totals_count_what_is_scored():
     weights = torch.tensor([[0.5, 2.0, torch.nan], [9.0, 0.25, 9.0], [9.0, 9.0, 9.0]])
     weighted = Totals.of(CompletionLogps(LOGPS, MASK, weights=weights))
     assert counts(weighted) == Totals(num_sequences=3, num_tokens=3, sum_weights=2.75)
+    assert Totals.of(x, advantages=torch.tensor([1.0, 0.0, 1.0])).num_positive_tokens == 2
+    by_token = torch.tensor([[1.0, -1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    assert Totals.of(x, advantages=by_token).num_positive_tokens == 1
     collected = torch.ones(2)
     assert Totals.of(x, collected).collected is collected
 

@@ -45,6 +45,7 @@ def chosen_cases() -> list[Any]:
     for case in CASES:
         first.setdefault((case.method, case.options.get("loss_type")), case)
     asking = ("use_weighting", "ld_alpha", "z_loss_coef", "top_entropy_quantile", "entropy_coef", "tpo_alpha")
+    asking += ("positive_nll_coef",)
     for option in asking:
         case = next(c for c in CASES if option in c.options)
         first[case.method, option] = case
@@ -173,11 +174,14 @@ def test_totals_counted_from_examples_are_those_of_the_tensors(case, shared):
     fields = ["num_sequences", "num_tokens", *(["sum_weights"] if case.weighted else [])]
     if loss.kind is Kind.PAIRED:
         fields += ["num_chosen_tokens", "num_prompt_tokens", "num_gold_tokens"]
+    if loss.kind is Kind.GROUPED:
+        fields += ["num_positive_tokens"]
     summed = dict.fromkeys(fields, 0)
     for batch in pack(examples, 10_000, shared=shared, scores_prompt=loss.scores_prompt):
         inputs = loss_inputs(loss, batch, TokenLogps(torch.zeros(batch.scored.shape)), None, None)
+        totals = Totals.of(inputs["policy"], sizes=inputs.get("sizes"), advantages=inputs.get("advantages"))
         for field in fields:
-            summed[field] += getattr(Totals.of(inputs["policy"], sizes=inputs.get("sizes")), field)
+            summed[field] += getattr(totals, field)
     assert {field: getattr(counted, field) for field in fields} == summed
     needed = {"num_prompt_tokens": loss.scores_prompt, "num_gold_tokens": loss.scores_gold}
     assert all((value > 0) == needed.get(field, True) for field, value in summed.items())

@@ -18,6 +18,7 @@ from .packing import PackedBatch
 def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
     """What a loss divides by, counted from the examples of a step."""
     per_completion = loss.kind is Kind.GROUPED
+    rewarded = per_completion and all(e.advantages is not None for e in examples)
     return Totals(
         num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
         num_prompts=len(examples),
@@ -25,6 +26,7 @@ def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
         num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
         num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
         num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
+        num_positive_tokens=sum(_positive_tokens(e) for e in examples) if rewarded else None,
         sum_weights=sum(
             weight
             for e in examples
@@ -42,6 +44,12 @@ def _scored(completion: Completion) -> Sequence[bool]:
 def _prompt_tokens(example: Example) -> int:
     chosen = example.completions[0]
     return len(example.prompt_ids) - 1 + (0 if chosen.scored is None else len(chosen.ids) - sum(chosen.scored))
+
+
+def _positive_tokens(rollouts: Example) -> int:
+    """Scored tokens whose own, or whose completion's, advantage is above 0."""
+    given = zip(rollouts.completions, rollouts.advantages or (), strict=True)
+    return sum(sum(x > 0 for x in a) if isinstance(a, tuple) else (a > 0) * sum(_scored(c)) for c, a in given)
 
 
 def loss_inputs(

@@ -27,7 +27,10 @@ DDP = {
     "orpo": ("orpo", "full"),
     "cpo": ("cpo", "lora"),
     "tpo": ("tpo", "qlora"),
-    "grpo": ("grpo", "lora", "--eval_size", "1", "--num_generations_eval", "4"),  # the second process evaluates nothing
+    "grpo": (  # the second process evaluates nothing
+        *("grpo", "lora", "--eval_size", "1", "--num_generations_eval", "4"),
+        *("--loss_aggregation", "prompt_mean", "--positive_nll_coef", "0.1"),
+    ),
 }
 THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {

@@ -95,7 +95,8 @@ def test_of_tokens_they_reach_the_loss_wherever_the_group_is_cut(policy, tokeniz
         wanted = [whole[e.row] for e in batch.examples for _ in e.completions]
         assert inputs["prompt_tokens"].tolist() == wanted
     assert sorted([round(x, 9) for x in one] for one in seen) == sorted([round(x, 9) for x in one] for one in given)
-    assert count_totals(rolled.examples, GRPOLoss()).num_prompts == len(TEXTS)
+    totals = count_totals(rolled.examples, GRPOLoss())
+    assert totals.num_prompts == len(TEXTS) and totals.num_positive_tokens is None, "not rewarded yet"
 
 
 def test_what_is_kept_and_shown_of_them_is_their_mean(tokenizer):

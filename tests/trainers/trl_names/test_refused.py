@@ -59,7 +59,7 @@ REFUSED = [
         "loss_type: sigmoid: sigmoid is unknown; must be one of kto, apo_zero_unpaired, bco",
     ),
     ("rloo", {"loss_type": "dapo"}, "loss_type: dapo: RLOO has one loss; leave it out"),
-    ("sft", {"beta": 0.1}, "beta: 0.1: an option of dpo, grpo, cpo, tpo, kto, listwise, orpo"),
+    ("sft", {"beta": 0.1}, "beta: 0.1: an option of dpo, cpo, tpo, grpo, kto, listwise, orpo"),
     ("dpo", {"reward_funcs": ["accuracy_reward"]}, "reward_funcs: [accuracy_reward]: an option of grpo"),
     (
         "grpo",

@@ -34,7 +34,7 @@ def test_options_of_trl_are_judged_each_in_a_line(capsys):
         ("dpo --bta 1", "--bta: no option here, nor of TRL; did you mean --beta?"),
         ("dpo --learning-rat 1", "--learning_rat: no option here, nor of TRL; did you mean --learning_rate?"),
         ("dpo --xyzzy", "--xyzzy: no option here, nor of TRL"),
-        ("sft --beta 1", "--beta: an option of dpo, grpo, cpo, tpo, kto, listwise, orpo"),
+        ("sft --beta 1", "--beta: an option of dpo, cpo, tpo, grpo, kto, listwise, orpo"),
         ("dpo --num_generations 4", "--num_generations: an option of grpo"),
     ],
 )

@@ -1,0 +1,39 @@
+"""Terms and parts of GRPO that some tokens of the step alone have: those of high entropy, those of right answers."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..metrics import Mean
+from ..types import CompletionLogps, Totals, divide
+from .base import Ratios
+
+
+def top_entropy(policy: CompletionLogps, totals: Totals, share: float) -> tuple[Tensor, float | Tensor]:
+    """[C, T] bool, scored tokens in the step's top `share` of entropies (arXiv 2506.01939), and their number there."""
+    if share >= 1:
+        return policy.completion_mask, totals.num_tokens
+    if totals.collected is None:
+        raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
+    if not totals.collected.numel():
+        return policy.completion_mask, 0
+    # what is at least the quantile is at least the next order statistic; torch.quantile takes no more than 2^24
+    rank = math.ceil((1 - share) * (len(totals.collected) - 1) - 1e-9)
+    threshold = totals.collected.kthvalue(rank + 1).values
+    kept = policy.completion_mask & (policy.needed("entropy").detach() >= threshold)
+    return kept, (totals.collected >= threshold).sum()
+
+
+def positive_nll(x: Ratios, mask: Tensor, totals: Totals) -> tuple[Tensor, Mean]:
+    """This micro-batch's part of the mean of -log p over the step's tokens of A > 0, and that mean as a metric.
+
+    VAPO's loss of right answers, arXiv 2504.05118. Readings: (1) an answer is right where its advantage is positive, so
+    that of a prompt whose answers are all right, which have A = 0, none counts; (2) neither clip, entropy's quantile,
+    off-policy mask nor sampling correction touches it. 0 where the step has no such token.
+    """
+    if totals.num_positive_tokens is None:
+        raise ValueError("positive_nll_coef divides by totals.num_positive_tokens, which is None")
+    positive = mask & (x.advantages > 0)
+    return divide(-(x.logps * positive).sum(), totals.num_positive_tokens), Mean.of(-x.logps, positive)
