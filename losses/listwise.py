@@ -83,7 +83,7 @@ def exo_rw(x: Lists, loss: ListwiseLoss) -> Tensor:
 
 @variant(LISTWISE_TYPES)
 def plackett_luce(x: Lists, loss: ListwiseLoss) -> Tensor:
-    """-sum_i log(exp s_i / sum of exp s_j over j = i and all R_j < R_i), Plackett-Luce: DPO of rankings, arXiv 2305.18290.
+    """-sum_i log(exp s_i / sum of exp s_j over j = i and all R_j < R_i), DPO of rankings, arXiv 2305.18290.
 
     Each completion is the first choice among itself and those with a lesser reward; only the order of rewards is read.
     """
