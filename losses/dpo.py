@@ -18,7 +18,7 @@ there is a prompt; (3) exponents stop at 40 (`alpha_divergence`: TRL at 80, else
 Differs from the papers or their authors' code: (5) `ipo` averages over tokens, as its authors recommended to TRL (pull
 request 1265), `ipo_sum` does not; (6) `beta_dpo`'s running mean takes a step's margins in after that step, its authors'
 code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only);
-(8) `sppo_hard` is the sum of its two squares, as in TRL, its authors' code takes half of it: loss_weights of 0.5;
+(8) `sppo_hard` and `sppo` are sums of two squares, as TRL's, their authors' code takes half: loss_weights of 0.5;
 (9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
 step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules.
 """
@@ -181,7 +181,7 @@ class DPOLoss(Loss):
     beta_dpo_momentum: Share = 0.9
     """Of the running mean of margins."""
     dr_dpo_beta: Positive = 1.0
-    """Temperature of the mean over pairs; infinite: the plain mean."""
+    """Temperature of the mean over pairs: the larger, the nearer to the plain mean."""
     odpo_alpha: NotNegative = 1.0
     """Weight of the pairs' margins."""
     modpo_weight: Annotated[float, Range(0, 1, above=True)] = 0.5

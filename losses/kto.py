@@ -11,9 +11,9 @@ A variant is a value function of the signed distance from a shift, and the shift
 Differs from TRL 1.16: (1) z is one number for the optimizer step and all processes; TRL's is one a micro-batch;
 (2) `bco` is not in TRL any more.
 Differs from the papers: (3) as in TRL, the sum is divided by the number of examples, not of their weights; (4) the
-density ratios that BCO weighs undesirable examples by (arXiv 2404.04656 Sec. 4) come with the rows, as `weights`: who
-has prompts' embeddings makes them by a classifier, p / (1 - p) of p = P(desirable | prompt), TRL's clipped to 0.5 and
-10; (5) `humanline_clip` bounds the mismatched log-ratios too.
+density ratios that BCO weighs undesirable examples by (UDM, arXiv 2404.04656) come with the rows, as `weights`: who
+has prompts' embeddings makes them by a classifier, p / (1 - p) of p = P(desirable | prompt), in TRL's BCOTrainer of old
+clipped to 0.5 and 10; (5) `humanline_clip` bounds the mismatched log-ratios too.
 """
 
 from __future__ import annotations

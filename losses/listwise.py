@@ -10,9 +10,9 @@ whose label_smoothing is q of the worse completion; `nca` is nca_pair where that
 
 Differs from TRL 1.16: it has none of them.
 Differs from the papers or their authors' code: (1) `plackett_luce` says nothing of which of two completions with equal
-rewards comes first, which Eq. 20 needs to know: both are compared with what has less; (2) the mean is over lists, as in
-the papers, and NCA's code adds 0.01 to the reward of the first completion of each list, to break ties, which is left
-out.
+rewards comes first, which a ranking needs to know: both are compared with what has less; (2) the mean is over lists, as
+in the papers, and NCA's code adds 0.01 to the reward of the first completion of each list, to break ties, which is left
+out; (3) temperature_alpha is that of NCA's code, 1 / alpha of its paper.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ LISTWISE_TYPES: Variants[Callable[[Lists, ListwiseLoss], Tensor]] = Variants()
 
 @variant(LISTWISE_TYPES, reads=("temperature_alpha",))
 def infonca(x: Lists, loss: ListwiseLoss) -> Tensor:
-    """-sum_i q_i log p_i, InfoNCA, arXiv 2402.05369 Sec. 3: the cross-entropy of two distributions over the list."""
+    """-sum_i q_i log p_i, InfoNCA, arXiv 2402.05369: the cross-entropy of two distributions over the list."""
     return -x.log_q(loss).exp() * x.scores.log_softmax(-1)
 
 
 @variant(LISTWISE_TYPES, reads=("temperature_alpha",))
 def nca(x: Lists, loss: ListwiseLoss) -> Tensor:
-    """-sum_i (q_i log sigmoid(s_i) + log sigmoid(-s_i) / K), NCA, arXiv 2402.05369 Sec. 4: s_i has a finite optimum.
+    """-sum_i (q_i log sigmoid(s_i) + log sigmoid(-s_i) / K), NCA, arXiv 2402.05369: s_i has a finite optimum.
 
     There sigmoid(s_i) = q_i / (q_i + 1/K), whatever the others do: the best one's likelihood need not fall with theirs.
     """
@@ -73,9 +73,9 @@ def nca(x: Lists, loss: ListwiseLoss) -> Tensor:
 
 @variant(LISTWISE_TYPES, reads=("temperature_alpha",))
 def exo_rw(x: Lists, loss: ListwiseLoss) -> Tensor:
-    """sum_i p_i (log p_i - log q_i), EXO with rewards, arXiv 2402.00856 Sec. 3: KL(p || q), which seeks a mode of q.
+    """sum_i p_i (log p_i - log q_i), EXO with rewards, arXiv 2402.00856: KL(p || q), which seeks a mode of q.
 
-    beta is the paper's beta_pi, temperature_alpha its beta_r.
+    `exo-rw` of the authors' code: beta is its beta_pi, temperature_alpha its beta_r.
     """
     log_p = x.scores.log_softmax(-1)
     return log_p.exp() * (log_p - x.log_q(loss))
@@ -83,7 +83,7 @@ def exo_rw(x: Lists, loss: ListwiseLoss) -> Tensor:
 
 @variant(LISTWISE_TYPES)
 def plackett_luce(x: Lists, loss: ListwiseLoss) -> Tensor:
-    """-sum_i log(exp s_i / sum of exp s_j over j = i and all R_j < R_i), Plackett-Luce, arXiv 2305.18290 Eq. 20.
+    """-sum_i log(exp s_i / sum of exp s_j over j = i and all R_j < R_i), DPO of rankings, arXiv 2305.18290.
 
     Each completion is the first choice among itself and those with a lesser reward; only the order of rewards is read.
     """
@@ -123,8 +123,8 @@ class ListwiseLoss(Loss):
         if rewards.shape != policy.sums.shape or not rewards.is_floating_point():
             count = len(policy.completion_mask)
             raise ValueError(f"rewards must be floating point [{count}], got {rewards.dtype} {list(rewards.shape)}")
-        if sum(sizes) != len(rewards):
-            raise ValueError(f"sizes must add up to the {len(rewards)} completions, got {list(sizes)}")
+        if sum(sizes) != len(rewards) or min(sizes, default=2) < 2:
+            raise ValueError(f"sizes must be 2 or more and add up to the {len(rewards)} completions, got {list(sizes)}")
         r = self.beta * (policy.sums - ref.sums.detach())
         x = Lists(padded(r, sizes), padded(rewards.detach().to(r), sizes), padded(torch.ones_like(r), sizes) > 0)
         scored = (padded(policy.completion_mask.any(-1).to(r), sizes) > 0).any(-1)

@@ -3,8 +3,8 @@
 Differs from TRL 1.16: (1) TRL counts tokens over one gradient-accumulation window, we over the optimizer step, which
 is the same thing for equal settings; (2) a row with nothing to score counts for nothing here and is dropped there;
 (3) token weights, the z-loss and `eaft` are not in TRL.
-Differs from the paper: (4) `eaft` takes the entropy of the whole vocabulary, its authors' code that of the 20 likeliest
-words, and both divide by log 20, so that weights above 1 are possible here.
+Differs from the paper: (4) `eaft` takes the entropy of the whole vocabulary, the paper that of the 20 likeliest words
+alone, over log 20 (its authors' code: over 3), so that weights above 1 are possible here.
 """
 
 from __future__ import annotations

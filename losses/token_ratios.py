@@ -33,7 +33,7 @@ def clipped(policy: CompletionLogps, ref: CompletionLogps, within: tuple[float, 
 
 def check_clip(within: tuple[float, float] | None) -> None:
     """ValueError unless the two numbers lie around 0."""
-    if within is not None and not (within[0] <= 0 <= within[1] and within[0] < within[1]):
+    if within is not None and not (len(within) == 2 and within[0] <= 0 <= within[1] and within[0] < within[1]):
         raise ValueError(f"humanline_clip={within} must be two numbers around 0, as -1 1.5")
 
 

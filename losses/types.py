@@ -45,7 +45,7 @@ class CompletionLogps:
         whatever they are (NaN included).
     completion_mask: [C, T] bool, True where a token is scored. A row may be empty.
     entropy, log_z, log_sum_p2, is_top1: [C, T], the `stats` of `linear_logps`, each None where it was not asked for.
-    weights: [C, T], at least 0, how much each token counts (SFT); None: all alike.
+    weights: [C, T], at least 0, how much each token counts (SFT), or each row, the same at its tokens (KTO); None: 1.
     """
 
     per_token_logps: Tensor
@@ -161,7 +161,7 @@ class PairLogps:
 
     prompt: log-probabilities of the prompt's own tokens, for losses with `scores_prompt` (ORPO).
     gold: a third completion of each prompt, for losses with `scores_gold` (TPO).
-    margin: [P], by how much chosen is better, of any unit, for losses with `wants_margin` (ODPO).
+    margin: [P], by how much chosen is better, of any unit, for losses with `wants_margin` (odpo, modpo, sppo).
     """
 
     chosen: CompletionLogps

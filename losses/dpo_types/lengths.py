@@ -44,7 +44,7 @@ def alpha_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (D - gamma - alpha z)), z the standard score of D - D_ref in the step, arXiv 2410.10148; D as above.
 
     z has no gradient. Reading: mean and standard deviation (Bessel's) are the step's; the authors' code takes running
-    ones of all steps. z is 0 where the step's pairs are alike, or there is one.
+    ones, of momentum 0.9 and with this step's in. z is 0 where the step's pairs are alike, or there is one.
     """
     own = r.chosen_logps / r.chosen_lengths - r.rejected_logps / r.rejected_lengths
     return -logsigmoid(loss.beta * (own - loss.rainbow_gamma - loss.alpha_dpo_coef * standard_score(r)))

@@ -31,7 +31,8 @@ def modpo(r: PairRatios, loss: DPOLoss) -> Tensor:
 def sppo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """(r_w - t)^2 + (r_l + t)^2, t = (P - 1/2) / beta, P = s(delta), arXiv 2405.00675 Eq. 4.7 with soft P.
 
-    P: how probably chosen beats rejected, by a preference model whose scores differ by delta.
+    P: how probably chosen beats rejected, by a preference model whose scores differ by delta: `sppo_single` of the
+    authors' code, whose `sppo` takes each side's mean chance against all answers to the prompt.
     """
     target = (r.given.sigmoid() - 0.5) / loss.beta
     return (r.chosen - target) ** 2 + (r.rejected + target) ** 2

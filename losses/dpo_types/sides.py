@@ -66,7 +66,7 @@ def irpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return loss.irpo_alpha * r.chosen_nll / r.chosen_lengths - logsigmoid(loss.beta * r.margin)
 
 
-@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "f_divergence_type"))
+@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "f_divergence_type", "humanline_clip"))
 def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     """-sum log p_w / N_w, N_w the chosen tokens of the step (MPO, arXiv 2411.10442; RPO, 2405.16436).
 
@@ -77,7 +77,11 @@ def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
 
 @dpo_type(reads=("h_dpo_alpha",))
 def h_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
-    """sp(-beta (alpha (log p_w - log p_l) - (log ref_w - log ref_l))), arXiv 2411.07595: alpha weighs the entropy."""
+    """sp(-beta (alpha (log p_w - log p_l) - (log ref_w - log ref_l))), arXiv 2411.07595: alpha weighs the entropy.
+
+    Derived from beta (-alpha H(p) - E log ref) in the place of beta KL, as oxRL has it; the paper's equation was not
+    seen.
+    """
     own, reference = r.chosen_logps - r.rejected_logps, r.ref_chosen_logps - r.ref_rejected_logps
     return -logsigmoid(loss.beta * (loss.h_dpo_alpha * own - reference))
 
@@ -92,7 +96,8 @@ def dpo_shift(r: PairRatios, loss: DPOLoss) -> Tensor:
 def bpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta min(r_w, -alpha r_l)), Balanced Preference Optimization, arXiv 2506.03557 (not Bregman's, 2505.19601).
 
-    Only the side that is behind learns; at the reference both are, and torch gives each half the slope.
+    Only the side that is behind learns; at the reference both are, and torch gives each half the slope. From a review
+    and from oxRL's code; the paper's equation was not seen.
     """
     return -logsigmoid(loss.beta * torch.minimum(r.chosen, -loss.rejected_weight * r.rejected))
 
@@ -101,6 +106,7 @@ def bpo(r: PairRatios, loss: DPOLoss) -> Tensor:
 def minor_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (r_w - max(0, r_l))), MinorDPO, arXiv 2408.09834: rejected is not pushed below the reference.
 
-    The kink is at r_l = 0, where training begins: there torch's relu has slope 0.
+    The kink is at r_l = 0, where training begins: there torch's relu has slope 0. From a summary and from oxRL's code;
+    the paper's equation was not seen.
     """
     return -logsigmoid(loss.beta * (r.chosen - r.rejected.relu()))

@@ -36,18 +36,18 @@ def _of_list(loss_type: str, scores: list[Tensor], rewards: list[float], alpha: 
     q = [weight / math.fsum(weights) for weight in weights]
     log_sum = torch.logsumexp(torch.stack(scores), 0)  # log of sum_j e^(s_j)
     loss = 0 * scores[0]
-    if loss_type == "infonca":  # arXiv 2402.05369 Sec. 3
+    if loss_type == "infonca":  # arXiv 2402.05369
         for q_i, s in zip(q, scores, strict=True):
             loss = loss - q_i * (s - log_sum)
-    elif loss_type == "nca":  # arXiv 2402.05369 Sec. 4: a classifier of each completion
+    elif loss_type == "nca":  # arXiv 2402.05369: a classifier of each completion
         for q_i, s in zip(q, scores, strict=True):
             loss = loss + q_i * softplus(-s) + softplus(s) / len(scores)
-    elif loss_type == "exo_rw":  # arXiv 2402.00856 Sec. 3: KL(p || q)
+    elif loss_type == "exo_rw":  # arXiv 2402.00856: KL(p || q)
         log_weights = math.log(math.fsum(weights))
         for reward, s in zip(rewards, scores, strict=True):
             log_q = (reward - highest) / alpha - log_weights
             loss = loss + torch.exp(s - log_sum) * (s - log_sum - log_q)
-    elif loss_type == "plackett_luce":  # arXiv 2305.18290 Eq. 20: the ranking, best first, one choice after the other
+    elif loss_type == "plackett_luce":  # arXiv 2305.18290: the ranking, best first, one choice after the other
         ranking = sorted(range(len(scores)), key=lambda i: -rewards[i])
         for place, i in enumerate(ranking):
             # what is left to choose from; of equals neither is in the other's way

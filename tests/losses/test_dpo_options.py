@@ -243,6 +243,9 @@ def test_one_name_is_a_tuple_of_one():
         ),
         ({"humanline_clip": (0.1, 1.0)}, r"^humanline_clip=\(0.1, 1.0\) must be two numbers around 0, as -1 1.5$"),
         ({"humanline_clip": (0.0, 0.0)}, "must be two numbers around 0"),
+        ({"humanline_clip": (-1.0,)}, "must be two numbers around 0"),
+        ({"humanline_clip": (-1.0, 1.0, 1.5)}, "must be two numbers around 0"),
+        ({"humanline_clip": (-1.0, 1.5), "loss_type": "sft"}, "is not read by loss_type sft; leave it out"),
         ({"humanline_clip": (-1.0, math.nan)}, "must be finite$"),
         (
             {"humanline_clip": (-1.0, 1.0), "reference_free": True},
@@ -284,8 +287,8 @@ def test_humanline_clips_the_ratio_of_each_token_and_stops_its_gradient():
     assert up == [0, pytest.approx(-0.5 * sg(0.75)), 0, 0] and down == [pytest.approx(0.5 * sg(0.75))]
     plain = run(DPOLoss(beta=0.5), policy, ref)[0]
     assert run(DPOLoss(beta=0.5, humanline_clip=(-9.0, 9.0)), policy, ref)[0] == plain == pytest.approx(sp(0.5))
-    nll = run(DPOLoss(loss_type="sft", humanline_clip=(-1.0, 1.5)), policy, ref)[0]
-    assert nll == pytest.approx(7 / 3)  # the log-likelihood is the policy's own
+    both = run(DPOLoss(loss_type=("sigmoid", "sft"), beta=0.5, humanline_clip=(-1.0, 1.5)), policy, ref)[0]
+    assert both == pytest.approx(sp(0.75) + 7 / 3)  # the log-likelihood is the policy's own
     shorter = PairLogps(row([-4.0]), row([-2.5]))
     with pytest.raises(ValueError, match=r"ref must have the policy's rows and tokens, got \[1, 1\] for \[1, 4\]"):
         DPOLoss(humanline_clip=(-1.0, 1.5))(policy, shorter, totals=Totals.of(policy))

@@ -242,8 +242,9 @@ def test_rewards_that_do_not_fit(rewards):
 
 def test_sizes_that_do_not_add_up():
     x = flat([-1.0, -2.0, -3.0])
-    with refused("sizes must add up to the 3 completions, got [2, 2]"):
-        ListwiseLoss()(x, x, torch.zeros(3), [2, 2], totals=Totals.of(x, sizes=[3]))
+    for sizes in ([2, 2], [2, 1], [3, 0]):
+        with refused(f"sizes must be 2 or more and add up to the 3 completions, got {sizes}"):
+            ListwiseLoss()(x, x, torch.zeros(3), sizes, totals=Totals.of(x, sizes=[3]))
 
 
 def test_the_step_is_counted_in_lists():

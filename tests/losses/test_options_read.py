@@ -167,6 +167,7 @@ OTHERS = {
     "epsilon_high": 0.05,
     "delta": 0.9,
     "ld_alpha": 0.5,
+    "humanline_clip": (-0.05, 0.05),
     "chi_po_r_max": 0.01,
     "beta": 0.3,
     "rejected_weight": 0.1,
