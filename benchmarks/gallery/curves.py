@@ -153,7 +153,7 @@ def labeled(loss: Loss, state: Mapping[str, float]) -> Drawn:
 
 def grouped(loss: Loss, state: Mapping[str, float]) -> Drawn:
     """Against the log-ratio to the old policy, of a completion of one token."""
-    x, old = spaced(-1.5, 1.5, 121), -3.0
+    x, old = spaced(-1, 1, 101), -3.0
 
     def at(log_ratio: float, advantage: float) -> Point:
         log_p = numbers(old + log_ratio)

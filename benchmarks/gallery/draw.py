@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +21,8 @@ from .curves import Drawn
 WIDTH, DOTS = 7.2, 150
 """Inches and dots an inch: at the 720 px of a page a point of type is 1.4 px."""
 COLUMNS, ROW = 4, 1.15
-COLOURS = 32
+COLOURS = 64
+"""Of the palette of a file, the rare ones too."""
 SMALL = {"font.size": 7.5, "axes.titlesize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "savefig.dpi": DOTS}
 
 
@@ -33,7 +35,7 @@ def draw(found: Mapping[str, Drawn], x_label: str, path: Path) -> None:
         held = io.BytesIO()
         figure(found, x_label).savefig(held, format="png")
     held.seek(0)
-    Image.open(held).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    Image.open(held).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def figure(found: Mapping[str, Drawn], x_label: str) -> Figure:
@@ -52,7 +54,7 @@ def figure(found: Mapping[str, Drawn], x_label: str) -> Figure:
         axes[row, column].set_ylabel(name, fontweight="bold")
     for ax in axes.flat[len(found) * wide :]:
         ax.set_visible(False)
-    for ax in lowest(axes, len(found) * wide):
+    for ax in lowest(axes):
         ax.tick_params(labelbottom=True)
     made.supxlabel(x_label, fontsize=SMALL["font.size"])
     handles = [Line2D([], [], color=ink, label=label) for label, ink in colours.items()]
@@ -60,7 +62,7 @@ def figure(found: Mapping[str, Drawn], x_label: str) -> Figure:
     return made
 
 
-def lowest(axes: Sequence[Sequence[Axes]], used: int) -> list[Axes]:
+def lowest(axes: Any) -> list[Axes]:
     """The last axes in use of each column."""
     width = len(axes[0])
     return [next(row[column] for row in reversed(axes) if row[column].get_visible()) for column in range(width)]

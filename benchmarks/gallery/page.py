@@ -15,7 +15,7 @@ from .families import TITLES, Variant, groups, variants
 NAMED = ("loss_type", "loss_weights")
 """Options that say which variant it is."""
 
-OF_PAIRS = f"""Of one pair of {TOKENS} tokens a side, beside three others in the step (of margins {{others}}; the reference's own are half of these):
+OF_PAIRS = f"""Of one pair of {TOKENS} tokens a side, beside three others in the step (of margins {{others}}):
 
 - value: the pair's loss;
 - weight of the margin: half of what a step adds to chosen less half of what it adds to rejected. Where a loss is of the
@@ -63,7 +63,8 @@ def page(method: str) -> str:
     every = variants(method)
     kind, common = LOSSES[method].kind, shared([one.laws for one in every.values()])
     if LOSSES[method]().wants_reference:
-        places = f"at the reference (r = {minus(AT)}, log p = {minus(REFERENCE)}) or {-OFF:g} nats below it"
+        places = f"at the reference (r = {minus(AT)}, log p = {minus(REFERENCE)}) or {-OFF:g} nats below it. "
+        places += "The reference has margins of its own between the other pairs, half as large"
     else:
         places = f"at log p = {' or '.join(map(minus, UNREFERENCED))}; no completion is drawn above −1"
     shown = SHOWN[kind].format(x_label=x_label(method), places=places, others=", ".join(map(minus, OTHERS)))

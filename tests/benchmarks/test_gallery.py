@@ -59,7 +59,7 @@ def test_dpo_by_hand():
 
 
 def test_what_looks_at_a_side_of_its_own():
-    """dpop below the reference is 1 + lambda times as steep in chosen; apo_down leaves chosen alone at the reference."""
+    """dpop below the reference is 1 + lambda times as steep in chosen; at it apo_down leaves chosen alone."""
     dpop = curves("dpo", "dpop")
     weight = 0.1 / (1 + math.exp(0.1 * (30 - 50 * 5)))  # x = beta (m - lambda max(0, -r_w))
     assert dpop["steps at r = −5"]["step of chosen"][30.0] == pytest.approx(51 * weight)
@@ -114,7 +114,7 @@ def test_a_family_is_written(tmp_path):
     assert main(["--method", "orpo", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "orpo.md").read_text() == (DOCS / "orpo.md").read_text()
     assert (tmp_path / "orpo.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(UserError, match=r"unknown method 'ppo', expected one of: sft, dpo"):
+    with pytest.raises(UserError, match=r"unknown method 'ppo', expected one of: "):
         main(["--method", "ppo", "--out", str(tmp_path)])
 
 
