@@ -31,7 +31,7 @@ SHOWN = {
 `kto`'s estimate of the KL divergence is {SHIFT:g} nats. Above 0 a step makes the completion likelier.""",
     Kind.GROUPED: """Of a completion of one token, without a KL term: the value, and the step, -dL/d log p, against
 {x_label}, for an advantage of 1 and of −1. A token more than one changes the normaliser, and what a ratio is of.
-Above 0 a step makes the token likelier; where it is 0, the token is clipped.""",
+Above 0 a step makes the token likelier; where it stays 0, the token is clipped.""",
     Kind.SEQUENCE: f"""Of one token, at a place whose distribution has an entropy H of
 {" or ".join(f"{h:g}" for h in ENTROPIES)} nats: the value, and the step, -dL/d log p, against {{x_label}}.""",
     Kind.LISTED: f"""Of a list of four completions with rewards R of {", ".join(f"{r:g}" for r in REWARDS)}: the value,
