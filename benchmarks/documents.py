@@ -90,9 +90,14 @@ def variants(loss: Any, weights: bool = False) -> str:
 
 
 def formula(entry: Any) -> str:
-    made = next((getattr(entry, name) for name in ("formula", "surrogate", "value") if hasattr(entry, name)), entry)
+    made = maker(entry)
     shift = f"; shift: {first_sentence(entry.shift)}" if hasattr(entry, "shift") else ""
     return first_sentence(made) + shift
+
+
+def maker(entry: Any) -> Any:
+    """The function of a variant's formula."""
+    return next((getattr(entry, name) for name in ("formula", "surrogate", "value") if hasattr(entry, name)), entry)
 
 
 def first_sentence(made: Any) -> str:

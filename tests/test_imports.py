@@ -49,7 +49,7 @@ FLOORS = (
     ("benchmarks/pages",),
     ("benchmarks/own", "benchmarks/comparing"),
     ("benchmarks/atlas.py", "benchmarks/bench.py", "benchmarks/documents.py", "benchmarks/report.py"),
-    ("benchmarks/profile.py",),
+    ("benchmarks/gallery", "benchmarks/profile.py"),
 )
 
 VOCABULARY = "logratio.losses.types"

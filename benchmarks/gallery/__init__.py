@@ -1,0 +1,1 @@
+"""Every registered loss, drawn: `logratio gallery`."""
