@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .config import RunConfig
 
-METHODS = ("dpo", "grpo", "cpo", "tpo", "kto", "listwise", "orpo", "sft")
+METHODS = ("dpo", "cpo", "tpo", "grpo", "kto", "listwise", "orpo", "sft")
 """Those of `logratio.losses.LOSSES`, which is not imported for their names."""
 OURS_OF = {"rloo": "grpo"}
 """Method of TRL -> ours, with options that `trl_names` adds."""

@@ -103,6 +103,7 @@ def write_table(path: Path, case: DataCase, seed: int) -> None:
                 ),
                 "row": pa.array(np.arange(start, start + rows)),
                 "label": pa.array(np.full(rows, -1, np.int8)),
+                "margin": pa.array(np.full(rows, np.nan)),
             }
             absent = {f.name: pa.nulls(rows, f.type) for f in SCHEMA if f.name not in columns}
             table.append(pa.record_batch([{**columns, **absent}[f.name] for f in SCHEMA], schema=SCHEMA))

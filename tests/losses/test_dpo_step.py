@@ -13,7 +13,7 @@ from logratio.losses import DPO_TYPES, CompletionLogps, DPOLoss, PairLogps, Tota
 CHOSEN, REJECTED = [-1.0, -2.0, -3.0], [-2.0, -5.0, -1.0]
 REF_CHOSEN, REF_REJECTED = [-1.0, -1.0, -1.0], [-1.5, 0.0, -3.0]
 R_W, R_L = [0.0, -1.0, -2.0], [-0.5, -5.0, 2.0]
-NOTHING = [math.nan] * 4
+NOTHING = [math.nan] * 5
 
 
 def smooth(x: float, e: float) -> float:
@@ -114,13 +114,13 @@ def test_beta_dpo_has_one_beta_for_the_step(rows, state, beta):
 
 
 def test_what_is_collected():
-    """Both models' margins and both log-ratios; a pair counts where either side is scored."""
+    """Both models' margins, log-ratios, and what these differ by a token; a pair counts where either side is scored."""
     chosen, rejected = [True, True, False], [True, False, False]
     policy = PairLogps(column(CHOSEN, [0, 1, 2], chosen), column(REJECTED, [0, 1, 2], rejected))
     ref = PairLogps(column(REF_CHOSEN, [0, 1, 2], chosen), column(REF_REJECTED, [0, 1, 2], rejected))
     collected = DPOLoss(loss_type="aot").collect(policy, ref)
-    assert collected[:2].tolist() == [[1.0, 0.5, 0.0, -0.5], [-2.0, -1.0, -1.0, 0.0]]
-    assert collected[2].isnan().all() and collected.shape == (3, 4) and not collected.requires_grad
+    assert collected[:2].tolist() == [[1.0, 0.5, 0.0, -0.5, 0.5], [-2.0, -1.0, -1.0, 0.0, -1.0]]
+    assert collected[2].isnan().all() and collected.shape == (3, 5) and not collected.requires_grad
 
 
 def test_collect_weighs_tokens_as_the_loss_does():
@@ -130,7 +130,7 @@ def test_collect_weighs_tokens_as_the_loss_does():
     short = CompletionLogps(torch.tensor([[-4.0]]), mask[:, :1])
     ref = PairLogps(CompletionLogps(torch.tensor([[-1.0, -6.0]]), mask), short)
     collected = DPOLoss(loss_type="aot", ld_alpha=0.25).collect(PairLogps(long, short), ref)
-    assert collected.tolist() == [[2.5, 1.5, 1.0, 0.0]]
+    assert collected.tolist() == [[2.5, 1.5, 1.0, 0.0, 0.5]]
 
 
 def test_the_state_of_beta_dpo_is_a_running_mean_of_margins():
@@ -172,7 +172,7 @@ def test_what_was_not_collected_is_asked_for():
 @pytest.mark.parametrize("loss_type", DPO_TYPES)
 def test_which_variants_need_a_pass_over_the_step(loss_type):
     e = 0.1 if loss_type == "exo_pair" else 0.0
-    needed = "own" if loss_type in ("aot", "aot_unpaired", "beta_dpo") else None
+    needed = "own" if loss_type in ("aot", "aot_unpaired", "beta_dpo", "alpha_dpo", "dr_dpo") else None
     assert DPOLoss(loss_type=loss_type, label_smoothing=e).window_pass == needed
     assert DPOLoss(loss_type=("sigmoid", loss_type), label_smoothing=e).window_pass == needed
 

@@ -114,7 +114,7 @@ def test_an_unreachable_hub_name_says_what_was_expected(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nTraceback")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(UserError, match="doesn't exist on the Hub; expected 'arithmetic', a file .*, a folder, or"):
+    with pytest.raises(UserError, match="doesn't exist on the Hub; expected 'arithmetic', 'shopping', a file .*, a"):
         load_rows("nobody/nothing", Kind.PAIRED)
 
 

@@ -143,6 +143,8 @@ CHAT = {"prompt": [{"role": "user", "content": "q"}], **ANSWERS, "label": False}
 WHOLE = {name: [*CHAT["prompt"], *turns] for name, turns in ANSWERS.items()} | {
     "messages": CHAT["prompt"] + ANSWERS["chosen"]
 }
+TEXT |= {"completions": ["a", "b", "c"], "rewards": [1.0, 0.5, 0.0]}
+CHAT |= {"completions": [ANSWERS["chosen"], ANSWERS["rejected"]], "rewards": [1.0, 0.0]}
 GOOD = {
     Kind.SEQUENCE: [(TEXT, "text"), (WHOLE, "messages"), (TEXT, "prompt completion"), (CHAT, "prompt completion")],
     Kind.PAIRED: [
@@ -156,6 +158,7 @@ GOOD = {
         (CHAT, "prompt chosen rejected"),
     ],
     Kind.GROUPED: [(TEXT, "prompt"), (CHAT, "prompt")],
+    Kind.LISTED: [(TEXT, "prompt completions rewards"), (CHAT, "prompt completions rewards")],
 }
 
 
