@@ -21,6 +21,8 @@ from logratio.trainers.errors import RowError, UserError
 
 Row = Mapping[str, Any]
 ANSWERS = ("chosen", "rejected", "reference")
+MARGIN = "margin"
+"""Of a pair: a column that a loss which does not read it refuses, though others here may need it."""
 ROWS_OF_A_PAIR = {Kind.LABELED: 2}
 """How many rows a pair becomes, where that is not one."""
 
@@ -36,7 +38,7 @@ class Material:
     @property
     def columns(self) -> set[str]:
         """Beside the prompt, what rewards are given."""
-        return set(self.held_out[0]) - {"prompt", *ANSWERS}
+        return set(self.held_out[0]) - {"prompt", *ANSWERS, MARGIN}
 
     def digest(self) -> str:
         """Of what the rows say, wherever they came from."""
@@ -85,13 +87,13 @@ def pairs(dataset: str, split: str) -> list[Row]:
     return found
 
 
-def as_kind(rows: Sequence[Row], kind: Kind) -> list[Row]:
-    """Pairs in the columns of another kind, in their order."""
+def as_kind(rows: Sequence[Row], kind: Kind, *, margin: bool = False) -> list[Row]:
+    """Pairs in the columns of another kind, in their order. margin: of pairs, whether their margin is read."""
     if kind is Kind.PAIRED:
-        return [{**row} for row in rows]
+        return [{name: value for name, value in row.items() if margin or name != MARGIN} for row in rows]
     found: list[Row] = []
     for row in rows:
-        rest = {name: value for name, value in row.items() if name not in ANSWERS}
+        rest = {name: value for name, value in row.items() if name not in (*ANSWERS, MARGIN)}
         if kind is Kind.GROUPED:
             found.append(rest)
         elif kind is Kind.SEQUENCE:

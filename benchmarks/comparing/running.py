@@ -93,7 +93,10 @@ class Job:
 
     @property
     def data(self) -> Path:
-        return self.folder / "data" / f"seed{self.seed}" / f"{self.config.loss.kind.value}.jsonl"
+        """Its rows, as all have them whose losses read the same columns."""
+        loss = self.config.loss
+        name = f"{loss.kind.value}{'-margin' if loss.wants_margin else ''}.jsonl"
+        return self.folder / "data" / f"seed{self.seed}" / name
 
 
 def safe(name: str) -> str:
@@ -113,7 +116,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
 def trained(job: Job) -> dict[str, Any]:
     """Train it and score it."""
-    write(job.data, as_kind(ordered(job.train, job.seed), job.config.loss.kind))
+    loss = job.config.loss
+    write(job.data, as_kind(ordered(job.train, job.seed), loss.kind, margin=loss.wants_margin))
     run = build(job.resolved(), saves=False)
     scorer, own = Scorer(run, job.held_out, job.asked), own_examples(run, job.held_out)
     watch = Watch(job, scorer)
@@ -165,7 +169,8 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
     loss = run.config.loss
     if loss.kind is Kind.GROUPED:
         return None
-    own, data = as_rows(as_kind(rows, loss.kind), "held-out rows"), run.config.data
+    own = as_rows(as_kind(rows, loss.kind, margin=loss.wants_margin), "held-out rows")
+    data = run.config.data
     sequences = loss.kind is Kind.SEQUENCE
     return prepare(
         own,
@@ -175,6 +180,7 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
         completion_only_loss=data.completion_only_loss if sequences else None,
         assistant_only_loss=sequences and data.assistant_only_loss,
         gold=loss.scores_gold,
+        margin=loss.wants_margin,
     )[0]
 
 

@@ -68,7 +68,8 @@ class Scorer:
         self.run, self.asked = run, asked
         self.policy = Policy(run.policy.model, shared=run.policy.shared)
         self.start = start_of(run, self.policy)
-        self.pairs = prepare(as_rows(rows, "held-out rows"), Kind.PAIRED, run.tokenizer, max_length=data.max_length)[0]
+        pairs = as_rows(as_kind(rows, Kind.PAIRED), "held-out rows")
+        self.pairs = prepare(pairs, Kind.PAIRED, run.tokenizer, max_length=data.max_length)[0]
         self.prompts = prepare_prompts(as_rows(as_kind(rows, Kind.GROUPED), "held-out rows"), run.tokenizer)[0]
         if len(self.pairs) != len(rows) or len(self.prompts) != len(rows):
             raise UserError(
