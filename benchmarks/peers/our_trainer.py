@@ -96,6 +96,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     words, stop = job["words"], job["stop_after"]
     done = once(words, job["rows"], stop)
     if stop is not None:
+        assert len(done["losses"]) == stop, "a run that did not stop has nothing to go on with"
         rest = once([*words, "--resume_from_checkpoint", "latest"], job["rows"], None)
         done |= {"losses": done["losses"] + rest["losses"], "end": rest["end"]}
     return done
@@ -119,7 +120,7 @@ def once(words: list[str], rows: Rows, stop: int | None) -> dict[str, Any]:
         run.optimizer.optimizer.register_step_pre_hook(keep)  # type: ignore[attr-defined]
         start = copied(run)
         told = lambda row, saved: losses.append(row["loss"])  # noqa: E731
-        train_run(run, until=lambda run, step: step == stop, told=told, quiet=True)
+        train_run(run, until=lambda run, row: row["step"] == stop, told=told, quiet=True)
     return {"losses": losses, "start": start, "end": copied(run), "trained": list(named), "gradient": gradient}
 
 

@@ -18,6 +18,13 @@ def test_ours_is_cut_as_it_may_be():
     assert checked("sft", our_trainer("sft"), laws=["uneven"]).held == ["uneven"]
 
 
+def test_ours_stops_where_it_is_told_and_goes_on():
+    """Else `resume` would compare a whole run with itself; `do` looks at how far the first one came."""
+    rows = [{"prompt": [1], "completion": [row]} for row in (2, 3)]
+    sizes = {"batch_size": 1, "steps": 2, "micro_batch_size": 1, "processes": 1}
+    assert len(our_trainer("sft")(rows, **sizes, seed=0, stop_after=1).losses) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", LOSSES)
 def test_ours_keeps_them_all(method):

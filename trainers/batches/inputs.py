@@ -90,15 +90,17 @@ def loss_inputs(
 
 
 def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    """[C], or where completions have one a scored token [C, T] as `scored`; on the CPU."""
+    """[C], or where completions have one a scored token [C, T] as `scored`; on the CPU, and from what lies there:
+    `scored` itself is where the host would have to wait for it."""
     given = [a for e in batch.examples for a in e.advantages or ()]
     if not any(isinstance(a, tuple) for a in given):
         return torch.tensor(given, dtype=dtype)
     out = torch.zeros(batch.scored.shape, dtype=dtype)
     if not batch.is_filler:
-        mask = batch.scored.cpu()
-        for row, a in enumerate(given):
-            out[row, mask[row]] = torch.as_tensor(a, dtype=dtype)
+        completions = [c for e in batch.examples for c in e.completions]
+        for row, completion, a in zip(out, completions, given, strict=True):
+            places = [place for place, scored in enumerate(_scored(completion)) if scored]
+            row[places] = torch.as_tensor(a, dtype=dtype)
     return out
 
 

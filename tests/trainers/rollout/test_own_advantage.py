@@ -99,6 +99,22 @@ def test_of_tokens_they_reach_the_loss_wherever_the_group_is_cut(policy, tokeniz
     assert totals.num_prompts == len(TEXTS) and totals.num_positive_tokens is None, "not rewarded yet"
 
 
+def test_they_lie_where_their_tokens_are_scored_and_no_device_is_asked(pack_one):
+    """A tensor on the device `meta` has no values that could be waited for."""
+    completions = [
+        Completion([1, 2, 3, 4], [False, True, True, False]),
+        Completion([5, 6], [False, False]),
+        Completion([7, 8, 9], [True, False, True]),
+    ]
+    batch = pack_one([Example([1], completions, row=0, advantages=((1.0, 2.0), (), (3.0, 4.0)))])
+    for device in ("cpu", "meta"):
+        there = batch.to(torch.device(device))
+        inputs = loss_inputs(GRPOLoss(), there, TokenLogps(torch.zeros(there.scored.shape, device=device)))
+        assert inputs["advantages"].device.type == device
+        if device == "cpu":
+            assert inputs["advantages"].tolist() == [[0, 1, 2], [0, 0, 0], [3, 0, 4]]
+
+
 def test_what_is_kept_and_shown_of_them_is_their_mean(tokenizer):
     values = torch.tensor([[[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]]])
     assert of_completions(values, torch.tensor([[2, 1]])).tolist() == [1.5, 4.0]
