@@ -275,7 +275,7 @@ class DPOLoss(Loss):
     def _ratios(self, policy: PairLogps, ref: PairLogps | None, totals: Totals) -> PairRatios:
         own, base = [policy.chosen, policy.rejected], None if ref is None else [ref.chosen, ref.rejected]
         if self.reference_free:
-            ref_chosen, ref_rejected = (torch.zeros_like(x.sums).detach() for x in own)
+            ref_chosen, ref_rejected = (torch.zeros_like(x.sums) for x in own)
         elif base is None:
             raise ValueError("DPO compares with the reference's log-probs: `ref` is None, which needs reference_free")
         else:

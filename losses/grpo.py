@@ -43,7 +43,7 @@ from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ra
 from .grpo_types.chosen import positive_nll, top_entropy
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
+from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals
 
 
 @register("grpo")
@@ -223,7 +223,7 @@ class GRPOLoss(Loss):
             metrics["entropy"] = Mean.of(policy.entropy, mask)
         if self.entropy_coef:
             entropy = (policy.needed("entropy") * kept).sum()
-            loss = loss - self.entropy_coef * divide(entropy, num_kept)
+            loss = loss - self.entropy_coef * entropy / num_kept
         if self.positive_nll_coef:
             nll, metrics["nll_loss"] = positive_nll(x, mask, totals)
             loss = loss + self.positive_nll_coef * nll

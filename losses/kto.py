@@ -72,8 +72,19 @@ def nothing(totals: Totals, loss: KTOLoss) -> Tensor:
 
 def running_mean(totals: Totals, loss: KTOLoss) -> Tensor:
     """delta, the mean reward beta r of all examples so far, this step's included."""
-    so_far = loss.advance(totals)
-    return torch.tensor(so_far["reward_sum"] / max(so_far["num_examples"], 1), dtype=torch.float64)
+    total, count = rewards_so_far(totals, loss)
+    return total / count.clamp(min=1)
+
+
+def rewards_so_far(totals: Totals, loss: KTOLoss) -> tuple[Tensor, Tensor]:
+    """Sum (float64) and number of the rewards beta r of all examples so far, this step's included."""
+    if totals.collected is None:
+        raise ValueError("bco shifts rewards by their running mean: it needs the step's in totals.collected")
+    rewards = loss.beta * totals.collected.double()
+    return (
+        totals.state.get("reward_sum", 0.0) + rewards.nansum(),
+        totals.state.get("num_examples", 0.0) + (~rewards.isnan()).sum(),
+    )
 
 
 KTO_TYPES: Variants[KTOType] = Variants()
@@ -123,13 +134,8 @@ class KTOLoss(Loss):
         """bco's running mean, as the sum and number of rewards so far."""
         if self.window_pass != "own":
             return totals.state
-        if totals.collected is None:
-            raise ValueError("bco shifts rewards by their running mean: it needs the step's in totals.collected")
-        known = totals.collected[~totals.collected.isnan()].double()
-        return {
-            "reward_sum": totals.state.get("reward_sum", 0.0) + self.beta * float(known.sum()),
-            "num_examples": totals.state.get("num_examples", 0.0) + len(known),
-        }
+        total, count = rewards_so_far(totals, self)
+        return {"reward_sum": float(total), "num_examples": float(count)}
 
     def __call__(self, policy: CompletionLogps, ref: CompletionLogps, label: Tensor, *, totals: Totals) -> LossOutput:
         """policy, ref: [C, T]; label: [C] bool; totals.collected: what `collect` gave of the whole step.
@@ -143,7 +149,7 @@ class KTOLoss(Loss):
         sums = self._sums(policy, ref)
         value, shift_of, _ = KTO_TYPES[self.loss_type]
         rewards = self.beta * (sums - ref.sums.detach())
-        shift = shift_of(totals, self).to(rewards)
+        shift = shift_of(totals, self)  # a scalar, which takes the rewards' dtype, and is moved nowhere
         sign = 2 * label.to(rewards.dtype) - 1
         weight = choose(label, self.desirable_weight, self.undesirable_weight, rewards)
         if policy.weights is not None:

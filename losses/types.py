@@ -329,11 +329,11 @@ class Loss:
         raise NotImplementedError
 
 
-def divide(total: Tensor, by: float | Tensor) -> Tensor:
+def divide(total: Tensor, by: float) -> Tensor:
     """`total / by`, and 0 (with a graph) where a step has nothing to divide by."""
     return total / by if by > 0 else total * 0.0
 
 
 def choose(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """`yes` or `no` elementwise, in the dtype of `like` (torch.where of two numbers would round them to float32)."""
-    return torch.where(where, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(where, like.new_full((), yes), like.new_full((), no))

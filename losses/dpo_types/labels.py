@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -29,5 +31,5 @@ def robust(r: PairRatios, loss: DPOLoss) -> Tensor:
 @dpo_type(divergences=True, reads=("label_smoothing",))
 def exo_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
     """s(x) (log s(x) - log(1 - e)) + s(-x) (log s(-x) - log e), arXiv 2402.00856 Eq. 16: a reverse KL."""
-    x, e = loss.beta * r.margin, r.margin.new_tensor(loss.label_smoothing)
-    return x.sigmoid() * (logsigmoid(x) - (-e).log1p()) + (-x).sigmoid() * (logsigmoid(-x) - e.log())
+    x, e = loss.beta * r.margin, loss.label_smoothing
+    return x.sigmoid() * (logsigmoid(x) - math.log1p(-e)) + (-x).sigmoid() * (logsigmoid(-x) - math.log(e))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..advantages.statistics import mean_of, std_of
 from ..dpo import DPOLoss, PairRatios, dpo_type
 
 
@@ -55,8 +56,7 @@ def standard_score(r: PairRatios) -> Tensor:
     if r.totals.collected is None or r.totals.own is None:
         raise ValueError("alpha_dpo compares the pairs of the whole step: it needs totals.collected and totals.own")
     gaps = r.totals.collected[:, 4]
-    known = gaps[~gaps.isnan()]
-    spread = known.std() if len(known) > 1 else known.new_zeros(())
-    if spread <= 1e-6 * gaps.nan_to_num().abs().max():  # rounding
-        return torch.zeros_like(r.chosen).detach()
-    return ((gaps - known.mean()) / spread)[r.totals.own].to(r.chosen).nan_to_num()
+    spread = std_of(gaps, 0)
+    differ = spread > 1e-6 * gaps.nan_to_num().abs().max()  # by more than rounding
+    scores = torch.where(differ, (gaps - mean_of(gaps, 0)) / spread, 0.0)
+    return scores[r.totals.own].to(r.chosen).nan_to_num()

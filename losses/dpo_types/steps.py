@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -66,10 +64,10 @@ def dr_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     if r.totals.collected is None:
         raise ValueError("dr_dpo weighs the pairs of the whole step: it needs totals.collected")
     margins = (r.totals.collected[:, 2] - r.totals.collected[:, 3]).to(r.chosen)
-    scaled = logsigmoid(loss.beta * margins[~margins.isnan()]) / loss.dr_dpo_beta
+    scaled = logsigmoid(loss.beta * margins) / loss.dr_dpo_beta
+    unknown = margins.isnan()
+    log_mean = scaled.masked_fill(unknown, -torch.inf).logsumexp(0) - (~unknown).to(scaled).sum().log()
+    log_mean = log_mean.nan_to_num()  # NaN where nothing of the step is scored
     own = -logsigmoid(loss.beta * r.margin)
-    if not len(scaled):
-        return own
-    log_mean = torch.logsumexp(scaled, 0) - math.log(len(scaled))
     weight = (-own.detach() / loss.dr_dpo_beta - log_mean).exp()
     return weight * (own - own.detach()) - loss.dr_dpo_beta * log_mean

@@ -12,13 +12,14 @@ from .base import Ratios
 
 
 def top_entropy(policy: CompletionLogps, totals: Totals, share: float) -> tuple[Tensor, float | Tensor]:
-    """[C, T] bool, scored tokens in the step's top `share` of entropies (arXiv 2506.01939), and their number there."""
+    """[C, T] bool, scored tokens in the step's top `share` of entropies (arXiv 2506.01939), and their number there,
+    at least 1."""
     if share >= 1:
-        return policy.completion_mask, totals.num_tokens
+        return policy.completion_mask, max(totals.num_tokens, 1)
     if totals.collected is None:
         raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
     if not totals.collected.numel():
-        return policy.completion_mask, 0
+        return policy.completion_mask, 1
     # what is at least the quantile is at least the next order statistic; torch.quantile takes no more than 2^24
     rank = math.ceil((1 - share) * (len(totals.collected) - 1) - 1e-9)
     threshold = totals.collected.kthvalue(rank + 1).values

@@ -1,4 +1,4 @@
-"""GRPO's parts chosen apart, by hand: normalisers, the level of the ratio, advantages of tokens."""
+"""GRPO's parts chosen apart, by hand: normalisers, the level of the ratio, advantages of tokens, KL estimators."""
 
 from math import log, nan
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.losses import GRPO_TYPES, LOSS_AGGREGATIONS, CompletionLogps, GRPOLoss, Totals
+from logratio.losses import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, CompletionLogps, GRPOLoss, Totals
 from logratio.reference import oracle
 
 from ._families import refused
@@ -178,3 +178,10 @@ def test_the_oracle_takes_a_list_of_advantages_of_tokens():
     assert oracle.grpo(rows, old, None, given).item() == pytest.approx(run(GRPOLoss(), BY_TOKEN)[0], rel=1e-12)
     with pytest.raises(ValueError, match="2 advantages for 3 tokens"):
         oracle.grpo(rows, old, None, [given[1], given[1], given[2]])
+
+
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_kl_estimators_are_the_oracles(estimator):
+    d = torch.tensor([-1.5, -1e-6, 0.0, 1e-6, 0.7, 9.0], dtype=torch.float64)
+    wanted = torch.stack([oracle.kl_estimate(x, torch.zeros(()), estimator) for x in d])
+    torch.testing.assert_close(KL_ESTIMATORS[estimator](d), wanted, rtol=1e-6, atol=1e-15)
