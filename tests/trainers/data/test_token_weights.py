@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from logratio.losses import Kind
+from logratio.losses import DPOLoss, Kind, TokenLogps
+from logratio.trainers.batches.inputs import loss_inputs
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Rows, load_rows, prepare
 from logratio.trainers.errors import UserError
@@ -121,6 +123,16 @@ def test_a_pairs_margin_is_read_where_it_is_asked_for():
     examples, _ = prepared(rows, Kind.PAIRED, margin=True)
     assert [e.margin for e in examples] == [0.5, -2.0, 0.0]
     assert examples[0].take([1, 0]).margin == 0.5
+
+
+def test_a_margin_reaches_the_loss_beside_its_pair(pack_one):
+    rows = [PAIR | {"margin": m} for m in (0.5, -2)]
+    examples, _ = prepared(rows, Kind.PAIRED, margin=True)
+    batch = pack_one([*examples, replace(examples[0], margin=None)])
+    logps = TokenLogps(torch.zeros(batch.scored.shape))
+    margin = loss_inputs(DPOLoss(loss_type="odpo"), batch, logps)["policy"].margin
+    assert margin[:2].tolist() == [0.5, -2] and margin[2].isnan(), "none is no margin of 0"
+    assert loss_inputs(DPOLoss(), batch, logps)["policy"].margin is None
 
 
 @pytest.mark.parametrize("kind", [Kind.PAIRED, Kind.LABELED])

@@ -1,6 +1,7 @@
 """Advantages of one's own, of completions and of tokens: from the command line's name to what the loss is given."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ def test_they_lie_where_their_tokens_are_scored_and_no_device_is_asked(pack_one)
         assert inputs["advantages"].device.type == device
         if device == "cpu":
             assert inputs["advantages"].tolist() == [[0, 1, 2], [0, 0, 0], [3, 0, 4]]
+
+
+@pytest.mark.parametrize(("advantages", "positive"), [((0.5, 0.0, -1.0), 2), (((1.0, 0.0), (), (-3.0, 4.0)), 2)])
+def test_positive_tokens_are_scored_ones_of_an_advantage_above_0(advantages, positive):
+    completions = [Completion([1, 2, 3], [True, False, True]), Completion([4], [False]), Completion([5, 6])]
+    example = Example([1], completions, row=0, advantages=advantages)
+    assert count_totals([example], GRPOLoss()).num_positive_tokens == positive
+    assert count_totals([example, replace(example, advantages=None)], GRPOLoss()).num_positive_tokens is None
 
 
 def test_what_is_kept_and_shown_of_them_is_their_mean(tokenizer):
