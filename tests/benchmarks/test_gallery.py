@@ -103,6 +103,10 @@ def test_the_others_by_hand():
     weights = [math.exp(reward) for reward in (3, 2, 1, 0)]
     for reward, weight in zip((3, 2, 1, 0), weights, strict=True):  # beta (q - p), p = 1/4
         assert infonca[f"step at R = {reward}"][0.0] == pytest.approx(0.1 * (weight / sum(weights) - 0.25))
+    p = math.e / (math.e + 3)  # the best alone at r = 10
+    assert infonca["step at R = 3"][10.0] == pytest.approx(0.1 * (weights[0] / sum(weights) - p))
+    eaft = curves("sft", "eaft")["step"]
+    assert eaft["H = 3 nats"][0.5] == pytest.approx(6 * eaft["H = 0.5 nats"][0.5]) != 0  # as the entropies
 
 
 def test_laws_that_are_broken_on_purpose():
