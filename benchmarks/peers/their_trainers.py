@@ -34,7 +34,7 @@ def text_of(ids: list[int]) -> str:
 def text_rows(rows: Rows) -> Rows:
     """The rows in TRL's formats, but for rollouts; `row` makes prompts different that are not."""
     parts = ("prompt", "completion", "chosen", "rejected", "reference")
-    said = [{k: text_of(v) if k in parts else v for k, v in row.items() if k != "row"} for row in rows]
+    said: Rows = [{k: text_of(v) if k in parts else v for k, v in row.items() if k != "row"} for row in rows]
     for row in said:
         if "completions" in row:
             row["completions"] = [text_of(one) for one in row["completions"]]
