@@ -32,7 +32,7 @@ from logratio.trainers.data.rows import EMBEDDED
 from logratio.trainers.errors import UserError, counted
 from logratio.trainers.policy.tiny import TINY
 
-from ..pages.page import check_target
+from ..pages.page import check_target, made
 from ..pages.page import write as write_page
 from ..reporting.records import Records, certificate, device_name, identity, read
 from . import told
@@ -115,8 +115,10 @@ class Options:
             "checks": 1,
             "start_steps": 1,
             "isolate": 0,
+            "threads": 1,
+            "max_completion_length": 1,
         }.items():
-            if (value := getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 why = ": one says nothing of others" if name == "seeds" else ""
                 raise UserError(f"--{name} must be at least {least}, got {value}{why}")
 
@@ -147,10 +149,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
-    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    with made(options.output_dir, "--output_dir"):
+        found = compared(those, options, common, console)
+    told.show(found, console)
+    where = f"{options.output_dir / PAGE}, and a line for each run in {options.output_dir / LINES}"
+    console.print(where, highlight=False, markup=False)
+    return 1 if found.failed else 0
+
+
+def compared(those: Sequence[Contestant], options: Options, common: Sequence[str], console: Console) -> Outcome:
+    """Run what has not run, and write what is left of it."""
     folder = options.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    check_target(folder / PAGE, MAKER)
+    check_target(folder / PAGE, MAKER, "--output_dir")
+    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     if options.threads or options.model_name_or_path == TINY:
         torch.set_num_threads(options.threads or 1)
     data = material(options.dataset_name, options.dataset_train_split, options.dataset_test_split, options.eval_rows)
@@ -161,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.metric and found.names and options.metric not in found.start:
         raise UserError(f"--metric {options.metric} was not measured here, only {', '.join(found.start)}")
     written(found, those, options, jobs[0].budget, lines)
-    told.show(found, console)
-    say(f"{folder / PAGE}, and a line for each run in {folder / LINES}")
-    return 1 if found.failed else 0
+    return found
 
 
 def parsed(argv: list[str]) -> tuple[list[str | tuple[str | None, str]], Options, list[str]]:
@@ -266,6 +275,6 @@ def written(
     """The page, and a line for each comparison."""
     folder = options.output_dir
     said = "".join(json.dumps(line) + "\n" for line in as_lines(found))
-    write_page(folder / VERDICTS, said.encode())
+    write_page(folder / VERDICTS, said.encode(), "--output_dir")
     text = rendered(found, {one.name: one.spec for one in those}, options.dataset_name, budget, lines)
-    write_page(folder / PAGE, text.encode("utf-8", "replace"))
+    write_page(folder / PAGE, text.encode("utf-8", "replace"), "--output_dir")

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..pages.page import HERE as PAGES
-from ..pages.page import css, mark
+from ..pages.page import css, mark, template
 from ..pages.svg import colour_of
 from . import told
 from .draw import curves, frontier, intervals
@@ -39,17 +38,10 @@ def rendered(
     found: Outcome, specs: Mapping[str, str], dataset: str, budget: Budget, lines: Sequence[Mapping[str, Any]]
 ) -> str:
     """The HTML. Whatever comes from the user is escaped by the template."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     enough = len(found.names) > 1
     born = lines[0]["certificate"] if lines else {"command": MAKER, "versions": {}, "cpu": "", "device": ""}
     order = [found.metric, *(name for name in found.metrics if name != found.metric)] if enough else []
-    return environment.get_template("compare.html.j2").render(
+    return template(Path(__file__).with_name("compare.html.j2")).render(
         mark=mark(MAKER),
         css=css(),
         js=Markup((PAGES / "page.js").read_text()),

@@ -19,6 +19,8 @@ from logratio.losses import Kind
 from logratio.trainers.data.rows import EMBEDDED, Rows, load_rows
 from logratio.trainers.errors import RowError, UserError
 
+from ..pages.page import write as write_whole
+
 Row = Mapping[str, Any]
 ANSWERS = ("chosen", "rejected", "reference")
 MARGIN = "margin"
@@ -116,9 +118,7 @@ def ordered(rows: Sequence[Row], seed: int) -> list[Row]:
 def write(path: Path, rows: Sequence[Row]) -> None:
     """As JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode(), "--output_dir")
 
 
 def as_rows(rows: Sequence[Row], name: str) -> Rows:

@@ -9,6 +9,7 @@ import tyro
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
+from ..pages.page import made
 from ..reporting import drawing
 from .curves import drawn
 from .families import groups
@@ -32,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     with drawing():
         from .draw import draw
-    out.mkdir(parents=True, exist_ok=True)
-    for name in LOSSES if method is None else [method]:
-        for picture, _, members in groups(name):
-            draw({one.name: drawn(one.loss, one.state) for one in members}, x_label(name), out / f"{picture}.png")
-        (out / f"{name}.md").write_text(page(name))
+    with made(out, "--out"):
+        for name in LOSSES if method is None else [method]:
+            for picture, _, members in groups(name):
+                draw({one.name: drawn(one.loss, one.state) for one in members}, x_label(name), out / f"{picture}.png")
+            (out / f"{name}.md").write_text(page(name))
     return 0

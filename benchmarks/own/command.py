@@ -32,7 +32,7 @@ from logratio.trainers.memory import no_room
 from logratio.trainers.migrate import METHODS, method_of
 from logratio.trainers.options import RUN, options_among, parse_train
 
-from ..pages.page import check_target, write
+from ..pages.page import check_target, made, write
 from ..reporting.records import Records, certificate, device_name
 from . import told
 from .measuring import Measured, measure
@@ -137,24 +137,6 @@ def train_words(options: Options, rest: Sequence[str]) -> list[str]:
     if method is None and not RUN <= entries.keys() and not any(word.partition("=")[0] == "--loss" for word in rest):
         method = method_of(entries, str(path))
     return [*([method] if method else []), "--config", str(path), *rest]
-
-
-@contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Inside, the folder is there; one that was made for this and is still empty at the end is removed."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {folder} is no folder that can be written to ({error.strerror})") from error
-    try:
-        yield
-    finally:
-        for path in new:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -7,13 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..pages.options import options, versions
-from ..pages.page import css, mark
+from ..pages.page import css, mark, template
 from ..pages.runs import Run
-from ..pages.words import duration, number, plain
+from ..pages.words import duration, number
 from . import told
 from .draw import Bar, Point, bars, steps
 from .measuring import OURS, TRL, Measured
@@ -34,13 +33,9 @@ def rendered(found: Measured, name: str, certificate: dict[str, Any]) -> str:
     """The HTML. Whatever comes from the run is escaped by the template."""
     config = json.loads(json.dumps({**found.subject.run.config.as_dict(), "about": certificate}))
     run = Run(Path(name), name, config, {}, 0, 0)
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"plain": plain, "number": number}
     measured = {name: row for name, row in found.rows.items() if row["status"] == "ok"}
     looked = found.budgets
-    return environment.get_template("bench.html.j2").render(
+    return template(HERE / "bench.html.j2").render(
         mark=mark(MAKER),
         css=css(),
         name=name,

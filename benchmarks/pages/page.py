@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from logratio.benchmarks.reporting.palette import GRID, SERIES
@@ -76,17 +78,43 @@ def mark(maker: str = MAKER) -> Markup:
     return Markup('<meta name="generator" content="{}">').format(maker)
 
 
-def check_target(path: Path, maker: str = MAKER) -> None:
-    """Raise UserError where the page cannot be written there, or something else is there."""
+def check_target(path: Path, maker: str = MAKER, option: str = "--output") -> None:
+    """Raise UserError where the page cannot be written there, or something else is there. option: that says where."""
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; give a file, such as {path / NAME}")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}; make it, or give another file")
     if path.exists() and mark(maker) not in path.read_text(errors="replace")[:2000]:
-        raise UserError(f"{path} was not made by `{maker}`, and is not overwritten: choose another --output")
+        raise UserError(f"{path} was not made by `{maker}`, and is not overwritten: choose another {option}")
 
 
-def write(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def made(folder: Path, option: str = "--output") -> Iterator[None]:
+    """Inside, the folder is there; one that was made for this and is still empty at the end is removed."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {folder} is no folder that can be written to ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def template(path: Path) -> Template:
+    """It escapes what it is given, and takes nothing that it is not."""
+    where, kind = FileSystemLoader(path.parent), StrictUndefined
+    found = Environment(loader=where, autoescape=True, undefined=kind, trim_blocks=True, lstrip_blocks=True)
+    found.filters |= {"plain": plain, "number": number, "shortened": shortened}
+    return found.get_template(path.name)
+
+
+def write(path: Path, data: bytes, option: str = "--output") -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -94,7 +122,7 @@ def write(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error.strerror}; choose another --output") from error
+        raise UserError(f"{path} could not be written: {error.strerror}; choose another {option}") from error
 
 
 def rendered(runs: Sequence[Run]) -> str:
@@ -108,12 +136,8 @@ def rendered(runs: Sequence[Run]) -> str:
     def figures(charts: Sequence[Chart]) -> list[Drawing]:
         return [drawn(chart, runs, points) for chart in charts]
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"plain": plain, "number": number, "shortened": shortened}
     table, costs = options(runs), [cost(run) for run in runs]
-    return environment.get_template("page.html.j2").render(
+    return template(HERE / "page.html.j2").render(
         title=" · ".join([runs[0].name, runs[0].method]) if len(runs) == 1 else f"{len(runs)} runs",
         mark=mark(),
         css=css(),

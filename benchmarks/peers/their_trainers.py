@@ -21,7 +21,7 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from .truths import random_model
 
 Rows = list[dict[str, Any]]
-KINDS = {"sft": "sequence", "kto": "labeled", "grpo": "grouped"}
+KINDS = {"sft": "sequence", "kto": "labeled", "grpo": "grouped", "listwise": "grouped"}
 """method -> the kind of its rows; the others' are paired."""
 MAX_LENGTH = 128
 
@@ -34,7 +34,11 @@ def text_of(ids: list[int]) -> str:
 def text_rows(rows: Rows) -> Rows:
     """The rows in TRL's formats, but for rollouts; `row` makes prompts different that are not."""
     parts = ("prompt", "completion", "chosen", "rejected", "reference")
-    return [{k: text_of(v) if k in parts else v for k, v in row.items() if k != "row"} for row in rows]
+    said: Rows = [{k: text_of(v) if k in parts else v for k, v in row.items() if k != "row"} for row in rows]
+    for row in said:
+        if "completions" in row:
+            row["completions"] = [text_of(one) for one in row["completions"]]
+    return said
 
 
 def rollout_rows(rows: Rows, eos: int) -> Rows:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from logratio.losses import LOSSES
+from logratio.losses import LOSSES, Kind
 from logratio.reference.laws import LawViolation
 from logratio.reference.trainer_laws import Report, Trained, verdicts
 
@@ -43,7 +43,7 @@ def ours(method: str) -> Subject:
 
 TRAINERS: dict[str, Subject] = {
     "transformers": Subject(transformers_trainer, "sequence", {}),
-    **{f"TRL {method}": trls(method) for method in LOSSES},
+    **{f"TRL {method}": trls(method) for method, loss in LOSSES.items() if loss.kind is not Kind.LISTED},
     **{f"ours {method}": ours(method) for method in LOSSES},
 }
 

@@ -73,6 +73,8 @@ def test_what_compares_with_the_step():
     """aot's pair of the largest margin stands against the reference's largest one, 5; chosen is as likely there."""
     found = curves("dpo", "aot")["value"]["chosen at r = 0"]
     assert found[30.0] == pytest.approx(math.log1p(math.exp(-0.1 * (30 - 5))))
+    # one of 10 is third behind 15, which the largest of the others is, and so against the third of -5, 0, 0, 5
+    assert found[10.0] == pytest.approx(math.log1p(math.exp(-0.1 * 10)))
 
 
 def test_a_pair_without_a_reference_is_drawn_where_it_can_be():
@@ -82,7 +84,7 @@ def test_a_pair_without_a_reference_is_drawn_where_it_can_be():
     assert steps["step of chosen"][10.0] == pytest.approx(chosen)
     assert steps["step of rejected"][10.0] == pytest.approx(-rejected)
     assert found["value"]["chosen at log p = −10"][10.0] == pytest.approx(10 * (rejected - chosen))
-    assert math.isnan(steps["step of chosen"][-30.0]) and not math.isnan(steps["step of chosen"][-9.0])
+    assert math.isnan(steps["step of chosen"][-9.5]) and not math.isnan(steps["step of chosen"][-9.0])
 
 
 def test_grpo_by_hand():
@@ -101,6 +103,10 @@ def test_the_others_by_hand():
     weights = [math.exp(reward) for reward in (3, 2, 1, 0)]
     for reward, weight in zip((3, 2, 1, 0), weights, strict=True):  # beta (q - p), p = 1/4
         assert infonca[f"step at R = {reward}"][0.0] == pytest.approx(0.1 * (weight / sum(weights) - 0.25))
+    p = math.e / (math.e + 3)  # the best alone at r = 10
+    assert infonca["step at R = 3"][10.0] == pytest.approx(0.1 * (weights[0] / sum(weights) - p))
+    eaft = curves("sft", "eaft")["step"]
+    assert eaft["H = 3 nats"][0.5] == pytest.approx(6 * eaft["H = 0.5 nats"][0.5]) != 0  # as the entropies
 
 
 def test_laws_that_are_broken_on_purpose():

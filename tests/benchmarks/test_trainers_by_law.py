@@ -1,10 +1,12 @@
 """Our trainer keeps the laws of trainers in every method, on one process and on two; what the others break is known."""
 
+import math
+
 import pytest
 
 from logratio.benchmarks.peers.our_trainer import our_trainer
-from logratio.benchmarks.peers.their_trainers import KINDS, transformers_trainer, trl_trainer
-from logratio.benchmarks.peers.trainer_rows import OPTIONS
+from logratio.benchmarks.peers.their_trainers import KINDS, text_rows, transformers_trainer, trl_trainer
+from logratio.benchmarks.peers.trainer_rows import OPTIONS, TRAINERS
 from logratio.losses import LOSSES
 from logratio.reference.laws import LawViolation, check_trainer
 
@@ -23,6 +25,14 @@ def test_ours_stops_where_it_is_told_and_goes_on():
     rows = [{"prompt": [1], "completion": [row]} for row in (2, 3)]
     sizes = {"batch_size": 1, "steps": 2, "micro_batch_size": 1, "processes": 1}
     assert len(our_trainer("sft")(rows, **sizes, seed=0, stop_after=1).losses) == 2
+
+
+def test_lists_are_asked_with_lists_and_of_ours_alone():
+    assert "ours listwise" in TRAINERS and "TRL listwise" not in TRAINERS
+    row = {"row": 0, "prompt": [1], "completions": [[2, 3], [4]], "rewards": [1.0, 0.0]}
+    assert text_rows([row]) == [{"prompt": "1", "completions": ["23", "4"], "rewards": [1.0, 0.0]}]
+    fn = our_trainer("listwise")
+    assert checked("listwise", fn, laws=["start"], loss_at_start=math.log(2)).held == ["start"]
 
 
 @pytest.mark.slow

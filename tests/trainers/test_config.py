@@ -148,6 +148,11 @@ def test_no_field_stands_in_two_of_the_configurations(name):
         ),
         (
             RolloutConfig,
+            {"advantage_type": ("collections:Counter",)},
+            "--advantage_type collections:Counter must be a function of (rewards, context), but is type",
+        ),
+        (
+            RolloutConfig,
             {"advantage_type": ("group", "reinforce_pp"), "dynamic_sampling": 2},
             "--dynamic_sampling 2: with --advantage_type reinforce_pp completions of equal reward teach too; leave it "
             "out",

@@ -85,7 +85,9 @@ def test_what_has_its_line_is_not_run_again(compared, monkeypatch, capsys):
     real = command.run_job
     monkeypatch.setattr(command, "run_job", lambda job: ran.append((job.contestant, job.seed)) or real(job))
     assert compare(compared, *THREE) == 0
-    assert ran == [("<b>a</b>", 1), ("b", 1)] and "4 runs of 6 have their line already" in capsys.readouterr().out
+    assert ran == [("<b>a</b>", 1), ("b", 1)]
+    said = capsys.readouterr().out
+    assert "4 runs of 6 have their line already" in said and "SFT of the embedded model" not in said
     assert [x["rows"] for x in lines(compared)] == [json.loads(line)["rows"] for line in kept], "to the last digit"
 
 
@@ -188,6 +190,16 @@ def test_what_does_not_fit_together_is_said(tmp_path, words, message):
     small = SMALL[2:] if "--max_tokens" in words else SMALL
     with pytest.raises(UserError, match=re.escape(message)):
         main([*THREE, *small, *words, "--output_dir", str(tmp_path)])
+
+
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"^--output_dir \S+file is no folder that can be written to \(File exists\)$"):
+        compare(tmp_path / "file", *THREE)
+    (tmp_path / PAGE).write_text("mine")
+    message = rf"{PAGE} was not made by `logratio compare`, and is not overwritten: choose another --output_dir$"
+    with pytest.raises(UserError, match=message):
+        compare(tmp_path, *THREE)
 
 
 def test_grpo_without_a_reward_is_said(tmp_path):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from logratio.benchmarks.comparing.command import CONTEST, parsed
-from logratio.benchmarks.comparing.contestants import contestant, contestants
+from logratio.benchmarks.comparing.contestants import DECIDED, contestant, contestants
 from logratio.trainers.errors import UserError
 
 OWN = """
@@ -51,6 +51,9 @@ def test_a_file_has_contestants_and_options(tmp_path):
     specs, options, common = parsed([str(path), "sft", "--seeds", "5"])
     assert [one.name for one in contestants(specs)] == ["a", "b", "sft"]
     assert (options.seeds, options.fresh, common, str(options.budget)) == (5, True, ["--lora_r", "4"], "5 steps")
+    path.write_text("contestants: [dpo, sft]\ngradient_checkpointing: false\nlora_r: null\nreward_funcs: [a, b]\n")
+    _, options, common = parsed([str(path)])
+    assert (options.reward_funcs, common) == (("a", "b"), ["--no-gradient_checkpointing"])
     path.write_text("contestants: [dpo, 'x=sft']\n")
     assert [one.name for one in contestants(parsed([str(path)])[0])] == ["dpo", "x"]
 
@@ -68,6 +71,7 @@ REFUSED = [
     (["dpo", "ppo"], "contestant 'ppo': 'ppo' is neither a method (cpo, dpo, grpo, "),
     (["dpo", ""], "contestant '' is empty: write a method with its options, or module:Class"),
     (["dpo", "dpo:ipo --loss_type hinge"], "contestant 'dpo:ipo --loss_type hinge' has the loss_type twice: dpo:ipo"),
+    (["dpo", "dpo:ipo --loss_type=hinge"], "contestant 'dpo:ipo --loss_type=hinge' has the loss_type twice: dpo:ipo"),
     (["dpo", "dpo --seed 3"], "contestant 'dpo --seed 3': --seed is decided by --seeds; leave it out"),
     (["dpo", "dpo --no-shuffle"], "contestant 'dpo --no-shuffle': --shuffle is decided by the order of each seed"),
     (["dpo", "dpo '"], 'contestant "dpo \'" cannot be read: No closing quotation'),
@@ -81,7 +85,17 @@ def test_what_is_no_contestant_is_said(specs, message):
         contestants(specs)
 
 
+def test_what_all_share_is_no_contestants_own():
+    for name in ("model_name_or_path", "dataset_name", "max_steps", "output_dir", "reward_funcs", "eval_size"):
+        with pytest.raises(
+            UserError, match=f"--{name} is decided by --{DECIDED[name].split()[0][2:]}.*; leave it out$"
+        ):
+            contestant(f"dpo --{name.replace('_', '-')}=3")
+
+
 OPTIONS = [
+    (["--threads", "0"], "--threads must be at least 1, got 0"),
+    (["--max_completion_length", "0"], "--max_completion_length must be at least 1, got 0"),
     (["--seeds", "1"], "--seeds must be at least 2, got 1: one says nothing of others"),
     (["--max_steps", "3", "--max_tokens", "5"], "--max_steps and --max_tokens are two budgets; give one of them"),
     (["--max_seconds", "0"], "--max_seconds must be positive, got 0.0"),

@@ -42,7 +42,8 @@ def test_a_margin_is_no_column_of_another_kind_nor_of_rewards():
 
 
 def test_what_the_comparison_decides_of_a_run(tmp_path):
-    asked = Asked(("exact_answer",), 2, 7)
+    basket = ("logratio.trainers.data.shopping:cheap_basket",)
+    asked = Asked(basket, 2, 7)
     of_steps, of_tokens = (
         Job("a", contestant("kto").config(["--batch_size", "4", *CONSTANT]), 3, budget, 1, asked, ROWS, ROWS, tmp_path)
         for budget in (Budget("steps", 9), Budget("tokens", 9))
@@ -55,7 +56,7 @@ def test_what_the_comparison_decides_of_a_run(tmp_path):
     own = contestant("grpo").config(["--batch_size", "4", *CONSTANT])
     grpo = Job("b", own, 3, Budget("steps", 9), 1, asked, ROWS, ROWS, tmp_path).resolved()
     assert grpo.train.batch_size == 4 and grpo.loss.max_completion_length == 7
-    assert grpo.rollout.reward_funcs == ("exact_answer",)
+    assert grpo.rollout.reward_funcs == basket
 
 
 def watched(budget, checks, rows):

@@ -142,7 +142,7 @@ def test_a_margin_that_nothing_reads_is_refused(kind):
         "or use dpo with loss_type odpo"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        prepared([PAIR, PAIR | {"margin": 0.5}], kind)
+        prepared([PAIR, PAIR | {"margin": 0}], kind)
     assert len(prepared([PAIR | {"margin": None}], kind)[0]) == (1 if kind is Kind.PAIRED else 2)
 
 

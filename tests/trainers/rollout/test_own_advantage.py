@@ -116,7 +116,7 @@ def test_they_lie_where_their_tokens_are_scored_and_no_device_is_asked(pack_one)
             assert inputs["advantages"].tolist() == [[0, 1, 2], [0, 0, 0], [3, 0, 4]]
 
 
-@pytest.mark.parametrize(("advantages", "positive"), [((0.5, 0.0, -1.0), 2), (((1.0, 0.0), (), (-3.0, 4.0)), 2)])
+@pytest.mark.parametrize(("advantages", "positive"), [((0.5, -1.0, 0.0), 2), (((1.0, 0.0), (), (-3.0, 4.0)), 2)])
 def test_positive_tokens_are_scored_ones_of_an_advantage_above_0(advantages, positive):
     completions = [Completion([1, 2, 3], [True, False, True]), Completion([4], [False]), Completion([5, 6])]
     example = Example([1], completions, row=0, advantages=advantages)
