@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from logratio.reference._verdicts import Broken
-from logratio.reference.trainer_laws import LawViolation, Trained, check_trainer
+from logratio.reference.trainer_laws import LawViolation, Trained, adamw, check_trainer, sgd
 from logratio.reference.trainer_laws.compared import equal, same_run
 
 NAN = float("nan")
@@ -59,6 +59,12 @@ def test_an_update_is_only_as_exact_as_its_weights():
     same_run(replace(whole, end={"w": ulp}), whole, "", None)
     with pytest.raises(Broken, match="the update is 0.5"):
         same_run(run_of([1000.0], [1000.005], dtype=torch.float32), whole, "", None)
+
+
+def test_an_optimizers_first_step_by_hand():
+    w, g = torch.tensor(2.0), torch.tensor(-1.0)
+    assert sgd(0.1, weight_decay=0.5)(w, g).item() == pytest.approx(2 - 0.1 * (-1 + 1))
+    assert adamw(0.1, eps=1.0, weight_decay=0.5)(w, g).item() == pytest.approx(0.95 * 2 + 0.1 / 2)
 
 
 def test_bit_for_bit():
