@@ -302,6 +302,9 @@ def test_margins_are_asked_for_by_name(loss_type):
         DPOLoss(loss_type=loss_type)(policy, ref, totals=Totals.of(policy))
     with pytest.raises(ValueError, match=r"^margin must be \[1\], one number a pair, got \[2\]$"):
         dataclasses.replace(policy, margin=torch.zeros(2))
+    margin = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    run(DPOLoss(loss_type=loss_type), dataclasses.replace(policy, margin=margin), ref)
+    assert margin.grad is None
 
 
 def test_what_is_just_allowed():

@@ -283,6 +283,8 @@ def test_alpha_dpo_asks_more_of_pairs_that_are_ahead_of_the_step():
     margins = [0.5 * (3 - 0.6), 0.5 * (1 - 0.4), 0.5 * (-1 - 0.2)]
     assert value == pytest.approx(sum(map(sp, [-x for x in margins])) / 3, rel=1e-12)
     assert slopes == pytest.approx([-0.5 * sg(-x) / 3 for x in margins], rel=1e-12)
+    alike = [(1.0, 0.0), (1 + 1e-9, 0.0)]  # but for what may be rounding, of which no score is made
+    assert of_step(loss, alike)[1] == pytest.approx([-0.25 * sg(-0.5 * (1 - 0.4))] * 2, rel=1e-8)
 
 
 def test_cauchy_keeps_its_digits_in_both_tails():

@@ -67,6 +67,37 @@ def test_cfpo(epsilon):
         check(got, losses, slopes, BY_SEQUENCE)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "log_ratio", "held", "value"),
+    [
+        ("prime", 50.0, True, 0.1 * 40**2),
+        ("prime", -50.0, True, 0.1 * 40**2),
+        ("prime", 39.0, False, 0.1 * 39**2),
+        ("kimi", 50.0, True, 0.1 / 2 * 40**2),
+        ("kimi", -39.0, False, 0.1 / 2 * 39**2),
+        ("cfpo", 30.0, True, 4.85e8**2 / 0.4),
+        ("cfpo", 19.0, False, exp(19) ** 2 / 0.4),
+    ],
+)
+def test_what_is_squared_is_held(loss_type, log_ratio, held, value):
+    """Beyond there is no slope. The advantage's own term has A = 0, or (cfpo) is far smaller than the square."""
+    options, advantage = ({}, 1.0) if loss_type == "cfpo" else ({"log_ratio_coef": 0.1}, 0.0)
+    totals = Totals(num_sequences=1, num_tokens=1)
+    loss = GRPOLoss(loss_type=loss_type, **options)
+    got, [[slope]] = run(loss, [[-1.0]], [[-1.0 - log_ratio]], [advantage], totals)
+    assert got == pytest.approx(value, rel=1e-6) and (slope == 0) == held
+
+
+def test_vespo_takes_a_correction_into_its_ratio():
+    """w = 2 and 4, the second held at 3: W = 6, phi = exp(3 + 2 log W - 3 W)."""
+    x, mu = (torch.tensor([[log(p) for p in row]], dtype=torch.float64) for row in ([0.5, 0.4], [0.25, 0.1]))
+    policy, behavior = (CompletionLogps(logps, torch.ones(1, 2, dtype=torch.bool)) for logps in (x, mu))
+    loss = GRPOLoss(loss_type="vespo", sampling_correction="token_truncate")
+    given = torch.tensor([1.5], dtype=torch.float64)
+    value = loss(policy, advantages=given, behavior=behavior, totals=Totals.of(policy)).loss.item()
+    assert value == pytest.approx(-exp(3 + 2 * log(6) - 3 * 6) * 1.5 * (log(0.5) + log(0.4)) / 2, rel=1e-12)
+
+
 def test_cfpo_needs_a_width():
     with refused("epsilon=0.0 must be positive: cfpo divides by it"):
         GRPOLoss(loss_type="cfpo", epsilon=0.0)

@@ -37,6 +37,7 @@ def test_logits_and_hidden_states_say_the_same():
     for name, values in zip(("per_token_logps", *STATS), want, strict=True):
         torch.testing.assert_close(getattr(got, name)[mask], values)
         assert not getattr(got, name)[~mask].any()
+    assert not got.log_sum_p2.requires_grad and not got.is_top1.requires_grad
     (got.logps.sum() + got.entropy.sum() + got.log_z.sum()).backward()
     assert logits.grad.isfinite().all() and not logits.grad[unread].any() and logits.grad[~unread].any(-1).all()
 

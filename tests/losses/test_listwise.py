@@ -29,10 +29,10 @@ def run(loss: Loss, scores: list[float], rewards: list[float], sizes: list[int])
     """Value and slopes where each completion has this log-ratio, over a reference of -50 nats."""
     leaf = torch.tensor([[s - 50.0] for s in scores], dtype=torch.float64, requires_grad=True)
     policy = CompletionLogps(leaf, torch.ones_like(leaf, dtype=torch.bool))
-    graded = torch.tensor(rewards, dtype=torch.float64)
+    graded = torch.tensor(rewards, dtype=torch.float64, requires_grad=True)
     out = loss(policy, flat([-50.0] * len(scores)), graded, sizes, totals=Totals.of(policy, sizes=sizes))
     out.loss.backward()
-    assert leaf.grad is not None
+    assert leaf.grad is not None and graded.grad is None
     return out, leaf.grad[:, 0].tolist()
 
 

@@ -81,6 +81,21 @@ def test_a_wrong_advantage_breaks_its_law(law):
     assert violation.value.law == law
 
 
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("monotone", lambda rewards: 0 * rewards),
+        ("monotone", lambda rewards: rewards + 1e-6 * torch.arange(rewards.shape[1])),
+        ("missing", lambda rewards: torch.where(rewards.isnan(), 1.0, advantages_of(rewards))),
+        ("missing", lambda rewards: advantages_of(rewards.nan_to_num(0.0)) * ~rewards.isnan()),
+    ],
+    ids=["none is higher", "equals differ", "the missing one has some", "the others have other ones"],
+)
+def test_each_half_of_a_law_of_advantages(law, wrong):
+    with pytest.raises(LawViolation, match=f"^{law}: "):
+        check_advantage(wrong, laws=[law])
+
+
 def test_the_message_of_an_advantage_shows_a_small_step():
     with pytest.raises(LawViolation) as violation:
         check_advantage(WRONG_ADVANTAGES["equal_rewards"])
@@ -118,6 +133,8 @@ def test_an_index_that_is_ignored():
     assert "ignored" in check_kernel(masked, ignore_index=-100).held
     with pytest.raises(LawViolation, match="^ignored: .*\n  .* row"):
         check_kernel(lambda h, w, y: kernel.plain(h, w, y.clamp(min=0)), ignore_index=-100)
+    with pytest.raises(LawViolation, match="^ignored: .*\n  with rows that are ignored: log-probs is off by"):
+        check_kernel(lambda h, w, y: 1.01 * masked(h, w, y), ignore_index=-100, laws=["ignored"])
 
 
 def forgets(hidden, weight, targets, chunk_tokens=100):
@@ -157,6 +174,31 @@ def test_a_wrong_head_breaks_its_law(law):
     with pytest.raises(LawViolation) as violation:
         check_kernel(WRONG_HEADS[law])
     assert violation.value.law == law
+
+
+def five_times_the_error(hidden, weight, targets):
+    exact = kernel.plain(hidden.double(), weight.double(), targets)
+    return exact + 5 * (kernel.plain(hidden, weight, targets) - exact)
+
+
+def adds_to_the_gradient(hidden, weight, targets):
+    weight.register_hook(lambda grad: grad + 1)
+    return kernel.plain(hidden, weight, targets)
+
+
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("large_logits", lambda h, w, y: kernel.plain(h, w, y).abs()),
+        ("large_logits", lambda h, w, y: kernel.plain(h, w, y) if h.dtype == torch.float64 else overflows(h, w, y)),
+        ("no_rows", adds_to_the_gradient),
+        ("budget", five_times_the_error),
+    ],
+    ids=["above 0", "in float32 alone", "a gradient of nothing", "five times the error"],
+)
+def test_each_half_of_a_law_of_heads(law, wrong):
+    with pytest.raises(LawViolation, match=f"^{law}: "):
+        check_kernel(wrong, laws=[law])
 
 
 def test_what_cannot_be_asked_of_a_head_is_said():

@@ -19,7 +19,8 @@ def trainer(rows, *, batch_size, steps):
     start = {"w": torch.zeros(1)}
     return Trained([0.0] * steps, start, {"w": start["w"] + 1})
 
-def test_right(laws):
+def test_right(laws, record_property):
+    record_property("of another plugin", "kept to itself")
     laws.check_loss(DPOLoss, max_examples=1)
     laws.check_loss(DPOLoss(beta=0.2), max_examples=1, laws=["split"])
     laws.check_advantage(advantages_of, shift=None)
@@ -49,6 +50,7 @@ def test_the_fixture(pytester):
             "test_the_fixture.py::test_right: split: fn takes no micro_batch_size",
         ]
     )
+    result.stdout.no_fnmatch_line("*kept to itself*")
     assert "Traceback" not in result.stdout.str() and "function_laws/" not in result.stdout.str()
 
 

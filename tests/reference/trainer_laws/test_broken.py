@@ -81,8 +81,12 @@ def test_the_message_shows_the_smallest_rows_and_by_how_much():
     assert lines[1].startswith("  micro_batch_size=1 against 3: the gradient differs by ")
     assert lines[2] == "  3 rows, batch_size=3, steps=2:", "two micro-batches have no intermediate one"
     assert len(lines) == 6 and all("prompt=[" in line and "completion=[" in line for line in lines[3:])
-    with pytest.raises(LawViolation, match="the gradient is 0.5 times as large, most in lora.[AB]\n  2 rows"):
+    with pytest.raises(LawViolation, match="the gradient is 0.5 times as large, most in lora.[AB]\n  2 rows") as found:
         checked(Plain(averages_processes=True))
+    lengths = [line.count(" ") for line in str(found.value).splitlines()[-2:]]
+    assert lengths == [6, 6], "fewer rows first, then shorter ones: of one token and two, and of two and one"
+    with pytest.raises(LawViolation, match="micro_batch_size=2 against 8: .*\n  8 rows, batch_size=8"):
+        checked(Plain(keeps="last"), micro_batch_size=2, shrink_runs=0)
     with pytest.raises(LawViolation, match="the loss falls 2 times as fast as .*\n  1 row, batch"):
         checked(Plain(divides_twice=True))
 
