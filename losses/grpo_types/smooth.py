@@ -48,13 +48,13 @@ def penalized(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-weight rho A + tau (log p - log mu)^2, prime-rl's default, with the mask |p - mu| of sampling_correction ipo (or
     dppo_tv) as weight; tau is `log_ratio_coef`, its `kl_tau`, 1e-3 there too.
 
-    Readings: (1) mu is what sampled, or `old` where nobody says; (2) the mask does not touch the penalty; (3) the
-    penalty's log-ratio is held at 40, beyond which it has no gradient. Its advantages are not divided by a std.
+    Readings: (1) mu is what sampled, or `old` where nobody says; (2) the mask does not touch the penalty. There
+    advantages are not divided by a std.
     """
     log_ratio = x.log_ratio
     if x.log_sampled is not None:
         log_ratio = x.log_sampled + (log_ratio - log_ratio.detach())  # the value of the one, the gradient of log p
-    penalty = loss.log_ratio_coef * log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT) ** 2
+    penalty = loss.log_ratio_coef * log_ratio**2
     return -x.ratio * x.advantages * (1.0 if x.weight is None else x.weight) + penalty
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..divergences import MAX_EXPONENT
 from ..types import choose
 from .base import GRPO_TYPES, GRPOType, Ratios
 from .weights import sequence_sum, token_mean
@@ -70,10 +69,10 @@ def mirror_descent(x: Ratios, loss: GRPOLoss) -> Tensor:
     """-A log p + (tau / 2) (sum log rho)^2 / |y|, Kimi k1.5, arXiv 2501.12599 Sec. 2.3.2: of a completion
     -A log p(y) + (tau / 2) log^2(p(y) / p_old(y)), of gradient Eq. 3.
 
-    There A is R less its group's mean, without a std. Readings: (1) tau is `log_ratio_coef`, of which the paper gives
-    no number; (2) the squared log-ratio is held at 40, as every exponent is, beyond which it has no gradient.
+    There A is R less its group's mean, without a std. Reading: tau is `log_ratio_coef`, of which the paper gives no
+    number.
     """
-    drift = x.log_ratio.sum(-1, keepdim=True).clamp(-MAX_EXPONENT, MAX_EXPONENT)
+    drift = x.log_ratio.sum(-1, keepdim=True)
     return -x.advantages * x.logps + loss.log_ratio_coef / 2 * drift**2 / x.lengths
 
 

@@ -68,24 +68,24 @@ def test_cfpo(epsilon):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "log_ratio", "held", "value"),
+    ("loss_type", "log_ratio", "slope_of", "value"),
     [
-        ("prime", 50.0, True, 0.1 * 40**2),
-        ("prime", -50.0, True, 0.1 * 40**2),
-        ("prime", 39.0, False, 0.1 * 39**2),
-        ("kimi", 50.0, True, 0.1 / 2 * 40**2),
-        ("kimi", -39.0, False, 0.1 / 2 * 39**2),
-        ("cfpo", 30.0, True, 4.85e8**2 / 0.4),
-        ("cfpo", 19.0, False, exp(19) ** 2 / 0.4),
+        ("prime", 50.0, 0.2 * 50, 0.1 * 50**2),
+        ("prime", -90.0, 0.2 * -90, 0.1 * 90**2),
+        ("kimi", 500.0, 0.1 * 500, 0.1 / 2 * 500**2),
+        ("kimi", -39.0, 0.1 * -39, 0.1 / 2 * 39**2),
+        ("cfpo", 30.0, 0, 4.85e8**2 / 0.4),
+        ("cfpo", 19.0, 2 * exp(19) ** 2 / 0.4, exp(19) ** 2 / 0.4),
     ],
 )
-def test_what_is_squared_is_held(loss_type, log_ratio, held, value):
-    """Beyond there is no slope. The advantage's own term has A = 0, or (cfpo) is far smaller than the square."""
+def test_a_penalty_pulls_back_from_any_distance(loss_type, log_ratio, slope_of, value):
+    """Of a log-ratio; that of cfpo, of a ratio, stops at exp(20), where there is no slope. The advantage's own term has
+    A = 0, or (cfpo) is far smaller than the square."""
     options, advantage = ({}, 1.0) if loss_type == "cfpo" else ({"log_ratio_coef": 0.1}, 0.0)
     totals = Totals(num_sequences=1, num_tokens=1)
     loss = GRPOLoss(loss_type=loss_type, **options)
     got, [[slope]] = run(loss, [[-1.0]], [[-1.0 - log_ratio]], [advantage], totals)
-    assert got == pytest.approx(value, rel=1e-6) and (slope == 0) == held
+    assert got == pytest.approx(value, rel=1e-6) and slope == pytest.approx(slope_of, rel=1e-6)
 
 
 def test_vespo_takes_a_correction_into_its_ratio():
