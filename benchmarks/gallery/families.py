@@ -6,13 +6,14 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from logratio.losses import LOSSES, Kind, Loss
-from logratio.reference.laws import LAWS, for_every_batch, laws_of
+from logratio.reference.laws import laws_of
 
 from ..documents import first_sentence, maker
+from ..peers.breaks import BREAKS
 from ..peers.cases import CASES
 from .curves import LENGTHS_TO_1
 
@@ -28,8 +29,6 @@ TITLES = {
 }
 MOST = 8
 """Variants in a picture."""
-MAY_BREAK = ("gradient", "direction")
-"""Laws that a variant may break on purpose; the tests hold every one to all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +60,8 @@ class Variant:
 
     @property
     def broken(self) -> list[str]:
-        """Those of `MAY_BREAK` that a few batches break."""
-        return [name for name in MAY_BREAK if name in self.laws and not holds(name, self.loss)]
-
-
-def holds(name: str, loss: Loss) -> bool:
-    law = LAWS[name]
-    chosen = {"level": 1.0} if name == "direction" else {}
-    try:
-        for_every_batch(
-            loss.kind,
-            partial(law.check, loss, **chosen),
-            max_examples=10,
-            shrink=False,
-            distinct=loss.window_pass == "own",
-            **law.options,
-        )
-    except AssertionError:
-        return False
-    return True
+        """Laws that it breaks on purpose; the tests hold every variant to all others."""
+        return [law for law, variants in BREAKS.items() if self.name in variants]
 
 
 @cache

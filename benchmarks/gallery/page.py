@@ -48,7 +48,7 @@ HOW = {
     "gradient": "its gradient is not that of its value: numbers that depend on the policy are held still",
     "direction": "where policy and reference agree, a step has the wrong sign",
 }
-"""What it means that a law of `MAY_BREAK` is broken."""
+"""What it means that one of `BREAKS` is broken."""
 
 
 def x_label(method: str) -> str:
