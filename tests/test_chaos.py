@@ -1,4 +1,4 @@
-"""Twelve random kills; `make chaos` does two hundred."""
+"""Eight random kills, of which most meet rollouts; `make chaos` does two hundred, of every method."""
 
 import os
 import re
@@ -10,9 +10,9 @@ SCRIPT = Path(__file__).with_name("chaos.py")
 
 
 def test_runs_that_are_killed_and_gone_on_with_end_with_the_same_bits():
-    cases = ["dpo", "cpo", "grpo"]
+    cases = ["dpo", "grpo"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--kills", "12", "--steps", "3", "--only", *cases],
+        [sys.executable, str(SCRIPT), "--kills", "8", "--steps", "3", "--only", *cases],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
@@ -21,4 +21,4 @@ def test_runs_that_are_killed_and_gone_on_with_end_with_the_same_bits():
     last = done.stdout.splitlines()[-1]
     found = re.fullmatch(r"(\d+) kills \((\d+) in a step, (\d+) in a rollout, (\d+) in a save\): 0 bits differ", last)
     assert found, done.stdout
-    assert int(found[1]) >= 12 and all(int(n) > 0 for n in found.groups()), last
+    assert int(found[1]) >= 8 and all(int(n) > 0 for n in found.groups()), last

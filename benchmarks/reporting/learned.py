@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from logratio.trainers.data.arithmetic import TEST_SUMS
-from logratio.trainers.rollout.evaluation import wilson
+from logratio.trainers.rollout.intervals import wilson
 
 from .rows import OURS, Row, quotient
 from .tables import matrix, number, times, titled

@@ -21,9 +21,8 @@ from logratio.losses import Mean
 from ..data.examples import Prompt
 from ..processes.dealing import gather_rows
 from .generation import numbered
+from .intervals import Z, wilson
 from .rollouts import Rollouts
-
-Z = 1.959964  # of the normal distribution, with 2.5 % above
 
 
 def evaluate(rollouts: Rollouts, prompts: Sequence[Prompt], accelerator: Accelerator) -> dict[str, Mean]:
@@ -77,14 +76,6 @@ def score_interval(means: Tensor, completions: int) -> tuple[float, float]:
     variance = float(means.var()) / n  # of values that are all the same it rounds to more than 0
     trials = min(share * (1 - share) / variance, completions) if means.min() < means.max() else n
     return wilson(share, trials)
-
-
-def wilson(share: float, trials: float) -> tuple[float, float]:
-    """The 95 % interval of a share that so many independent trials gave."""
-    middle = share + Z**2 / (2 * trials)
-    half = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
-    scale = 1 + Z**2 / trials
-    return min(share, (middle - half) / scale), max(share, (middle + half) / scale)  # at 0 and 1 they round past it
 
 
 def pass_at(k: int, completions: int, right: int) -> float:
