@@ -83,24 +83,17 @@ def parse(
 
 def check_words(method: str, loss: type[Loss], argv: list[str], more: type[Any] | None, prog: str) -> None:
     """Exit with status 2, as argparse does, and a line for each, where there are options that are none of ours."""
-    parts = [f.default_factory for f in dataclasses.fields(options_of(loss, more))]  # type: ignore[arg-type]
-    known = {f.name for part in parts for f in dataclasses.fields(part)}  # type: ignore[arg-type]
-    given: dict[str, list[str]] = {}
-    values: list[str] = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values = given.setdefault(name.replace("-", "_"), [])
-            values += [value] if equals else []
-        else:
-            values.append(word)
+    from .config.words import given, hints_of
+
+    known = hints_of(parts_in(options_of(loss, more))).keys()  # type: ignore[arg-type]  # a class has a hash
     ours = {*known, *(f"no_{name}" for name in known), "help", ""}
-    unknown = {name: value for name, value in given.items() if name not in ours and not name.startswith("tyro_")}
+    words = {name: values for name, values in given(argv).items() if not name.startswith("tyro_")}
+    unknown = {name: values for name, values in words.items() if name not in ours}
     if unknown and not {"-h", "--help"} & set(argv):
         from .trl_names.words import about_words
 
-        words = {name: value for name, value in options_among(argv).items() if name in known}
-        lines = about_words(method, loss, unknown, known, words)
+        own = {name: value for name, value in options_among(argv).items() if name in known}
+        lines = about_words(method, loss, unknown, known, own)
         sys.stderr.write("\n  ".join([f"logratio: {prog} does not have:", *lines]) + "\n")
         raise SystemExit(2)
 
@@ -121,9 +114,13 @@ def _filled(
     import tyro
 
     from .config import RunConfig
+    from .config.words import given, hints_of, misfits
 
     every = options_of(loss, more)  # type: ignore[arg-type]  # a class has a hash
-    argv = [*words_of(entries, [f.default_factory for f in dataclasses.fields(every)]), *argv]
+    hints = hints_of(parts_in(every))
+    argv = [*words_of(entries, hints), *argv]
+    if (wrong := misfits(given(argv), hints)) and not {"-h", "--help"} & set(argv):
+        raise UserError("; ".join(wrong))
     try:
         options: Any = tyro.cli(
             every,
@@ -248,10 +245,13 @@ def options_in(entries: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value for part in sections for name, value in part.items()}
 
 
-def words_of(entries: dict[Any, Any], parts: Any) -> list[str]:
-    """The file's entries as command-line words, so that types are checked in one place only."""
-    hints = [get_type_hints(part) for part in parts] if entries else []
-    known = {name: kind for of_part in hints for name, kind in of_part.items()}
+def parts_in(options: type[Any]) -> list[Any]:
+    """The dataclasses whose fields are the options."""
+    return [f.default_factory for f in dataclasses.fields(options)]
+
+
+def words_of(entries: dict[Any, Any], known: dict[str, Any]) -> list[str]:
+    """The file's entries as command-line words, so that types are checked in one place only. known: option -> type."""
     words: list[str] = []
     for key, value in entries.items():
         name = str(key).replace("-", "_")

@@ -3,6 +3,7 @@
 import pytest
 
 from logratio.trainers import loop
+from logratio.trainers.options import parse_train
 
 NAN_AND_INFINITY = {
     "sft": ("learning_rate", "weight_decay", "num_train_epochs", "max_grad_norm", "z_loss_coef"),
@@ -96,14 +97,24 @@ TOGETHER = {
     "train grpo --beta 0.1 --precompute_ref_log_probs --dataset_name rows.jsonl": "--precompute_ref_log_probs",
     "train kto --batch_size 1 --dataset_name rows.jsonl": "--batch_size 1",
 }
+MISFITS = {
+    "--learning_rate 1e-5x": "--learning_rate takes a number, not '1e-5x'",
+    "--lora_r x": "--lora_r takes a whole number, not 'x'",
+    "--lora_r x --max_steps 2.5": "--lora_r takes a whole number, not 'x'; --max_steps takes a whole number, not '2.5'",
+    "--max_steps": "--max_steps needs a value",
+    "--max_steps --beta 1": "--max_steps needs a value",
+    "--max-steps=three": "--max_steps takes a whole number, not 'three'",
+    "--loss_weights 1 a": "--loss_weights takes a number, not 'a'",
+    "--micro_batch_tokens aut": "--micro_batch_tokens takes a whole number or auto, not 'aut'; did you mean auto?",
+    "--dtype float8": "--dtype takes one of float32, bfloat16, float16, not 'float8'; did you mean float32?",
+    "--shuffle maybe": "--shuffle takes no value: --shuffle or --no_shuffle, not --shuffle maybe",
+}
+"""What a type cannot hold, and what is said of it; to the word."""
+FIT = ("--max_steps None --learning_rate 1", "--loss_weights 1 0.5 --loss_type sft dpop", "--micro_batch_tokens auto")
 STATUS_2 = {
-    "train dpo --lora_r x": "--lora_r",
-    "train dpo --batch_size 2.5": "--batch_size",
-    "train dpo --dtype float8": "--dtype",
     "train dpo --bta 1": "--bta",
     "train sft --beta 1": "--beta",
     "train sft --num_generations 4": "--num_generations",
-    "train dpo --shuffle maybe": "maybe",
 }
 
 
@@ -124,6 +135,17 @@ def test_no_number_is_not_a_number(refused, method, option, value):
 @pytest.mark.parametrize("words", RANGES | TOGETHER)
 def test_out_of_range_or_contradictory(refused, words):
     refused(words, (RANGES | TOGETHER)[words])
+
+
+@pytest.mark.parametrize("words", MISFITS)
+def test_a_value_that_does_not_fit_is_one_sentence(run, words):
+    said = run(f"train dpo {words}")
+    assert said.status == 1 and said.errors == [f"logratio: {MISFITS[words]}"]
+
+
+@pytest.mark.parametrize("words", FIT)
+def test_values_that_fit_parse(words):
+    assert parse_train(["dpo", *words.split()])
 
 
 @pytest.mark.parametrize("words", STATUS_2)

@@ -142,9 +142,8 @@ def test_yaml_that_cannot_be_used(tmp_path, capsys, text, message):
 
 def test_a_value_of_the_wrong_type_in_yaml_is_refused(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("learning_rate: fast\n")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "dpo", "--config", str(tmp_path / "run.yaml")])
-    assert stopped.value.code == 2 and "--learning_rate" in capsys.readouterr().err
+    assert cli.main(["train", "dpo", "--config", str(tmp_path / "run.yaml")]) == 1
+    assert capsys.readouterr().err == "logratio: --learning_rate takes a number, not 'fast'\n"
 
 
 LOSS_MODULE = '''
@@ -246,7 +245,6 @@ def test_unknown_options_are_status_2(capsys):
     for words, named in (
         ("train dpo --bta 1", "--bta"),
         ("train sft --beta 1", "--beta"),
-        ("train dpo --lora_r x", "--lora_r"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(words.split())
