@@ -141,8 +141,8 @@ class Report:
         if self.bad:
             self.bad.check_left()
         raise UserError(
-            f"{self.name}: no example is left, since none has a token to learn within max_length={max_length}: "
-            "raise max_length"
+            f"{self.name}: no example is left, since none has room for a token to learn, or to sample, behind its "
+            f"prompt within max_length={max_length}: raise max_length"
         )
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ class Report:
             errors = self.bad.errors()
             notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
         if self.dropped:
-            notes.append(f"{self.dropped} dropped, with nothing scored within max_length")
+            notes.append(f"{self.dropped} dropped, without room for a completion within max_length")
         if self.truncated:
             notes.append(
                 f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"

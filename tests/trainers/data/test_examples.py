@@ -139,8 +139,8 @@ def test_max_length_counts_the_prompt_and_one_completion():
     # Row 0 loses c and EOS of chosen; row 1 b, c, EOS and b, d, EOS, after which the two are the same.
     assert (report.truncated, report.tokens_cut, report.dropped, report.identical) == (3, 8, 1, 1)
     assert str(report) == (
-        "data: 2 examples; 1 dropped, with nothing scored within max_length; 3 completions truncated by 8 tokens in "
-        "all; 1 pair with identical chosen and rejected"
+        "data: 2 examples; 1 dropped, without room for a completion within max_length; 3 completions truncated by 8 "
+        "tokens in all; 1 pair with identical chosen and rejected"
     )
 
 
