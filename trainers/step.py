@@ -123,8 +123,9 @@ class Step:
         micro_batch_tokens: int,
         max_length: int,
         pad_id: int = 0,
+        teacher: Reference | None = None,
     ) -> None:
-        self.accelerator, self.policy = accelerator, policy
+        self.accelerator, self.policy, self.teacher = accelerator, policy, teacher
         self.loss, self.reference, self.max_length = loss, reference, max_length
         self.memory = Memory(accelerator, trained_parameters(policy), loss, micro_batch_tokens)
         self.packing: dict[str, Any] = {**policy.packing, "pad_id": pad_id}

@@ -66,7 +66,7 @@ def linear_jsd(
     targets: [N] int64 in [0, V); then the student's log p of them is returned too, without gradient.
 
     impl, chunk_tokens: as in `linear_logps`, with two tiles [chunk_tokens, V] alive: half as many rows by default.
-    With H of one size for both, in units of a product of N H V: 3 with a frozen head, 7 with a trainable one.
+    With H of one size for both, in units of a product of N H V: 3 with a frozen head, 6 with a trainable one.
 
     Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
     Differs from TRL 1.16's generalized_jsd_loss: no sum over tokens; float32 at least, where TRL is in the logits'

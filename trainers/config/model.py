@@ -64,6 +64,9 @@ class ModelConfig:
     """Go on training this adapter; a frozen copy of it is the reference."""
     ref_model_name_or_path: str | None = None
     """Reference model, where it is neither the starting model nor the starting adapter."""
+    teacher_model_name_or_path: str | None = None
+    """Teacher to distill from (GRPO: its log-probs of what was sampled become advantages), of the same tokenizer; its
+    weights are held as the model's."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
     sync_ref_model: bool = False
