@@ -8,7 +8,7 @@ from .dpo import DPO_TYPES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPOLoss
 from .grpo_sampling import SAMPLING_CORRECTIONS
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOType
-from .head import Support, TokenDivergences, TokenLogps, Transform, linear_jsd, linear_logps
+from .head import Support, TokenLogps, Transform, linear_jsd, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .listwise import LISTWISE_TYPES, Lists, ListwiseLoss
@@ -56,7 +56,6 @@ __all__ = [
     "Smallest",
     "Support",
     "TPOLoss",
-    "TokenDivergences",
     "TokenLogps",
     "Totals",
     "Transform",

@@ -51,10 +51,7 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tenso
 
 
 class JsdTile:
-    """A `Tile` whose `logps` are divergences; the y that it is asked about are the numbers of the rows.
-
-    targets: [N], for the statistic `target_logps`, the student's log p of each.
-    """
+    """A `Tile` whose `logps` are divergences; the y that it is asked about are the numbers of the rows."""
 
     def __init__(
         self,
@@ -65,12 +62,11 @@ class JsdTile:
         *,
         teacher: Teacher,
         beta: float,
-        targets: Tensor | None,
     ):
         self.student = Logits(weight, bias, transform, rows)
         self.teacher = Logits(teacher.weight, teacher.bias, teacher.transform, rows)
         self.weight, self.sum_dtype = self.student.weight, self.student.sum_dtype
-        self.teacher_hidden, self.beta, self.targets = teacher.hidden, beta, targets
+        self.teacher_hidden, self.beta = teacher.hidden, beta
 
     def rows(
         self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
@@ -78,17 +74,15 @@ class JsdTile:
         """See `Tile`; the gradient is in sum_dtype."""
         z = self.student.multiply(h)
         of_teacher = self.teacher.multiply(self.teacher_hidden[y].to(self.teacher.weight.dtype))
-        values, logps = z.new_empty(len(h)), z.new_empty(len(h))
+        values = z.new_empty(len(h))
         for start in range(0, len(h), self.student.block):
             at = slice(start, start + self.student.block)
             slope = self.student.into_logits(z[at], differentiated=coefficients is not None)
             self.teacher.into_logits(of_teacher[at], differentiated=False)
             log_p, log_q = z[at].log_softmax(-1), of_teacher[at].to(z.dtype).log_softmax(-1)
             values[at], gradient = divergence(log_p, log_q, self.beta)
-            if self.targets is not None:
-                logps[at] = log_p.gather(-1, self.targets[y[at], None])[:, 0]
             if coefficients is not None:
                 torch.mul(gradient, (coefficients.c[at] * self.student.factor)[:, None], out=z[at])
                 if slope is not None:
                     z[at] *= slope
-        return Rows(values, {"target_logps": logps}, None if coefficients is None else z)
+        return Rows(values, {}, None if coefficients is None else z)

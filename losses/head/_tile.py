@@ -16,8 +16,8 @@ from .support import OUTSIDE, Kept
 
 STATS = ("entropy", "log_z", "log_sum_p2", "is_top1")
 """Row statistics that come with the log-probabilities on request."""
-CONSTANTS = ("log_sum_p2", "is_top1", "target_logps")
-"""Those without a gradient; `target_logps` is of `_jsd_tile.JsdTile` alone."""
+CONSTANTS = ("log_sum_p2", "is_top1")
+"""Those without a gradient."""
 STAT_DTYPES = {"is_top1": torch.bool}
 """Of those that are no numbers."""
 SCRATCH = {"cpu": 2**18, "cuda": 2**24}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +17,13 @@ from ..options import check_choice, check_positive
 from ._jsd_tile import JsdTile, Teacher
 from ._tile import Transform
 from ._two_gemm import TwoGemm
-from .logps import autocast, check_head, check_targets, default_chunk_tokens
+from .logps import autocast, check_head, default_chunk_tokens
 
 IMPLEMENTATIONS = {
     "auto": "two_gemm",
     "eager": "plain autograd over full logits",
     "two_gemm": "chunked, no logits kept",
 }
-
-
-class TokenDivergences(NamedTuple):
-    """[N] each, nats. target_logps: the student's log p of the targets, without gradient."""
-
-    divergences: Tensor
-    target_logps: Tensor | None = None
 
 
 def linear_jsd(
@@ -48,10 +40,9 @@ def linear_jsd(
     teacher_bias: Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
-    targets: Tensor | None = None,
     impl: str = "auto",
     chunk_tokens: int | None = None,
-) -> TokenDivergences:
+) -> Tensor:
     """JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, GKD (arXiv 2306.13649 Eq. 1).
 
     p = softmax(z), z the student's logits as `linear_logps` has them, q that of the teacher's; both at `temperature`.
@@ -63,7 +54,6 @@ def linear_jsd(
     from 7B on): give the rows that both have, and p and q are of these words.
     Returns [N] nats, float32 (float64 for float64 inputs), with gradients to hidden, weight and bias, none to the
     teacher; the temperature divides the gradient and nothing makes up for it (Hinton's factor of its square).
-    targets: [N] int64 in [0, V); then the student's log p of them is returned too, without gradient.
 
     impl, chunk_tokens: as in `linear_logps`, with two tiles [chunk_tokens, V] alive: half as many rows by default.
     With H of one size for both, in units of a product of N H V: 3 with a frozen head, 6 with a trainable one.
@@ -75,7 +65,7 @@ def linear_jsd(
     hidden, weight, bias = autocast(hidden, weight, bias)
     with torch.no_grad():
         of_teacher = autocast(teacher_hidden.detach(), teacher_weight.detach(), teacher_bias)
-    _check(hidden, weight, bias, of_teacher, targets)
+    _check(hidden, weight, bias, of_teacher)
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_positive("temperature", temperature)
     if not 0 <= beta <= 1:
@@ -86,16 +76,15 @@ def linear_jsd(
     transform = Transform(temperature, logit_scale, softcap)
     teacher = Teacher(*of_teacher, Transform(temperature, teacher_logit_scale, teacher_softcap))
     if impl == "eager":
-        return _eager(hidden, weight, bias, teacher, transform, beta, targets)
+        return _eager(hidden, weight, bias, teacher, transform, beta)
     rows = max(128, default_chunk_tokens(hidden, weight) // 2) if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
-    make_tile = functools.partial(JsdTile, teacher=teacher, beta=beta, targets=targets)
+    make_tile = functools.partial(JsdTile, teacher=teacher, beta=beta)
     numbers = torch.arange(len(hidden), device=hidden.device)
-    stats = () if targets is None else ("target_logps",)
     grad = torch.is_grad_enabled()
-    return TokenDivergences(
-        *TwoGemm.apply(hidden, weight, bias, numbers, None, transform, make_tile, rows, stats, grad)
-    )
+    values: Tensor
+    (values,) = TwoGemm.apply(hidden, weight, bias, numbers, None, transform, make_tile, rows, (), grad)
+    return values
 
 
 def _eager(
@@ -105,20 +94,18 @@ def _eager(
     teacher: Teacher,
     transform: Transform,
     beta: float,
-    targets: Tensor | None,
-) -> TokenDivergences:
+) -> Tensor:
     raw = linear(hidden, weight, bias)
     dtype = torch.promote_types(raw.dtype, torch.float32)
     log_p = transform(raw.to(dtype)).log_softmax(-1)
     with torch.no_grad():
         log_q = teacher.transform(linear(teacher.hidden, teacher.weight, teacher.bias).to(dtype)).log_softmax(-1)
-    logps = None if targets is None else log_p.detach().gather(-1, targets[:, None])[:, 0]
     if beta == 0:
-        return TokenDivergences(_kl(log_q, log_p), logps)
+        return _kl(log_q, log_p)
     if beta == 1:
-        return TokenDivergences(_kl(log_p, log_q), logps)
+        return _kl(log_p, log_q)
     log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
-    return TokenDivergences(beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m), logps)
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -131,7 +118,6 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     teacher: tuple[Tensor, Tensor, Tensor | None],
-    targets: Tensor | None,
 ) -> None:
     for of, (h, w, b) in {"": (hidden, weight, bias), "teacher_": teacher}.items():
         if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
@@ -147,7 +133,3 @@ def _check(
             f"vocabulary; of models with one tokenizer give the rows that both have, "
             f"weight[:{min(len(weight), len(teacher[1]))}]"
         )
-    if targets is not None:
-        if targets.shape != hidden.shape[:1]:
-            raise ValueError(f"targets must be [{len(hidden)}], one a token, got {list(targets.shape)}")
-        check_targets(targets, len(weight))
