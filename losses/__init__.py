@@ -17,7 +17,7 @@ from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
-from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals
+from .types import CompletionLogps, Divergence, Kind, Loss, LossOutput, PairLogps, Totals
 
 __all__ = [
     "ADVANTAGES",
@@ -38,6 +38,7 @@ __all__ = [
     "CompletionLogps",
     "DPOLoss",
     "DPOType",
+    "Divergence",
     "GRPOLoss",
     "GRPOType",
     "KTOLoss",

@@ -272,6 +272,8 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     if setup.device is not None:
         chunk = min(chunk, max(256, int(TILE_MEMORY * setup.device.memory / (4 * size.vocab)) // 128 * 128))
     rows = min(chunk, batch.scored_tokens)
+    if setup.the_loss.divergence is not None:  # two tiles of half the rows, the teacher's no narrower
+        rows = min(max(128, chunk // 2), batch.scored_tokens) * 2
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
         return rows * 4 * (across + size.hidden)

@@ -33,7 +33,8 @@ class TokenLogps(NamedTuple):
     """[N] each, nats, float32 (float64 for float64 inputs); None what was not asked for.
 
     entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient. is_top1: bool, whether
-    the target is what `torch.argmax` of the logits gives, of several that are equally large the first.
+    the target is what `torch.argmax` of the logits gives, of several that are equally large the first. divergence: of
+    `linear_jsd`, where it has been asked for beside these.
     """
 
     logps: Tensor
@@ -41,6 +42,7 @@ class TokenLogps(NamedTuple):
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
     is_top1: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @overload

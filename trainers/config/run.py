@@ -77,9 +77,19 @@ class RunConfig:
                     f"--teacher_coef {rollout.teacher_coef} is read only with --teacher_model_name_or_path; add it, or "
                     "leave this out"
                 )
+            if self.loss.divergence is not None:
+                raise UserError(
+                    f"--loss_type {self.loss.loss_type} is a divergence from a teacher: name it with "
+                    "--teacher_model_name_or_path"
+                )
             return
         if rollout is None:
-            raise UserError(f"--teacher_model_name_or_path {named} is read by grpo, not by {self.method}; leave it out")
+            if self.loss.divergence is None:
+                raise UserError(
+                    f"--teacher_model_name_or_path {named} is read by grpo, and by sft with --loss_type gkd, but not "
+                    f"by this {self.method}; leave it out"
+                )
+            return
         if rollout.dynamic_sampling > 1:
             raise UserError(
                 f"--dynamic_sampling {rollout.dynamic_sampling} leaves out completions of equal reward, from which a "

@@ -75,9 +75,13 @@ class ModelReference:
         self.policy, self.autocast = policy.requires_grad_(False).eval(), autocast
 
     def __call__(self, batch: PackedBatch) -> Tensor:
+        return self.compute(batch).logps  # type: ignore[no-any-return]
+
+    def compute(self, batch: PackedBatch) -> Any:
+        """What the model's forward gives."""
         device = batch.input_ids.device.type
         with inference(self.policy), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return self.policy(batch).logps
+            return self.policy(batch)
 
 
 class StoredReference:
@@ -274,9 +278,9 @@ def make_reference(
 
 
 def other_model(
-    config: RunConfig, policy: Policy, accelerator: Accelerator, named: str | None, what: str
+    config: RunConfig, policy: Policy, accelerator: Accelerator, named: str | None, what: str, of: type[Policy] = Policy
 ) -> tuple[ModelReference, list[str]]:
-    """Another model for the policy's micro-batches, and what to tell; named: None, the weights that it started from."""
+    """Another model for the policy's micro-batches, and what to tell. named: None, the weights that it started from."""
     model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
     other = Policy(model, temperature=policy.temperature, shared=policy.shared)
     obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
@@ -286,6 +290,7 @@ def other_model(
         notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
     elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
         (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
+    other = of(model, temperature=other.temperature, shared=other.shared)
     return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes
 
 

@@ -17,13 +17,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from logratio.losses import Mean
+from logratio.losses import Loss, Mean
 
 from ..batches.packing import PackedBatch
 from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError
-from .policy import Policy
+from ..processes.sharding import whole
+from .policy import Policy, States
 from .reference import ModelReference, by_completion, other_model
 
 
@@ -47,7 +48,29 @@ def make_teacher(
 ) -> tuple[ModelReference | None, list[str]]:
     """The teacher that the run names, frozen, and what to tell about it."""
     named = config.model.teacher_model_name_or_path
-    return (None, []) if named is None else other_model(config, policy, accelerator, named, "the teacher")
+    if named is None:
+        return None, []
+    kind = Policy if config.loss.divergence is None else States
+    return other_model(config, policy, accelerator, named, "the teacher", kind)
+
+
+def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch) -> dict[str, Any] | None:
+    """What `linear_jsd` takes of the teacher and of the loss; None where the loss has no divergence.
+
+    The head's weight is gathered on every process, where it is sharded.
+    """
+    if loss.divergence is None:
+        return None
+    assert teacher is not None
+    options, head = teacher.policy.head_options(), teacher.policy.causal_lm.get_output_embeddings()
+    return {
+        "teacher_hidden": teacher.compute(batch),
+        "teacher_weight": whole(head.weight.detach()),
+        "teacher_bias": None if options["bias"] is None else whole(options["bias"].detach()),
+        "teacher_logit_scale": options["logit_scale"],
+        "teacher_softcap": options["softcap"],
+        **loss.divergence._asdict(),
+    }
 
 
 def log_ratios(examples: Sequence[Example], taught: Iterable[tuple[PackedBatch, Tensor]]) -> tuple[Tensor, Mean]:

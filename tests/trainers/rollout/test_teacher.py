@@ -168,7 +168,7 @@ def test_other_ids_are_refused(theirs, said):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("dpo --teacher_model_name_or_path x", "--teacher_model_name_or_path x is read by grpo, not by dpo"),
+        ("dpo --teacher_model_name_or_path x", "--teacher_model_name_or_path x is read by grpo, and by sft with"),
         ("grpo --teacher_coef 2", "--teacher_coef 2.0 is read only with --teacher_model_name_or_path; add it"),
         (
             "grpo --teacher_model_name_or_path x --dynamic_sampling 2",
