@@ -53,6 +53,8 @@ class Options:
     """adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit."""
     ref_model_name_or_path: str | None = None
     """A reference model of its own, counted as large as the policy."""
+    teacher_model_name_or_path: str | None = None
+    """A teacher, of its own shape."""
     precompute_ref_log_probs: bool = False
     """No reference pass in a step."""
     sync_ref_model: bool = False
@@ -77,6 +79,8 @@ def planned(options: Options) -> dict[str, Any]:
     """All that is printed, as plain values; UserError for options that cannot be planned with."""
     names = {f.name for f in dataclasses.fields(Setup)}
     setup = Setup(**{name: getattr(options, name) for name in names & {f.name for f in dataclasses.fields(Options)}})
+    if options.teacher_model_name_or_path:
+        setup = dataclasses.replace(setup, teacher=find(options.teacher_model_name_or_path))
     for name in ("micro_batch_tokens", "batch_size", "prompt_tokens", "completion_tokens", "num_generations"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")

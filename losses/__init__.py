@@ -8,7 +8,7 @@ from .dpo import DPO_TYPES, DPOLoss, DPOType, PairRatios, dpo_type
 from .grpo import GRPOLoss
 from .grpo_sampling import SAMPLING_CORRECTIONS
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOType
-from .head import Support, TokenLogps, Transform, linear_logps
+from .head import Support, TokenLogps, Transform, linear_jsd, linear_logps
 from .hf import hf_compute_loss
 from .kto import KTO_TYPES, KTOLoss, KTOType
 from .listwise import LISTWISE_TYPES, Lists, ListwiseLoss
@@ -17,7 +17,7 @@ from .options import Variants, variant
 from .orpo import ORPOLoss
 from .registry import LOSSES, register
 from .sft import SFT_TYPES, SFTLoss
-from .types import CompletionLogps, Kind, Loss, LossOutput, PairLogps, Totals
+from .types import CompletionLogps, Divergence, Kind, Loss, LossOutput, PairLogps, Totals
 
 __all__ = [
     "ADVANTAGES",
@@ -38,6 +38,7 @@ __all__ = [
     "CompletionLogps",
     "DPOLoss",
     "DPOType",
+    "Divergence",
     "GRPOLoss",
     "GRPOType",
     "KTOLoss",
@@ -65,6 +66,7 @@ __all__ = [
     "dpo_types",
     "grpo_types",
     "hf_compute_loss",
+    "linear_jsd",
     "linear_logps",
     "register",
     "variant",

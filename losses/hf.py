@@ -22,7 +22,7 @@ def hf_compute_loss(loss: Loss) -> Callable[..., Tensor]:
     step is cut. Differs from `logratio train`: a token at a row's beginning counts among these, though nothing predicts
     it. Without num_items_in_batch (an evaluation) the batch is a step by itself. Raises ValueError for other losses.
     """
-    if loss.kind is not Kind.SEQUENCE or loss.wants_reference or loss.window_pass is not None:
+    if loss.kind is not Kind.SEQUENCE or loss.wants_reference or loss.window_pass is not None or loss.divergence:
         raise ValueError(
             f"{type(loss).__name__} needs more than logits and labels; hf_compute_loss takes losses of single "
             "completions such as SFTLoss"

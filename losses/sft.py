@@ -2,8 +2,9 @@
 
 Differs from TRL 1.16: (1) TRL counts tokens over one gradient-accumulation window, we over the optimizer step, which
 is the same thing for equal settings; (2) a row with nothing to score counts for nothing here and is dropped there;
-(3) token weights, the z-loss and `eaft` are not in TRL.
-Differs from the paper: (4) `eaft` takes the entropy of the whole vocabulary, the paper that of the 20 likeliest words
+(3) token weights, the z-loss and `eaft` are not in TRL; (4) `gkd` is TRL's GKDTrainer at lmbda=0, of given
+rows alone (what the model samples is distilled in GRPO), and has a temperature, which is there of sampling only.
+Differs from the paper: (5) `eaft` takes the entropy of the whole vocabulary, the paper that of the 20 likeliest words
 alone, over log 20 (its authors' code: over 3), so that weights above 1 are possible here.
 """
 
@@ -16,10 +17,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .options import NotNegative, Variants, variant
+from .options import NotNegative, Positive, Share, Variants, variant
 from .registry import register
 from .token_metrics import TOKEN_METRICS, token_metrics
-from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals, divide
+from .types import CompletionLogps, Divergence, Kind, Loss, LossOutput, Mean, Totals, divide
 
 SFT_TYPES: Variants[Callable[[CompletionLogps, SFTLoss], Tensor]] = Variants()
 """loss_type -> the loss of each token, [C, T]."""
@@ -47,6 +48,15 @@ def eaft(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
     return -(share**loss.eaft_alpha) * policy.logps
 
 
+@variant(SFT_TYPES, reads=("gkd_beta", "gkd_temperature"), ignores=("z_loss_coef",))
+def gkd(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
+    """JSD(beta) of the teacher's and the model's next word, both at gkd_temperature, GKD (arXiv 2306.13649 Eq. 1).
+
+    It does not look at the token: at every place that the rows come to, the model is to predict what the teacher does.
+    """
+    return policy.needed("divergence")
+
+
 @register("sft")
 @dataclass(frozen=True, kw_only=True)
 class SFTLoss(Loss):
@@ -60,9 +70,14 @@ class SFTLoss(Loss):
     option_tables: ClassVar = {"loss_type": SFT_TYPES}
 
     loss_type: str = "nll"
-    """nll, dft (Dynamic Fine-Tuning), or eaft (Entropy-Adaptive Fine-Tuning)."""
+    """nll, dft (Dynamic Fine-Tuning), eaft (Entropy-Adaptive Fine-Tuning), or gkd (distillation from a teacher)."""
     eaft_alpha: NotNegative = 1.0
     """How much less a token weighs that the model is sure of; 0 is nll."""
+    gkd_beta: Share = 0.5
+    """0: KL(teacher || model), forward, 1: KL(model || teacher), reverse; between, from their mixture of this share of
+    the teacher, Jensen-Shannon at 0.5."""
+    gkd_temperature: Positive = 1.0
+    """Of both distributions."""
     z_loss_coef: NotNegative = 0.0
     """Weight of the square of log Z, which keeps logits from drifting (PaLM: 1e-4)."""
 
@@ -71,10 +86,15 @@ class SFTLoss(Loss):
         """log Z, for the z-loss; the entropy, for eaft."""
         return (*(["log_z"] if self.z_loss_coef else []), *(["entropy"] if self.loss_type == "eaft" else []))
 
+    @property
+    def divergence(self) -> Divergence | None:
+        """For gkd."""
+        return Divergence(self.gkd_beta, self.gkd_temperature) if self.loss_type == "gkd" else None
+
     def __call__(self, policy: CompletionLogps, *, totals: Totals) -> LossOutput:
         """policy: [C, T]. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
         per_token_loss = SFT_TYPES[self.loss_type](policy, self)
-        if self.z_loss_coef:
+        if self.z_loss_coef and self.divergence is None:
             per_token_loss = per_token_loss + self.z_loss_coef * policy.needed("log_z") ** 2
         if policy.weights is not None:
             per_token_loss = per_token_loss * policy.needed("weights").detach()

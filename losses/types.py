@@ -33,7 +33,7 @@ class Kind(StrEnum):
 
 IGNORED = -100
 """Hugging Face's label of a token that is not scored."""
-OPTIONAL = ("entropy", "log_z", "log_sum_p2", "is_top1", "weights")
+OPTIONAL = ("entropy", "log_z", "log_sum_p2", "is_top1", "divergence", "weights")
 """What `CompletionLogps` may hold beside log-probabilities."""
 
 
@@ -45,6 +45,7 @@ class CompletionLogps:
         whatever they are (NaN included).
     completion_mask: [C, T] bool, True where a token is scored. A row may be empty.
     entropy, log_z, log_sum_p2, is_top1: [C, T], the `stats` of `linear_logps`, each None where it was not asked for.
+    divergence: [C, T], `linear_jsd` of the token's place, where the loss has a `divergence`.
     weights: [C, T], at least 0, how much each token counts (SFT), or each row, the same at its tokens (KTO); None: 1.
     """
 
@@ -54,6 +55,7 @@ class CompletionLogps:
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
     is_top1: Tensor | None = None
+    divergence: Tensor | None = None
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -153,6 +155,13 @@ class CompletionLogps:
                     f"{name} must have the policy's {'rows and tokens' if tokens else 'rows'}, "
                     f"got {list(other.completion_mask.shape)} for {list(self.completion_mask.shape)}"
                 )
+
+
+class Divergence(NamedTuple):
+    """From a teacher's next-token distributions, as `linear_jsd` takes them."""
+
+    beta: float
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,11 @@ class Loss:
     def wants_prompt_tokens(self) -> bool:
         """Rollouts: it is called with `prompt_tokens` [C], scored tokens of all completions of the same prompt."""
         return False
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """Its divergence from a teacher, which the policy then says of every token, or None."""
+        return None
 
     @property
     def scores_prompt(self) -> bool:

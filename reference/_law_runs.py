@@ -32,9 +32,15 @@ def parts_of(loss: Loss) -> tuple[str, ...]:
     return tuple(part for part in PARTS[loss.kind] if not unused.get(part))
 
 
+def stats_of(loss: Loss) -> list[str]:
+    """What it is given of every token beside the log-prob."""
+    asked = (*loss.stats, *(["divergence"] if loss.divergence is not None else []))
+    return [name for name in STATS if name in asked]
+
+
 def logps_of(loss: Loss, batch: Batch, role: str, part: str = "completion") -> CompletionLogps:
     """The policy's come with the statistics that the loss has asked for, and with weights where the batch has them."""
-    wanted = [*(name for name in STATS if name in loss.stats), "weights"] if role == "policy" else []
+    wanted = [*stats_of(loss), "weights"] if role == "policy" else []
     more = {name: batch.tokens[name][part] for name in wanted if name in batch.tokens}
     return CompletionLogps(batch.tokens[role][part], batch.masks[part], **more)
 
@@ -100,7 +106,7 @@ def arguments(loss: Loss, batch: Batch) -> dict[str, Any]:
 
 def leaves_of(loss: Loss, batch: Batch) -> dict[tuple[str, str], Tensor]:
     """(role, part) -> what of the policy a gradient may flow into: log-probs and the asked for statistics."""
-    roles = ("policy", *(name for name in STATS if name in loss.stats))
+    roles = ("policy", *stats_of(loss))
     return {(role, part): batch.tokens[role][part] for role in roles for part in parts_of(loss)}
 
 

@@ -284,6 +284,7 @@ def direction(loss: Loss, batch: Batch, level: float) -> None:
     count, width = len(batch), next(iter(batch.masks.values())).shape[1]
     full = torch.full((count, width), 1.0, dtype=torch.float64)
     tokens = {role: -level * full for role in LOGPS} | {"entropy": full, "log_z": 0 * full, "log_sum_p2": -full}
+    tokens["divergence"] = full
     sign = torch.ones(count, dtype=torch.float64)
     rows = dict(batch.rows)
     if loss.kind is Kind.GROUPED:

@@ -30,7 +30,7 @@ PARTS = {
 """kind -> what one example of it consists of; a list may lack its last."""
 
 LOGPS = ("policy", "ref", "old", "behavior")
-STATS = ("entropy", "log_z", "log_sum_p2")
+STATS = ("entropy", "log_z", "log_sum_p2", "divergence")
 
 # In steps of a power of two, so that sums of numbers at their ends are exact, in any order.
 SIZES = (0.0, 2.0**-10, 1.0, 30.0, 1e4)
@@ -44,7 +44,8 @@ class Batch:
     masks: part -> [C, T] bool, True where scored.
     tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
-        to 0); for sequences and labeled examples perhaps `weights` (at least 0).
+        to 0); for sequences `divergence` (from a teacher, at least 0); for sequences and labeled examples perhaps
+        `weights` (at least 0).
     rows: name -> [C]; `label` bool (labeled), `advantages` (grouped), `margin` (paired), `sizes` int64 and `rewards`
         [C, 3] (listed).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
@@ -138,6 +139,8 @@ def batches(
         extras["rewards"] = draw(grades, label="size of rewards") * around_zero([count, 3])
     collected = spread * around_zero([count + 1 if kind == "labeled" else 0])
     tokens["behavior"] = {part: near(logps) for part, logps in tokens["old"].items()}
+    if kind == "sequence":
+        tokens["divergence"] = {part: size * uniform(mask.shape) for part, mask in masks.items()}
     return Batch(kind, masks, tokens, extras, collected, draw(st.integers(0, 2), label="earlier steps"))
 
 

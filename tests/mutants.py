@@ -41,7 +41,7 @@ from _mutations import Mutant, mutants
 ROOT = Path(__file__).parents[1]
 ACCEPTED = "tests/mutants_accepted.toml"
 LOWEST_RATE = 0.95
-OWN = {"_two_gemm": "logps"}
+OWN = {"_two_gemm": "logps", "_jsd_tile": "jsd"}
 """Whose tests are a file's own, where not its name's."""
 APART = {"_triton.py"}
 """Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""

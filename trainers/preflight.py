@@ -18,6 +18,7 @@ from .errors import UserError
 from .policy.adapters import check_adapter, check_targets
 from .policy.checks import learned_positions, skeleton, stuck
 from .policy.load import check_architecture, load_tokenizer, pad_within
+from .policy.teacher import check_teacher
 from .policy.tiny import TINY, tiny_config
 
 # Part of the weights that cannot move from which on one is told.
@@ -37,7 +38,7 @@ class Shape:
 
 
 def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
-    """The tokenizer, the shapes of the model and of a reference of its own, and what to tell about them.
+    """The tokenizer, the shapes of the model, of a reference of its own and of a teacher, and what to tell about them.
 
     Raises UserError where a folder, a configuration, an adapter's or `lora_target_modules` rules the run out.
     """
@@ -52,6 +53,9 @@ def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
         check_adapter(options.adapter_name_or_path)
     if other := options.ref_model_name_or_path:
         shapes.append(shape_of(skeleton_of(other, "--ref_model_name_or_path"), other))
+    if teacher := options.teacher_model_name_or_path:
+        shapes.append(shape_of(skeleton_of(teacher, "--teacher_model_name_or_path"), teacher))
+        check_teacher(tokenizer, load_tokenizer(teacher), teacher)
     return tokenizer, shapes, pad_within(tokenizer, min(s.rows for s in shapes), name)
 
 

@@ -33,6 +33,7 @@ from .policy.policy import Policy
 from .policy.reference import autocast_of, make_reference, reference_model
 from .policy.reference_sync import ReferenceSync, make_sync
 from .policy.sharing import share_prompts
+from .policy.teacher import make_teacher
 from .policy.tiny import TINY
 from .preflight import check_before, describe_stuck, read_model
 from .processes.launching import check_alike, check_processes, describe_processes, load_everywhere, refuse_untried
@@ -114,6 +115,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     trained = trained_parameters(policy)
     notes = [*describe_processes(accelerator), *describe_whole(policy, accelerator), *notes]
     reference, reference_notes = make_reference(config, policy, data.train, accelerator)
+    teacher, teacher_notes = make_teacher(config, policy, accelerator)
+    reference_notes += teacher_notes
     sync, sync_notes = make_sync(config, policy, reference, accelerator, total_steps)
     step = Step(
         accelerator,
@@ -123,6 +126,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         micro_batch_tokens=config.train.first_micro_batch_tokens,
         max_length=config.data.max_length,
         pad_id=tokenizer.pad_token_id,
+        teacher=teacher,
     )
     growth, growth_notes = make_growth(config.train.micro_batch_tokens, step.memory, accelerator)
     rollouts = None
@@ -134,11 +138,16 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
         notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
         only_right = set(config.rollout.reward_funcs) <= {"exact_answer", "accuracy_reward"}
-        if only_right and config.model.model_name_or_path == TINY and not config.model.adapter_name_or_path:
+        if (
+            only_right
+            and teacher is None
+            and config.model.model_name_or_path == TINY
+            and not config.model.adapter_name_or_path
+        ):
             notes.append(UNTRAINED)
         if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
             notes.append(UNCORRECTED)
-    frozen = fingerprint(policy, reference_model(reference))
+    frozen = fingerprint(policy, reference_model(reference), reference_model(teacher))
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))

@@ -27,7 +27,8 @@ from .memory import Memory
 from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
-from .policy.reference import Reference, StoredReference, behavior_of, inference
+from .policy.reference import ModelReference, Reference, StoredReference, behavior_of, inference
+from .policy.teacher import distributions
 from .processes.dealing import deal, gather_rows
 from .processes.sharding import meet_inside
 
@@ -123,8 +124,9 @@ class Step:
         micro_batch_tokens: int,
         max_length: int,
         pad_id: int = 0,
+        teacher: ModelReference | None = None,
     ) -> None:
-        self.accelerator, self.policy = accelerator, policy
+        self.accelerator, self.policy, self.teacher = accelerator, policy, teacher
         self.loss, self.reference, self.max_length = loss, reference, max_length
         self.memory = Memory(accelerator, trained_parameters(policy), loss, micro_batch_tokens)
         self.packing: dict[str, Any] = {**policy.packing, "pad_id": pad_id}
@@ -270,7 +272,7 @@ class Step:
             self.fill_reference(micros)
             for micro in micros:
                 with self.memory.fitting(micro.batch), torch.set_grad_enabled(backward):
-                    out = self.policy(micro.batch)
+                    out = self.policy(micro.batch, distributions(self.teacher, self.loss, micro.batch))
                     micro.logps = None if micro.behavior is None else out.logps.detach()
                     inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
                     output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))

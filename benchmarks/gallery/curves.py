@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from logratio.losses import CompletionLogps, Kind, Loss, PairLogps, Totals
+from logratio.losses import CompletionLogps, Kind, Loss, PairLogps, Totals, linear_jsd
 
 Lines = dict[str, list[float]]
 """label -> a number for each x; NaN where there is none."""
@@ -171,8 +171,17 @@ def sequence(loss: Loss, state: Mapping[str, float]) -> Drawn:
 
     def at(p: float, entropy: float) -> Point:
         log_p = numbers(math.log(p))
-        policy = completions(log_p, entropy=torch.full((1, 1), entropy, dtype=torch.float64))
+        known = torch.full((1, 1), entropy, dtype=torch.float64)
+        policy = completions(log_p, entropy=known, **sure(log_p))  # type: ignore[arg-type]
         return point(loss(policy, totals=Totals.of(policy)).loss, (log_p,))
+
+    def sure(log_p: Tensor) -> dict[str, Tensor]:
+        """The divergence from a teacher who is sure of this token, of two."""
+        if loss.divergence is None:
+            return {}
+        both = torch.cat([log_p, torch.log1p(-log_p.exp().clamp(max=1 - 1e-12))])[None]
+        words, teacher = torch.eye(2, dtype=log_p.dtype), torch.tensor([[0.0, -1e3]], dtype=log_p.dtype)
+        return {"divergence": linear_jsd(both, words, teacher, words, **loss.divergence._asdict())[None]}
 
     return two_panels(x, {f"H = {h:g} nats": [at(p, h) for p in x] for h in ENTROPIES})
 

@@ -33,7 +33,8 @@ SHOWN = {
 {x_label}, for an advantage of 1 and of −1. A token more than one changes the normaliser, and what a ratio is of.
 Above 0 a step makes the token likelier; where it stays 0, the token is clipped.""",
     Kind.SEQUENCE: f"""Of one token, at a place whose distribution has an entropy H of
-{" or ".join(f"{h:g}" for h in ENTROPIES)} nats: the value, and the step, -dL/d log p, against {{x_label}}.""",
+{" or ".join(f"{h:g}" for h in ENTROPIES)} nats: the value, and the step, -dL/d log p, against {{x_label}}. A teacher
+knows two words, and is sure of it.""",
     Kind.LISTED: f"""Of a list of four completions with rewards R of {", ".join(f"{r:g}" for r in REWARDS)}: the value,
 and the step of each, -dL/d log p, against {{x_label}}. The other three stand where the reference is. Above 0 a step
 makes the completion likelier.""",
@@ -46,7 +47,7 @@ X_LABELS = {
 }
 HOW = {
     "gradient": "its gradient is not that of its value: numbers that depend on the policy are held still",
-    "direction": "where policy and reference agree, a step has the wrong sign",
+    "direction": "where policy and reference agree, a step has not the sign that the data ask for",
 }
 """What it means that one of `BREAKS` is broken."""
 

@@ -59,6 +59,7 @@ class Setup:
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
     reward_kl_coef: float = 0.0
+    teacher: Geometry | None = None
     accumulates: bool = True
     gpu: str | None = "H100"
 
@@ -136,7 +137,7 @@ class Prediction:
     def needed(self) -> int:
         """Bytes of a GPU's memory that should be there: the peak, fragments and the CUDA context."""
         parts = self.peak.parts
-        stays = parts["weights"] + parts["reference"]
+        stays = parts["weights"] + parts["reference"] + parts["teacher"]
         return int(self.peak.total + MARGIN * (self.peak.total - stays)) + CONTEXT
 
     def fits(self, gpu: Gpu) -> bool:
@@ -215,6 +216,7 @@ def resident(size: Geometry, setup: Setup, trained: list[int]) -> dict[str, int]
         "adapters": trained_bytes(trained, setup) if setup.lora_r else 0,
         "optimizer": optimizer_bytes(trained, setup),
         "reference": reference_bytes(size, setup),
+        "teacher": 0 if setup.teacher is None else weight_bytes(setup.teacher, setup),
         "workspace": 0 if setup.device is None else setup.device.workspace,
     }
 
@@ -270,6 +272,8 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     if setup.device is not None:
         chunk = min(chunk, max(256, int(TILE_MEMORY * setup.device.memory / (4 * size.vocab)) // 128 * 128))
     rows = min(chunk, batch.scored_tokens)
+    if setup.the_loss.divergence is not None:  # two tiles of half the rows, the teacher's no narrower
+        rows = min(max(128, chunk // 2), batch.scored_tokens) * 2
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
         return rows * 4 * (across + size.hidden)

@@ -100,10 +100,13 @@ def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str
     unit = 2 * step.scored * size.hidden * size.vocab  # one product with the head
     policy, reference = passes(setup)
     forward = (products + attention) / flops
+    teacher = 0.0
+    if setup.teacher is not None:
+        teacher = without_gradient(setup.teacher, step, flops, bandwidth)
+        teacher += step.micro_batches * weight_bytes(setup.teacher, setup) / bandwidth
     adapters = 2 * sum(size.adapters(setup.lora_r)) * step.tokens * (3 + again)
     head = (2 if lora else 4) * unit / flops + TILE_TRAFFIC * step.scored * size.vocab / bandwidth
-    # a pass without gradient reads the tile once
-    once = forward + unit / flops + 8 * step.scored * size.vocab / bandwidth
+    once = without_gradient(size, step, flops, bandwidth)
     layer = activations(size, setup, step.largest).layer / step.largest.tokens * step.tokens * size.layers
     traffic = layer * (TRAFFIC + 2 * (again + policy + reference))
     read = weight_bytes(size, setup) + (size.in_linears * 4 if setup.load_in_4bit else 0)  # dequantized: written, read
@@ -117,12 +120,20 @@ def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str
         "adapters": adapters / (flops if setup.fused_lora else gpu.float32_tflops * 1e12 * EFFICIENCY),
         "head": head,
         "reference": reference * once,
+        "teacher": teacher,
         "passes before the loss": policy * once,
         "activations (bandwidth)": traffic / bandwidth,
         "weights (bandwidth)": reads / bandwidth,
         "optimizer (bandwidth)": updated / bandwidth,
     }
     return {name: seconds for name, seconds in times.items() if seconds}
+
+
+def without_gradient(size: Geometry, step: Plan, flops: float, bandwidth: float) -> float:
+    """Seconds of a pass of this model over a step's tokens, which reads the tile once; but for its weights' reading."""
+    products = 2 * size.in_linears * step.tokens + 2 * step.scored * size.hidden * size.vocab
+    attention = 4 * step.pairs * size.queries * size.layers
+    return (products + attention) / flops + 8 * step.scored * size.vocab / bandwidth
 
 
 def passes(setup: Setup) -> tuple[int, int]:
@@ -132,6 +143,8 @@ def passes(setup: Setup) -> tuple[int, int]:
     """
     mismatched = setup.the_loss.window_pass == "mismatched"
     policy = int(setup.the_loss.window_pass is not None)
+    if setup.teacher is not None and setup.the_loss.kind is Kind.GROUPED:  # which its log-probs are compared with
+        policy += 1
     if not setup.with_reference:
         return policy, 0
     return policy, int(not setup.precompute_ref_log_probs) + int(mismatched)

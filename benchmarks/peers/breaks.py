@@ -8,5 +8,7 @@ STEP_MEANS = frozenset({"bco", "beta_dpo", "alpha_dpo"})
 """Means of the step stand in them without a gradient: the same law, which holds with these means held still."""
 RISES_AT_THE_REFERENCE = frozenset({"discopop"})
 """With the published temperature: the law `direction`."""
-BREAKS = {"gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS, "direction": RISES_AT_THE_REFERENCE}
+TEACHERS = frozenset({"gkd"})
+"""They follow a teacher, whichever token is there: the law `direction`."""
+BREAKS = {"gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS, "direction": RISES_AT_THE_REFERENCE | TEACHERS}
 """Law -> the loss_types that break it."""

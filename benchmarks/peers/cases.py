@@ -82,6 +82,9 @@ def sft_cases() -> Iterator[Case]:
     yield Case("sft", {"loss_type": "dft"}, "sft")
     yield Case("sft", {"loss_type": "eaft"})
     yield Case("sft", {"loss_type": "eaft", "eaft_alpha": 2.0})
+    for beta in (0.0, 0.1, 1.0):
+        yield Case("sft", {"loss_type": "gkd", "gkd_beta": beta, "gkd_temperature": 0.7})
+    yield Case("sft", {"loss_type": "gkd"}, weighted=True)
     for loss_type in ("nll", "dft", "eaft"):
         yield Case("sft", {"loss_type": loss_type, "z_loss_coef": 0.01})
         yield Case("sft", {"loss_type": loss_type}, weighted=True)

@@ -31,6 +31,7 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     loss, policy = case.loss, subject.policy(dtype)
     policy.stats = loss.stats
     reference = subject.reference(policy, dtype)
+    teacher = None if loss.divergence is None else subject.teacher(dtype)
     step = Step(
         start_accelerator("no"),
         policy,
@@ -38,6 +39,7 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
         reference if loss.wants_reference else None,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
         max_length=MAX_LENGTH,
+        teacher=teacher,
     )
     step.state = case.state
     examples = subject.examples(case)
@@ -84,7 +86,10 @@ def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
     extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
     stats: dict[str, Any] = {"log_z": [x.log_z for x in out], "entropy": [x.entropy for x in out]}
-    return oracle.sft([x.completion for x in out], **stats, **extra, **case.options), 0.0
+    if case.loss.divergence is not None:
+        stats["divergence"] = [subject.divergences(e, *case.loss.divergence) for e in examples]
+    options = {k: v for k, v in case.options.items() if not k.startswith("gkd_")}  # they are in the divergences
+    return oracle.sft([x.completion for x in out], **stats, **extra, **options), 0.0
 
 
 def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[Tensor, float]:

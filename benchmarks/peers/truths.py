@@ -23,8 +23,8 @@ from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.batches.packing import PackedBatch
 from logratio.trainers.data.examples import Example, prepare
 from logratio.trainers.data.rows import Rows
-from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, Reference, tokens_key
+from logratio.trainers.policy.policy import Policy, States
+from logratio.trainers.policy.reference import AdapterReference, ModelReference, Reference, tokens_key
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -214,6 +214,33 @@ class Subject:
         key = ("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference)
         passed: SequenceLogps = self.once(key, compute)
         return passed
+
+    def teacher(self, dtype: torch.dtype) -> ModelReference:
+        """The model without its adapters."""
+        return ModelReference(States(copy.deepcopy(self.models[dtype]).unload()))
+
+    def divergences(self, example: Example, beta: float, temperature: float) -> Tensor:
+        """Of its first completion's tokens from the teacher, in float64, off as `_in_float64` is."""
+        ids, first = [*example.prompt_ids, *example.completions[0].ids], len(example.prompt_ids) - 1
+
+        def of(dtype: torch.dtype) -> Tensor:
+            model, row = self.models[dtype], torch.tensor([ids])
+            with torch.no_grad(), model.disable_adapter():
+                teacher = model(row).logits[0, first:-1]
+            with torch.set_grad_enabled(dtype == torch.float64):
+                logits = model(row).logits[0, first:-1]
+                return oracle.generalized_jsd(teacher, logits, beta=beta, temperature=temperature)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            values = of(torch.float64)
+            leaf = values.detach().requires_grad_()
+            self.graphs.append((leaf, values))
+            return leaf, (of(torch.float32) - leaf.detach()).abs() + torch.finfo(torch.float32).eps * leaf.detach()
+
+        exact, off = self.once(("divergences", tuple(ids), first, beta, temperature), compute)
+        if self.noise is None:
+            return exact  # type: ignore[no-any-return]
+        return exact + (2 * torch.randint(2, (), generator=self.noise) - 1) * off  # type: ignore[no-any-return]
 
     def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
         """In float64, of every example's completion number `which`."""

@@ -104,11 +104,11 @@ class Block(NamedTuple):
     shifted_y: Tensor
 
 
-class TorchTile:
-    """A `Tile` of torch operations, in one buffer that the next chunk uses again.
+class Logits:
+    """One chunk of logits at a time, in one buffer that the next chunk uses again.
 
-    After the product everything goes by blocks of rows, `SCRATCH` logits at a time: what is made of a row besides its
-    gradient is then small, and on a CPU stays in the cache from the first pass over it to the last.
+    block: rows to work on at a time after the product, `SCRATCH` logits: what is made of a row besides is then small,
+    and on a CPU stays in the cache from the first pass over it to the last.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform, rows: int):
@@ -119,36 +119,18 @@ class TorchTile:
         self.factor = transform.logit_scale / transform.temperature
         self.transform = transform
         self._logits = weight.new_empty(rows, len(weight), dtype=self.sum_dtype)
-        self._block = min(max(1, SCRATCH.get(weight.device.type, SCRATCH["cuda"]) // max(len(weight), 1)), max(rows, 1))
-        self._scratch = torch.empty_like(self._logits[: self._block])
-        self._slope = torch.empty_like(self._scratch) if transform.softcap is not None else None
+        self.block = min(max(1, SCRATCH.get(weight.device.type, SCRATCH["cuda"]) // max(len(weight), 1)), max(rows, 1))
+        softcapped = transform.softcap is not None
+        self._slope = torch.empty_like(self._logits[: self.block]) if softcapped else None
 
-    def rows(
-        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
-    ) -> Rows:
-        """See `Tile`; the gradient is in sum_dtype."""
-        z = self._multiply(h)
-        logps = z.new_empty(len(h))
-        values = {name: z.new_empty(len(h), dtype=STAT_DTYPES.get(name, z.dtype)) for name in stats}
-        for start in range(0, len(h), self._block):
-            at = slice(start, start + self._block)
-            slope = self._transform(z[at], differentiated=coefficients is not None)
-            own = None if kept is None else kept.at(slice(start, min(start + self._block, len(h))))
-            block = self._softmax(z[at], y[at, None], own)
-            logps[at] = block.shifted_y - block.log_total
-            for name in _STATS:
-                if name in values:
-                    values[name][at] = _STATS[name](block)
-            if coefficients is not None:
-                _into_gradient(block, self.factor, *coefficients.at(at))
-                if slope is not None:
-                    z[at] *= slope
-        return Rows(logps, values, None if coefficients is None else z)
-
-    def _multiply(self, h: Tensor) -> Tensor:
+    def multiply(self, h: Tensor) -> Tensor:
         """[n, V], the raw logits of h [n, H]."""
         z = self._logits[: len(h)]
-        if self.weight.dtype != z.dtype:
+        if self.weight.dtype != z.dtype and h.is_cuda:  # cuBLAS sums in float32: no need to round on the way here
+            torch.mm(h, self.weight.t(), out_dtype=z.dtype, out=z)
+            if self.bias is not None:
+                z += self.bias
+        elif self.weight.dtype != z.dtype:
             z.copy_(linear(h, self.weight, self.bias))
         elif self.bias is None:
             torch.mm(h, self.weight.t(), out=z)
@@ -156,7 +138,7 @@ class TorchTile:
             torch.addmm(self.bias, h, self.weight.t(), out=z)
         return z
 
-    def _transform(self, z: Tensor, *, differentiated: bool) -> Tensor | None:
+    def into_logits(self, z: Tensor, *, differentiated: bool) -> Tensor | None:
         """Raw logits become logits, in place; returns tanh's slope [b, V] where there is one that will be needed."""
         softcap, slope = self.transform.softcap, None
         if softcap is None:
@@ -168,6 +150,36 @@ class TorchTile:
             slope = torch.mul(z, z, out=self._slope[: len(z)]).neg_().add_(1.0)
         z *= softcap / self.transform.temperature
         return slope
+
+
+class TorchTile(Logits):
+    """A `Tile` of torch operations."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform, rows: int):
+        super().__init__(weight, bias, transform, rows)
+        self._scratch = torch.empty_like(self._logits[: self.block])
+
+    def rows(
+        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+    ) -> Rows:
+        """See `Tile`; the gradient is in sum_dtype."""
+        z = self.multiply(h)
+        logps = z.new_empty(len(h))
+        values = {name: z.new_empty(len(h), dtype=STAT_DTYPES.get(name, z.dtype)) for name in stats}
+        for start in range(0, len(h), self.block):
+            at = slice(start, start + self.block)
+            slope = self.into_logits(z[at], differentiated=coefficients is not None)
+            own = None if kept is None else kept.at(slice(start, min(start + self.block, len(h))))
+            block = self._softmax(z[at], y[at, None], own)
+            logps[at] = block.shifted_y - block.log_total
+            for name in _STATS:
+                if name in values:
+                    values[name][at] = _STATS[name](block)
+            if coefficients is not None:
+                _into_gradient(block, self.factor, *coefficients.at(at))
+                if slope is not None:
+                    z[at] *= slope
+        return Rows(logps, values, None if coefficients is None else z)
 
     def _softmax(self, z: Tensor, y: Tensor, kept: Kept | None) -> Block:
         if kept is not None:

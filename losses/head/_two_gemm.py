@@ -49,7 +49,8 @@ def _of(kept: Kept | None, at: slice, hidden: Tensor) -> Kept | None:
 class TwoGemm(torch.autograd.Function):
     """(hidden, weight, bias, targets, kept, transform, make_tile, chunk_tokens, stats, grad) -> logps [N], *stats [N].
 
-    make_tile: the class of `Tile` to use.
+    make_tile: the class of `Tile` to use. Its `logps` may be any number of a row whose gradient it knows, and `targets`
+    what it tells rows by: see `_jsd_tile.py`.
     grad: whether gradients are being recorded (`torch.is_grad_enabled()`, which is always False inside `forward`).
     """
 

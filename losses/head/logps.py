@@ -33,7 +33,8 @@ class TokenLogps(NamedTuple):
     """[N] each, nats, float32 (float64 for float64 inputs); None what was not asked for.
 
     entropy: -sum_v p log p. log_z: logsumexp_v z. log_sum_p2: log sum_v p^2, without gradient. is_top1: bool, whether
-    the target is what `torch.argmax` of the logits gives, of several that are equally large the first.
+    the target is what `torch.argmax` of the logits gives, of several that are equally large the first. divergence: of
+    `linear_jsd`, where it has been asked for beside these.
     """
 
     logps: Tensor
@@ -41,6 +42,7 @@ class TokenLogps(NamedTuple):
     log_z: Tensor | None = None
     log_sum_p2: Tensor | None = None
     is_top1: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 @overload
@@ -114,7 +116,7 @@ def linear_logps(
     triton RuntimeError for a second derivative (create_graph=True), which only eager has.
     Differs from TRL 1.16's fused head: float64 stays float64, and the logits are not computed again in backward.
     """
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     _check(hidden, weight, targets, bias)
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_positive("temperature", temperature)
@@ -198,7 +200,8 @@ def _eager(
     return TokenLogps(all_logps.gather(-1, targets[:, None])[:, 0], **{name: compute[name]() for name in asked})
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A head as its products are made: under autocast in its dtype."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:  # as autocast does everywhere
         return hidden, weight, bias
@@ -212,17 +215,29 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         raise ValueError(f"expected hidden [N, H], weight [V, H], targets [N], got {shapes}")
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] do not agree: {shapes}")
+    check_head(hidden, weight, bias)
+    check_targets(targets, len(weight))
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str = "") -> None:
+    """Raise ValueError for a bias of another shape, TypeError for dtypes. of: before the names, in what is said."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias must be [V] for weight [V, H], got bias {list(bias.shape)}, weight {list(weight.shape)}"
+            f"{of}bias must be [V] for {of}weight [V, H], got {of}bias {list(bias.shape)}, "
+            f"{of}weight {list(weight.shape)}"
         )
     dtypes = {hidden.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
     if len(dtypes) > 1 or not hidden.dtype.is_floating_point:
-        named = f"hidden {hidden.dtype}, weight {weight.dtype}" + (f", bias {bias.dtype}" if bias is not None else "")
-        raise TypeError(f"hidden, weight and bias must share one floating dtype, got {named}")
+        named = f"{of}hidden {hidden.dtype}, {of}weight {weight.dtype}"
+        named += f", {of}bias {bias.dtype}" if bias is not None else ""
+        raise TypeError(f"{of}hidden, {of}weight and {of}bias must share one floating dtype, got {named}")
+
+
+def check_targets(targets: Tensor, words: int) -> None:
+    """Raise TypeError where they are not int64, and on a CPU ValueError where one is no word."""
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
     if targets.device.type == "cpu" and len(targets):
         low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets must be in [0, {weight.shape[0]}), got values from {low} to {high}")
+        if low < 0 or high >= words:
+            raise ValueError(f"targets must be in [0, {words}), got values from {low} to {high}")

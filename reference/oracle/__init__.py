@@ -28,6 +28,7 @@ from logratio.reference.oracle.advantages import (
     whiten,
 )
 from logratio.reference.oracle.cpo import cpo, orpo, tpo
+from logratio.reference.oracle.distillation import generalized_jsd
 from logratio.reference.oracle.dpo import beta_dpo_next_mean, dpo
 from logratio.reference.oracle.grpo import grpo
 from logratio.reference.oracle.head import SequenceLogps, TokenLogps, sequence_logps, token_logps
@@ -43,6 +44,7 @@ __all__ = [
     "beta_dpo_next_mean",
     "cpo",
     "dpo",
+    "generalized_jsd",
     "grpo",
     "kl_estimate",
     "kto",

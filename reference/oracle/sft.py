@@ -16,6 +16,7 @@ def sft(
     weights: Sequence[Tensor] | None = None,
     log_z: Sequence[Tensor] | None = None,
     entropy: Sequence[Tensor] | None = None,
+    divergence: Sequence[Tensor] | None = None,
     loss_type: str = "nll",
     eaft_alpha: float = 1.0,
     z_loss_coef: float = 0.0,
@@ -23,7 +24,8 @@ def sft(
     """sum_t w_t l_t / sum_t w_t over the step, w = 1 without `weights`, 0 where they sum to 0.
 
     l = -log p (`nll`), -sg(p) log p (`dft`, arXiv 2508.05629) or -sg(H / ln 20)^alpha log p (`eaft`, arXiv
-    2601.02151, H the token's entropy), plus z_loss_coef (log Z)^2 (arXiv 2204.02311 Sec. 5).
+    2601.02151, H the token's entropy), plus z_loss_coef (log Z)^2 (arXiv 2204.02311 Sec. 5); or the
+    token's `divergence` from a teacher (`gkd`, arXiv 2306.13649), which is `generalized_jsd`.
     """
     total, divisor = zero(logps), 0.0
     for i, sequence in enumerate(logps):
@@ -37,6 +39,10 @@ def sft(
                 if entropy is None:
                     raise ValueError("loss_type='eaft' needs entropy")
                 token_loss = -((float(entropy[i][t].detach()) / math.log(20)) ** eaft_alpha) * logp
+            elif loss_type == "gkd":
+                if divergence is None:
+                    raise ValueError("loss_type='gkd' needs divergence")
+                token_loss = divergence[i][t]
             else:
                 raise ValueError(f"no formula for SFT's loss_type={loss_type!r}")
             if z_loss_coef:

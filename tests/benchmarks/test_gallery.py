@@ -107,11 +107,14 @@ def test_the_others_by_hand():
     assert infonca["step at R = 3"][10.0] == pytest.approx(0.1 * (weights[0] / sum(weights) - p))
     eaft = curves("sft", "eaft")["step"]
     assert eaft["H = 3 nats"][0.5] == pytest.approx(6 * eaft["H = 0.5 nats"][0.5]) != 0  # as the entropies
+    gkd = curves("sft", "gkd")["value"]["H = 3 nats"]  # p = 1/2, q = 1: 1/2 ln 4/3 + 1/2 (1/2 ln 2/3 + 1/2 ln 2)
+    assert gkd[0.5] == pytest.approx(0.5 * math.log(4 / 3) + 0.25 * math.log(4 / 3))
 
 
 def test_laws_that_are_broken_on_purpose():
     broken = {(m, name): one.broken for m in ("sft", "kto") for name, one in variants(m).items() if one.broken}
-    assert broken == {("sft", "dft"): ["gradient"], ("sft", "eaft"): ["gradient"], ("kto", "bco"): ["gradient"]}
+    follows = {("sft", "gkd"): ["direction"]}
+    assert broken == follows | {(m, n): ["gradient"] for m, n in (("sft", "dft"), ("sft", "eaft"), ("kto", "bco"))}
     assert variants("dpo")["discopop"].broken == ["direction"]
 
 

@@ -150,6 +150,17 @@ def test_a_reference_is_there_where_the_options_ask_for_one(options, reference, 
     assert parts["reference"] == reference * parts["weights"]
 
 
+def test_a_teacher_takes_the_memory_and_the_time_of_its_own_shape(capsys):
+    line = ["grpo", "--model_name_or_path", "Qwen2.5-0.5B", "--max_completion_length", "64", "--dtype", "bfloat16"]
+    alone = told(capsys, *line)
+    taught = told(capsys, *line, "--teacher_model_name_or_path", "Llama-3.1-8B")
+    assert alone["parts_mib"]["teacher"] == 0 and "teacher" not in alone["step_parts_ms"]
+    assert taught["parts_mib"]["teacher"] == pytest.approx(2 * 8.03e9 / 2**20, rel=1e-3)
+    assert taught["step_parts_ms"]["teacher"] > 5 * taught["step_parts_ms"]["forward"]
+    extra = taught["needed_mib"] - alone["needed_mib"]
+    assert extra == pytest.approx(taught["parts_mib"]["teacher"], abs=1), "weights are in no fragments"
+
+
 def test_rollouts_are_no_longer_than_they_may_be(capsys):
     line = ["grpo", "--model_name_or_path", "Qwen2.5-0.5B", "--num_generations", "2", "--batch_size", "1"]
     assert told(capsys, *line, "--max_completion_length", "28")["step_tokens"] == 256  # 200 + 2 x 28, in 128s

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from logratio.benchmarks.peers.breaks import RISES_AT_THE_REFERENCE, STEP_MEANS, WEIGHED_WITHOUT_GRADIENT
+from logratio.benchmarks.peers.breaks import RISES_AT_THE_REFERENCE, STEP_MEANS, TEACHERS, WEIGHED_WITHOUT_GRADIENT
 from logratio.benchmarks.peers.cases import CASES, Case
 from logratio.losses import (
     CPO_TYPES,
@@ -53,8 +53,10 @@ def stops_gradients(case: Case) -> Any:
 
 
 def pulls_the_wrong_way(case: Case) -> bool:
-    """DiscoPOP increases around the reference unless its temperature is above (1 - ln 2) / 3."""
-    return bool(types_of(case) & RISES_AT_THE_REFERENCE) and case.loss.discopop_tau < (1 - math.log(2)) / 3
+    """DiscoPOP increases around the reference unless its temperature is above (1 - ln 2) / 3; a teacher says itself
+    what is wanted."""
+    rises = types_of(case) & RISES_AT_THE_REFERENCE and case.loss.discopop_tau < (1 - math.log(2)) / 3
+    return bool(rises or types_of(case) & TEACHERS)
 
 
 def skipped(case: Case) -> set[str]:

@@ -21,6 +21,7 @@ from logratio.losses import (
     Totals,
     TPOLoss,
     Variants,
+    linear_jsd,
     variant,
 )
 from logratio.losses.options import readers_said
@@ -171,6 +172,7 @@ OTHERS = {
     "chi_po_r_max": 0.01,
     "beta": 0.3,
     "rejected_weight": 0.1,
+    "z_loss_coef": 0.1,
 }
 """Another value; elsewhere half as much again."""
 UNDEFINED = {
@@ -217,7 +219,12 @@ def outcome(loss: Loss) -> list[float]:
         value = loss(*pairs.values() if loss.wants_reference else [pairs["policy"]], totals=totals).loss
     elif loss.kind is Kind.SEQUENCE:
         totals = Totals.of(kept["policy"])
-        value = loss(kept["policy"], totals=totals).loss
+        more = {"log_z": 2 * policy}
+        if loss.divergence is not None:  # from a teacher of as many words as there are tokens
+            words = torch.eye(3, dtype=torch.float64)
+            values = linear_jsd(policy, words, ref, words, **loss.divergence._asdict())
+            more["divergence"] = values[:, None].expand(2, 3)
+        value = loss(dataclasses.replace(kept["policy"], **more), totals=totals).loss
     elif loss.kind is Kind.LISTED:
         rewards, totals = torch.tensor([1.0, 0.5], dtype=torch.float64), Totals.of(kept["policy"], sizes=[2])
         value = loss(**kept, rewards=rewards, sizes=[2], totals=totals).loss

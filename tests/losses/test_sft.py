@@ -127,11 +127,39 @@ def test_eaft_needs_the_entropy():
         SFTLoss(eaft_alpha=2.0)
 
 
+def test_gkd_is_the_mean_divergence():
+    """Of every scored token, weighed, whatever its log-prob; which divergence it is, it says."""
+    mask = torch.tensor([[True, True], [True, False]])
+    divergence = torch.tensor([[0.5, 2.0], [1.0, math.nan]], requires_grad=True)
+    weights = torch.tensor([[1.0, 3.0], [0.0, 9.0]])
+    logps = torch.full((2, 2), -1.0, requires_grad=True)
+    x = CompletionLogps(logps, mask, divergence=divergence)
+    loss = SFTLoss(loss_type="gkd", gkd_beta=0.1, gkd_temperature=2.0)
+    assert loss.divergence == (0.1, 2.0) and SFTLoss().divergence is None
+    value, metrics = loss(x, totals=Totals.of(x))
+    value.backward()
+    assert value.item() == pytest.approx(3.5 / 3) and metrics["nll"].value == 1.0
+    assert divergence.grad.tolist() == [[pytest.approx(1 / 3)] * 2, [pytest.approx(1 / 3), 0.0]]
+    assert logps.grad is None
+    x = CompletionLogps(logps, mask, divergence=divergence, weights=weights)
+    assert loss(x, totals=Totals.of(x)).loss.item() == pytest.approx((0.5 + 6.0) / 4)
+    with pytest.raises(ValueError, match="needs the policy's divergence of every token, which is None"):
+        loss(CompletionLogps(logps, mask), totals=Totals.of(x))
+    with pytest.raises(ValueError, match="z_loss_coef=0.1 is not read by loss_type gkd; leave it out"):
+        SFTLoss(loss_type="gkd", z_loss_coef=0.1)
+
+
 def test_options_of_sft():
-    assert dataclasses.asdict(SFTLoss()) == {"loss_type": "nll", "eaft_alpha": 1.0, "z_loss_coef": 0.0}
+    assert dataclasses.asdict(SFTLoss()) == {
+        "loss_type": "nll",
+        "eaft_alpha": 1.0,
+        "gkd_beta": 0.5,
+        "gkd_temperature": 1.0,
+        "z_loss_coef": 0.0,
+    }
     assert SFTLoss().stats == () and SFTLoss(z_loss_coef=1e-4).stats == ("log_z",)
     assert not SFTLoss().wants_reference and SFTLoss().window_pass is None
-    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft, eaft$"):
+    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft, eaft, gkd$"):
         SFTLoss(loss_type="ce")
     for value, must in ((-0.1, "not be negative"), (math.nan, "be finite"), (math.inf, "be finite")):
         with pytest.raises(ValueError, match=f"^z_loss_coef={value} must {must}$"):

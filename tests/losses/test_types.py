@@ -36,7 +36,7 @@ def test_only_scored_tokens_are_read():
 
 def test_what_is_optional():
     """One tensor each, masked where it is read; detached, cut into rows and refused alike."""
-    assert OPTIONAL == ("entropy", "log_z", "log_sum_p2", "is_top1", "weights")
+    assert OPTIONAL == ("entropy", "log_z", "log_sum_p2", "is_top1", "divergence", "weights")
     for name in OPTIONAL:
         with pytest.raises(ValueError, match=f"this loss needs the policy's {name} of every token, which is None"):
             CompletionLogps(LOGPS, MASK).needed(name)

@@ -59,7 +59,12 @@ def check_output(config: RunConfig) -> None:
             f"--output_dir {name} holds {held(folder, found)}; choose another folder{on}, or replace it with "
             "--overwrite_output_dir"
         )
-    for option in ("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path"):
+    for option in (
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "ref_model_name_or_path",
+        "teacher_model_name_or_path",
+    ):
         start = getattr(config.model, option)
         at = Path(start or "").resolve()
         if start and (at == folder.resolve() or any(at.is_relative_to(p.resolve()) for p in found)):

@@ -64,6 +64,9 @@ class ModelConfig:
     """Go on training this adapter; a frozen copy of it is the reference."""
     ref_model_name_or_path: str | None = None
     """Reference model, where it is neither the starting model nor the starting adapter."""
+    teacher_model_name_or_path: str | None = None
+    """Teacher to distill from, of the same tokenizer; its weights are held as the model's. GRPO: its log-probs of what
+    was sampled become advantages; SFT: with loss_type gkd."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probs once, before training, and keep them in output_dir."""
     sync_ref_model: bool = False
@@ -116,5 +119,6 @@ class ModelConfig:
         used = {**(LORA if self.lora_r else {}), **(SYNC if self.sync_ref_model else {})}
         found = {name: value for name, value in used.items() if getattr(self, name) is None}
         if self.disable_dropout is None and loss is not None:
-            found["disable_dropout"] = loss.kind is not Kind.SEQUENCE or loss.wants_reference
+            compares = loss.wants_reference or loss.divergence is not None
+            found["disable_dropout"] = loss.kind is not Kind.SEQUENCE or compares
         return dataclasses.replace(self, **found)

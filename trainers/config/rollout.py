@@ -89,6 +89,8 @@ class RolloutConfig:
     REINFORCE++)."""
     reward_kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of that divergence: k1 d, k2 d^2 / 2, k3 exp(-d) + d - 1, with d the log-ratio of policy and reference."""
+    teacher_coef: NotNegative | None = None
+    """Add this times log p_teacher - log p to the advantage of each token (default: 1)."""
     log_completions: bool = True
     """Keep every completion in completions.parquet: prompt, text, each reward, advantage, length, why it ended, and
     what rewards give to log_extra."""

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from logratio.losses import LOSSES, Kind, Loss
+from logratio.losses import GRPO_TYPES, LOSSES, GRPOLoss, Kind, Loss
 
 from ..errors import UserError
 from .data import DataConfig
@@ -47,6 +47,7 @@ class RunConfig:
                 if value := getattr(model, name):
                     given = f"--{name}" if value is True else f"--{name} {value}"
                     raise UserError(f"{given} is about the reference, but this {self.method} has none; leave it out")
+        self._check_teacher()
         adapters = model.lora_r or model.adapter_name_or_path
         if self.rollout is not None and self.rollout.rollout_engine == "vllm" and not adapters:
             raise UserError(NEEDS_ADAPTERS)
@@ -67,10 +68,51 @@ class RunConfig:
                 "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"
             )
 
+    def _check_teacher(self) -> None:
+        """UserError for a teacher that nothing reads, or what does not go with one."""
+        named, rollout = self.model.teacher_model_name_or_path, self.rollout
+        if not named:
+            if rollout is not None and rollout.teacher_coef is not None:
+                raise UserError(
+                    f"--teacher_coef {rollout.teacher_coef} is read only with --teacher_model_name_or_path; add it, or "
+                    "leave this out"
+                )
+            if self.loss.divergence is not None:
+                raise UserError(
+                    f"--loss_type {self.loss.loss_type} is a divergence from a teacher: name it with "
+                    "--teacher_model_name_or_path"
+                )
+            return
+        if rollout is None:
+            if self.loss.divergence is None:
+                raise UserError(
+                    f"--teacher_model_name_or_path {named} is read by grpo, and by sft with --loss_type gkd, but not "
+                    f"by this {self.method}; leave it out"
+                )
+            return
+        if rollout.dynamic_sampling > 1:
+            raise UserError(
+                f"--dynamic_sampling {rollout.dynamic_sampling} leaves out completions of equal reward, from which a "
+                "teacher teaches too; leave it out"
+            )
+        loss = self.loss
+        if isinstance(loss, GRPOLoss) and not GRPO_TYPES[loss.loss_type].of_tokens:
+            raise UserError(
+                f"--loss_type {loss.loss_type} is of whole completions, and a teacher's advantage is of tokens: take "
+                "another"
+            )
+        if getattr(loss, "importance_sampling_level", None) == "sequence":
+            raise UserError(
+                "--importance_sampling_level sequence has one ratio a completion, and a teacher's advantage is of "
+                "tokens: take sequence_token, or leave it out"
+            )
+
     def resolved(self, num_processes: int) -> RunConfig:
         """With every default filled in that depends on other options, the method or the number of processes."""
         completions = self.rollout.num_generations if self.rollout else 1
         rollout = self.rollout and self.rollout.resolved(self.train.gradient_accumulation_steps)
+        if rollout and rollout.teacher_coef is None and self.model.teacher_model_name_or_path:
+            rollout = dataclasses.replace(rollout, teacher_coef=1.0)
         train = self.train.resolved(self.method, num_processes, completions)
         return dataclasses.replace(self, model=self.model.resolved(self.loss), train=train, rollout=rollout)
 

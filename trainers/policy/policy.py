@@ -7,13 +7,13 @@ hooks that gather sharded weights, and autocast, hang on the forward of the modu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logratio.losses import TokenLogps, linear_logps
+from logratio.losses import TokenLogps, linear_jsd, linear_logps
 
 from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
@@ -81,14 +81,26 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: PackedBatch) -> TokenLogps:
-        """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored."""
+    def forward(self, batch: PackedBatch, taught: Mapping[str, Any] | None = None) -> TokenLogps:
+        """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored.
+
+        taught: what `linear_jsd` is to compare the batch with; then these are without gradient, and the divergence
+        comes beside them, of the words that both models have.
+        """
         if self.repackable and torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
             refuse_repacked(*(layer.weight for layer in self.repackable))
-        hidden = self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
-        weight, options = self.causal_lm.get_output_embeddings().weight, self.head_options()
-        out = linear_logps(hidden, weight, batch.targets, support=batch.support, stats=self.stats, **options)
+        hidden, head, options = self.scored_states(batch), self.causal_lm.get_output_embeddings(), self.head_options()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and taught is None):
+            out = linear_logps(hidden, head.weight, batch.targets, support=batch.support, stats=self.stats, **options)
+        if taught is not None:
+            words = min(len(head.weight), len(taught["teacher_weight"]))
+            options = cut(options | dict(taught), words)
+            out = out._replace(divergence=linear_jsd(hidden, head.weight[:words], **options))
         return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
+
+    def scored_states(self, batch: PackedBatch) -> Tensor:
+        """[N, H], the backbone's last hidden states where a token is scored."""
+        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
 
     def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:
         """[R, L, H], the backbone's last hidden states. options: of the function in `MASKS`."""
@@ -120,6 +132,19 @@ class Policy(nn.Module):
         """Inside, forward computes the reference: the frozen starting adapter if there is one, else no adapter."""
         frozen = REFERENCE_ADAPTER in self.model.peft_config
         return computing_with(self.model, REFERENCE_ADAPTER if frozen else NO_ADAPTER)
+
+
+class States(Policy):
+    """A teacher: `forward` gives the hidden states alone, [N, H] where a token is scored."""
+
+    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+        return self.scored_states(batch)
+
+
+def cut(options: Mapping[str, Any], words: int) -> dict[str, Any]:
+    """Of the first so many words, what is of each word."""
+    of_words = ("bias", "teacher_weight", "teacher_bias")
+    return {k: x[:words] if k in of_words and x is not None else x for k, x in options.items()}
 
 
 def attention_windows(config: Any) -> tuple[int | None, ...]:

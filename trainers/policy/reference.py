@@ -75,9 +75,13 @@ class ModelReference:
         self.policy, self.autocast = policy.requires_grad_(False).eval(), autocast
 
     def __call__(self, batch: PackedBatch) -> Tensor:
+        return self.compute(batch).logps  # type: ignore[no-any-return]
+
+    def compute(self, batch: PackedBatch) -> Any:
+        """What the model's forward gives."""
         device = batch.input_ids.device.type
         with inference(self.policy), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return self.policy(batch).logps
+            return self.policy(batch)
 
 
 class StoredReference:
@@ -245,16 +249,7 @@ def make_reference(
     if policy.has_adapters and named is None:
         reference = AdapterReference(policy)
     else:
-        model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
-        other = Policy(model, temperature=policy.temperature, shared=policy.shared)
-        obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
-        notes = said if named else []  # else the policy's own, said already
-        if obstacle and policy.shared:  # both compute the same micro-batches
-            policy.shared = other.shared = False
-            notes = [f"prompts are not shared between completions: of the reference model, {obstacle}"]
-        elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
-            (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
-        reference = ModelReference(shard_frozen(other, accelerator), autocast_of(config))
+        reference, notes = other_model(config, policy, accelerator, named, "the reference model")
     if not config.model.precompute_ref_log_probs:
         return reference, notes
     if config.loss.kind is Kind.GROUPED:
@@ -280,6 +275,23 @@ def make_reference(
     accelerator.wait_for_everyone()
     notes += [*memory.take(), f"reference log-probs of {counted(len(examples), 'example')} written to {path}"]
     return StoredReference(table, reference, accelerator), notes
+
+
+def other_model(
+    config: RunConfig, policy: Policy, accelerator: Accelerator, named: str | None, what: str, of: type[Policy] = Policy
+) -> tuple[ModelReference, list[str]]:
+    """Another model for the policy's micro-batches, and what to tell. named: None, the weights that it started from."""
+    model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
+    other = Policy(model, temperature=policy.temperature, shared=policy.shared)
+    obstacle, said = choose_attention(other, config.model.attn_implementation, autocast_of(config))
+    notes = said if named else []  # else the policy's own, said already
+    if obstacle and policy.shared:  # both compute the same micro-batches
+        policy.shared = other.shared = False
+        notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
+    elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
+        (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
+    other = of(model, temperature=other.temperature, shared=other.shared)
+    return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes
 
 
 def autocast_of(config: RunConfig) -> torch.dtype | None:

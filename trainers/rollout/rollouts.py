@@ -212,11 +212,14 @@ class Rollouts:
                 raise UserError(message)
         return sorted({name for _, some in said for name in some})
 
-    def advantages(self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None) -> Tensor:
+    def advantages(
+        self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None, taught: Tensor | None = None
+    ) -> Tensor:
         """[prompts, G] float64 advantages of a process's rollouts, among all that were sampled with them; or
         [prompts, G, T], of tokens. Raises UserError, on all processes alike, where they cannot be formed.
 
-        kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference.
+        kl: [prompts, G], what `reward_kl_coef` weighs: the divergence of each completion from the reference. taught:
+        [prompts, G, T], what `teacher_coef` weighs, of the process's own tokens; added when all else is done.
         """
         config, (prompts, group, functions) = self.config, rolled.by_function.shape
         others = [
@@ -246,10 +249,14 @@ class Rollouts:
                 f"--advantage_type {' '.join(config.advantage_type)} gave advantages of {advantages.shape[2]} tokens, "
                 f"and a completion has {int(lengths.max())}"
             )
-        self.watch.rollouts(self.state.global_step + 1, by_function, advantages)
+        self.watch.rollouts(self.state.global_step + 1, by_function, advantages, alone=taught is None)
+        advantages = advantages[own]
+        if taught is not None:
+            of_rewards = advantages[..., : taught.shape[2]] if advantages.ndim == 3 else advantages[..., None]
+            advantages = of_rewards + (config.teacher_coef or 0.0) * taught
         if self.config.log_completions:
-            self._keep(rolled, advantages[own], accelerator)
-        return advantages[own]
+            self._keep(rolled, advantages, accelerator)
+        return advantages
 
     def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
         """Let `taken` have completions that nothing is learned from, which have no advantage."""

@@ -55,8 +55,9 @@ class Watch:
                 + ", ".join(sorted(names)),
             )
 
-    def rollouts(self, step: int, by_function: Tensor, advantages: Tensor) -> None:
-        """by_function: [prompts, G, K], NaN where a reward function returned None. advantages: [prompts, G]."""
+    def rollouts(self, step: int, by_function: Tensor, advantages: Tensor, alone: bool = True) -> None:
+        """by_function: [prompts, G, K], NaN where a reward function returned None. advantages: [prompts, G]. alone:
+        nothing else teaches."""
         rewards = sum_then_normalize(by_function, self.weights)
         known = rewards[~rewards.isnan()]
         unscored = rewards.numel() - known.numel()
@@ -67,7 +68,7 @@ class Watch:
                 "count for nothing (completions/unscored_ratio in the log is their share of each step)",
             )
         self._constants(step, by_function)
-        if advantages.any() and known.min() < known.max():
+        if not alone or (advantages.any() and known.min() < known.max()):
             self.alike = -1
         elif self.alike >= 0:
             self.alike += 1

@@ -16,6 +16,7 @@ from ...batches.packing import split_groups
 from ...config import RolloutConfig
 from ...data.examples import Example, Prompt
 from ...errors import UserError
+from ...policy.teacher import log_ratios
 from ...step import MicroBatch, Position, Step, Window
 from ..engines.protocol import Said
 from ..rollouts import Rollouts
@@ -100,24 +101,29 @@ def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
     where steps will differ from the policy of now, which is what a ratio is clipped to, whichever has sampled them."""
     config, (rolled, counts, metrics) = rollouts.config, found
     later, penalized = len(counts) * config.num_iterations > 1, config.reward_kl_coef > 0
+    old = later or penalized or step.teacher is not None
 
-    def packed() -> list[tuple[list[Example], list[MicroBatch]]]:
-        return [packed_step(step, own, old=later or penalized, ref=penalized) for own in dealt(rolled.examples, counts)]
+    def packed() -> list[tuple[list[Example], list[MicroBatch], list[Tensor]]]:
+        return [packed_step(step, own, old=old, ref=penalized) for own in dealt(rolled.examples, counts)]
 
     parts = step.memory.again(packed)
-    examples, micros = ([one for some in each for one in some] for each in zip(*parts, strict=True))
-    kl = None
+    examples, micros, taught = ([one for some in each for one in some] for each in zip(*parts, strict=True))
+    kl = log_ratio = None
     if penalized:
         kl, metrics["kl"] = reward_kl(examples, micros, config.reward_kl_estimator)
         kl = kl.view(rolled.by_function.shape[:2])
-        if not later:  # on policy, as without the penalty
-            for micro in micros:
-                micro.old = None
-    advantages = of_examples(rollouts.advantages(rolled, step.accelerator, kl), rolled)
+    if step.teacher is not None:
+        batches = ((micro.batch, ratio) for micro, ratio in zip(micros, taught, strict=True))
+        log_ratio, metrics["teacher_kl"] = log_ratios(examples, batches)
+        log_ratio = log_ratio.view(*rolled.by_function.shape[:2], -1)
+    if not later:  # on policy, whatever was computed for the advantages
+        for micro in micros:
+            micro.old = None
+    advantages = of_examples(rollouts.advantages(rolled, step.accelerator, kl, log_ratio), rolled)
     give_advantages(examples, micros, advantages)
     rollouts.learned(micros)  # as far as it is known before the steps on them
     whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
-    return [Window(own, cut, metrics, dealt=True) for own, (_, cut) in zip(whole, parts, strict=True)]
+    return [Window(own, cut, metrics, dealt=True) for own, (_, cut, _) in zip(whole, parts, strict=True)]
 
 
 def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[Example]]:
@@ -127,9 +133,9 @@ def dealt(examples: Sequence[Example], counts: Sequence[int]) -> list[Sequence[E
 
 def packed_step(
     step: Step, examples: Sequence[Example], *, old: bool, ref: bool
-) -> tuple[list[Example], list[MicroBatch]]:
-    """A step's examples as they are packed, and its micro-batches with the log-probs of the policy of now and of the
-    reference, where these are asked for."""
+) -> tuple[list[Example], list[MicroBatch], list[Tensor]]:
+    """A step's examples as they are packed; its micro-batches with the log-probs of the policy of now and of the
+    reference, where these are asked for; and, where there is a teacher, its log-probs less the policy's."""
     # whole groups are compared; ones that do not fit a micro-batch are divided
     parts = split_groups(examples, step.micro_batch_tokens, step.policy.shared)
     micros = step.micro_batches(parts, dealt=True)
@@ -137,7 +143,17 @@ def packed_step(
         step.memory.together(lambda: step.fill_old(micros))
     if ref:
         step.memory.together(lambda: step.fill_reference(micros))
-    return parts, micros
+    return parts, micros, step.memory.together(lambda: teach(step, micros)) if step.teacher is not None else []
+
+
+def teach(step: Step, micros: Sequence[MicroBatch]) -> list[Tensor]:
+    """log p_T - log p_old of each micro-batch, [paths, T] float32."""
+    found = []
+    for micro in micros:
+        assert step.teacher is not None and micro.old is not None
+        with step.memory.fitting(micro.batch):
+            found.append(step.teacher(micro.batch) - micro.old)
+    return found
 
 
 def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimator: str) -> tuple[Tensor, Mean]:

@@ -1,0 +1,185 @@
+"""`logratio train sft --loss_type gkd`: a teacher's distributions at every place of given rows."""
+
+import copy
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from logratio.benchmarks.peers.truths import exact, random_model
+from logratio.losses import SFTLoss
+from logratio.reference import oracle
+from logratio.trainers.batches.packing import pack
+from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.errors import UserError
+from logratio.trainers.options import parse_train
+from logratio.trainers.policy.policy import Policy, States
+from logratio.trainers.policy.reference import ModelReference
+from logratio.trainers.policy.teacher import distributions
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
+from logratio.trainers.setup import build, start_accelerator
+from logratio.trainers.step import Step
+
+EXAMPLES = [
+    Example([5, 6, 7], [Completion([8, 9, 10, 11])], row=0),
+    Example([5, 6], [Completion([7, 8, 9, 10], [False, True, False, True])], row=1),
+    Example([20], [Completion([21])], row=2),
+]
+
+
+def student_and_teacher(rows: int | None = None):
+    """In float64; rows: of the student's vocabulary, if not as many as the teacher has."""
+    student, teacher = exact(random_model(LlamaConfig, 0)), exact(random_model(Qwen2Config, 1).unload())
+    if rows is not None:
+        student.get_base_model().resize_token_embeddings(rows)
+        for name, p in student.named_parameters():
+            p.requires_grad_("lora" in name)
+    return student, teacher
+
+
+def stepped(student, teacher, loss, micro_batch_tokens=1000, **more):
+    """(the loss, the gradient of every trained parameter) of a step on all examples."""
+    policy = Policy(copy.deepcopy(student), stats=loss.stats)
+    step = Step(
+        start_accelerator("no"),
+        policy,
+        loss,
+        None,
+        micro_batch_tokens=micro_batch_tokens,
+        max_length=64,
+        teacher=ModelReference(States(teacher)),
+    )
+    micros = step.micro_batches(EXAMPLES)
+    result = step(micros, step.totals(EXAMPLES, micros), **more)
+    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+    return result, grads, len(micros)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_step_is_trls(beta):
+    """GKDTrainer.compute_loss on the padded batch, which is what it does at lmbda=0; also cut into micro-batches."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = student_and_teacher()
+    theirs, width = copy.deepcopy(student), 7
+    inputs = {name: torch.zeros(3, width, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
+    inputs["labels"] -= 100
+    for i, example in enumerate(EXAMPLES):
+        completion = example.completions[0]
+        ids, first = [*example.prompt_ids, *completion.ids], len(example.prompt_ids)
+        inputs["input_ids"][i, : len(ids)] = torch.tensor(ids)
+        inputs["attention_mask"][i, : len(ids)] = 1
+        for t, (token, scored) in enumerate(zip(completion.ids, completion.scored or [True] * 9, strict=False)):
+            inputs["labels"][i, first + t] = token if scored else -100
+    trainer = SimpleNamespace(teacher_model=teacher, beta=beta, generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+    value = GKDTrainer.compute_loss(trainer, theirs, inputs, num_items_in_batch=7)
+    value.backward()
+    for tokens in (1000, 8):
+        ours, grads, micros = stepped(student, teacher, SFTLoss(loss_type="gkd", gkd_beta=beta), tokens)
+        assert (micros > 1) == (tokens == 8)
+        assert ours.loss.item() == pytest.approx(value.item(), rel=1e-9)
+        for name, p in theirs.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-10)
+
+
+def test_more_rows_of_one_of_them_are_left_out():
+    """What a model has beyond the words of the other is padding, and no word: both are compared without it."""
+    student, teacher = student_and_teacher(rows=270)
+    words = teacher.get_output_embeddings().weight.shape[0]
+    assert words < 270
+    loss = SFTLoss(loss_type="gkd", gkd_temperature=0.7)
+    result, grads, _ = stepped(student, teacher, loss)
+    with torch.no_grad():
+        total = 0.0
+        for e in EXAMPLES:
+            ids, first = torch.tensor([[*e.prompt_ids, *e.completions[0].ids]]), len(e.prompt_ids) - 1
+            rows = [model(ids).logits[0, first:-1, :words] for model in (teacher, student)]
+            scored = torch.tensor(e.completions[0].scored or [True] * len(e.completions[0].ids))
+            total += oracle.generalized_jsd(*rows, beta=0.5, temperature=0.7)[scored].sum()
+    assert result.loss.item() == pytest.approx(total.item() / 7, rel=1e-9)
+    assert any(g.any() for g in grads.values())
+    larger, _, _ = stepped(teacher, student.unload(), loss, backward=False)  # the teacher's is the larger one
+    other, _, _ = stepped(student, teacher, loss, backward=False)
+    assert larger.loss.item() == pytest.approx(other.loss.item()), "JSD(1/2) does not ask who is the teacher"
+
+
+def test_metrics_are_of_the_whole_vocabulary_at_temperature_1():
+    student, teacher = student_and_teacher()
+    policy = Policy(student, stats=("entropy", "is_top1"))
+    batch = pack(EXAMPLES, 1000)[0]
+    taught = distributions(ModelReference(States(teacher)), SFTLoss(loss_type="gkd", gkd_temperature=3.0), batch)
+    out, plain = policy(batch, taught), policy(batch)
+    for name in ("logps", "entropy", "is_top1"):
+        assert torch.equal(getattr(out, name), getattr(plain, name)) and not getattr(out, name).requires_grad
+    assert out.divergence.requires_grad and plain.divergence is None
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    model = tiny_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * p.std() * torch.randn_like(p) if p.ndim > 1 else 0
+    model.save_pretrained("teacher")
+    tiny_tokenizer().save_pretrained("teacher")
+    words = ["sft", "--dataset_name", "rows.jsonl", "--max_steps", "2", "--batch_size", "6", "--output_dir", "out"]
+    return lambda *more: build(parse_train([*words, *more]))
+
+
+GKD = ("--loss_type", "gkd", "--teacher_model_name_or_path", "teacher")
+
+
+@pytest.mark.parametrize("more", [(), ("--lora_r", "2")], ids=["full", "lora"])
+def test_a_run_comes_nearer_to_its_teacher(run_of, more):
+    """The teacher itself stays as it is."""
+    run = run_of(*GKD, "--gkd_beta", "0", *more)
+    assert run.config.model.disable_dropout
+    examples, seen = list(run.data.train), []
+    before = copy.deepcopy(run.step.teacher.policy.state_dict())
+    for _ in range(8):
+        micros = run.step.micro_batches(examples)
+        result = run.step(micros, run.step.totals(examples, micros))
+        seen.append(result.loss.item())
+        with torch.no_grad():
+            for p in run.trained:
+                p -= 0.05 * p.grad / p.grad.norm().clamp(min=1e-9)
+                p.grad = None
+    assert seen[-1] < seen[0] and seen[0] > 0
+    after = run.step.teacher.policy.state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_a_teacher_that_is_the_model_has_nothing_to_say(run_of):
+    run = run_of("--loss_type", "gkd", "--teacher_model_name_or_path", "tiny")
+    micros = run.step.micro_batches(list(run.data.train))
+    result = run.step(micros, run.step.totals(list(run.data.train), micros))
+    assert result.loss.item() == 0 and not any(p.grad.any() for p in run.trained if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "sft --loss_type gkd",
+            "--loss_type gkd is a divergence from a teacher: name it with --teacher_model_name_or_path",
+        ),
+        (
+            "sft --teacher_model_name_or_path x",
+            "--teacher_model_name_or_path x is read by grpo, and by sft with --loss_type gkd, but not by this sft; "
+            "leave it out",
+        ),
+        ("sft --gkd_beta 0.1", "gkd_beta=0.1 is not read by loss_type nll"),
+        ("sft --loss_type gkd --gkd_beta 2", "gkd_beta=2.0 must be in [0, 1]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_train(words.split())

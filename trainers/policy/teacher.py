@@ -1,0 +1,92 @@
+"""A teacher beside the policy: which may be one, and what it says of the tokens that the policy has sampled.
+
+On-policy distillation (Agarwal et al., arXiv 2306.13649; Gu et al., arXiv 2306.08543) goes down the reverse divergence
+KL(p || p_T) = E_p[log p - log p_T] of what the policy itself samples. With A_t = log p_T(y_t) - log p_old(y_t), a
+constant, as the advantage of token y_t, GRPO's -rho A has this gradient where rho = 1: that of log p under the
+expectation is 0. It is the divergence of the next token alone at every place that the policy comes to; what a token
+does to later places is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from logratio.losses import Loss, Mean
+
+from ..batches.packing import PackedBatch
+from ..config import RunConfig
+from ..data.examples import Example
+from ..errors import UserError
+from ..processes.sharding import whole
+from .policy import Policy, States
+from .reference import ModelReference, by_completion, other_model
+
+
+def check_teacher(tokenizer: Any, of_teacher: Any, name: str) -> None:
+    """Raise UserError unless both tokenizers have the same ids for what both know: the models meet in ids alone.
+
+    Either may know more, as a padding token that was added to one of them.
+    """
+    own, theirs = tokenizer.get_vocab(), of_teacher.get_vocab()
+    by_id = {number: token for token, number in theirs.items()}
+    for token, number in own.items():
+        if theirs.get(token, number) != number or by_id.get(number, token) != token:
+            raise UserError(
+                f"--teacher_model_name_or_path {name} has another tokenizer: {token!r} is {number} to the model, and "
+                f"{number} to the teacher is {by_id.get(number, 'nothing')!r}; distill from a model of the same family"
+            )
+
+
+def make_teacher(
+    config: RunConfig, policy: Policy, accelerator: Accelerator
+) -> tuple[ModelReference | None, list[str]]:
+    """The teacher that the run names, frozen, and what to tell about it."""
+    named = config.model.teacher_model_name_or_path
+    if named is None:
+        return None, []
+    kind = Policy if config.loss.divergence is None else States
+    return other_model(config, policy, accelerator, named, "the teacher", kind)
+
+
+def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch) -> dict[str, Any] | None:
+    """What `linear_jsd` takes of the teacher and of the loss; None where the loss has no divergence.
+
+    The head's weight is gathered on every process, where it is sharded.
+    """
+    if loss.divergence is None:
+        return None
+    assert teacher is not None
+    options, head = teacher.policy.head_options(), teacher.policy.causal_lm.get_output_embeddings()
+    return {
+        "teacher_hidden": teacher.compute(batch),
+        "teacher_weight": whole(head.weight.detach()),
+        "teacher_bias": None if options["bias"] is None else whole(options["bias"].detach()),
+        "teacher_logit_scale": options["logit_scale"],
+        "teacher_softcap": options["softcap"],
+        **loss.divergence._asdict(),
+    }
+
+
+def log_ratios(examples: Sequence[Example], taught: Iterable[tuple[PackedBatch, Tensor]]) -> tuple[Tensor, Mean]:
+    """log p_T - log p of each scored token, [n, T] float64, n completions in the order of the examples, 0 behind the
+    last; and the mean of log p - log p_T over tokens, nats, an estimate of the reverse divergence.
+
+    taught: batches of these examples with their log p_T - log p, [paths, T] as `batch.scored`. Raises UserError where
+    one is not finite.
+    """
+    table, rows = by_completion(taught), []
+    for example in examples:
+        rows += [table[id(c)].double() for c in example.completions]
+        if not all(row.isfinite().all() for row in rows[len(rows) - len(example.completions) :]):
+            raise UserError(
+                f"the teacher's log-probs are not finite (row {example.row} of the data set); take --dtype float32 or "
+                "bfloat16 where it is float16"
+            )
+    padded = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0, dtype=torch.float64)
+    return padded, Mean(-padded.sum(), torch.tensor(float(sum(map(len, rows)))))
