@@ -32,15 +32,15 @@ gradient is that of the reverse KL also off policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .divergences import MAX_EXPONENT
-from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
+from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct, log_sampled
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
 from .grpo_types.chosen import positive_nll, top_entropy
+from .grpo_types.inputs import check_inputs, ratios_of
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals
@@ -62,8 +62,8 @@ class GRPOLoss(Loss):
     option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
     loss_type: str = "dapo"
-    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, or
-    fipo."""
+    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, fipo,
+    m2po, clip_cov, kl_cov, real, or target_po."""
     loss_aggregation: str | None = None
     """token_mean, sequence_mean, sequence_sum, constant_length (of max_completion_length), or prompt_mean (default: the
     loss_type's own)."""
@@ -114,6 +114,20 @@ class GRPOLoss(Loss):
     """Tokens after which a later log-ratio counts half."""
     fipo_clip: NotNegative = 0.2
     """How far above 1 a token's weight may go."""
+    m2po_threshold: NotNegative = 0.04
+    """What the mean of the squared log-ratios may be, of tokens that the advantage takes further from a ratio of 1."""
+    cov_share: Share = 2e-4
+    """Share of the step's tokens that are chosen by the covariance of advantage and log-prob, at least one token."""
+    clip_cov_low: float = 1.0
+    """Covariance above which a token may be chosen."""
+    clip_cov_high: float = 5.0
+    """Covariance below which it may."""
+    kl_cov_coef: NotNegative = 1.0
+    """Weight of the penalty |log ratio| of the chosen tokens."""
+    real_temperature: Positive = 0.5
+    """tau, what a completion's mean log-ratio is divided by."""
+    target_po_temperature: Positive = 1.0
+    """eta, what the advantage is divided by in the target's exponent."""
     vespo_k_pos: NotNegative = 2.0
     """Power of the ratio where the advantage is not negative."""
     vespo_lambda_pos: NotNegative = 3.0
@@ -133,6 +147,12 @@ class GRPOLoss(Loss):
             raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
         if self.loss_type == "cfpo" and not low:
             raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
+        if self.off_policy_mask_threshold is not None and GRPO_TYPES[self.loss_type].by_prompt:
+            raise ValueError(
+                f"off_policy_mask_threshold drops completions that {self.loss_type} compares; leave it out"
+            )
+        if self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(f"clip_cov_low={self.clip_cov_low} must be below clip_cov_high={self.clip_cov_high}")
 
     @property
     def wants_reference(self) -> bool:
@@ -150,14 +170,19 @@ class GRPOLoss(Loss):
         return self.loss_aggregation == "prompt_mean"
 
     @property
+    def wants_prompts(self) -> bool:
+        """For what has one term a prompt."""
+        return GRPO_TYPES[self.loss_type].by_prompt
+
+    @property
     def stats(self) -> tuple[str, ...]:
         """The entropy, as a metric too."""
         return ("entropy",)
 
     @property
     def window_pass(self) -> Literal["own"] | None:
-        """For the entropy's quantile."""
-        return "own" if self.top_entropy_quantile < 1 else None
+        """For the entropy's quantile, and for what compares a token or completion with others of the step."""
+        return "own" if self.top_entropy_quantile < 1 or GRPO_TYPES[self.loss_type].collects else None
 
     @property
     def epsilons(self) -> tuple[float, float]:
@@ -167,9 +192,31 @@ class GRPOLoss(Loss):
         high = kind.epsilon_high if self.epsilon_high is None else self.epsilon_high
         return low, low if high is None else high
 
-    def collect(self, policy: CompletionLogps, ref: CompletionLogps | None = None) -> Tensor:
-        """[n], the entropies of all scored tokens."""
-        return policy.needed("entropy").detach()[policy.completion_mask]
+    def collect(
+        self,
+        policy: CompletionLogps,
+        ref: CompletionLogps | None = None,
+        *,
+        advantages: Tensor | None = None,
+        old: CompletionLogps | None = None,
+        behavior: CompletionLogps | None = None,
+        prompts: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """[n, k], what the loss_type `collects` of scored tokens (or of completions), then the entropies of these.
+
+        Arguments as the loss has them; advantages are needed for a loss_type that collects.
+        """
+        mask, collects, columns = policy.completion_mask, GRPO_TYPES[self.loss_type].collects, []
+        if collects is not None:
+            if advantages is None:
+                raise ValueError(f"loss_type={self.loss_type} collects what it compares: it needs the advantages")
+            x = ratios_of(self, policy, old, advantages, prompts)
+            values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+            columns.append(values[mask] if values.ndim == 3 else values)
+        if self.top_entropy_quantile < 1:
+            columns.append(policy.needed("entropy").detach()[mask][:, None])
+        return torch.cat(columns, -1)
 
     def __call__(
         self,
@@ -180,30 +227,34 @@ class GRPOLoss(Loss):
         old: CompletionLogps | None = None,
         behavior: CompletionLogps | None = None,
         prompt_tokens: Tensor | None = None,
+        prompts: Tensor | None = None,
         totals: Totals,
     ) -> LossOutput:
         """policy, old, ref, behavior: [C, T]; advantages: [C], or [C, T] where tokens have their own, which are not
         read where masked. Without `old` the batch is on policy (rho = 1). prompt_tokens: [C], scored tokens of all
-        completions that the step has of the same prompt, in whichever micro-batch.
+        completions that the step has of the same prompt, in whichever micro-batch. prompts: [C] int64, the same number
+        for those alone.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        self._check_advantages(advantages, mask)
-        if prompt_tokens is not None and prompt_tokens.shape != mask.shape[:1]:
-            raise ValueError(f"prompt_tokens must be [{len(mask)}], one a completion, got {list(prompt_tokens.shape)}")
-        policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
+        of_completions = {"prompt_tokens": prompt_tokens, "prompts": prompts}
+        check_inputs(self, policy, advantages, of_completions, old=old, ref=ref, behavior=behavior)
+        kind = GRPO_TYPES[self.loss_type]
+        if kind.collects is not None and totals.collected is None:
+            raise ValueError(f"loss_type={self.loss_type} compares with the whole step: it needs totals.collected")
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
-        x = self._ratios(policy, old, advantages, kept, prompt_tokens)
-        metrics = self._clip_metrics(x, mask)
+        x = ratios_of(self, policy, old, advantages, prompts, kept)
+        if prompt_tokens is not None:
+            x = x._replace(prompt_tokens=prompt_tokens.to(x.ratio.dtype).clamp(min=1)[:, None])
+        x, metrics = x._replace(step=totals.collected), self._clip_metrics(x, mask)
         if behavior is not None:
-            weight, log_sampled, seen = correct(self, policy, old, behavior, x.advantages)
-            x, metrics = x._replace(weight=weight, log_sampled=log_sampled), metrics | seen
+            weight, seen = correct(self, policy, old, behavior, x.advantages)
+            x, metrics = x._replace(weight=weight, log_sampled=log_sampled(policy, behavior)), metrics | seen
         elif self.sampling_correction != "none":
             raise ValueError(
                 f"sampling_correction={self.sampling_correction} needs the sampler's log-probs, `behavior`"
             )
-        kind = GRPO_TYPES[self.loss_type]
         per_token_loss = kind.surrogate(x, self) * self._on_policy(x)
         if x.weight is not None and not kind.weighs:
             per_token_loss = per_token_loss * x.weight
@@ -228,39 +279,6 @@ class GRPOLoss(Loss):
             nll, metrics["nll_loss"] = positive_nll(x, mask, totals)
             loss = loss + self.positive_nll_coef * nll
         return LossOutput(loss, metrics)
-
-    def _check_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Raise ValueError for advantages of another shape, or of tokens where the loss is of completions."""
-        if advantages.shape not in (mask.shape[:1], mask.shape):
-            raise ValueError(
-                f"advantages must be [{len(mask)}], one a completion, or {list(mask.shape)}, one a token, "
-                f"got {list(advantages.shape)}"
-            )
-        if advantages.ndim == 1:
-            return
-        if not GRPO_TYPES[self.loss_type].of_tokens:
-            raise ValueError(f"loss_type={self.loss_type} is of whole completions: advantages must be [{len(mask)}]")
-        if self.importance_sampling_level == "sequence":
-            raise ValueError(
-                "importance_sampling_level=sequence has one ratio a completion, whose gradient would spread a token's "
-                "advantage over all of them: take sequence_token, or advantages of completions"
-            )
-
-    def _ratios(
-        self,
-        policy: CompletionLogps,
-        old: CompletionLogps | None,
-        advantages: Tensor,
-        kept: Tensor,
-        prompt_tokens: Tensor | None,
-    ) -> Ratios:
-        logps, lengths = policy.logps, policy.lengths.clamp(min=1)[:, None]
-        log_ratio = logps - (logps if old is None else old.logps).detach()
-        ratio = LEVELS[self.importance_sampling_level](log_ratio, lengths).clamp(max=MAX_EXPONENT).exp()
-        advantages = advantages[:, None] if advantages.ndim == 1 else policy.masked(advantages)
-        if prompt_tokens is not None:
-            prompt_tokens = prompt_tokens.to(ratio.dtype).clamp(min=1)[:, None]
-        return Ratios(ratio, log_ratio, logps, advantages.to(ratio.dtype), lengths, kept, prompt_tokens)
 
     def _on_policy(self, x: Ratios) -> Tensor | float:
         """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1; [C, T], of their

@@ -50,6 +50,8 @@ UNREFERENCED = (-10.0, -30.0)
 REWARDS = (3.0, 2.0, 1.0, 0.0)
 SHIFT = 5.0
 """KTO's estimate of the KL divergence, in nats."""
+BESIDE = -5.0
+"""The log-prob of the other completion of a prompt, where one is compared; that of the first is -3."""
 ENTROPIES = (0.5, 3.0)
 LENGTHS_TO_1 = {"max_completion_length": 1}
 
@@ -152,15 +154,24 @@ def labeled(loss: Loss, state: Mapping[str, float]) -> Drawn:
 
 
 def grouped(loss: Loss, state: Mapping[str, float]) -> Drawn:
-    """Against the log-ratio to the old policy, of a completion of one token."""
+    """Against the log-ratio to the old policy, of a completion of one token; where a loss compares, beside another one
+    of the prompt, of the opposite advantage, that does not move."""
     x, old = spaced(-1, 1, 101), -3.0
+    other = completions(torch.tensor([BESIDE], dtype=torch.float64))
 
     def at(log_ratio: float, advantage: float) -> Point:
         log_p = numbers(old + log_ratio)
         policy, before = completions(log_p), completions(torch.full_like(log_p, old).detach())
-        advantages = torch.full_like(log_p, advantage).detach()
-        totals = Totals.of(policy)
-        return point(loss(policy, advantages=advantages, old=before, totals=totals).loss, (log_p,))
+        given: dict[str, Any] = {"advantages": torch.full_like(log_p, advantage).detach(), "old": before}
+        if loss.wants_prompts:
+            given["prompts"] = torch.zeros(1, dtype=torch.int64)
+        if loss.window_pass is None:
+            return point(loss(policy, **given, totals=Totals.of(policy)).loss, (log_p,))
+        there = {"advantages": -given["advantages"], "old": other}
+        beside = loss.collect(other, **given | there)
+        collected = torch.cat([loss.collect(policy, **given), beside])
+        totals = replace(Totals.of(policy, collected), num_sequences=2, num_tokens=2)
+        return point(loss(policy, **given, totals=totals).loss, (log_p,), 1 if loss.wants_prompts else 2)
 
     return two_panels(x, {name: [at(r, a) for r in x] for name, a in (("A = 1", 1.0), ("A = −1", -1.0))})
 

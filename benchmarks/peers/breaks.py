@@ -8,5 +8,10 @@ STEP_MEANS = frozenset({"bco", "beta_dpo", "alpha_dpo"})
 """Means of the step stand in them without a gradient: the same law, which holds with these means held still."""
 RISES_AT_THE_REFERENCE = frozenset({"discopop"})
 """With the published temperature: the law `direction`."""
-BREAKS = {"gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS, "direction": RISES_AT_THE_REFERENCE}
+COMPARES_WITH_OTHERS = frozenset({"target_po"})
+"""Alone, or among completions of the same advantage, a completion stays where it is: the same law."""
+BREAKS = {
+    "gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS,
+    "direction": RISES_AT_THE_REFERENCE | COMPARES_WITH_OTHERS,
+}
 """Law -> the loss_types that break it."""

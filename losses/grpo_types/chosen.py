@@ -18,13 +18,14 @@ def top_entropy(policy: CompletionLogps, totals: Totals, share: float) -> tuple[
         return policy.completion_mask, max(totals.num_tokens, 1)
     if totals.collected is None:
         raise ValueError("top_entropy_quantile needs the entropies of the whole step in totals.collected")
-    if not totals.collected.numel():
+    entropies = totals.collected[:, -1]
+    if not len(entropies):
         return policy.completion_mask, 1
     # what is at least the quantile is at least the next order statistic; torch.quantile takes no more than 2^24
-    rank = math.ceil((1 - share) * (len(totals.collected) - 1) - 1e-9)
-    threshold = totals.collected.kthvalue(rank + 1).values
+    rank = math.ceil((1 - share) * (len(entropies) - 1) - 1e-9)
+    threshold = entropies.kthvalue(rank + 1).values
     kept = policy.completion_mask & (policy.needed("entropy").detach() >= threshold)
-    return kept, (totals.collected >= threshold).sum()
+    return kept, (entropies >= threshold).sum()
 
 
 def positive_nll(x: Ratios, mask: Tensor, totals: Totals) -> tuple[Tensor, Mean]:

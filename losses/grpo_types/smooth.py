@@ -51,10 +51,7 @@ def penalized(x: Ratios, loss: GRPOLoss) -> Tensor:
     Readings: (1) mu is what sampled, or `old` where nobody says; (2) the mask does not touch the penalty. There
     advantages are not divided by a std.
     """
-    log_ratio = x.log_ratio
-    if x.log_sampled is not None:
-        log_ratio = x.log_sampled + (log_ratio - log_ratio.detach())  # the value of the one, the gradient of log p
-    penalty = loss.log_ratio_coef * log_ratio**2
+    penalty = loss.log_ratio_coef * x.from_sampler**2
     return -x.ratio * x.advantages * (1.0 if x.weight is None else x.weight) + penalty
 
 
