@@ -168,7 +168,7 @@ class Loss:
         """
         return None
 
-    def collect(self, policy: Any, ref: Any = None, **others: Any) -> Tensor:
+    def collect(self, *args: Any, **kwargs: Any) -> Tensor:
         """[n, ...]: what of each micro-batch of the `window_pass` goes into `Totals.collected`.
 
         It is given what the loss is called with, but the totals: rollouts have their `advantages` and `old` too.
