@@ -39,8 +39,8 @@ from torch import Tensor
 
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct, log_sampled
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
-from .grpo_types.chosen import positive_nll, top_entropy
-from .grpo_types.inputs import check_inputs, ratios_of
+from .grpo_types.chosen import clip_metrics, positive_nll, top_entropy
+from .grpo_types.inputs import check_advantages, check_compared, check_of_completions, ratios_of
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals
@@ -207,12 +207,13 @@ class GRPOLoss(Loss):
 
         Arguments as the loss has them; advantages are needed for a loss_type that collects.
         """
-        mask, collects, columns = policy.completion_mask, GRPO_TYPES[self.loss_type].collects, []
-        if collects is not None:
-            if advantages is None:
-                raise ValueError(f"loss_type={self.loss_type} collects what it compares: it needs the advantages")
-            x = ratios_of(self, policy, old, advantages, prompts)
-            values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+        mask, kind, columns = policy.completion_mask, GRPO_TYPES[self.loss_type], []
+        if kind.collects is not None:
+            if advantages is None or (kind.by_prompt and prompts is None):
+                needed = "advantages and prompts" if kind.by_prompt else "advantages"
+                raise ValueError(f"loss_type={self.loss_type} collects what it compares: it needs {needed}")
+            x = ratios_of(self, policy, old, advantages, prompts=prompts)
+            values = kind.collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
             columns.append(values[mask] if values.ndim == 3 else values)
         if self.top_entropy_quantile < 1:
             columns.append(policy.needed("entropy").detach()[mask][:, None])
@@ -238,16 +239,14 @@ class GRPOLoss(Loss):
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        of_completions = {"prompt_tokens": prompt_tokens, "prompts": prompts}
-        check_inputs(self, policy, advantages, of_completions, old=old, ref=ref, behavior=behavior)
+        check_advantages(self, advantages, mask)
+        check_of_completions(mask, prompt_tokens=prompt_tokens, prompts=prompts)
+        policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
+        check_compared(self, prompts, totals)
         kind = GRPO_TYPES[self.loss_type]
-        if kind.collects is not None and totals.collected is None:
-            raise ValueError(f"loss_type={self.loss_type} compares with the whole step: it needs totals.collected")
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
-        x = ratios_of(self, policy, old, advantages, prompts, kept)
-        if prompt_tokens is not None:
-            x = x._replace(prompt_tokens=prompt_tokens.to(x.ratio.dtype).clamp(min=1)[:, None])
-        x, metrics = x._replace(step=totals.collected), self._clip_metrics(x, mask)
+        x = ratios_of(self, policy, old, advantages, kept, prompts=prompts, prompt_tokens=prompt_tokens)
+        x, metrics = x._replace(step=totals.collected), clip_metrics(x, self, mask)
         if behavior is not None:
             weight, seen = correct(self, policy, old, behavior, x.advantages)
             x, metrics = x._replace(weight=weight, log_sampled=log_sampled(policy, behavior)), metrics | seen
@@ -288,17 +287,3 @@ class GRPOLoss(Loss):
         log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled
         drift = -log_ratio.detach().sum(-1, keepdim=True) / x.lengths
         return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)
-
-    @torch.no_grad()
-    def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:
-        clip = GRPO_TYPES[self.loss_type].clip
-        if clip is None:
-            return {}
-        measure, low, high = clip(x, self)
-        below = ((measure < low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
-        above = ((measure > high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
-        return {
-            "clip_ratio/low_mean": Mean.of(below, mask),
-            "clip_ratio/high_mean": Mean.of(above, mask),
-            "clip_ratio/region_mean": Mean.of(below + above, mask),
-        }

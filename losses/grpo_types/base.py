@@ -20,7 +20,7 @@ class Ratios(NamedTuple):
     ratio: rho, [C, T], or [C, 1] at sequence level. log_ratio: log p - log p_old, [C, T], 0 where masked.
     logps: [C, T], 0 where masked. advantages: [C, 1], or [C, T] with 0 where masked. lengths: scored tokens, at least
     1, [C, 1]. kept: [C, T] bool, scored tokens that the policy term is meant for (`top_entropy_quantile`).
-    prompt_tokens: [C, 1], scored tokens of all completions of the same prompt, at least 1; None where nobody asked.
+    prompt_tokens: [C, 1], scored tokens of all completions of the same prompt; None where nobody asked.
     prompts: [C, 1], a number for each prompt of the step; None where nobody asked.
     weight: of the sampling correction, [C, T] or [C, 1], None without one. log_sampled: log p - log mu, [C, T].
     step: [n, k], what the loss_type's `collects` gave of the whole step, in its first columns; None without one.

@@ -138,7 +138,9 @@ def test_the_kl_has_the_weights_of_the_loss(loss_type):
     policy = logps(OLD)
     ref = [[x - log(2) for x in row] for row in OLD]
     loss = GRPOLoss(loss_type=loss_type, beta=0.5, max_completion_length=50)
-    value = output(loss, policy, ref, advantages=[0.0, 0.0]).loss.item()
+    none = torch.zeros(2, dtype=torch.float64)
+    collected = loss.collect(policy, advantages=none, old=logps(OLD)) if loss.window_pass else None
+    value = output(loss, policy, ref, advantages=[0.0, 0.0], collected=collected).loss.item()
     k3 = log(2) - 0.5
     by_token = {"dr_grpo": 4 / 4 / 50} | dict.fromkeys(("luspo", "topr", "kimi"), 4 / 4)
     by_token |= dict.fromkeys(

@@ -208,7 +208,7 @@ def test_what_is_collected_and_what_is_asked_for(loss_type):
     with_entropy = replace(x, entropy=torch.arange(8.0, dtype=torch.float64).view(2, 4))
     both = replace(loss, top_entropy_quantile=0.5).collect(with_entropy, **given)
     assert torch.equal(both[:, :-1], collected) and both[:, -1].tolist() == [0, 1, 3]
-    with refused(f"loss_type={loss_type} collects what it compares: it needs the advantages"):
+    with refused(f"loss_type={loss_type} collects what it compares: it needs advantages"):
         loss.collect(x)
     with refused(f"loss_type={loss_type} compares with the whole step: it needs totals.collected"):
         loss(x, **given, totals=Totals.of(x))
