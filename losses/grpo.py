@@ -212,6 +212,7 @@ class GRPOLoss(Loss):
             if advantages is None or (kind.by_prompt and prompts is None):
                 needed = "advantages and prompts" if kind.by_prompt else "advantages"
                 raise ValueError(f"loss_type={self.loss_type} collects what it compares: it needs {needed}")
+            check_advantages(self, advantages, mask)
             x = ratios_of(self, policy, old, advantages, prompts=prompts)
             values = kind.collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
             columns.append(values[mask] if values.ndim == 3 else values)

@@ -36,6 +36,9 @@ def run(loss: GRPOLoss, advantages: Any = ADVANTAGES, rows: Any = slice(None), *
     if loss.wants_prompt_tokens:
         others = {"prompt_tokens": torch.tensor(PROMPT_TOKENS[rows])} | others
     whole = {"advantages": given, "old": logps(OLD)}
+    if loss.wants_prompts:
+        whole["prompts"] = torch.tensor([0, 0, 1])
+        others = {"prompts": whole["prompts"][rows]} | others
     collected = loss.collect(logps(LOGPS), **whole) if loss.window_pass else None
     totals = replace(TOTALS, collected=collected)
     value = loss(x, advantages=given[rows], old=logps(OLD[rows]), totals=totals, **others).loss

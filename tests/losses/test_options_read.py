@@ -111,8 +111,8 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
         (
             GRPOLoss,
             {"loss_type": "sapo", "epsilon": 0.1},
-            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but real, target_po, "
-            "m2po, kl_cov, sapo, pspo, prime, vespo, reinforce, topr, kimi",
+            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of dapo, grpo, "
+            "dr_grpo, bnpo, luspo, gmpo, rloo, clip_cov, cfpo, fipo, cispo",
         ),
         *(
             (
