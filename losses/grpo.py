@@ -39,8 +39,17 @@ from torch import Tensor
 
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct, log_sampled
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
+from .grpo_types.baseline import baseline_terms, without_baseline
 from .grpo_types.chosen import clip_metrics, positive_nll, top_entropy
-from .grpo_types.inputs import check_advantages, check_compared, check_of_completions, ratios_of
+from .grpo_types.inputs import (
+    check_advantages,
+    check_collected,
+    check_meaning,
+    check_of_completions,
+    check_prompts,
+    compared_by,
+    ratios_of,
+)
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals
@@ -100,6 +109,9 @@ class GRPOLoss(Loss):
     """Weight of the entropy bonus."""
     positive_nll_coef: NotNegative = 0.0
     """mu, the weight of -log p in the mean over the step's tokens of positive advantage (VAPO, where it is 0.1)."""
+    optimal_token_baseline: bool = False
+    """Take off each token's advantage the mean advantage of the prompt's completions that have a token at its place,
+    weighted by the variance of their gradients up to there (OTB)."""
     max_completion_length: Count = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo and constant_length."""
     sapo_temperature_pos: Positive = 1.0
@@ -139,20 +151,8 @@ class GRPOLoss(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.epsilons
-        if low >= GRPO_TYPES[self.loss_type].widest:
-            raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
+        check_meaning(self)
         check_correction(self, GRPO_TYPES[self.loss_type].corrected)
-        if self.loss_type == "cispo" and not high:
-            raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
-        if self.loss_type == "cfpo" and not low:
-            raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
-        if self.off_policy_mask_threshold is not None and GRPO_TYPES[self.loss_type].by_prompt:
-            raise ValueError(
-                f"off_policy_mask_threshold drops completions that {self.loss_type} compares; leave it out"
-            )
-        if self.clip_cov_low >= self.clip_cov_high:
-            raise ValueError(f"clip_cov_low={self.clip_cov_low} must be below clip_cov_high={self.clip_cov_high}")
 
     @property
     def wants_reference(self) -> bool:
@@ -171,18 +171,19 @@ class GRPOLoss(Loss):
 
     @property
     def wants_prompts(self) -> bool:
-        """For what has one term a prompt."""
-        return GRPO_TYPES[self.loss_type].by_prompt
+        """For what has one term a prompt, or a baseline at each of its tokens."""
+        return self.optimal_token_baseline or GRPO_TYPES[self.loss_type].by_prompt
 
     @property
     def stats(self) -> tuple[str, ...]:
-        """The entropy, as a metric too."""
-        return ("entropy",)
+        """The entropy, as a metric too; log sum p^2, for the baseline."""
+        return ("entropy", "log_sum_p2") if self.optimal_token_baseline else ("entropy",)
 
     @property
     def window_pass(self) -> Literal["own"] | None:
         """For the entropy's quantile, and for what compares a token or completion with others of the step."""
-        return "own" if self.top_entropy_quantile < 1 or GRPO_TYPES[self.loss_type].collects else None
+        compares = self.optimal_token_baseline or GRPO_TYPES[self.loss_type].collects
+        return "own" if self.top_entropy_quantile < 1 or compares else None
 
     @property
     def epsilons(self) -> tuple[float, float]:
@@ -203,18 +204,21 @@ class GRPOLoss(Loss):
         prompts: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """[n, k], what the loss_type `collects` of scored tokens (or of completions), then the entropies of these.
+        """[n, k], what the loss_type `collects` of scored tokens (or of completions), or the baseline; then entropies.
 
-        Arguments as the loss has them; advantages are needed for a loss_type that collects.
+        Arguments as the loss has them; advantages are needed by what compares them.
         """
-        mask, kind, columns = policy.completion_mask, GRPO_TYPES[self.loss_type], []
-        if kind.collects is not None:
-            if advantages is None or (kind.by_prompt and prompts is None):
-                needed = "advantages and prompts" if kind.by_prompt else "advantages"
-                raise ValueError(f"loss_type={self.loss_type} collects what it compares: it needs {needed}")
+        mask, collects, columns = policy.completion_mask, GRPO_TYPES[self.loss_type].collects, []
+        if collects is not None or self.optimal_token_baseline:
+            if advantages is None:
+                raise ValueError(f"{compared_by(self)} collects what it compares: it needs advantages")
             check_advantages(self, advantages, mask)
+            check_prompts(self, prompts)
             x = ratios_of(self, policy, old, advantages, prompts=prompts)
-            values = kind.collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+            if collects is not None:
+                values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+            else:
+                values = baseline_terms(policy, x)
             columns.append(values[mask] if values.ndim == 3 else values)
         if self.top_entropy_quantile < 1:
             columns.append(policy.needed("entropy").detach()[mask][:, None])
@@ -243,10 +247,13 @@ class GRPOLoss(Loss):
         check_advantages(self, advantages, mask)
         check_of_completions(mask, prompt_tokens=prompt_tokens, prompts=prompts)
         policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
-        check_compared(self, prompts, totals)
+        check_prompts(self, prompts)
+        check_collected(self, totals)
         kind = GRPO_TYPES[self.loss_type]
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
         x = ratios_of(self, policy, old, advantages, kept, prompts=prompts, prompt_tokens=prompt_tokens)
+        if self.optimal_token_baseline:
+            x = x._replace(advantages=without_baseline(policy, x, totals.collected))
         x, metrics = x._replace(step=totals.collected), clip_metrics(x, self, mask)
         if behavior is not None:
             weight, seen = correct(self, policy, old, behavior, x.advantages)

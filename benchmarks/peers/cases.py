@@ -313,6 +313,11 @@ def step_cases() -> Iterator[Case]:
     ]
     yield from (Case("grpo", one) for one in options)
     yield Case("grpo", {"loss_type": "m2po"}, sampled=True)
+    for name in ("dapo", "cispo"):
+        yield Case("grpo", {"loss_type": name, "optimal_token_baseline": True})
+    options = [{"loss_aggregation": "prompt_mean", "top_entropy_quantile": 0.4}, {"beta": 0.04, "epsilon": 0.05}]
+    yield Case("grpo", {"loss_type": "grpo", "optimal_token_baseline": True} | options[0])
+    yield Case("grpo", {"loss_type": "dapo", "optimal_token_baseline": True} | options[1], by_token=True)
     corrected = {"cov_share": 0.1, "sampling_correction": "token_truncate", "sampling_clip_max": 1.2}
     for name in ("clip_cov", "kl_cov"):
         yield Case("grpo", {"loss_type": name} | corrected, sampled=True)

@@ -39,13 +39,49 @@ def check_advantages(loss: GRPOLoss, advantages: Tensor, mask: Tensor) -> None:
         )
 
 
-def check_compared(loss: GRPOLoss, prompts: Tensor | None, totals: Totals) -> None:
-    """Raise ValueError where what the loss_type compares with is missing."""
-    kind = GRPO_TYPES[loss.loss_type]
-    if kind.by_prompt and prompts is None:
-        raise ValueError(f"loss_type={loss.loss_type} has one term a prompt: it needs `prompts`, one number for each")
-    if kind.collects is not None and totals.collected is None:
-        raise ValueError(f"loss_type={loss.loss_type} compares with the whole step: it needs totals.collected")
+def compared_by(loss: GRPOLoss) -> str:
+    """What compares with the step, in a message."""
+    return "optimal_token_baseline" if loss.optimal_token_baseline else f"loss_type={loss.loss_type}"
+
+
+def check_prompts(loss: GRPOLoss, prompts: Tensor | None) -> None:
+    """Raise ValueError where a prompt's completions are compared, and nobody says which are."""
+    if loss.wants_prompts and prompts is None:
+        raise ValueError(f"{compared_by(loss)} compares a prompt's completions: it needs `prompts`, a number for each")
+
+
+def check_collected(loss: GRPOLoss, totals: Totals) -> None:
+    """Raise ValueError where what the step is compared with is missing."""
+    if (loss.optimal_token_baseline or GRPO_TYPES[loss.loss_type].collects) and totals.collected is None:
+        raise ValueError(f"{compared_by(loss)} compares with the whole step: it needs totals.collected")
+
+
+def check_meaning(loss: GRPOLoss) -> None:
+    """Raise ValueError for options that mean nothing, alone or together."""
+    (low, high), kind = loss.epsilons, GRPO_TYPES[loss.loss_type]
+    if low >= kind.widest:
+        raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
+    if loss.loss_type == "cispo" and not high:
+        raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
+    if loss.loss_type == "cfpo" and not low:
+        raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
+    if loss.off_policy_mask_threshold is not None and kind.by_prompt:
+        raise ValueError(f"off_policy_mask_threshold drops completions that {loss.loss_type} compares; leave it out")
+    if loss.clip_cov_low >= loss.clip_cov_high:
+        raise ValueError(f"clip_cov_low={loss.clip_cov_low} must be below clip_cov_high={loss.clip_cov_high}")
+    if loss.optimal_token_baseline:
+        check_baseline(loss)
+
+
+def check_baseline(loss: GRPOLoss) -> None:
+    """Raise ValueError for what does not go with advantages of tokens that the loss itself makes."""
+    kind, sequence = GRPO_TYPES[loss.loss_type], loss.importance_sampling_level == "sequence"
+    if not kind.of_tokens or sequence:
+        what = "importance_sampling_level sequence" if sequence else f"loss_type {loss.loss_type}"
+        raise ValueError(f"optimal_token_baseline gives each token its advantage, which {what} cannot have")
+    if kind.collects is not None or loss.positive_nll_coef:
+        what = "positive_nll_coef" if loss.positive_nll_coef else f"loss_type {loss.loss_type}"
+        raise ValueError(f"optimal_token_baseline changes the advantages that {what} has counted before; leave one out")
 
 
 def ratios_of(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logratio.reference.oracle._math import kl_estimate, zero
-from logratio.reference.oracle.grpo_step import PROMPT_TERMS, Chosen, chosen_of
+from logratio.reference.oracle.grpo_step import PROMPT_TERMS, Chosen, chosen_of, without_baseline
 from logratio.reference.oracle.grpo_tokens import gmpo, policy_term, rloo, vespo_weight
 from logratio.reference.oracle.sampling import weights
 
@@ -50,6 +50,7 @@ class Options:
     kl_cov_coef: float = 1.0
     real_temperature: float = 0.5
     target_po_temperature: float = 1.0
+    optimal_token_baseline: bool = False
     max_completion_length: int = 512
     sampling_correction: str = "none"
     sampling_clip_min: float | None = None
@@ -77,6 +78,7 @@ def grpo(
     prompts: Sequence[int] | None = None,
     entropy: Sequence[Tensor] | None = None,
     behavior_logps: Sequence[Tensor] | None = None,
+    log_sum_p2: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """The policy term plus beta KL, averaged as `loss_type` says, less entropy_coef times the mean entropy.
@@ -84,7 +86,8 @@ def grpo(
     `options` as in `Options`. Without `old_logps` the step is on policy. entropy: of each token's distribution, for
     entropy_coef and top_entropy_quantile. behavior_logps: of the policy that the completions were drawn by, for
     sampling_correction and the off-policy mask, if it is another one. advantages: one a completion, or a list of one a
-    token. prompts: which prompt each completion is of, for loss_aggregation prompt_mean.
+    token. prompts: which prompt each completion is of, for what is of a prompt. log_sum_p2: log sum_v p_v^2 of each
+    token's distribution, for optimal_token_baseline.
     """
     o = Options(**options)
     _refuse_undefined(o, ref_logps, entropy)
@@ -93,6 +96,10 @@ def grpo(
     old_logps = [y.detach() for y in logps] if old_logps is None else [y.detach() for y in old_logps]
     drawn_by = [mu.detach() for mu in (old_logps if behavior_logps is None else behavior_logps)]
     given = [_each(a, len(y)) for a, y in zip(advantages, logps, strict=True)]
+    if o.optimal_token_baseline:
+        if prompts is None or log_sum_p2 is None:
+            raise ValueError("optimal_token_baseline needs prompts and log_sum_p2")
+        given = without_baseline(logps, log_sum_p2, given, prompts)
     keep = _kept(logps, entropy, o.top_entropy_quantile)
     total = zero(logps)
     if o.loss_type in PROMPT_TERMS:

@@ -123,3 +123,27 @@ def _target(group: Group, o: Options) -> Tensor:
 
 PROMPT_TERMS: dict[str, Callable[[Group, Options], Tensor]] = {"real": _real, "target_po": _target}
 """loss_type -> (a prompt's completions, options) -> its term."""
+
+
+def without_baseline(
+    logps: Sequence[Tensor], log_sum_p2: Sequence[Tensor], advantages: Rows, prompts: Sequence[int]
+) -> list[list[float]]:
+    """arXiv 2602.07078: A less sum W A / sum W over the prompt's completions that have such a token, W the sum so far
+    of 1 - 2 p + sum_v p_v^2; A itself where no other has one."""
+    energies: list[list[float]] = []
+    for y, s in zip(logps, log_sum_p2, strict=True):
+        so_far, row = 0.0, []
+        for log_p, log_p2 in zip(y.detach().tolist(), s.detach().tolist(), strict=True):
+            so_far += max(1 - 2 * math.exp(log_p) + math.exp(log_p2), 0.0)
+            row.append(so_far)
+        energies.append(row)
+    out = []
+    for i, given in enumerate(advantages):
+        left = []
+        for t, a in enumerate(given):
+            there = [j for j, p in enumerate(prompts) if p == prompts[i] and len(energies[j]) > t]
+            total = math.fsum(energies[j][t] for j in there)
+            weighted = math.fsum(energies[j][t] * advantages[j][t] for j in there)
+            left.append(a - weighted / total if len(there) > 1 and total > 0 else a)
+        out.append(left)
+    return out

@@ -133,11 +133,11 @@ def test_what_is_asked_for(loss_type):
     policy, others = given()
     totals = Totals.of(policy, loss.collect(policy, **others))
     assert totals.collected[:, 0].isnan().tolist() == [False, False, False, True, False]
-    with refused(f"loss_type={loss_type} collects what it compares: it needs advantages and prompts"):
+    with refused(f"loss_type={loss_type} compares a prompt's completions: it needs `prompts`, a number for each"):
         loss.collect(policy, **others | {"prompts": None})
     with refused("prompts must be [5], one a completion, got [1]"):
         loss(policy, **others | {"prompts": torch.tensor([1])}, totals=totals)
-    with refused(f"loss_type={loss_type} has one term a prompt: it needs `prompts`, one number for each"):
+    with refused(f"loss_type={loss_type} compares a prompt's completions: it needs `prompts`, a number for each"):
         loss(policy, **others | {"prompts": None}, totals=totals)
     with refused(f"loss_type={loss_type} is of whole completions: advantages must be [5]"):
         loss(policy, **others | {"advantages": torch.zeros(5, 3)}, totals=totals)

@@ -64,6 +64,7 @@ def test_defaults():
         "top_entropy_quantile": 1.0,
         "entropy_coef": 0.0,
         "positive_nll_coef": 0.0,
+        "optimal_token_baseline": False,
         "max_completion_length": 512,
         "log_ratio_coef": 1e-3,
         "pspo_alpha": 0.1,

@@ -78,3 +78,19 @@ def test_target_po() -> None:
     options = {"loss_type": "target_po", "target_po_temperature": 0.5, "prompts": [0, 0, 1]}
     got = oracle.grpo(logps, old, None, [log(2), 0.0, 1.0], **options).item()
     assert got == pytest.approx(-(0.8 * log(0.75) + 0.2 * log(0.25)) / 2)
+
+
+def test_optimal_token_baseline() -> None:
+    """1 - 2 p + sum p^2 is 1/2 at p = 1/2 alone, 3/4 at 1/4: sums 1/2, 5/4 and 3/4; the baseline is (3/2 - 3/4) / (5/4)
+    at the first place, none at the second, where one is alone."""
+    logps, log_p2 = (
+        steps([log(0.5), log(0.25)], [log(0.25)], [log(0.5)]),
+        steps([log(0.5), log(0.25)], [log(0.25)], [0.0]),
+    )
+    options = {"optimal_token_baseline": True, "prompts": [0, 0, 1], "loss_type": "reinforce"}
+    got = oracle.grpo(logps, None, None, [3.0, -1.0, 2.0], log_sum_p2=log_p2, **options).item()
+    b = 0.75 / 1.25
+    left = [(log(0.5), 3 - b), (log(0.25), 3), (log(0.25), -1 - b), (log(0.5), 2)]
+    assert got == pytest.approx(-sum(y * a for y, a in left) / 4)
+    with pytest.raises(ValueError, match="optimal_token_baseline needs prompts and log_sum_p2"):
+        oracle.grpo(logps, None, None, [1.0] * 3, **options)

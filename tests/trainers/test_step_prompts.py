@@ -41,8 +41,9 @@ def gradient(model, loss: GRPOLoss, examples: list[Example], budget: int) -> tup
         {"loss_type": "target_po", "target_po_temperature": 0.1},
         {"loss_type": "kl_cov", "cov_share": 0.2},
         {"loss_aggregation": "prompt_mean"},
+        {"optimal_token_baseline": True},
     ],
-    ids=lambda options: next(iter(options.values())),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_a_divided_prompt(model, options):  # noqa: F811
     loss, examples = GRPOLoss(**options), rollouts()
