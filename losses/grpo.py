@@ -39,13 +39,13 @@ from torch import Tensor
 
 from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct, log_sampled
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
-from .grpo_types.baseline import baseline_terms, without_baseline
+from .grpo_types.baseline import baseline_terms
 from .grpo_types.chosen import clip_metrics, positive_nll, top_entropy
 from .grpo_types.inputs import (
+    beside_others,
     check_advantages,
-    check_collected,
+    check_inputs,
     check_meaning,
-    check_of_completions,
     check_prompts,
     compared_by,
     ratios_of,
@@ -72,7 +72,7 @@ class GRPOLoss(Loss):
 
     loss_type: str = "dapo"
     """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, fipo,
-    m2po, clip_cov, kl_cov, real, or target_po."""
+    a2po, m2po, clip_cov, kl_cov, real, or target_po."""
     loss_aggregation: str | None = None
     """token_mean, sequence_mean, sequence_sum, constant_length (of max_completion_length), or prompt_mean (default: the
     loss_type's own)."""
@@ -126,6 +126,8 @@ class GRPOLoss(Loss):
     """Tokens after which a later log-ratio counts half."""
     fipo_clip: NotNegative = 0.2
     """How far above 1 a token's weight may go."""
+    a2po_beta: Positive = 1e-3
+    """beta_2, by which a completion's log-ratio to the reference is multiplied before it is compared with A."""
     m2po_threshold: NotNegative = 0.04
     """What the mean of the squared log-ratios may be, of tokens that the advantage takes further from a ratio of 1."""
     cov_share: Share = 2e-4
@@ -156,8 +158,8 @@ class GRPOLoss(Loss):
 
     @property
     def wants_reference(self) -> bool:
-        """Only for the KL term."""
-        return self.beta > 0
+        """For the KL term, and for what regresses on the log-ratio to it."""
+        return self.beta > 0 or GRPO_TYPES[self.loss_type].to_reference
 
     @property
     def wants_behavior(self) -> bool:
@@ -244,17 +246,13 @@ class GRPOLoss(Loss):
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        check_advantages(self, advantages, mask)
-        check_of_completions(mask, prompt_tokens=prompt_tokens, prompts=prompts)
+        check_inputs(self, mask, totals, advantages, ref, prompts=prompts, prompt_tokens=prompt_tokens)
         policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
-        check_prompts(self, prompts)
-        check_collected(self, totals)
         kind = GRPO_TYPES[self.loss_type]
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
         x = ratios_of(self, policy, old, advantages, kept, prompts=prompts, prompt_tokens=prompt_tokens)
-        if self.optimal_token_baseline:
-            x = x._replace(advantages=without_baseline(policy, x, totals.collected))
-        x, metrics = x._replace(step=totals.collected), clip_metrics(x, self, mask)
+        x = beside_others(self, policy, x, totals.collected, ref)
+        metrics = clip_metrics(x, self, mask)
         if behavior is not None:
             weight, seen = correct(self, policy, old, behavior, x.advantages)
             x, metrics = x._replace(weight=weight, log_sampled=log_sampled(policy, behavior)), metrics | seen

@@ -169,6 +169,8 @@ def grouped(loss: Loss, state: Mapping[str, float]) -> Drawn:
         given: dict[str, Any] = {"advantages": torch.full_like(log_p, advantage).detach(), "old": before}
         if loss.wants_prompts:
             given["prompts"] = torch.zeros(1, dtype=torch.int64)
+        if loss.wants_reference:
+            given["ref"] = before
         if loss.window_pass is None:
             return point(loss(policy, **given, totals=Totals.of(policy)).loss, (log_p,))
         there = given | {"advantages": advantage * times, "old": beside}

@@ -286,6 +286,8 @@ def later_cases() -> Iterator[Case]:
     yield Case("grpo", {"loss_type": "dapo", "positive_nll_coef": 0.5, "top_entropy_quantile": 0.4}, by_token=True)
     yield Case("grpo", {"loss_type": "fipo"}, by_token=True)
     prime = {"loss_type": "prime", "log_ratio_coef": 0.1}
+    yield Case("grpo", {"loss_type": "a2po"})
+    yield Case("grpo", {"loss_type": "a2po", "a2po_beta": 0.1, "off_policy_mask_threshold": 0.02})
     yield Case("grpo", prime, sampled=True)
     yield Case(
         "grpo",

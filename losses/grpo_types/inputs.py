@@ -9,9 +9,26 @@ from torch import Tensor
 from ..divergences import MAX_EXPONENT
 from ..types import CompletionLogps, Totals
 from .base import GRPO_TYPES, LEVELS, Ratios
+from .baseline import without_baseline
 
 if TYPE_CHECKING:
     from ..grpo import GRPOLoss
+
+
+def check_inputs(
+    loss: GRPOLoss,
+    mask: Tensor,
+    totals: Totals,
+    advantages: Tensor,
+    ref: CompletionLogps | None,
+    **of_completions: Tensor | None,
+) -> None:
+    """Raise ValueError for shapes that do not fit, or for what the loss needs and is not there."""
+    check_advantages(loss, advantages, mask)
+    check_of_completions(mask, **of_completions)
+    check_prompts(loss, of_completions["prompts"])
+    check_reference(loss, ref)
+    check_collected(loss, totals)
 
 
 def check_of_completions(mask: Tensor, **given: Tensor | None) -> None:
@@ -48,6 +65,12 @@ def check_prompts(loss: GRPOLoss, prompts: Tensor | None) -> None:
     """Raise ValueError where a prompt's completions are compared, and nobody says which are."""
     if loss.wants_prompts and prompts is None:
         raise ValueError(f"{compared_by(loss)} compares a prompt's completions: it needs `prompts`, a number for each")
+
+
+def check_reference(loss: GRPOLoss, ref: CompletionLogps | None) -> None:
+    """Raise ValueError where a loss_type compares with the reference, and there is none."""
+    if GRPO_TYPES[loss.loss_type].to_reference and ref is None:
+        raise ValueError(f"loss_type={loss.loss_type} needs the reference log-probs, ref is None")
 
 
 def check_collected(loss: GRPOLoss, totals: Totals) -> None:
@@ -106,3 +129,12 @@ def ratios_of(
         policy.completion_mask if kept is None else kept,
         **{name: None if values is None else values[:, None] for name, values in of_completions.items()},
     )
+
+
+def beside_others(
+    loss: GRPOLoss, policy: CompletionLogps, x: Ratios, step: Tensor | None, ref: CompletionLogps | None
+) -> Ratios:
+    """With what the whole step and the reference say."""
+    if loss.optimal_token_baseline:
+        x = x._replace(advantages=without_baseline(policy, x, step))
+    return x._replace(step=step, ref_logps=None if ref is None else ref.logps.detach())

@@ -50,6 +50,7 @@ class Options:
     kl_cov_coef: float = 1.0
     real_temperature: float = 0.5
     target_po_temperature: float = 1.0
+    a2po_beta: float = 1e-3
     optimal_token_baseline: bool = False
     max_completion_length: int = 512
     sampling_correction: str = "none"
@@ -145,8 +146,8 @@ def _prompts_loss(
 
 def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
     """Raise ValueError for what is missing, and for combinations that no paper defines."""
-    if o.beta and ref_logps is None:
-        raise ValueError(f"beta={o.beta} needs ref_logps")
+    if (o.beta or o.loss_type == "a2po") and ref_logps is None:
+        raise ValueError(f"loss_type={o.loss_type}, beta={o.beta} needs ref_logps")
     if (o.entropy_coef or o.top_entropy_quantile < 1) and entropy is None:
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
     if o.importance_sampling_level not in ("token", "sequence", "sequence_token"):
@@ -179,7 +180,7 @@ AGGREGATIONS = {
     **dict.fromkeys(("topr", "kimi"), "sequence_sum"),  # log p of the whole answer
     **dict.fromkeys(("dapo", "bnpo", "cispo", "vespo"), "token_mean"),  # 2503.14476 Eq. 8; bnpo's batch is the step
     "dr_grpo": "constant_length",  # arXiv 2503.20783
-    **dict.fromkeys(("luspo", "gmpo", "rloo"), "sequence_sum"),  # 2602.05261; the other two have one term a sequence
+    **dict.fromkeys(("luspo", "gmpo", "rloo", "a2po"), "sequence_sum"),  # 2602.05261; the others: one term a sequence
 }
 """loss_type -> its own normaliser."""
 
@@ -218,6 +219,9 @@ def _sequence_loss(
         o.off_policy_mask_threshold
     )
     w = [weights(y, old, mu, a, o)[t] for t, a in enumerate(advantages)]
+    if o.loss_type == "a2po":  # arXiv 2505.20686: the implicit reward of the whole answer is regressed on A
+        assert ref is not None
+        return (0 if left and advantages[0] < 0 else 1) * (o.a2po_beta * (y - ref).sum() - advantages[0]) ** 2
     if o.loss_type in ("gmpo", "rloo"):
         (advantage,) = set(advantages)
         gone = left and advantage < 0

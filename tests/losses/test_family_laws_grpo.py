@@ -35,8 +35,8 @@ NORMALISERS = {
     "kimi": "sequence_sum",
     **dict.fromkeys(("m2po", "clip_cov", "kl_cov"), "token_mean"),
 }
-BY_PROMPT = {"real", "target_po"}
-"""Each of one term a prompt, which is no weighted sum over tokens."""
+APART = {"real", "target_po", "a2po"}
+"""Of one term a prompt, or a square: no weighted sum over tokens."""
 CLIPPED = ("dapo", "bnpo", "grpo", "luspo", "dr_grpo")
 WIDE = {"epsilon": math.nextafter(1, 0), "epsilon_high": 1e6}
 UNBOUND = {"epsilon": 1e6, "epsilon_high": 1e6}  # of log-ratios
@@ -58,7 +58,7 @@ def ungrouped(law: Any, name: str, **options: Any) -> None:
 
 
 def test_every_type_is_here():
-    assert set(NORMALISERS) | BY_PROMPT == set(GRPO_TYPES)
+    assert set(NORMALISERS) | APART == set(GRPO_TYPES)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,12 @@ CLIPPED = ("dapo", "grpo", "dr_grpo", "bnpo", "luspo")
 OWN_RATIO = ("gmpo", "rloo")  # of the sequence, whatever the level
 every_type = pytest.mark.parametrize("loss_type", [*CLIPPED, "cispo", "sapo", "vespo", *OWN_RATIO])
 every_level = pytest.mark.parametrize("level", LEVELS)
-OTHERS_TOO = ("real", "target_po", "clip_cov")  # what a token or completion is beside others has a say
+OTHERS_TOO = (
+    "real",
+    "target_po",
+    "clip_cov",
+    "a2po",
+)  # what a completion is beside others, or the reference, has a say
 AT_LEVELS = [*(("token", name) for name in GRPO_TYPES if name not in OTHERS_TOO)]
 AT_LEVELS += [
     (level, name)

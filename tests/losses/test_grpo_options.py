@@ -72,6 +72,7 @@ def test_defaults():
         "fipo_clip": 0.2,
         "sapo_temperature_pos": 1.0,
         "sapo_temperature_neg": 1.05,
+        "a2po_beta": 1e-3,
         "m2po_threshold": 0.04,
         "cov_share": 2e-4,
         "clip_cov_low": 1.0,
@@ -334,7 +335,9 @@ def test_what_is_clipped_is_counted_in_its_own_measure(loss_type, low, high):
     ],
 )
 def test_options_without_a_meaning_are_refused(loss_type, option, value):
-    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo, clip_cov, fipo"}.get(option, "all but rloo, real, target_po")
+    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo, clip_cov, fipo"}.get(
+        option, "all but rloo, real, target_po, a2po"
+    )
     message = f"{option}={value} is not read by loss_type {loss_type}; leave it out: it is an option of {said}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         GRPOLoss(**{"loss_type": loss_type, option: value})

@@ -43,6 +43,8 @@ def run(
     """(value, gradient)"""
     x, before = logps(policy), logps(old)
     given = {"advantages": torch.tensor(advantages, dtype=torch.float64), "old": before}
+    if loss.wants_reference:
+        given["ref"] = before
     if loss.wants_prompts:
         given["prompts"] = torch.zeros(len(policy), dtype=torch.int64)
     if loss.window_pass:
@@ -72,6 +74,7 @@ WEIGHTS = {
     "sapo": BY_SEQUENCE,
     "gmpo": BY_SEQUENCE,
     "rloo": BY_SEQUENCE,
+    "a2po": BY_SEQUENCE,
     "dapo": BY_TOKEN,
     "bnpo": BY_TOKEN,
     "cispo": BY_TOKEN,
@@ -288,7 +291,7 @@ def test_an_empty_completion_has_no_loss(loss_type):
     assert value == 0 and grad == [[0] * 4] * 3
 
 
-PENALIZED = ("kimi", "prime", "clip_cov", "kl_cov", "real", "target_po")
+PENALIZED = ("kimi", "prime", "a2po", "clip_cov", "kl_cov", "real", "target_po")
 """Of which a part does not depend on the advantage, or on its sign alone, or on what it is beside others."""
 
 

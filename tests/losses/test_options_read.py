@@ -119,7 +119,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
                 GRPOLoss,
                 {"loss_type": name, "importance_sampling_level": "sequence"},
                 f"importance_sampling_level=sequence is not read by loss_type {name}; leave it out: it is an option of "
-                "all but gmpo, rloo, real, target_po, m2po, vespo, reinforce, topr, kimi",
+                "all but gmpo, rloo, real, target_po, m2po, a2po, vespo, reinforce, topr, kimi",
             )
             for name in ("gmpo", "vespo", "rloo")
         ),
@@ -127,7 +127,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
             GRPOLoss,
             {"loss_type": "gmpo", "beta": 0.1, "use_bias_correction_kl": False},
             "use_bias_correction_kl=False is not read by loss_type gmpo; leave it out: it is an option of all but "
-            "gmpo, rloo, real, target_po",
+            "gmpo, rloo, real, target_po, a2po",
         ),
         (GRPOLoss, {"kl_estimator": "k2"}, "kl_estimator=k2 is read only where beta is not 0; leave it out"),
         (
@@ -184,7 +184,7 @@ UNDEFINED = {
     ("gmpo", "loss_aggregation"),
     *(
         (name, option)
-        for name in ("real", "target_po")
+        for name in ("real", "target_po", "a2po")
         for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")
     ),
 }
@@ -201,7 +201,7 @@ def declared() -> list[tuple[str, str, str]]:
         if loss.option_tables["loss_type"].said(option.name)
         for name in loss.option_tables["loss_type"]
         if (name, option.name) not in UNDEFINED
-        if option.name != "use_bias_correction_kl" or name not in ("rloo", "real", "target_po")
+        if option.name != "use_bias_correction_kl" or name not in ("rloo", "real", "target_po", "a2po")
         if option.name != "f_divergence_type" or DPO_TYPES[name].divergences  # of others it is not defined
     ]
 
@@ -269,7 +269,7 @@ def test_help_says_who_reads_an_option():
     assert readers_said(DPOLoss, "f_alpha_divergence_coef") == "f_divergence_type: alpha_divergence"
     assert (
         readers_said(GRPOLoss, "use_bias_correction_kl")
-        == "loss_type: all but gmpo, rloo, real, target_po; beta: not 0"
+        == "loss_type: all but gmpo, rloo, real, target_po, a2po; beta: not 0"
     )
     assert readers_said(GRPOLoss, "entropy_coef") == readers_said(Loss, "anything") == ""
 
