@@ -59,7 +59,7 @@ def bonus(share: float, entropies: list[float]) -> float:
     """The mean entropy of the tokens that are kept."""
     policy = logps([[-1.0] * len(entropies)], entropy=[entropies])
     loss = GRPOLoss(top_entropy_quantile=share, entropy_coef=1.0)
-    totals = Totals.of(policy, loss.collect(policy))
+    totals = Totals.of(policy, loss.collect(policy) if loss.window_pass else None)
     return -loss(policy, advantages=torch.zeros(1), totals=totals).loss.item()
 
 
