@@ -32,15 +32,24 @@ gradient is that of the reverse KL also off policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .divergences import MAX_EXPONENT
-from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct
+from .grpo_sampling import SAMPLING_CORRECTIONS, check_correction, correct, log_sampled
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, Ratios
-from .grpo_types.chosen import positive_nll, top_entropy
+from .grpo_types.baseline import baseline_terms
+from .grpo_types.chosen import clip_metrics, positive_nll, top_entropy
+from .grpo_types.inputs import (
+    beside_others,
+    check_advantages,
+    check_inputs,
+    check_meaning,
+    check_prompts,
+    compared_by,
+    ratios_of,
+)
 from .options import Count, NotNegative, Positive, Share
 from .registry import register
 from .types import CompletionLogps, Kind, Loss, LossOutput, Mean, Totals
@@ -62,8 +71,8 @@ class GRPOLoss(Loss):
     option_switches: ClassVar = {"kl_estimator": "beta", "use_bias_correction_kl": "beta"}
 
     loss_type: str = "dapo"
-    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, or
-    fipo."""
+    """dapo, grpo, dr_grpo, bnpo, luspo, cispo, sapo, vespo, gmpo, rloo, reinforce, topr, kimi, cfpo, pspo, prime, fipo,
+    a2po, m2po, clip_cov, kl_cov, real, or target_po."""
     loss_aggregation: str | None = None
     """token_mean, sequence_mean, sequence_sum, constant_length (of max_completion_length), or prompt_mean (default: the
     loss_type's own)."""
@@ -100,6 +109,9 @@ class GRPOLoss(Loss):
     """Weight of the entropy bonus."""
     positive_nll_coef: NotNegative = 0.0
     """mu, the weight of -log p in the mean over the step's tokens of positive advantage (VAPO, where it is 0.1)."""
+    optimal_token_baseline: bool = False
+    """Take off each token's advantage the mean advantage of the prompt's completions that have a token at its place,
+    weighted by the variance of their gradients up to there (OTB)."""
     max_completion_length: Count = 512
     """Longest completion generated, in tokens; the divisor of dr_grpo and constant_length."""
     sapo_temperature_pos: Positive = 1.0
@@ -114,6 +126,22 @@ class GRPOLoss(Loss):
     """Tokens after which a later log-ratio counts half."""
     fipo_clip: NotNegative = 0.2
     """How far above 1 a token's weight may go."""
+    a2po_beta: Positive = 1e-3
+    """beta_2, by which a completion's log-ratio to the reference is multiplied before it is compared with A."""
+    m2po_threshold: NotNegative = 0.04
+    """What the mean of the squared log-ratios may be, of tokens that the advantage takes further from a ratio of 1."""
+    cov_share: Share = 2e-4
+    """Share of the step's tokens that are chosen by the covariance of advantage and log-prob, at least one token."""
+    clip_cov_low: float = 1.0
+    """Covariance above which a token may be chosen."""
+    clip_cov_high: float = 5.0
+    """Covariance below which it may."""
+    kl_cov_coef: NotNegative = 1.0
+    """Weight of the penalty |log ratio| of the chosen tokens."""
+    real_temperature: Positive = 0.5
+    """tau, what a completion's mean log-ratio is divided by."""
+    target_po_temperature: Positive = 1.0
+    """eta, what the advantage is divided by in the target's exponent."""
     vespo_k_pos: NotNegative = 2.0
     """Power of the ratio where the advantage is not negative."""
     vespo_lambda_pos: NotNegative = 3.0
@@ -125,19 +153,13 @@ class GRPOLoss(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.epsilons
-        if low >= GRPO_TYPES[self.loss_type].widest:
-            raise ValueError(f"epsilon={low} must be in [0, 1): no ratio is below 0")
+        check_meaning(self)
         check_correction(self, GRPO_TYPES[self.loss_type].corrected)
-        if self.loss_type == "cispo" and not high:
-            raise ValueError(f"epsilon_high={high} must be positive: cispo multiplies every gradient by it at most")
-        if self.loss_type == "cfpo" and not low:
-            raise ValueError(f"epsilon={low} must be positive: cfpo divides by it")
 
     @property
     def wants_reference(self) -> bool:
-        """Only for the KL term."""
-        return self.beta > 0
+        """For the KL term, and for what regresses on the log-ratio to it."""
+        return self.beta > 0 or GRPO_TYPES[self.loss_type].to_reference
 
     @property
     def wants_behavior(self) -> bool:
@@ -150,14 +172,20 @@ class GRPOLoss(Loss):
         return self.loss_aggregation == "prompt_mean"
 
     @property
+    def wants_prompts(self) -> bool:
+        """For what has one term a prompt, or a baseline at each of its tokens."""
+        return self.optimal_token_baseline or GRPO_TYPES[self.loss_type].by_prompt
+
+    @property
     def stats(self) -> tuple[str, ...]:
-        """The entropy, as a metric too."""
-        return ("entropy",)
+        """The entropy, as a metric too; log sum p^2, for the baseline."""
+        return ("entropy", "log_sum_p2") if self.optimal_token_baseline else ("entropy",)
 
     @property
     def window_pass(self) -> Literal["own"] | None:
-        """For the entropy's quantile."""
-        return "own" if self.top_entropy_quantile < 1 else None
+        """For the entropy's quantile, and for what compares a token or completion with others of the step."""
+        compares = self.optimal_token_baseline or GRPO_TYPES[self.loss_type].collects
+        return "own" if self.top_entropy_quantile < 1 or compares else None
 
     @property
     def epsilons(self) -> tuple[float, float]:
@@ -167,9 +195,36 @@ class GRPOLoss(Loss):
         high = kind.epsilon_high if self.epsilon_high is None else self.epsilon_high
         return low, low if high is None else high
 
-    def collect(self, policy: CompletionLogps, ref: CompletionLogps | None = None) -> Tensor:
-        """[n], the entropies of all scored tokens."""
-        return policy.needed("entropy").detach()[policy.completion_mask]
+    def collect(
+        self,
+        policy: CompletionLogps,
+        ref: CompletionLogps | None = None,
+        *,
+        advantages: Tensor | None = None,
+        old: CompletionLogps | None = None,
+        behavior: CompletionLogps | None = None,
+        prompts: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """[n, k], what the loss_type `collects` of scored tokens (or of completions), or the baseline; then entropies.
+
+        Arguments as the loss has them; advantages are needed by what compares them.
+        """
+        mask, collects, columns = policy.completion_mask, GRPO_TYPES[self.loss_type].collects, []
+        if collects is not None or self.optimal_token_baseline:
+            if advantages is None:
+                raise ValueError(f"{compared_by(self)} collects what it compares: it needs advantages")
+            check_advantages(self, advantages, mask)
+            check_prompts(self, prompts)
+            x = ratios_of(self, policy, old, advantages, prompts=prompts)
+            if collects is not None:
+                values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+            else:
+                values = baseline_terms(policy, x)
+            columns.append(values[mask] if values.ndim == 3 else values)
+        if self.top_entropy_quantile < 1:
+            columns.append(policy.needed("entropy").detach()[mask][:, None])
+        return torch.cat(columns, -1)
 
     def __call__(
         self,
@@ -180,30 +235,31 @@ class GRPOLoss(Loss):
         old: CompletionLogps | None = None,
         behavior: CompletionLogps | None = None,
         prompt_tokens: Tensor | None = None,
+        prompts: Tensor | None = None,
         totals: Totals,
     ) -> LossOutput:
         """policy, old, ref, behavior: [C, T]; advantages: [C], or [C, T] where tokens have their own, which are not
         read where masked. Without `old` the batch is on policy (rho = 1). prompt_tokens: [C], scored tokens of all
-        completions that the step has of the same prompt, in whichever micro-batch.
+        completions that the step has of the same prompt, in whichever micro-batch. prompts: [C] int64, the same number
+        for those alone.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        self._check_advantages(advantages, mask)
-        if prompt_tokens is not None and prompt_tokens.shape != mask.shape[:1]:
-            raise ValueError(f"prompt_tokens must be [{len(mask)}], one a completion, got {list(prompt_tokens.shape)}")
+        check_inputs(self, mask, totals, advantages, ref, prompts=prompts, prompt_tokens=prompt_tokens)
         policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
+        kind = GRPO_TYPES[self.loss_type]
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
-        x = self._ratios(policy, old, advantages, kept, prompt_tokens)
-        metrics = self._clip_metrics(x, mask)
+        x = ratios_of(self, policy, old, advantages, kept, prompts=prompts, prompt_tokens=prompt_tokens)
+        x = beside_others(self, policy, x, totals.collected, ref)
+        metrics = clip_metrics(x, self, mask)
         if behavior is not None:
-            weight, log_sampled, seen = correct(self, policy, old, behavior, x.advantages)
-            x, metrics = x._replace(weight=weight, log_sampled=log_sampled), metrics | seen
+            weight, seen = correct(self, policy, old, behavior, x.advantages)
+            x, metrics = x._replace(weight=weight, log_sampled=log_sampled(policy, behavior)), metrics | seen
         elif self.sampling_correction != "none":
             raise ValueError(
                 f"sampling_correction={self.sampling_correction} needs the sampler's log-probs, `behavior`"
             )
-        kind = GRPO_TYPES[self.loss_type]
         per_token_loss = kind.surrogate(x, self) * self._on_policy(x)
         if x.weight is not None and not kind.weighs:
             per_token_loss = per_token_loss * x.weight
@@ -229,39 +285,6 @@ class GRPOLoss(Loss):
             loss = loss + self.positive_nll_coef * nll
         return LossOutput(loss, metrics)
 
-    def _check_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Raise ValueError for advantages of another shape, or of tokens where the loss is of completions."""
-        if advantages.shape not in (mask.shape[:1], mask.shape):
-            raise ValueError(
-                f"advantages must be [{len(mask)}], one a completion, or {list(mask.shape)}, one a token, "
-                f"got {list(advantages.shape)}"
-            )
-        if advantages.ndim == 1:
-            return
-        if not GRPO_TYPES[self.loss_type].of_tokens:
-            raise ValueError(f"loss_type={self.loss_type} is of whole completions: advantages must be [{len(mask)}]")
-        if self.importance_sampling_level == "sequence":
-            raise ValueError(
-                "importance_sampling_level=sequence has one ratio a completion, whose gradient would spread a token's "
-                "advantage over all of them: take sequence_token, or advantages of completions"
-            )
-
-    def _ratios(
-        self,
-        policy: CompletionLogps,
-        old: CompletionLogps | None,
-        advantages: Tensor,
-        kept: Tensor,
-        prompt_tokens: Tensor | None,
-    ) -> Ratios:
-        logps, lengths = policy.logps, policy.lengths.clamp(min=1)[:, None]
-        log_ratio = logps - (logps if old is None else old.logps).detach()
-        ratio = LEVELS[self.importance_sampling_level](log_ratio, lengths).clamp(max=MAX_EXPONENT).exp()
-        advantages = advantages[:, None] if advantages.ndim == 1 else policy.masked(advantages)
-        if prompt_tokens is not None:
-            prompt_tokens = prompt_tokens.to(ratio.dtype).clamp(min=1)[:, None]
-        return Ratios(ratio, log_ratio, logps, advantages.to(ratio.dtype), lengths, kept, prompt_tokens)
-
     def _on_policy(self, x: Ratios) -> Tensor | float:
         """[C, 1], 0 for completions that the off-policy mask drops (arXiv 2512.02556 Eq. 9), else 1; [C, T], of their
         tokens of negative advantage, where tokens have their own."""
@@ -270,17 +293,3 @@ class GRPOLoss(Loss):
         log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled
         drift = -log_ratio.detach().sum(-1, keepdim=True) / x.lengths
         return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)
-
-    @torch.no_grad()
-    def _clip_metrics(self, x: Ratios, mask: Tensor) -> dict[str, Mean]:
-        clip = GRPO_TYPES[self.loss_type].clip
-        if clip is None:
-            return {}
-        measure, low, high = clip(x, self)
-        below = ((measure < low) & (x.advantages < 0)).expand(mask.shape).to(x.ratio.dtype)
-        above = ((measure > high) & (x.advantages > 0)).expand(mask.shape).to(x.ratio.dtype)
-        return {
-            "clip_ratio/low_mean": Mean.of(below, mask),
-            "clip_ratio/high_mean": Mean.of(above, mask),
-            "clip_ratio/region_mean": Mean.of(below + above, mask),
-        }

@@ -184,17 +184,21 @@ def check_correction(loss: Any, levels: Collection[str]) -> None:
     name = loss.sampling_correction
     if name != "none" and SAMPLING_CORRECTIONS[name].level not in levels:
         fitting = [key for key, kind in SAMPLING_CORRECTIONS.items() if kind.level in levels and key != "none"]
-        raise ValueError(
-            f"sampling_correction={name} does not fit loss_type {loss.loss_type}; take one of: {', '.join(fitting)}"
-        )
+        instead = f"take one of: {', '.join(fitting)}" if fitting else "leave it out"
+        raise ValueError(f"sampling_correction={name} does not fit loss_type {loss.loss_type}; {instead}")
+
+
+@torch.no_grad()
+def log_sampled(policy: CompletionLogps, behavior: CompletionLogps | None) -> Tensor | None:
+    """log pi - log mu [C, T], 0 where masked; None where nobody says what sampled."""
+    return None if behavior is None else policy.logps - behavior.logps
 
 
 @torch.no_grad()
 def correct(
     loss: Any, policy: CompletionLogps, old: CompletionLogps | None, behavior: CompletionLogps, advantages: Tensor
-) -> tuple[Tensor | None, Tensor, dict[str, Mean]]:
-    """The weight [C, T] or [C, 1], 1 where masked, None where nothing is corrected; log pi - log mu [C, T], 0 where
-    masked; and metrics. advantages: [C, 1]."""
+) -> tuple[Tensor | None, dict[str, Mean]]:
+    """The weight [C, T] or [C, 1], 1 where masked, None where nothing is corrected; and metrics. advantages: [C, 1]."""
     kind, mask = SAMPLING_CORRECTIONS[loss.sampling_correction], policy.completion_mask
     log_ratio = (policy if old is None else old).logps - behavior.logps
     exponent = LEVELS[kind.level](log_ratio, policy.lengths.clamp(min=1)[:, None])
@@ -212,4 +216,4 @@ def correct(
         weight, outside = kind.bound(w, Sampled(policy.logps, behavior.logps, advantages), *clip_range(loss))
         if kind.outside:
             metrics[f"sampling/{kind.outside}_mean"] = Mean.of(outside.to(w.dtype), where)
-    return weight, policy.logps - behavior.logps, metrics
+    return weight, metrics

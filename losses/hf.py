@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .types import IGNORED, CompletionLogps, Kind, Loss, Totals
+from .completions import IGNORED
+from .types import CompletionLogps, Kind, Loss, Totals
 
 
 def hf_compute_loss(loss: Loss) -> Callable[..., Tensor]:

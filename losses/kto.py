@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class KTOLoss(Loss):
         """For the shift."""
         return KTO_TYPES[self.loss_type].window_pass
 
-    def collect(self, policy: CompletionLogps, ref: CompletionLogps) -> Tensor:  # type: ignore[override]
+    def collect(self, policy: CompletionLogps, ref: CompletionLogps, **others: Any) -> Tensor:
         """[C], log-ratios, of mismatched completions (kto) or of the examples' own (bco; NaN with nothing scored)."""
         r = (self._sums(policy, ref) - ref.sums).detach()
         return r.masked_fill(~policy.completion_mask.any(-1), torch.nan) if self.window_pass == "own" else r

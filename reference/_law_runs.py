@@ -64,7 +64,12 @@ def inputs(loss: Loss, batch: Batch) -> dict[str, Any]:
         return kwargs | {"sizes": sizes.tolist(), "rewards": rewards[torch.arange(rewards.shape[1]) < sizes[:, None]]}
     if loss.wants_prompt_tokens:  # as if each prompt had another completion, somewhere else, of one token more
         kwargs["prompt_tokens"] = 2 * batch.masks["completion"].sum(-1) + 1
-    return kwargs if loss.kind is Kind.PAIRED else kwargs | batch.rows
+    return kwargs if loss.kind is Kind.PAIRED else kwargs | given_rows(loss, batch)
+
+
+def given_rows(loss: Loss, batch: Batch) -> dict[str, Tensor]:
+    """The batch's `rows` that the loss is called with."""
+    return {name: values for name, values in batch.rows.items() if name != "prompts" or loss.wants_prompts}
 
 
 def joined(parts: Sequence[CompletionLogps], sizes: Tensor) -> CompletionLogps:
@@ -83,16 +88,17 @@ def joined(parts: Sequence[CompletionLogps], sizes: Tensor) -> CompletionLogps:
     return CompletionLogps(**tensors)  # type: ignore[arg-type]
 
 
-def collect(loss: Loss, batch: Batch) -> Tensor:
-    """`loss.collect` on the batch, as in the pass before a step."""
+def collect(loss: Loss, batch: Batch, **changed: Any) -> Tensor:
+    """`loss.collect` on the batch, as in the pass before a step; `changed` replaces arguments."""
     with torch.no_grad():
-        return loss.collect(**{name: x for name, x in inputs(loss, batch).items() if name in ("policy", "ref")})
+        return loss.collect(**inputs(loss, batch) | changed)
 
 
-def totals_of(loss: Loss, batch: Batch) -> Totals:
+def totals_of(loss: Loss, batch: Batch, **changed: Any) -> Totals:
     """The totals of a step that is this batch, after `batch.earlier` steps on the same."""
-    collected = {"mismatched": lambda: batch.collected, "own": lambda: collect(loss, batch), None: lambda: None}
-    given = inputs(loss, batch)
+    own = lambda: collect(loss, batch, **changed)  # noqa: E731
+    collected = {"mismatched": lambda: batch.collected, "own": own, None: lambda: None}
+    given = inputs(loss, batch) | changed
     totals = Totals.of(given["policy"], collected[loss.window_pass](), given.get("sizes"), given.get("advantages"))
     for _ in range(batch.earlier):
         totals = replace(totals, state=loss.advance(totals))
@@ -127,7 +133,7 @@ def run(loss: Loss, batch: Batch, totals: Totals | None = None, **changed: Any) 
     """Value, gradient and metrics; `changed` replaces arguments of the loss."""
     leaves = {key: values.detach().clone().requires_grad_() for key, values in leaves_of(loss, batch).items()}
     kwargs = inputs(loss, with_leaves(batch, leaves))
-    totals = totals_of(loss, batch) if totals is None else totals
+    totals = totals_of(loss, batch, **changed) if totals is None else totals
     out = loss(**kwargs | changed, totals=totals)
     out.loss.backward()
     grads = {
@@ -192,7 +198,7 @@ def show(loss: Loss, batch: Batch) -> str:
             seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
             if seen.get(role, role in loss.stats):
                 lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
-    rows = {} if loss.kind is Kind.PAIRED and not loss.wants_margin else batch.rows
+    rows = {} if loss.kind is Kind.PAIRED and not loss.wants_margin else given_rows(loss, batch)
     lines += [f"  {name:<22}{numbers(values)}" for name, values in rows.items()]
     if loss.window_pass == "mismatched":
         lines.append(f"  {'collected':<22}{numbers(batch.collected)}")

@@ -46,8 +46,8 @@ class Batch:
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
         to 0); for sequences `divergence` (from a teacher, at least 0); for sequences and labeled examples perhaps
         `weights` (at least 0).
-    rows: name -> [C]; `label` bool (labeled), `advantages` (grouped), `margin` (paired), `sizes` int64 and `rewards`
-        [C, 3] (listed).
+    rows: name -> [C]; `label` bool (labeled), `advantages` and `prompts` int64 (grouped), `margin` (paired), `sizes`
+        int64 and `rewards` [C, 3] (listed).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
     earlier: steps on this same batch that came before, for losses that carry a state.
     """
@@ -131,6 +131,7 @@ def batches(
         alike = draw(st.sampled_from(["zero", "equal", "different", "different"]), label="advantages")
         values = 2 * around_zero([1 if alike == "equal" else count]).expand(count).clone()
         extras["advantages"] = torch.zeros_like(values) if alike == "zero" else values
+        extras["prompts"] = torch.arange(count) // 2  # two completions each, perhaps one of the last
     if kind == "paired":
         extras["margin"] = 4 * around_zero([count])
     if kind == "listed":

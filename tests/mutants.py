@@ -48,7 +48,19 @@ APART = {"_triton.py"}
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
 ORACLE = tuple(
     f"reference/oracle/{name}.py"
-    for name in ("_math", "cpo", "dpo", "dpo_pairs", "grpo", "head", "kto", "sampling", "sft")
+    for name in (
+        "_math",
+        "cpo",
+        "dpo",
+        "dpo_pairs",
+        "grpo",
+        "grpo_step",
+        "grpo_tokens",
+        "head",
+        "kto",
+        "sampling",
+        "sft",
+    )
 )
 TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("peers/cases", "peers/sides", "peers/truths", "verify"))
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}

@@ -234,8 +234,9 @@ class Step:
             values = []
             for micro in micros:
                 with self.memory.fitting(micro.batch), inference(self.policy):
-                    inputs = loss_inputs(self.loss, micro.batch, self.policy(micro.batch), micro.ref, None)
-                    collected = self.loss.collect(**{k: v for k, v in inputs.items() if k in ("policy", "ref")})
+                    out = self.policy(micro.batch)
+                    inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
+                    collected = self.loss.collect(**inputs)
                     values.append(collected[:0] if micro.batch.is_filler else collected)
             return values
 

@@ -50,6 +50,11 @@ UNREFERENCED = (-10.0, -30.0)
 REWARDS = (3.0, 2.0, 1.0, 0.0)
 SHIFT = 5.0
 """KTO's estimate of the KL divergence, in nats."""
+BESIDE = ((-5.0, -1.0), (-3.85, 0.0))
+"""Log-probs of the other completions of a prompt, where these are compared, and their advantages over the first one's.
+The first one's covariance becomes the largest at a log-ratio of 0.3."""
+OLD = -3.0
+"""The first one's old log-prob."""
 ENTROPIES = (0.5, 3.0)
 LENGTHS_TO_1 = {"max_completion_length": 1}
 
@@ -152,15 +157,28 @@ def labeled(loss: Loss, state: Mapping[str, float]) -> Drawn:
 
 
 def grouped(loss: Loss, state: Mapping[str, float]) -> Drawn:
-    """Against the log-ratio to the old policy, of a completion of one token."""
-    x, old = spaced(-1, 1, 101), -3.0
+    """Against the log-ratio to the old policy, of a completion of one token; where a loss compares, beside others of
+    the prompt, one of the opposite advantage and one of none, that do not move."""
+    x, old = spaced(-1, 1, 101), OLD
+    others, times = torch.tensor(BESIDE, dtype=torch.float64).unbind(1)
+    beside, count = completions(others), 1 + len(BESIDE)
 
     def at(log_ratio: float, advantage: float) -> Point:
         log_p = numbers(old + log_ratio)
         policy, before = completions(log_p), completions(torch.full_like(log_p, old).detach())
-        advantages = torch.full_like(log_p, advantage).detach()
-        totals = Totals.of(policy)
-        return point(loss(policy, advantages=advantages, old=before, totals=totals).loss, (log_p,))
+        given: dict[str, Any] = {"advantages": torch.full_like(log_p, advantage).detach(), "old": before}
+        if loss.wants_prompts:
+            given["prompts"] = torch.zeros(1, dtype=torch.int64)
+        if loss.wants_reference:
+            given["ref"] = before
+        if loss.window_pass is None:
+            return point(loss(policy, **given, totals=Totals.of(policy)).loss, (log_p,))
+        there = given | {"advantages": advantage * times, "old": beside}
+        if loss.wants_prompts:
+            there["prompts"] = torch.zeros(len(BESIDE), dtype=torch.int64)
+        collected = torch.cat([loss.collect(policy, **given), loss.collect(beside, **there)])
+        totals = replace(Totals.of(policy, collected), num_sequences=count, num_tokens=count)
+        return point(loss(policy, **given, totals=totals).loss, (log_p,), 1 if loss.wants_prompts else count)
 
     return two_panels(x, {name: [at(r, a) for r in x] for name, a in (("A = 1", 1.0), ("A = −1", -1.0))})
 

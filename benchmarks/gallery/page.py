@@ -9,7 +9,21 @@ from typing import Any
 from logratio.losses import LOSSES, Kind, Variants
 from logratio.reference.laws import LAWS
 
-from .curves import AT, ENTROPIES, GIVEN, OFF, OTHERS, REFERENCE, REWARDS, SHIFT, TOKENS, UNREFERENCED, minus
+from .curves import (
+    AT,
+    BESIDE,
+    ENTROPIES,
+    GIVEN,
+    OFF,
+    OLD,
+    OTHERS,
+    REFERENCE,
+    REWARDS,
+    SHIFT,
+    TOKENS,
+    UNREFERENCED,
+    minus,
+)
 from .families import TITLES, Variant, groups, variants
 
 NAMED = ("loss_type", "loss_weights")
@@ -29,9 +43,11 @@ SHOWN = {
     + """All against {x_label}, which the rejected completion makes: the chosen one stands still, {places}.""",
     Kind.LABELED: f"""Of one example, desirable or not: the value, and the step, -dL/d log p, against {{x_label}}.
 `kto`'s estimate of the KL divergence is {SHIFT:g} nats. Above 0 a step makes the completion likelier.""",
-    Kind.GROUPED: """Of a completion of one token, without a KL term: the value, and the step, -dL/d log p, against
-{x_label}, for an advantage of 1 and of −1. A token more than one changes the normaliser, and what a ratio is of.
-Above 0 a step makes the token likelier; where it stays 0, the token is clipped.""",
+    Kind.GROUPED: f"""Of a completion of one token, without a KL term: the value, and the step, -dL/d log p, against
+{{x_label}}, for an advantage of 1 and of −1. A token more than one changes the normaliser, and what a ratio is of.
+Above 0 a step makes the token likelier; where it stays 0, the token is clipped. Its log p_old is {minus(OLD)}; where a
+loss compares, others of the prompt stand beside it, with log p of {" and ".join(minus(x) for x, _ in BESIDE)} and the
+opposite advantage and none.""",
     Kind.SEQUENCE: f"""Of one token, at a place whose distribution has an entropy H of
 {" or ".join(f"{h:g}" for h in ENTROPIES)} nats: the value, and the step, -dL/d log p, against {{x_label}}. A teacher
 knows two words, and is sure of it.""",
@@ -47,7 +63,7 @@ X_LABELS = {
 }
 HOW = {
     "gradient": "its gradient is not that of its value: numbers that depend on the policy are held still",
-    "direction": "where policy and reference agree, a step has not the sign that the data ask for",
+    "direction": "where policy and reference agree, a step has not the sign that the data ask for, or none",
 }
 """What it means that one of `BREAKS` is broken."""
 

@@ -10,5 +10,10 @@ RISES_AT_THE_REFERENCE = frozenset({"discopop"})
 """With the published temperature: the law `direction`."""
 TEACHERS = frozenset({"gkd"})
 """They follow a teacher, whichever token is there: the law `direction`."""
-BREAKS = {"gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS, "direction": RISES_AT_THE_REFERENCE | TEACHERS}
+COMPARES_WITH_OTHERS = frozenset({"target_po"})
+"""Alone, or among completions of the same advantage, a completion stays where it is: the same law."""
+BREAKS = {
+    "gradient": WEIGHED_WITHOUT_GRADIENT | STEP_MEANS,
+    "direction": RISES_AT_THE_REFERENCE | TEACHERS | COMPARES_WITH_OTHERS,
+}
 """Law -> the loss_types that break it."""

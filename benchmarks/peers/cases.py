@@ -289,12 +289,43 @@ def later_cases() -> Iterator[Case]:
     yield Case("grpo", {"loss_type": "dapo", "positive_nll_coef": 0.5, "top_entropy_quantile": 0.4}, by_token=True)
     yield Case("grpo", {"loss_type": "fipo"}, by_token=True)
     prime = {"loss_type": "prime", "log_ratio_coef": 0.1}
+    yield Case("grpo", {"loss_type": "a2po"})
+    yield Case("grpo", {"loss_type": "a2po", "a2po_beta": 0.1, "off_policy_mask_threshold": 0.02})
     yield Case("grpo", prime, sampled=True)
     yield Case(
         "grpo",
         prime | {"sampling_correction": "ipo", "sampling_clip_min": -1e-3, "sampling_clip_max": 1e-3},
         sampled=True,
     )
+
+
+def step_cases() -> Iterator[Case]:
+    """GRPO's variants that compare with the whole step, or with the other completions of the prompt."""
+    for name in ("m2po", "clip_cov", "kl_cov", "real"):
+        yield Case("grpo", {"loss_type": name})
+    # far from its target: near it, p - q has the rounding of the completions' sums
+    yield Case("grpo", {"loss_type": "target_po", "target_po_temperature": 0.05})
+    for name in ("m2po", "clip_cov", "kl_cov"):
+        yield Case("grpo", {"loss_type": name, "beta": 0.04, "top_entropy_quantile": 0.4})
+        yield Case("grpo", {"loss_type": name}, by_token=True)
+    options: list[dict[str, Any]] = [
+        {"loss_type": "m2po", "m2po_threshold": 0.01, "loss_aggregation": "sequence_mean"},
+        {"loss_type": "clip_cov", "cov_share": 0.1, "clip_cov_low": 0.2, "clip_cov_high": 2.0, "epsilon_high": 0.1},
+        {"loss_type": "clip_cov", "cov_share": 0.02, "importance_sampling_level": "sequence", "epsilon": 0.05},
+        {"loss_type": "kl_cov", "cov_share": 0.2, "kl_cov_coef": 0.5},
+        {"loss_type": "real", "real_temperature": 0.1, "positive_nll_coef": 0.1},
+        {"loss_type": "target_po", "target_po_temperature": 0.5, "entropy_coef": 0.1},
+    ]
+    yield from (Case("grpo", one) for one in options)
+    yield Case("grpo", {"loss_type": "m2po"}, sampled=True)
+    for name in ("dapo", "cispo"):
+        yield Case("grpo", {"loss_type": name, "optimal_token_baseline": True})
+    options = [{"loss_aggregation": "prompt_mean", "top_entropy_quantile": 0.4}, {"beta": 0.04, "epsilon": 0.05}]
+    yield Case("grpo", {"loss_type": "grpo", "optimal_token_baseline": True} | options[0])
+    yield Case("grpo", {"loss_type": "dapo", "optimal_token_baseline": True} | options[1], by_token=True)
+    corrected = {"cov_share": 0.1, "sampling_correction": "token_truncate", "sampling_clip_max": 1.2}
+    for name in ("clip_cov", "kl_cov"):
+        yield Case("grpo", {"loss_type": name} | corrected, sampled=True)
 
 
 NARROW: dict[str, Any] = {"sampling_clip_min": 0.8, "sampling_clip_max": 1.2}
@@ -343,5 +374,5 @@ def support_cases() -> Iterator[Case]:
 
 CASES: list[Case] = [
     *(*sft_cases(), *dpo_cases(), *kto_cases(), *cpo_cases(), *listwise_cases()),
-    *(*grpo_cases(), *parts_cases(), *later_cases(), *sampling_cases(), *support_cases()),
+    *(*grpo_cases(), *parts_cases(), *later_cases(), *step_cases(), *sampling_cases(), *support_cases()),
 ]

@@ -155,12 +155,23 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
         prompts=prompts,
         entropy=entropy,
         behavior_logps=behavior if case.sampled else None,
+        log_sum_p2=[x.log_sum_p2 for x in out],
         **case.options,
     )
     with torch.no_grad():
         alone = [
-            oracle.grpo([p], [o], [r], [a], prompts=[0], entropy=[h], behavior_logps=b, **case.options)
-            for p, o, r, a, h, b in zip(policy, old, ref, advantages, entropy, drawn, strict=True)
+            oracle.grpo(
+                [p],
+                [o],
+                [r],
+                [a],
+                prompts=[0],
+                entropy=[h],
+                behavior_logps=b,
+                log_sum_p2=[x.log_sum_p2],
+                **case.options,
+            )
+            for p, o, r, a, h, b, x in zip(policy, old, ref, advantages, entropy, drawn, out, strict=True)
         ]
     return loss, sum(abs(x.item()) for x in alone) / len(alone)
 

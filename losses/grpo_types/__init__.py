@@ -1,6 +1,6 @@
 """The parts of GRPO, each a small registered function: surrogates by family, normalisers, levels, KL estimators."""
 
-from . import levels, ratios, smooth, weighted, weights  # they fill the tables
+from . import groups, levels, ratios, selected, smooth, weighted, weights  # they fill the tables
 from .base import GRPO_TYPES, KL_ESTIMATORS, LEVELS, LOSS_AGGREGATIONS, GRPOType, Ratios
 
 __all__ = [
@@ -10,8 +10,10 @@ __all__ = [
     "LOSS_AGGREGATIONS",
     "GRPOType",
     "Ratios",
+    "groups",
     "levels",
     "ratios",
+    "selected",
     "smooth",
     "weighted",
     "weights",

@@ -20,8 +20,10 @@ class Ratios(NamedTuple):
     ratio: rho, [C, T], or [C, 1] at sequence level. log_ratio: log p - log p_old, [C, T], 0 where masked.
     logps: [C, T], 0 where masked. advantages: [C, 1], or [C, T] with 0 where masked. lengths: scored tokens, at least
     1, [C, 1]. kept: [C, T] bool, scored tokens that the policy term is meant for (`top_entropy_quantile`).
-    prompt_tokens: [C, 1], scored tokens of all completions of the same prompt, at least 1; None where nobody asked.
+    prompt_tokens: [C, 1], scored tokens of all completions of the same prompt; None where nobody asked.
+    prompts: [C, 1], a number for each prompt of the step; ref_logps: [C, T], 0 where masked; None where nobody asked.
     weight: of the sampling correction, [C, T] or [C, 1], None without one. log_sampled: log p - log mu, [C, T].
+    step: [n, k], what the loss_type's `collects` gave of the whole step, in its first columns; None without one.
     """
 
     ratio: Tensor
@@ -31,8 +33,18 @@ class Ratios(NamedTuple):
     lengths: Tensor
     kept: Tensor
     prompt_tokens: Tensor | None = None
+    prompts: Tensor | None = None
     weight: Tensor | None = None
     log_sampled: Tensor | None = None
+    step: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+    @property
+    def from_sampler(self) -> Tensor:
+        """log p - log mu, or log rho where nobody says what sampled, [C, T]; its gradient is that of log p."""
+        if self.log_sampled is None:
+            return self.log_ratio
+        return self.log_sampled + (self.log_ratio - self.log_ratio.detach())
 
 
 Weight = Callable[[Ratios, Totals, "GRPOLoss"], Tensor]
@@ -47,6 +59,8 @@ class GRPOType(NamedTuple):
     clip(x, loss) -> what is clipped, [C, T] or [C, 1], and its range; None where nothing is, and no metrics of it.
     corrected: the levels of sampling corrections that it may be multiplied by. weighs: the surrogate does it itself.
     of_tokens: tokens of a completion may have different advantages.
+    collects(x, loss) -> what the surrogate compares with of the whole step: [C, T, k], of which scored tokens count, or
+    [C, k], of completions; None: nothing. by_prompt: it is called with the `prompts`. to_reference: with `ref_logps`.
     """
 
     surrogate: Callable[[Ratios, GRPOLoss], Tensor]
@@ -59,6 +73,9 @@ class GRPOType(NamedTuple):
     corrected: Collection[str] = ("token", "sequence", "geometric", "probability")
     weighs: bool = False
     of_tokens: bool = True
+    collects: Callable[[Ratios, GRPOLoss], Tensor] | None = None
+    by_prompt: bool = False
+    to_reference: bool = False
 
 
 GRPO_TYPES: Variants[GRPOType] = Variants()

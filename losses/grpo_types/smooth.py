@@ -13,7 +13,7 @@ from torch import Tensor
 from ..divergences import MAX_EXPONENT
 from ..types import choose
 from .base import GRPO_TYPES, GRPOType, Ratios
-from .ratios import CLIP, clipped, ratio_range
+from .ratios import CLIP, WHOLE, clipped, ratio_range
 from .weights import sequence_mean, token_mean
 
 if TYPE_CHECKING:
@@ -51,11 +51,19 @@ def penalized(x: Ratios, loss: GRPOLoss) -> Tensor:
     Readings: (1) mu is what sampled, or `old` where nobody says; (2) the mask does not touch the penalty. There
     advantages are not divided by a std.
     """
-    log_ratio = x.log_ratio
-    if x.log_sampled is not None:
-        log_ratio = x.log_sampled + (log_ratio - log_ratio.detach())  # the value of the one, the gradient of log p
-    penalty = loss.log_ratio_coef * log_ratio**2
+    penalty = loss.log_ratio_coef * x.from_sampler**2
     return -x.ratio * x.advantages * (1.0 if x.weight is None else x.weight) + penalty
+
+
+def regressed(x: Ratios, loss: GRPOLoss) -> Tensor:
+    """(beta_2 log(p(y) / p_ref(y)) - A)^2 of a completion, A*-PO, arXiv 2505.20686, beta_2 `a2po_beta`, as TRL has it.
+
+    Reading: there A = R - V*, with V* = beta_1 log mean exp(R / beta_1) over answers of the reference, drawn before
+    training. What A is, is for the advantage to say: R less a column of such numbers, or less that of the group itself.
+    """
+    assert x.ref_logps is not None
+    reward = loss.a2po_beta * (x.logps - x.ref_logps).sum(-1, keepdim=True)
+    return (reward - x.advantages) ** 2
 
 
 def future_weighted(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -84,4 +92,10 @@ GRPO_TYPES.enter(
     "fipo",
     GRPOType(future_weighted, token_mean, clip=ratio_range),
     reads=(*CLIP, "delta", "fipo_half_life", "fipo_clip"),
+)
+GRPO_TYPES.enter(
+    "a2po",
+    GRPOType(regressed, sequence_mean, sequence_term=True, corrected=(), of_tokens=False, to_reference=True),
+    reads=("a2po_beta",),
+    ignores=(*WHOLE, "beta", "kl_estimator", "top_entropy_quantile"),
 )

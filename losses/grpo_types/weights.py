@@ -52,4 +52,4 @@ def prompt_mean(x: Ratios, totals: Totals, loss: GRPOLoss) -> Tensor:
     """
     if x.prompt_tokens is None:
         raise ValueError("loss_aggregation=prompt_mean needs prompt_tokens, the scored tokens of each one's prompt")
-    return divide(1 / x.prompt_tokens, totals.num_prompts)
+    return divide(1 / x.prompt_tokens.to(x.lengths).clamp(min=1), totals.num_prompts)

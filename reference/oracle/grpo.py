@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.reference.oracle._math import kl_estimate, sigmoid, zero
+from logratio.reference.oracle._math import kl_estimate, zero
+from logratio.reference.oracle.grpo_step import PROMPT_TERMS, Chosen, chosen_of, without_baseline
+from logratio.reference.oracle.grpo_tokens import gmpo, policy_term, rloo, vespo_weight
 from logratio.reference.oracle.sampling import weights
 
 
@@ -41,6 +43,15 @@ class Options:
     pspo_alpha: float = 0.1
     fipo_half_life: float = 32.0
     fipo_clip: float = 0.2
+    m2po_threshold: float = 0.04
+    cov_share: float = 2e-4
+    clip_cov_low: float = 1.0
+    clip_cov_high: float = 5.0
+    kl_cov_coef: float = 1.0
+    real_temperature: float = 0.5
+    target_po_temperature: float = 1.0
+    a2po_beta: float = 1e-3
+    optimal_token_baseline: bool = False
     max_completion_length: int = 512
     sampling_correction: str = "none"
     sampling_clip_min: float | None = None
@@ -68,6 +79,7 @@ def grpo(
     prompts: Sequence[int] | None = None,
     entropy: Sequence[Tensor] | None = None,
     behavior_logps: Sequence[Tensor] | None = None,
+    log_sum_p2: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """The policy term plus beta KL, averaged as `loss_type` says, less entropy_coef times the mean entropy.
@@ -75,21 +87,31 @@ def grpo(
     `options` as in `Options`. Without `old_logps` the step is on policy. entropy: of each token's distribution, for
     entropy_coef and top_entropy_quantile. behavior_logps: of the policy that the completions were drawn by, for
     sampling_correction and the off-policy mask, if it is another one. advantages: one a completion, or a list of one a
-    token. prompts: which prompt each completion is of, for loss_aggregation prompt_mean.
+    token. prompts: which prompt each completion is of, for what is of a prompt. log_sum_p2: log sum_v p_v^2 of each
+    token's distribution, for optimal_token_baseline.
     """
     o = Options(**options)
     _refuse_undefined(o, ref_logps, entropy)
     if o.sampling_correction != "none" and behavior_logps is None:
         raise ValueError(f"sampling_correction={o.sampling_correction} needs behavior_logps")
     old_logps = [y.detach() for y in logps] if old_logps is None else [y.detach() for y in old_logps]
+    drawn_by = [mu.detach() for mu in (old_logps if behavior_logps is None else behavior_logps)]
+    given = [_each(a, len(y)) for a, y in zip(advantages, logps, strict=True)]
+    if o.optimal_token_baseline:
+        if prompts is None or log_sum_p2 is None:
+            raise ValueError("optimal_token_baseline needs prompts and log_sum_p2")
+        given = without_baseline(logps, log_sum_p2, given, prompts)
     keep = _kept(logps, entropy, o.top_entropy_quantile)
     total = zero(logps)
+    if o.loss_type in PROMPT_TERMS:
+        total = total + _prompts_loss(logps, old_logps, given, prompts, o)
+    chosen = chosen_of(logps, old_logps, drawn_by, given, o)
     for i, y in enumerate(logps):
-        if len(y) == 0:
+        if len(y) == 0 or o.loss_type in PROMPT_TERMS:
             continue
         ref = None if ref_logps is None else ref_logps[i].detach()
-        mu = (old_logps if behavior_logps is None else behavior_logps)[i].detach()
-        loss = _sequence_loss(y, old_logps[i], ref, _each(advantages[i], len(y)), keep[i], o, mu)
+        own = None if chosen is None else chosen[i]
+        loss = _sequence_loss(y, old_logps[i], ref, given[i], keep[i], o, drawn_by[i], own)
         total = total + loss / _divisor(i, [len(x) for x in logps], prompts, o)
     if o.entropy_coef and entropy is not None:
         acting = [
@@ -98,17 +120,34 @@ def grpo(
         for h in acting:  # a mean over the tokens that the policy term acts on, whatever divides that term
             total = total - o.entropy_coef * h / len(acting)
     if o.positive_nll_coef:  # VAPO, arXiv 2504.05118: imitate what was right, each of its tokens alike
-        given = [a for y, row in zip(logps, advantages, strict=True) for a in _each(row, len(y))]
-        right = [x for x, a in zip((x for y in logps for x in y), given, strict=True) if a > 0]
+        right = [x for y, row in zip(logps, given, strict=True) for x, a in zip(y, row, strict=True) if a > 0]
         for x in right:
             total = total - o.positive_nll_coef * x / len(right)
     return total
 
 
+def _prompts_loss(
+    logps: Sequence[Tensor],
+    old: Sequence[Tensor],
+    advantages: Sequence[Sequence[float]],
+    prompts: Sequence[int] | None,
+    o: Options,
+) -> Tensor:
+    """The mean over prompts of one term of all completions of a prompt."""
+    if prompts is None:
+        raise ValueError(f"{o.loss_type} needs prompts")
+    total = zero(logps)
+    for prompt in set(prompts):
+        of_it = [i for i, p in enumerate(prompts) if p == prompt and len(logps[i])]
+        group = [(logps[i], old[i], advantages[i][0]) for i in of_it]
+        total = total + PROMPT_TERMS[o.loss_type](group, o) / len(set(prompts))
+    return total
+
+
 def _refuse_undefined(o: Options, ref_logps: object, entropy: object) -> None:
     """Raise ValueError for what is missing, and for combinations that no paper defines."""
-    if o.beta and ref_logps is None:
-        raise ValueError(f"beta={o.beta} needs ref_logps")
+    if (o.beta or o.loss_type == "a2po") and ref_logps is None:
+        raise ValueError(f"loss_type={o.loss_type}, beta={o.beta} needs ref_logps")
     if (o.entropy_coef or o.top_entropy_quantile < 1) and entropy is None:
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
     if o.importance_sampling_level not in ("token", "sequence", "sequence_token"):
@@ -137,11 +176,11 @@ AGGREGATIONS = {
     **dict.fromkeys(
         ("grpo", "sapo", "cfpo", "pspo"), "sequence_mean"
     ),  # 1/G sum_i 1/|o_i| sum_t, arXiv 2402.03300 Eq. 3
-    **dict.fromkeys(("reinforce", "prime", "fipo"), "token_mean"),  # as DAPO
+    **dict.fromkeys(("reinforce", "prime", "fipo", "m2po", "clip_cov", "kl_cov"), "token_mean"),  # as DAPO
     **dict.fromkeys(("topr", "kimi"), "sequence_sum"),  # log p of the whole answer
     **dict.fromkeys(("dapo", "bnpo", "cispo", "vespo"), "token_mean"),  # 2503.14476 Eq. 8; bnpo's batch is the step
     "dr_grpo": "constant_length",  # arXiv 2503.20783
-    **dict.fromkeys(("luspo", "gmpo", "rloo"), "sequence_sum"),  # 2602.05261; the other two have one term a sequence
+    **dict.fromkeys(("luspo", "gmpo", "rloo", "a2po"), "sequence_sum"),  # 2602.05261; the others: one term a sequence
 }
 """loss_type -> its own normaliser."""
 
@@ -172,6 +211,7 @@ def _sequence_loss(
     keep: Sequence[bool],
     o: Options,
     mu: Tensor,
+    chosen: Chosen | None,
 ) -> Tensor:
     """The loss of one sequence before its divisor: a sum over tokens, or the one term of gmpo and rloo."""
     # arXiv 2512.02556 Eq. 9: a bad answer that the policy has long left teaches nothing
@@ -179,10 +219,13 @@ def _sequence_loss(
         o.off_policy_mask_threshold
     )
     w = [weights(y, old, mu, a, o)[t] for t, a in enumerate(advantages)]
+    if o.loss_type == "a2po":  # arXiv 2505.20686: the implicit reward of the whole answer is regressed on A
+        assert ref is not None
+        return (0 if left and advantages[0] < 0 else 1) * (o.a2po_beta * (y - ref).sum() - advantages[0]) ** 2
     if o.loss_type in ("gmpo", "rloo"):
         (advantage,) = set(advantages)
         gone = left and advantage < 0
-        whole = _rloo(y, old, advantage, o) if o.loss_type == "rloo" else _gmpo(y, old, advantage, keep, o)
+        whole = rloo(y, old, advantage, o) if o.loss_type == "rloo" else gmpo(y, old, advantage, keep, o)
         loss = 0 * y.sum() if gone else w[0] * whole
         for t in range(len(y)):
             if o.beta and ref is not None:  # the sequence mean, never corrected
@@ -193,11 +236,14 @@ def _sequence_loss(
         ratio = _ratio(y, old, t, o)
         if keep[t] and not (left and advantage < 0):
             if o.loss_type == "vespo":  # W is of the policy that drew: each weight is a factor of it
-                loss = loss - _vespo_weight(y, old, advantage, o, w) * advantage * y[t]
+                loss = loss - vespo_weight(y, old, advantage, o, w) * advantage * y[t]
             elif o.loss_type == "prime":  # what is masked keeps its penalty
                 loss = loss - w[t] * ratio * advantage + o.log_ratio_coef * (y[t] - mu[t]) ** 2
             else:
-                loss = loss + w[t] * _policy_term(y, old, t, ratio, advantage, o)
+                term = (
+                    policy_term(y, old, t, ratio, advantage, o) if chosen is None else chosen.term(y, old, t, ratio, o)
+                )
+                loss = loss + w[t] * term
         if o.beta and ref is not None:
             kl = kl_estimate(y[t], ref[t], o.kl_estimator)  # k3: 2402.03300 Eq. 4
             if o.use_bias_correction_kl:
@@ -214,95 +260,6 @@ def _ratio(y: Tensor, old: Tensor, t: int, o: Options) -> Tensor:
     if o.importance_sampling_level == "sequence":
         return s
     return s.detach() * torch.exp(y[t]) / torch.exp(y[t]).detach()  # Eq. 14
-
-
-def _policy_term(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """The policy's loss of one token; `ratio` is the token's, or its whole sequence's."""
-    if o.loss_type == "cispo":  # arXiv 2506.13585: the weight is clipped and not differentiated, no lower bound
-        weight = min(float(ratio.detach()), o.high)
-        return -(weight if o.epsilon is None else max(weight, 1 - o.epsilon)) * advantage * y[t]
-    if o.loss_type in OTHERS:
-        return OTHERS[o.loss_type](y, old, t, ratio, advantage, o)
-    if o.loss_type == "sapo":  # arXiv 2511.20347
-        tau = o.sapo_temperature_pos if advantage > 0 else o.sapo_temperature_neg
-        return -(4 / tau) * sigmoid(tau * (ratio - 1)) * advantage
-    clipped = torch.clamp(ratio, 1 - o.low, 1 + o.high)  # epsilon_high: arXiv 2503.14476 Sec. 3.1
-    if o.delta is not None:
-        ratio = torch.clamp(ratio, max=o.delta)  # arXiv 2505.07291: bounded where A < 0 too
-    return -torch.minimum(ratio * advantage, clipped * advantage)  # 2402.03300 Eq. 3
-
-
-def _reinforce(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """The score function: no ratio at all."""
-    return -advantage * y[t]
-
-
-def _topr(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2503.14286: [pi / mu]_0^1 of the whole answer where it is bad, 1 where it is good."""
-    whole = math.exp(min(float((y.detach() - old).sum()), 0.0))
-    return -(1.0 if advantage >= 0 else whole) * advantage * y[t]
-
-
-def _kimi(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2501.12599, of the gradient Eq. 3, its penalty of the whole answer in equal parts at every token."""
-    return -advantage * y[t] + o.log_ratio_coef / 2 * (y - old).sum() ** 2 / len(y)
-
-
-def _cfpo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2601.22801 Eq. 7, negated."""
-    return -(ratio * advantage - abs(advantage) / (2 * o.low) * (ratio - 1) ** 2)
-
-
-def _pspo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2509.21282: ((1 - alpha) pi + alpha pi_old) / pi_old."""
-    mixed = (1 - o.pspo_alpha) * torch.exp(y[t]) + o.pspo_alpha * torch.exp(old[t])
-    if o.importance_sampling_level != "token":
-        return -((1 - o.pspo_alpha) * ratio + o.pspo_alpha) * advantage
-    return -mixed / torch.exp(old[t]) * advantage
-
-
-def _fipo(y: Tensor, old: Tensor, t: int, ratio: Tensor, advantage: float, o: Options) -> Tensor:
-    """arXiv 2603.19835: DAPO's loss with A times what the tokens from here on have gained, discounted."""
-    future = 0.0
-    for k in range(t, len(y)):
-        gain = float(y[k].detach() - old[k])
-        if o.delta is None or math.exp(gain) <= o.delta:
-            future += 2 ** (-(k - t) / o.fipo_half_life) * gain
-    scaled = advantage * min(max(math.exp(min(future, 40.0)), 1.0), 1 + o.fipo_clip)
-    capped = ratio if o.delta is None else torch.clamp(ratio, max=o.delta)
-    return -torch.minimum(capped * scaled, torch.clamp(ratio, 1 - o.low, 1 + o.high) * scaled)
-
-
-OTHERS = {"reinforce": _reinforce, "topr": _topr, "kimi": _kimi, "cfpo": _cfpo, "pspo": _pspo, "fipo": _fipo}
-"""loss_type -> (y, old, t, ratio, advantage, options) -> the loss of token t."""
-
-
-def _vespo_weight(y: Tensor, old: Tensor, advantage: float, o: Options, w: Sequence[float]) -> float:
-    """phi(W) = e^lambda W^k e^(-lambda W), arXiv 2602.10693 Sec. 3.4, with its authors' bounds; no gradient."""
-    log_w = math.fsum(min(max(x, -20.0), 20.0) for x in (y.detach() - old).tolist())
-    log_w += math.fsum(min(math.log(max(x, 1e-8)), 20.0) for x in w)
-    log_w = min(max(log_w, math.log(1e-8)), 20.0)
-    k, lam = (o.vespo_k_pos, o.vespo_lambda_pos) if advantage >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
-    lam = max(lam, 1e-4)
-    return math.exp(lam + k * log_w - lam * math.exp(log_w))
-
-
-def _rloo(y: Tensor, old: Tensor, advantage: float, o: Options) -> Tensor:
-    """The clipped surrogate of the whole sequence's ratio: the one action of arXiv 2402.14740, which has no clip."""
-    ratio = torch.exp((y - old).sum())
-    return -torch.minimum(ratio * advantage, torch.clamp(ratio, 1 - o.low, 1 + o.high) * advantage)
-
-
-def _gmpo(y: Tensor, old: Tensor, advantage: float, keep: Sequence[bool], o: Options) -> Tensor:
-    """-A times the geometric mean of the clipped ratios, the clip in log space: arXiv 2507.20673."""
-    total, count = 0 * y.sum(), 0
-    for t in range(len(y)):
-        if keep[t]:
-            h = y[t] - old[t]
-            clipped = torch.clamp(h, -o.low, o.high)
-            total = total + (torch.minimum(h, clipped) if advantage > 0 else torch.maximum(h, clipped))
-            count += 1
-    return -advantage * torch.exp(total / max(count, 1))
 
 
 def _kept(logps: Sequence[Tensor], entropy: Sequence[Tensor] | None, share: float) -> list[list[bool]]:

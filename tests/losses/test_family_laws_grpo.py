@@ -33,7 +33,10 @@ NORMALISERS = {
     "pspo": "sequence_mean",
     "topr": "sequence_sum",
     "kimi": "sequence_sum",
+    **dict.fromkeys(("m2po", "clip_cov", "kl_cov"), "token_mean"),
 }
+APART = {"real", "target_po", "a2po"}
+"""Of one term a prompt, or a square: no weighted sum over tokens."""
 CLIPPED = ("dapo", "bnpo", "grpo", "luspo", "dr_grpo")
 WIDE = {"epsilon": math.nextafter(1, 0), "epsilon_high": 1e6}
 UNBOUND = {"epsilon": 1e6, "epsilon_high": 1e6}  # of log-ratios
@@ -55,7 +58,7 @@ def ungrouped(law: Any, name: str, **options: Any) -> None:
 
 
 def test_every_type_is_here():
-    assert set(NORMALISERS) == set(GRPO_TYPES)
+    assert set(NORMALISERS) | APART == set(GRPO_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +66,13 @@ def test_every_type_is_here():
     [*((name, "token") for name in NORMALISERS), *((name, level) for level in [*LEVELS][1:] for name in LEVELED)],
 )
 def test_law_20_on_policy_it_is_reinforce(name, level):
-    """prime: but for its penalty, which is to the sampler; pspo: but for the old policy's share."""
+    """prime: but for its penalty, which is to the sampler; pspo: but for the old policy's share; clip_cov: but for the
+    tokens in its range; m2po: where the sampler is the policy, too."""
     normaliser, neutral = NORMALISERS[name], {"prime": {"log_ratio_coef": 0.0}, "pspo": {"pspo_alpha": 0.0}}
+    neutral["clip_cov"] = {"clip_cov_low": 1e9, "clip_cov_high": 2e9}
     loss = grpo(name, level, **neutral.get(name, {}))
-    grouped(lambda batch: laws.reinforce_on_policy(loss, batch, normaliser))
+    sampled = {"behavior": "policy"} if name == "m2po" else {}
+    grouped(lambda batch: laws.reinforce_on_policy(loss, put_role(batch, **sampled), normaliser))
     other = "sequence_sum" if normaliser == "token_mean" else "token_mean"
     ungrouped(lambda batch: laws.reinforce_on_policy(loss, batch, other), "reinforce_on_policy")
 

@@ -17,11 +17,18 @@ CLIPPED = ("dapo", "grpo", "dr_grpo", "bnpo", "luspo")
 OWN_RATIO = ("gmpo", "rloo")  # of the sequence, whatever the level
 every_type = pytest.mark.parametrize("loss_type", [*CLIPPED, "cispo", "sapo", "vespo", *OWN_RATIO])
 every_level = pytest.mark.parametrize("level", LEVELS)
-AT_LEVELS = [*(("token", name) for name in GRPO_TYPES)]
+OTHERS_TOO = (
+    "real",
+    "target_po",
+    "clip_cov",
+    "a2po",
+)  # what a completion is beside others, or the reference, has a say
+AT_LEVELS = [*(("token", name) for name in GRPO_TYPES if name not in OTHERS_TOO)]
 AT_LEVELS += [
     (level, name)
     for level in ("sequence", "sequence_token")
     for name in GRPO_TYPES.readers("importance_sampling_level")
+    if name not in OTHERS_TOO
 ]
 quick = settings(max_examples=15, deadline=None)
 
@@ -49,7 +56,8 @@ def completions(logps: Tensor, mask: Tensor = MASK, entropy: Tensor | None = Non
 def run(loss: GRPOLoss, policy: CompletionLogps, advantages: Tensor, **others: Any) -> tuple[float, Tensor]:
     """(value, gradient) with the totals of this batch."""
     policy.per_token_logps.grad = None
-    value = loss(policy, advantages=advantages, **{"totals": Totals.of(policy)} | others).loss
+    collected = loss.collect(policy, advantages=advantages, **others) if loss.window_pass else None
+    value = loss(policy, advantages=advantages, **{"totals": Totals.of(policy, collected)} | others).loss
     value.backward()
     return value.item(), policy.per_token_logps.grad.clone()
 

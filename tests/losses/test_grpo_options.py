@@ -64,6 +64,7 @@ def test_defaults():
         "top_entropy_quantile": 1.0,
         "entropy_coef": 0.0,
         "positive_nll_coef": 0.0,
+        "optimal_token_baseline": False,
         "max_completion_length": 512,
         "log_ratio_coef": 1e-3,
         "pspo_alpha": 0.1,
@@ -71,6 +72,14 @@ def test_defaults():
         "fipo_clip": 0.2,
         "sapo_temperature_pos": 1.0,
         "sapo_temperature_neg": 1.05,
+        "a2po_beta": 1e-3,
+        "m2po_threshold": 0.04,
+        "cov_share": 2e-4,
+        "clip_cov_low": 1.0,
+        "clip_cov_high": 5.0,
+        "kl_cov_coef": 1.0,
+        "real_temperature": 0.5,
+        "target_po_temperature": 1.0,
         "vespo_k_pos": 2.0,
         "vespo_lambda_pos": 3.0,
         "vespo_k_neg": 3.0,
@@ -125,16 +134,20 @@ def test_kl_by_hand(estimator, corrected, level):
     assert out.metrics["kl"].count.item() == 4
 
 
-@pytest.mark.parametrize("loss_type", [name for name in GRPO_TYPES if name != "rloo"])
+@pytest.mark.parametrize("loss_type", GRPO_TYPES.readers("beta"))
 def test_the_kl_has_the_weights_of_the_loss(loss_type):
     """gmpo's is never corrected; the others' here neither, at ratio 1."""
     policy = logps(OLD)
     ref = [[x - log(2) for x in row] for row in OLD]
     loss = GRPOLoss(loss_type=loss_type, beta=0.5, max_completion_length=50)
-    value = output(loss, policy, ref, advantages=[0.0, 0.0]).loss.item()
+    none = torch.zeros(2, dtype=torch.float64)
+    collected = loss.collect(policy, advantages=none, old=logps(OLD)) if loss.window_pass else None
+    value = output(loss, policy, ref, advantages=[0.0, 0.0], collected=collected).loss.item()
     k3 = log(2) - 0.5
     by_token = {"dr_grpo": 4 / 4 / 50} | dict.fromkeys(("luspo", "topr", "kimi"), 4 / 4)
-    by_token |= dict.fromkeys(("dapo", "bnpo", "cispo", "vespo", "reinforce", "prime", "fipo"), 4 / 10)
+    by_token |= dict.fromkeys(
+        ("dapo", "bnpo", "cispo", "vespo", "reinforce", "prime", "fipo", "m2po", "clip_cov", "kl_cov"), 4 / 10
+    )
     assert value == pytest.approx(0.5 * k3 * by_token.get(loss_type, 2 / 4), rel=1e-12)
 
 
@@ -170,11 +183,11 @@ def test_entropies_are_collected():
     """Of scored tokens, without gradient."""
     loss = GRPOLoss(top_entropy_quantile=0.4)
     collected = loss.collect(logps(LOGPS, ENTROPY))
-    assert loss.window_pass == "own" and collected.tolist() == [1, 3, 4, 2] and not collected.requires_grad
+    assert loss.window_pass == "own" and collected.tolist() == [[1], [3], [4], [2]] and not collected.requires_grad
 
 
 # Of the step's seven entropies 1, 2, 3, 3, 4, 5, 6 the quantile 1 - rho is at place 6 (1 - rho).
-COLLECTED = torch.tensor([5.0, 1, 3, 4, 3, 2, 6], dtype=torch.float64)
+COLLECTED = torch.tensor([[5.0], [1], [3], [4], [3], [2], [6]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -209,10 +222,10 @@ def test_gmpo_averages_the_kept_tokens():
     assert out.loss.item() == pytest.approx((-2 * 0.5 + 1.5) / 4, rel=1e-12)
     assert scored(policy.per_token_logps.grad) == pytest.approx([0, -2 * 0.5 / 4, 1.5 / 4, 0], rel=1e-12)
     policy = logps(LOGPS, [[0.0] * 3] * 2)  # all the same, as where nothing is scored
-    out = output(loss, policy, collected=torch.zeros(7, dtype=torch.float64))
+    out = output(loss, policy, collected=torch.zeros(7, 1, dtype=torch.float64))
     assert out.loss.item() == pytest.approx((-2 + 1) * 0.75**0.5 / 4, rel=1e-12)
     policy = logps(LOGPS, ENTROPY)
-    out = output(loss, policy, collected=torch.tensor([5.0], dtype=torch.float64))
+    out = output(loss, policy, collected=torch.tensor([[5.0]], dtype=torch.float64))
     assert out.loss.item() == pytest.approx((-2 + 1) / 4) and (policy.per_token_logps.grad == 0).all()
 
 
@@ -221,7 +234,7 @@ def test_the_quantile_of_nothing():
     rows = [[nan, nan, nan]] * 2
     policy = logps(rows, ENTROPY)
     loss = GRPOLoss(top_entropy_quantile=0.5, entropy_coef=0.1)
-    out = output(loss, policy, collected=torch.zeros(0, dtype=torch.float64), num_tokens=0)
+    out = output(loss, policy, collected=torch.zeros(0, 1, dtype=torch.float64), num_tokens=0)
     assert out.loss.item() == 0 and (policy.per_token_logps.grad == 0).all()
     with pytest.raises(ValueError, match="top_entropy_quantile needs the entropies of the whole step in totals.coll"):
         output(loss, policy)
@@ -322,7 +335,9 @@ def test_what_is_clipped_is_counted_in_its_own_measure(loss_type, low, high):
     ],
 )
 def test_options_without_a_meaning_are_refused(loss_type, option, value):
-    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo, fipo"}.get(option, "all but rloo")
+    said = {"delta": "dapo, grpo, dr_grpo, bnpo, luspo, clip_cov, fipo"}.get(
+        option, "all but rloo, real, target_po, a2po"
+    )
     message = f"{option}={value} is not read by loss_type {loss_type}; leave it out: it is an option of {said}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         GRPOLoss(**{"loss_type": loss_type, option: value})

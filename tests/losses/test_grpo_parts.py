@@ -1,5 +1,6 @@
 """GRPO's parts chosen apart, by hand: normalisers, the level of the ratio, advantages of tokens, KL estimators."""
 
+from dataclasses import replace
 from math import log, nan
 from typing import Any
 
@@ -34,7 +35,13 @@ def run(loss: GRPOLoss, advantages: Any = ADVANTAGES, rows: Any = slice(None), *
     given = torch.tensor(advantages, dtype=torch.float64)
     if loss.wants_prompt_tokens:
         others = {"prompt_tokens": torch.tensor(PROMPT_TOKENS[rows])} | others
-    value = loss(x, advantages=given[rows], old=logps(OLD[rows]), totals=TOTALS, **others).loss
+    whole = {"advantages": given, "old": logps(OLD)}
+    if loss.wants_prompts:
+        whole["prompts"] = torch.tensor([0, 0, 1])
+        others = {"prompts": whole["prompts"][rows]} | others
+    collected = loss.collect(logps(LOGPS), **whole) if loss.window_pass else None
+    totals = replace(TOTALS, collected=collected)
+    value = loss(x, advantages=given[rows], old=logps(OLD[rows]), totals=totals, **others).loss
     value.backward()
     return value.item(), [g[m].tolist() for g, m in zip(x.per_token_logps.grad, x.completion_mask, strict=True)]
 

@@ -59,7 +59,7 @@ def bonus(share: float, entropies: list[float]) -> float:
     """The mean entropy of the tokens that are kept."""
     policy = logps([[-1.0] * len(entropies)], entropy=[entropies])
     loss = GRPOLoss(top_entropy_quantile=share, entropy_coef=1.0)
-    totals = Totals.of(policy, loss.collect(policy))
+    totals = Totals.of(policy, loss.collect(policy) if loss.window_pass else None)
     return -loss(policy, advantages=torch.zeros(1), totals=totals).loss.item()
 
 
@@ -81,8 +81,8 @@ def test_a_token_at_the_quantile_is_kept(share: float, kept: list[int]):
 
 def test_a_step_may_have_more_tokens_than_torch_has_quantiles_for():
     policy = logps([[-1.0, -1.0]], entropy=[[0.5, 2.0]])
-    everyone: Tensor = torch.zeros(2**24 + 8, dtype=torch.float32)
-    everyone[:4] = torch.tensor([0.5, 2.0, 1.0, 3.0])
+    everyone: Tensor = torch.zeros(2**24 + 8, 1, dtype=torch.float32)
+    everyone[:4, 0] = torch.tensor([0.5, 2.0, 1.0, 3.0])
     loss = GRPOLoss(top_entropy_quantile=2 / (len(everyone) - 1), entropy_coef=1.0)
     totals = Totals(num_sequences=9, num_tokens=len(everyone), collected=everyone)
     value = loss(policy, advantages=torch.zeros(1), totals=totals).loss

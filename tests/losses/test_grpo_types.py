@@ -1,6 +1,7 @@
 """Every variant of GRPO by hand: values, slopes and divisors, inside and outside of clips, for both signs of A."""
 
 import math
+from dataclasses import replace
 from math import exp, inf, log, nan
 from typing import Any
 
@@ -41,8 +42,14 @@ def run(
 ) -> tuple[float, Table]:
     """(value, gradient)"""
     x, before = logps(policy), logps(old)
-    given = torch.tensor(advantages, dtype=torch.float64)
-    value = loss(x, advantages=given, old=before, totals=totals).loss
+    given = {"advantages": torch.tensor(advantages, dtype=torch.float64), "old": before}
+    if loss.wants_reference:
+        given["ref"] = before
+    if loss.wants_prompts:
+        given["prompts"] = torch.zeros(len(policy), dtype=torch.int64)
+    if loss.window_pass:
+        totals = replace(totals, collected=loss.collect(x, **given))
+    value = loss(x, **given, totals=totals).loss
     value.backward()
     assert before.per_token_logps.grad is None
     return value.item(), x.per_token_logps.grad.tolist()
@@ -67,12 +74,14 @@ WEIGHTS = {
     "sapo": BY_SEQUENCE,
     "gmpo": BY_SEQUENCE,
     "rloo": BY_SEQUENCE,
+    "a2po": BY_SEQUENCE,
     "dapo": BY_TOKEN,
     "bnpo": BY_TOKEN,
     "cispo": BY_TOKEN,
     "vespo": BY_TOKEN,
     **dict.fromkeys(("cfpo", "pspo"), BY_SEQUENCE),
-    **dict.fromkeys(("reinforce", "prime", "fipo"), BY_TOKEN),
+    **dict.fromkeys(("reinforce", "prime", "fipo", "m2po", "clip_cov", "kl_cov"), BY_TOKEN),
+    **dict.fromkeys(("real", "target_po"), [0] * 3),  # a step of no prompts
     **dict.fromkeys(("luspo", "topr", "kimi"), [1 / 4] * 3),
     "dr_grpo": [1 / 4 / 50] * 3,
 }
@@ -278,15 +287,12 @@ def test_an_empty_completion_has_no_loss(loss_type):
     loss = GRPOLoss(loss_type=loss_type)
     one, two = ([*ADVANTAGES[:2], a] for a in (5.0, -1e3))
     assert run(loss, advantages=one) == run(loss, advantages=two)
-    x = logps(LOGPS)
-    nothing = Totals(num_sequences=0, num_tokens=0)
-    value = loss(x, advantages=torch.ones(3, dtype=torch.float64), totals=nothing).loss
-    value.backward()
-    assert value.item() == 0 and (x.per_token_logps.grad == 0).all()
+    value, grad = run(loss, advantages=[1.0] * 3, totals=Totals(num_sequences=0, num_tokens=0))
+    assert value == 0 and grad == [[0] * 4] * 3
 
 
-PENALIZED = ("kimi", "prime")
-"""Of which a part does not depend on the advantage."""
+PENALIZED = ("kimi", "prime", "a2po", "clip_cov", "kl_cov", "real", "target_po")
+"""Of which a part does not depend on the advantage, or on its sign alone, or on what it is beside others."""
 
 
 @pytest.mark.parametrize("loss_type", [name for name in GRPO_TYPES if name not in PENALIZED])

@@ -112,15 +112,15 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
         (
             GRPOLoss,
             {"loss_type": "sapo", "epsilon": 0.1},
-            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of all but sapo, pspo, prime, "
-            "vespo, reinforce, topr, kimi",
+            "epsilon=0.1 is not read by loss_type sapo; leave it out: it is an option of dapo, grpo, "
+            "dr_grpo, bnpo, luspo, gmpo, rloo, clip_cov, cfpo, fipo, cispo",
         ),
         *(
             (
                 GRPOLoss,
                 {"loss_type": name, "importance_sampling_level": "sequence"},
                 f"importance_sampling_level=sequence is not read by loss_type {name}; leave it out: it is an option of "
-                "all but gmpo, rloo, vespo, reinforce, topr, kimi",
+                "all but gmpo, rloo, real, target_po, m2po, a2po, vespo, reinforce, topr, kimi",
             )
             for name in ("gmpo", "vespo", "rloo")
         ),
@@ -128,7 +128,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
             GRPOLoss,
             {"loss_type": "gmpo", "beta": 0.1, "use_bias_correction_kl": False},
             "use_bias_correction_kl=False is not read by loss_type gmpo; leave it out: it is an option of all but "
-            "gmpo, rloo",
+            "gmpo, rloo, real, target_po, a2po",
         ),
         (GRPOLoss, {"kl_estimator": "k2"}, "kl_estimator=k2 is read only where beta is not 0; leave it out"),
         (
@@ -173,11 +173,22 @@ OTHERS = {
     "beta": 0.3,
     "rejected_weight": 0.1,
     "z_loss_coef": 0.1,
+    "m2po_threshold": 0.15,
+    "cov_share": 0.5,
+    "clip_cov_low": 0.5,
+    "clip_cov_high": 0.0,
 }
 """Another value; elsewhere half as much again."""
+COMPARED = {"clip_cov_low": -2.0, "clip_cov_high": 0.85}
+"""Two of five tokens have such covariances and are not clipped."""
 UNDEFINED = {
     *(("rloo", option) for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")),
     ("gmpo", "loss_aggregation"),
+    *(
+        (name, option)
+        for name in ("real", "target_po", "a2po")
+        for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")
+    ),
 }
 """Refused since they have no meaning there, not since nothing reads them."""
 
@@ -191,7 +202,8 @@ def declared() -> list[tuple[str, str, str]]:
         for option in dataclasses.fields(loss)
         if loss.option_tables["loss_type"].said(option.name)
         for name in loss.option_tables["loss_type"]
-        if (name, option.name) not in UNDEFINED and not (name == "rloo" and option.name == "use_bias_correction_kl")
+        if (name, option.name) not in UNDEFINED
+        if option.name != "use_bias_correction_kl" or name not in ("rloo", "real", "target_po", "a2po")
         if option.name != "f_divergence_type" or DPO_TYPES[name].divergences  # of others it is not defined
     ]
 
@@ -230,9 +242,11 @@ def outcome(loss: Loss) -> list[float]:
         value = loss(**kept, rewards=rewards, sizes=[2], totals=totals).loss
     else:
         advantages = torch.tensor([1.0, -2.0], dtype=torch.float64)
-        totals = Totals.of(kept["policy"], loss.collect(kept["policy"]) if loss.window_pass else None, advantages)
         more = {"prompt_tokens": torch.tensor([4, 7])} if loss.wants_prompt_tokens else {}
-        value = loss(**kept, advantages=advantages, old=CompletionLogps(old, mask), totals=totals, **more).loss
+        more |= {"prompts": torch.tensor([3, 3])} if loss.wants_prompts else {}
+        more |= {"advantages": advantages, "old": CompletionLogps(old, mask)} if loss.kind is Kind.GROUPED else {}
+        totals = Totals.of(kept["policy"], loss.collect(**kept, **more) if loss.window_pass else None, advantages)
+        value = loss(**kept, totals=totals, **more).loss
     value.backward()
     grads = [g for x in leaves if x.grad is not None for g in x.grad.flatten().tolist()]
     return [value.item(), *grads, *loss.advance(totals).values()]
@@ -244,6 +258,8 @@ def test_what_is_declared_as_read_changes_the_loss_and_nothing_else_does(method,
     base = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
     if method == "tpo":
         base["tpo_alpha"] = 0.0
+    if name == "clip_cov":
+        base |= COMPARED
     if option == "fipo_half_life" and name == "fipo":
         base["fipo_clip"] = 1.0
     if option in ("kl_estimator", "use_bias_correction_kl"):
@@ -258,7 +274,10 @@ def test_what_is_declared_as_read_changes_the_loss_and_nothing_else_does(method,
 def test_help_says_who_reads_an_option():
     assert readers_said(DPOLoss, "label_smoothing") == "loss_type: cdpo, robust, exo_pair, aot, aot_unpaired"
     assert readers_said(DPOLoss, "f_alpha_divergence_coef") == "f_divergence_type: alpha_divergence"
-    assert readers_said(GRPOLoss, "use_bias_correction_kl") == "loss_type: all but gmpo, rloo; beta: not 0"
+    assert (
+        readers_said(GRPOLoss, "use_bias_correction_kl")
+        == "loss_type: all but gmpo, rloo, real, target_po, a2po; beta: not 0"
+    )
     assert readers_said(GRPOLoss, "entropy_coef") == readers_said(Loss, "anything") == ""
 
 

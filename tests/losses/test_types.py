@@ -18,8 +18,9 @@ from logratio.losses import (
     register,
     variant,
 )
+from logratio.losses.completions import OPTIONAL
 from logratio.losses.options import check_choice, check_positive
-from logratio.losses.types import OPTIONAL, choose, divide
+from logratio.losses.types import choose, divide
 
 MASK = torch.tensor([[True, True, False], [False, True, False], [False, False, False]])
 LOGPS = torch.tensor([[-1.0, -2.0, torch.nan], [torch.inf, -3.0, -9.0], [torch.nan, torch.nan, -torch.inf]])

@@ -83,6 +83,9 @@ def loss_inputs(
         if loss.wants_prompt_tokens:
             tokens = torch.tensor([e.prompt_tokens for e in batch.examples for _ in e.completions])
             inputs["prompt_tokens"] = tokens.to(mask.device, non_blocking=True)
+        if loss.wants_prompts:
+            prompts = torch.tensor([e.row + (e.occurrence << 32) for e in batch.examples for _ in e.completions])
+            inputs["prompts"] = prompts.to(mask.device, non_blocking=True)
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
         if loss.wants_behavior:
             inputs["behavior"] = None if behavior is None else CompletionLogps(behavior, mask)

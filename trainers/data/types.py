@@ -38,6 +38,7 @@ class Example:
     label: True where the completion is desirable (KTO). advantages: one a completion (GRPO), or one for each of its
         scored tokens. margin: by how much chosen is better than rejected (DPO). rewards: one a completion (listwise).
     row: index in the data set, for messages.
+    occurrence: which one it is of those that an optimizer step has of the row (GRPO), see `Prompt`.
     whole_tokens: scored tokens of the example that this one is a part of; None: it is whole.
     """
 
@@ -49,6 +50,7 @@ class Example:
     whole_tokens: int | None = None
     margin: float | None = None
     rewards: tuple[float, ...] | None = None
+    occurrence: int = 0
 
     @property
     def prompt_tokens(self) -> int:

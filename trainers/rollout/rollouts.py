@@ -117,6 +117,7 @@ class Rollouts:
                 repeated[i * group].prompt_ids,
                 [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
                 row=prompt.row,
+                occurrence=prompt.occurrence,
             )
             for i, prompt in enumerate(prompts)
         ]
