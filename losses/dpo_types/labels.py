@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 def smoothed(x: Tensor, e: float) -> Tensor:
