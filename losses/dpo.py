@@ -20,7 +20,8 @@ request 1265), `ipo_sum` does not; (6) `beta_dpo`'s running mean takes a step's 
 code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only);
 (8) `sppo_hard` and `sppo` are sums of two squares, as TRL's, their authors' code takes half: loss_weights of 0.5;
 (9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
-step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules.
+step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules; (12) `sba` does
+not clip R, as its authors do from below, between 0.003 and 0.025.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class DPOLoss(Loss):
     loss_type: tuple[str, ...] = ("sigmoid",)
     """One or several of sigmoid, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair,
     sppo_hard, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow,
-    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo."""
+    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo, c2_dpo, sba."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss_type (default: 1)."""
     label_smoothing: Share = 0.0
@@ -127,6 +128,10 @@ class DPOLoss(Loss):
     """Weight of the policy's entropy; below 1 it becomes sharper than by DPO."""
     focal_po_gamma: NotNegative = 0.05
     """How much less a pair weighs that is ranked wrongly."""
+    c2_dpo_lambda: NotNegative = 2e-4
+    """Weight of the square of what both log-ratios add up to."""
+    sba_lambda: Annotated[float, Range(-1, 3, above=True)] = -0.5
+    """The larger, the more pairs weigh that are far from the reference."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):

@@ -96,10 +96,10 @@ TRL_DPO = (
 OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
 OPTIONS_APART = (
     *("ipo_sum", "alpha_dpo", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo"),
-    "minor_dpo",
+    *("minor_dpo", "c2_dpo", "sba"),
 )
 """Variants whose formulas see nothing of LD-DPO and WPO that others do not."""
-DIVERGENT = ("ipo_sum", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+DIVERGENT = ("ipo_sum", "sba", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
 
 def dpo_cases() -> Iterator[Case]:
@@ -153,6 +153,9 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "h_dpo", "h_dpo_alpha": 1.2},
         {"loss_type": "dpo_shift", "rejected_weight": 0.5},
         {"loss_type": "bpo", "rejected_weight": 0.3, "beta": 0.5, "ld_alpha": 0.5},
+        {"loss_type": "c2_dpo", "c2_dpo_lambda": 0.01, "beta": 0.5},
+        {"loss_type": "sba", "sba_lambda": 0.0},
+        {"loss_type": "sba", "sba_lambda": 1.0, "ld_alpha": 0.5},
         {"loss_type": ("cauchy", "sppo"), "use_weighting": True},
         {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},
         {"loss_type": "sigmoid", "reference_free": True},

@@ -61,6 +61,16 @@ def cal_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return loss.cal_dpo_coef * sppo_hard(r, loss) - logsigmoid(r.margin)
 
 
+@dpo_type(reads=("c2_dpo_lambda",))
+def c2_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-x) + lambda (r_w + r_l)^2, Constrained Controlled DPO, arXiv 2502.17507: what one side gains the other loses.
+
+    Its constraint in logarithms, log p_w + log p_l as by the reference. From two summaries that agree, in lambda too;
+    the paper's equation was not seen.
+    """
+    return loss.c2_dpo_lambda * (r.chosen + r.rejected) ** 2 - logsigmoid(loss.beta * r.margin)
+
+
 @dpo_type(reads=("irpo_alpha",))
 def irpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-x) - alpha log p_w / |y_w|, iterative reasoning preference optimization, arXiv 2404.19733."""

@@ -45,6 +45,8 @@ class Options:
     rejected_weight: float = 0.95
     h_dpo_alpha: float = 0.95
     focal_po_gamma: float = 0.05
+    c2_dpo_lambda: float = 2e-4
+    sba_lambda: float = -0.5
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,13 @@ def _discopop(x: Tensor, tau: float) -> Tensor:
     return sigmoid(-x / tau) * softplus(-x) + torch.exp(-x - softplus(-x / tau))
 
 
+def _sba(log_R: Tensor, power: float) -> Tensor:
+    """R^(l + 1) / (s (l + 1)) - (R^-l - 1) / (s l), s = 4: arXiv 2505.19601 Table 2, less its constant 1 / (s l)."""
+    first = torch.exp(((power + 1) * log_R).clamp(max=LARGEST_EXPONENT)) / (power + 1)
+    second = -log_R if power == 0 else torch.expm1((-power * log_R).clamp(max=LARGEST_EXPONENT)) / power
+    return (first - second) / 4
+
+
 def _cauchy_cdf(x: Tensor) -> Tensor:
     """1/2 + atan(x) / pi, far on the left atan(-1 / x) / pi, which loses no digits."""
     return torch.atan(-1 / x) / math.pi if x < -1 else 0.5 + torch.atan(x) / math.pi
@@ -164,6 +173,7 @@ OF_SCORES: dict[str, Callable[[Tensor, Tensor, Options], Tensor]] = {
     "discopop": lambda z, zn, o: _discopop(o.beta * z, o.discopop_tau),
     # arXiv 2411.15124 Sec. 4.3
     "sigmoid_norm": lambda z, zn, o: softplus(-o.beta * zn),
+    "sba": lambda z, zn, o: _sba(-o.beta * z, o.sba_lambda),
 }
 TAKES_F_DIVERGENCE = {*OF_SCORES, "sft"}
 
@@ -217,6 +227,8 @@ OF_A_PAIR: dict[str, Callable[[Pair, Options], Tensor]] = {
     "bpo": lambda p, o: softplus(-o.beta * _lesser(p.r_w, -o.rejected_weight * p.r_l)),
     # arXiv 2408.09834: only what is likelier than by the reference is a penalty
     "minor_dpo": lambda p, o: softplus(-o.beta * (p.r_w - relu(p.r_l))),
+    # arXiv 2502.17507: DPO, and the square of how far log p_w + log p_l is from the reference's
+    "c2_dpo": lambda p, o: softplus(-o.beta * (p.r_w - p.r_l)) + o.c2_dpo_lambda * (p.r_w + p.r_l) ** 2,
     # arXiv 2402.10571: reward difference less its offset
     "odpo": lambda p, o: softplus(-(o.beta * (p.r_w - p.r_l) - o.odpo_alpha * p.delta)),
     # arXiv 2310.03708: (1 / w_k) (beta Delta - w_-k (difference of the other rewards))

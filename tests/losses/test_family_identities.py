@@ -193,6 +193,7 @@ def test_law_16_odds():
     (dpo("rainbow", rainbow_mu=0.0, rainbow_gamma=0.3), cpo("simpo", simpo_gamma=0.15)),
     (dpo("cal_dpo", cal_dpo_coef=0.0), dpo("sigmoid", beta=1.0)),
     (dpo("irpo", irpo_alpha=0.0), dpo("sigmoid")),
+    (dpo("c2_dpo", c2_dpo_lambda=0.0), dpo("sigmoid")),
     (dpo("odpo", odpo_alpha=0.0), dpo("sigmoid")),
     (dpo("modpo", modpo_weight=1.0), dpo("sigmoid")),
     (dpo("h_dpo", h_dpo_alpha=1.0), dpo("sigmoid")),
@@ -227,6 +228,7 @@ def test_law_17_options_that_are_neutral_on_some_batches():
     keeps(lambda batch: laws.neutral_option(dpo("dr_dpo"), dpo("sigmoid"), take(batch, [0])))
     keeps(lambda batch: laws.limit(dpo("dr_dpo", dr_dpo_beta=1e7), dpo("sigmoid"), batch))
     keeps(lambda batch: laws.at_least(dpo("sigmoid"), dpo("dr_dpo"), batch))  # a soft minimum is below the mean
+    keeps(lambda batch: laws.limit(dpo("sba", sba_lambda=1e-9), dpo("sba", sba_lambda=0.0), batch), max_size=1.0)
     sure = lambda batch: replace(batch, rows={"margin": 0 * batch.rows["margin"] + 50.0})  # noqa: E731
     keeps(lambda batch: laws.neutral_option(dpo("sppo"), dpo("sppo_hard"), sure(batch)))
 

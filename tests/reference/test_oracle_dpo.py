@@ -78,6 +78,8 @@ AT_REFERENCE = {  # name: (options, loss, -dL/dr_w / beta, dL/dr_l / beta), beta
     "dpo_shift": ({}, LN2, 1 / 2, 0.475),
     "bpo": ({}, LN2, 1 / 4, 0.2375),  # the kink: half of each
     "minor_dpo": ({}, LN2, 1 / 2, 0),  # the kink, where relu has slope 0
+    "c2_dpo": ({}, LN2, 1 / 2, 1 / 2),
+    "sba": ({}, 1 / 2, 1 / 2, 1 / 2),
 }
 
 
@@ -138,6 +140,11 @@ AWAY = [
     ("bpo", {"rejected_weight": 0.5}, log(1 + 1 / sqrt(2))),
     ("bpo", {"rejected_weight": 1.0, "beta": 2.0}, log(5 / 4)),
     ("minor_dpo", {}, log(4 / 3)),
+    ("c2_dpo", {"c2_dpo_lambda": 2.0}, log(7 / 6) + 2 * log(1.5) ** 2),
+    # R = 1/6
+    ("sba", {}, 1 / sqrt(6) - 1 / 2),
+    ("sba", {"sba_lambda": 0.0}, (1 / 6 - LN6) / 4),
+    ("sba", {"sba_lambda": 1.0}, 1 / 288 - 5 / 4),
     ("sigmoid", {"reference_free": True}, log(1 + exp(2) / 6)),  # -7 + ln 3 + 5 + ln 2
     ("sigmoid", {"humanline_clip": (-0.5, 10.0)}, log(1 + exp(-0.5) / 3)),  # -ln 2 becomes -1/2
 ]
@@ -234,6 +241,7 @@ def test_f_divergences(divergence: str, alpha: float, f_w: float, f_l: float) ->
         "exo_pair": m * log(m / 0.8) + (1 - m) * log((1 - m) / 0.2),
         "robust": (0.8 * log(1 + exp(-x)) - 0.2 * log(1 + exp(x))) / 0.6,
         "discopop": (1 - m) * log(1 + exp(-x)) + m * exp(-x),
+        "sba": exp(-x / 2) - 1 / 2,
         "sft": (7 - LN3) / 2,
     }
     for name, value in expected.items():
