@@ -21,7 +21,8 @@ code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLa
 (8) `sppo_hard` and `sppo` are sums of two squares, as TRL's, their authors' code takes half: loss_weights of 0.5;
 (9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
 step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules; (12) `sba` does
-not clip R, as its authors do from below, between 0.003 and 0.025.
+not clip R, as its authors do from below, between 0.003 and 0.025; (13) `down_sample` takes the same tokens each time,
+of policy and reference, its authors' code draws them anew and apart.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .dpo_types.base import DPO_TYPES, PairRatios, dpo_type
 from .options import NotNegative, Positive, Range, Share
 from .registry import register
 from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
-from .token_ratios import check_clip, clipped, probability, shared_sums
+from .token_ratios import check_clip, clipped, down_sampled, probability, shared_sums
 from .types import Kind, Loss, LossOutput, PairLogps, Totals, divide
 
 
@@ -56,7 +57,7 @@ def hinge(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (1 - loss.beta * r.margin).relu()
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, averages=True)
 def ipo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """(r_w/|y_w| - r_l/|y_l| - 1/(2 beta))^2, arXiv 2310.12036 Eq. 17, averaged over tokens."""
     return (r.average_margin - 1 / (2 * loss.beta)) ** 2
@@ -87,6 +88,9 @@ class DPOLoss(Loss):
     """The exponent plus 1."""
     ld_alpha: Share | None = None
     """Weight of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411)."""
+    down_sample: bool = False
+    """Sum only as many of the longer completion's tokens as the shorter has, at even distances (SamPO, arXiv 2406.10957
+    Eq. 10)."""
     use_weighting: bool = False
     """Multiply each pair by how probable both its completions are (WPO, arXiv 2406.11827 Eq. 2)."""
     reference_free: bool = False
@@ -146,6 +150,10 @@ class DPOLoss(Loss):
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not defined for {', '.join(unfit)}")
         if self.use_weighting and (apart := [name for name in self.loss_type if not DPO_TYPES[name].pairwise]):
             raise ValueError(f"use_weighting weighs pairs, which {apart[0]} takes apart; leave one of them out")
+        if self.down_sample and (means := [name for name in self.loss_type if DPO_TYPES[name].averages]):
+            raise ValueError(f"down_sample samples the tokens that {means[0]} averages; leave one of them out")
+        if self.down_sample and self.ld_alpha is not None:
+            raise ValueError("down_sample and ld_alpha both shorten the longer completion; leave one of them out")
         check_clip(self.humanline_clip)
         if self.humanline_clip is not None and self.reference_free:
             raise ValueError("humanline_clip clips what reference_free leaves out; leave one of them out")
@@ -214,6 +222,8 @@ class DPOLoss(Loss):
 
     def _ratios(self, policy: PairLogps, ref: PairLogps | None, totals: Totals) -> PairRatios:
         own, base = [policy.chosen, policy.rejected], None if ref is None else [ref.chosen, ref.rejected]
+        if self.down_sample:
+            own, base = down_sampled(own), None if base is None else down_sampled(base)
         if self.reference_free:
             ref_chosen, ref_rejected = (torch.zeros_like(x.sums) for x in own)
         elif base is None:

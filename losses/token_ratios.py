@@ -1,4 +1,4 @@
-"""What is done to tokens before their log-ratios are summed: tails weighed, ratios clipped, pairs weighed by them."""
+"""What is done to tokens before their log-ratios are summed: tails weighed, tokens left out, ratios clipped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,20 @@ def shared_sums(sides: Sequence[CompletionLogps], ld_alpha: float | None) -> lis
         return [x.sums for x in sides]
     shared = torch.minimum(*(x.lengths for x in sides))[:, None]
     return [torch.where(x.completion_mask.cumsum(-1) > shared, ld_alpha * x.logps, x.logps).sum(-1) for x in sides]
+
+
+def down_sampled(sides: Sequence[CompletionLogps]) -> list[CompletionLogps]:
+    """Both with as many scored tokens as the shorter: of the longer those at even distances, its last among them.
+
+    SamPO, arXiv 2406.10957 Eq. 10, draws them; here they are the same ones each time, however a step is cut.
+    """
+    fewer = torch.minimum(*(x.completion_mask.sum(-1) for x in sides))[:, None]
+    kept = []
+    for x in sides:
+        place, count = x.completion_mask.cumsum(-1), x.completion_mask.sum(-1, keepdim=True).clamp(min=1)
+        drawn = place * fewer // count > (place - 1) * fewer // count
+        kept.append(replace(x, completion_mask=x.completion_mask & drawn))
+    return kept
 
 
 def clipped(policy: CompletionLogps, ref: CompletionLogps, within: tuple[float, float]) -> CompletionLogps:

@@ -156,6 +156,8 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "c2_dpo", "c2_dpo_lambda": 0.01, "beta": 0.5},
         {"loss_type": "sba", "sba_lambda": 0.0},
         {"loss_type": "sba", "sba_lambda": 1.0, "ld_alpha": 0.5},
+        {"loss_type": "sigmoid", "down_sample": True},
+        {"loss_type": ("aot", "sft"), "down_sample": True, "humanline_clip": (-0.3, 0.4)},
         {"loss_type": ("cauchy", "sppo"), "use_weighting": True},
         {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},
         {"loss_type": "sigmoid", "reference_free": True},

@@ -19,7 +19,7 @@ class PairRatios(NamedTuple):
 
     chosen, rejected: log-ratios r summed over tokens, or f'(exp r) where an f-divergence is chosen.
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: the summed log-probs behind them.
-    chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` is.
+    chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` and `down_sample` are.
     chosen_lengths, rejected_lengths: scored tokens, at least 1.
     given: the pairs' `PairLogps.margin`, for variants that read it; 0 for others.
     """
@@ -50,13 +50,15 @@ class PairRatios(NamedTuple):
 class DPOType(NamedTuple):
     """divergences: other f-divergences fit the formula. whole_step: it needs `collected` of the whole step.
 
-    margin: it reads the pairs' margins. pairwise: what it returns of a pair is a loss of that pair alone.
+    margin: it reads the pairs' margins. averages: it divides sums by their lengths, which leaves no use for
+    `down_sample`. pairwise: what it returns of a pair is a loss of that pair alone.
     """
 
     formula: Callable[[PairRatios, DPOLoss], Tensor]
     divergences: bool = False
     whole_step: bool = False
     margin: bool = False
+    averages: bool = False
     pairwise: bool = True
 
 
@@ -74,7 +76,8 @@ def dpo_type(
     def add(formula: Formula) -> Formula:
         entry = DPOType(formula, **flags)
         own = ["f_divergence_type"] if entry.divergences and "f_divergence_type" not in ignores else []
-        DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
+        unused = ["down_sample"] if entry.averages else []
+        DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=[*ignores, *unused])
         return formula
 
     return add

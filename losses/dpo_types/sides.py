@@ -77,7 +77,7 @@ def irpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return loss.irpo_alpha * r.chosen_nll / r.chosen_lengths - logsigmoid(loss.beta * r.margin)
 
 
-@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "f_divergence_type", "humanline_clip"))
+@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "down_sample", "f_divergence_type", "humanline_clip"))
 def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     """-sum log p_w / N_w, N_w the chosen tokens of the step (MPO, arXiv 2411.10442; RPO, 2405.16436).
 

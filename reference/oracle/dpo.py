@@ -104,6 +104,8 @@ def _pairs(
         shared = min(len(y_w), len(y_l))
         refs = [torch.zeros_like(y) if o.reference_free else y.detach() for y in (ref_w, ref_l)]
         own = [_clipped(y, ref, o.humanline_clip) for y, ref in zip((y_w, y_l), refs, strict=True)]
+        if o.down_sample:
+            own, refs = ([_sampled(y, shared) for y in sides] for sides in (own, refs))
         S_w, S_l, R_w, R_l = (_sum(y, shared, o.ld_alpha) for y in (*own, *refs))
         pairs.append(
             Pair(S_w, S_l, R_w, R_l, length_w=len(y_w), length_l=len(y_l), nll_w=-y_w.sum(), delta=float(delta))
@@ -116,6 +118,12 @@ def _sum(logps: Tensor, shared: int, ld_alpha: float | None) -> Tensor:
     if ld_alpha is None:
         return logps.sum()
     return logps[:shared].sum() + ld_alpha * logps[shared:].sum()
+
+
+def _sampled(logps: Tensor, count: int) -> Tensor:
+    """SamPO (arXiv 2406.10957 Eq. 10): `count` of the n tokens, the j-th of them token ceil(j n / count)."""
+    at = [math.ceil(j * len(logps) / count) - 1 for j in range(1, count + 1)]
+    return logps[at]
 
 
 def _clipped(logps: Tensor, ref: Tensor, within: tuple[float, float] | None) -> Tensor:

@@ -25,6 +25,7 @@ class Options:
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: float | None = None
+    down_sample: bool = False
     use_weighting: bool = False
     reference_free: bool = False
     humanline_clip: tuple[float, float] | None = None
@@ -59,7 +60,7 @@ class Pair:
     R_l: Tensor
     length_w: int  # of scored tokens
     length_l: int
-    nll_w: Tensor  # -log p summed over the chosen tokens, whatever ld_alpha is
+    nll_w: Tensor  # -log p summed over the chosen tokens, whatever is summed
     delta: float = 0.0  # by how much chosen is better, as the data say
 
     @property

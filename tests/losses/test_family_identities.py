@@ -116,6 +116,14 @@ def test_law_12_ld_alpha(given):
     breaks(lambda batch: laws.neutral_option(none, given, batch), "neutral_option")
 
 
+@each(*map(dpo, ("sigmoid", "nca_pair", "aot", "r_dpo")))
+def test_law_12_down_sampling(given):
+    """Nothing changes at equal lengths."""
+    fewer = replace(given, down_sample=True)
+    keeps(lambda batch: laws.neutral_option(fewer, given, equal_lengths(batch)))
+    breaks(lambda batch: laws.neutral_option(fewer, given, batch), "neutral_option")
+
+
 @each(
     (dpo("exo_pair"), math.log((1 - E) / E) / 0.5, 0.0, 0.0),
     (dpo("cdpo"), math.log((1 - E) / E) / 0.5, 0.0, H),

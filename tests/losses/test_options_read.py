@@ -89,7 +89,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
                 DPOLoss,
                 {"loss_type": name, "f_divergence_type": "forward_kl"},
                 f"f_divergence_type=forward_kl is not read by loss_type {name}; leave it out: it is an option of "
-                "sigmoid, hinge, ipo, robust, exo_pair, ipo_sum, sigmoid_norm, discopop",
+                "sigmoid, hinge, ipo, robust, exo_pair, ipo_sum, sigmoid_norm, discopop, sba",
             )
             for name in ("sft", "nca_pair")
         ),
@@ -167,6 +167,7 @@ OTHERS = {
     "epsilon_high": 0.05,
     "delta": 0.9,
     "ld_alpha": 0.5,
+    "down_sample": True,
     "humanline_clip": (-0.05, 0.05),
     "chi_po_r_max": 0.01,
     "beta": 0.3,
@@ -176,6 +177,7 @@ OTHERS = {
 UNDEFINED = {
     *(("rloo", option) for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")),
     ("gmpo", "loss_aggregation"),
+    *((name, "down_sample") for name, entry in DPO_TYPES.items() if entry.averages),
 }
 """Refused since they have no meaning there, not since nothing reads them."""
 

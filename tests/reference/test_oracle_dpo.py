@@ -265,6 +265,18 @@ def test_ld_alpha_discounts_what_is_past_the_shorter_completion_in_both_models()
     assert loss.item() == pytest.approx(log(1 + exp(1 - 4 / 3)))
 
 
+def test_down_sampling_takes_as_many_tokens_of_both_models() -> None:
+    ref_w, ref_l = steps([-1.0, -2.0, -3.0]), steps([-2.0, -1.0])
+    chosen, rejected = steps([0.0, 0.5, 1.0]), steps([-1.0, -1.0])  # r 1, 2.5, 4: the last two; and 1, 0
+    for sides, x in [((chosen, rejected, ref_w, ref_l), 5.5), ((rejected, chosen, ref_l, ref_w), -5.5)]:
+        loss = oracle.dpo(*sides, beta=0.5, down_sample=True)
+        assert loss.item() == pytest.approx(log(1 + exp(-0.5 * x)))
+    four, none = steps([-1.0, -2.0, -4.0, -8.0]), steps([])
+    for other, taken in ((steps([-1.0]), -8 + 1), (none, 0)):  # of four the last; none
+        loss = oracle.dpo(four, other, four, other, beta=1.0, down_sample=True, reference_free=True)
+        assert loss.item() == pytest.approx(log(1 + exp(-taken)))
+
+
 def test_use_weighting_multiplies_each_pair_without_a_gradient_of_its_own() -> None:
     chosen, rejected = steps([-LN2, -2 * LN2], [-1.0]), steps([-LN2], [])
     p2 = dict(chosen_log_sum_p2=steps([-2 * LN2] * 2, [-1 - LN3]), rejected_log_sum_p2=steps([-2 * LN2], []))
