@@ -41,7 +41,7 @@ from .dpo_types.base import DPO_TYPES, PairRatios, dpo_type
 from .options import NotNegative, Positive, Range, Share
 from .registry import register
 from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
-from .token_ratios import check_clip, clipped, down_sampled, probability, shared_sums
+from .token_ratios import check_clip, clipped, down_sampled, mean_entropy, probability, shared_sums
 from .types import Kind, Loss, LossOutput, PairLogps, Totals, divide
 
 
@@ -77,7 +77,8 @@ class DPOLoss(Loss):
     loss_type: tuple[str, ...] = ("sigmoid",)
     """One or several of sigmoid, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair,
     sppo_hard, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow,
-    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo, c2_dpo, sba."""
+    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo, c2_dpo, sba,
+    mallows."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss_type (default: 1)."""
     label_smoothing: Share = 0.0
@@ -136,6 +137,10 @@ class DPOLoss(Loss):
     """Weight of the square of what both log-ratios add up to."""
     sba_lambda: Annotated[float, Range(-1, 3, above=True)] = -0.5
     """The larger, the more pairs weigh that are far from the reference."""
+    mallows_phi: Positive = 0.29
+    """Weight of the dispersion, so chosen that it changes beta little in the mean."""
+    mallows_max_entropy: Positive = math.log(128256)
+    """The entropy of blind guessing in nats, log V of a vocabulary of V words (the default: Llama 3's)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
@@ -157,6 +162,8 @@ class DPOLoss(Loss):
         check_clip(self.humanline_clip)
         if self.humanline_clip is not None and self.reference_free:
             raise ValueError("humanline_clip clips what reference_free leaves out; leave one of them out")
+        if self.ref_stats and self.reference_free:
+            raise ValueError("mallows reads the entropy of what reference_free leaves out; leave one of them out")
         if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
             raise ValueError(f"exo_pair needs label_smoothing above 0 (1e-3, say), got {self.label_smoothing}")
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
@@ -176,6 +183,11 @@ class DPOLoss(Loss):
     def stats(self) -> tuple[str, ...]:
         """log sum p^2, for WPO."""
         return ("log_sum_p2",) if self.use_weighting else ()
+
+    @property
+    def ref_stats(self) -> tuple[str, ...]:
+        """The reference's entropy, for mallows."""
+        return ("entropy",) if any(DPO_TYPES[name].ref_entropy for name in self.loss_type) else ()
 
     @property
     def window_pass(self) -> Literal["own"] | None:
@@ -246,5 +258,8 @@ class DPOLoss(Loss):
             policy.chosen.lengths.clamp(min=1),
             policy.rejected.lengths.clamp(min=1),
             torch.zeros_like(chosen) if policy.margin is None else policy.margin.to(chosen).detach(),
+            mean_entropy([ref.chosen, ref.rejected])
+            if ref is not None and self.ref_stats
+            else torch.zeros_like(chosen),
             totals,
         )

@@ -45,6 +45,18 @@ def clipped(policy: CompletionLogps, ref: CompletionLogps, within: tuple[float, 
     return replace(policy, per_token_logps=torch.where(bounded == ratio, policy.logps, base + bounded))
 
 
+def mean_entropy(ref: Sequence[CompletionLogps]) -> Tensor:
+    """[P] nats without gradient, the mean of the two sides' means over tokens, or that of the one that has tokens.
+
+    ValueError where the reference has no entropy.
+    """
+    if any(x.entropy is None for x in ref):
+        raise ValueError("mallows needs the reference's entropy of every token, ref's entropy is None")
+    means = [x.needed("entropy").sum(-1) / x.lengths.clamp(min=1) for x in ref]
+    sides = torch.stack([x.completion_mask.any(-1) for x in ref]).sum(0)
+    return torch.stack(means).sum(0).detach() / sides.clamp(min=1)
+
+
 def check_clip(within: tuple[float, float] | None) -> None:
     """ValueError unless the two numbers lie around 0."""
     if within is not None and not (len(within) == 2 and within[0] <= 0 <= within[1] and within[0] < within[1]):

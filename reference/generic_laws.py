@@ -33,7 +33,7 @@ from ._law_runs import (
     totals_of,
     with_leaves,
 )
-from .strategies import LOGPS, STATS, Batch, convert, pad, partitions, take
+from .strategies import LOGPS, Batch, convert, pad, partitions, take
 
 
 def per_example(loss: Loss, batch: Batch) -> Callable[[], list[float]]:
@@ -209,7 +209,7 @@ def low_precision(loss: Loss, batch: Batch, dtype: torch.dtype) -> None:
 @law(applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.SEQUENCE))
 def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
     """The gradient is the policy's: dL/d(reference) = dL/d(old policy) = dL/d(sampler's) = dL/d(weights) = 0."""
-    others = {role: parts for role, parts in batch.tokens.items() if role not in ("policy", *STATS)}
+    others = {role: parts for role, parts in batch.tokens.items() if role not in ("policy", *loss.stats)}
     leaves = {(role, part): x.clone().requires_grad_() for role, parts in others.items() for part, x in parts.items()}
     run(loss, with_leaves(batch, leaves), totals_of(loss, batch))
     for (role, part), leaf in leaves.items():

@@ -96,7 +96,7 @@ TRL_DPO = (
 OTHER_DPO = ("cdpo", "irpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "rainbow", "beta_dpo")
 OPTIONS_APART = (
     *("ipo_sum", "alpha_dpo", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "h_dpo", "dpo_shift", "bpo"),
-    *("minor_dpo", "c2_dpo", "sba"),
+    *("minor_dpo", "c2_dpo", "sba", "mallows"),
 )
 """Variants whose formulas see nothing of LD-DPO and WPO that others do not."""
 DIVERGENT = ("ipo_sum", "sba", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
@@ -157,6 +157,7 @@ def dpo_cases() -> Iterator[Case]:
         {"loss_type": "sba", "sba_lambda": 0.0},
         {"loss_type": "sba", "sba_lambda": 1.0, "ld_alpha": 0.5},
         {"loss_type": "sigmoid", "down_sample": True},
+        {"loss_type": ("mallows", "aot"), "mallows_max_entropy": 3.0, "mallows_phi": 1.0, "down_sample": True},
         {"loss_type": ("aot", "sft"), "down_sample": True, "humanline_clip": (-0.3, 0.4)},
         {"loss_type": ("cauchy", "sppo"), "use_weighting": True},
         {"loss_type": ("dr_dpo", "odpo"), "loss_weights": (0.5, 2.0)},

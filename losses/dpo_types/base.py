@@ -22,6 +22,7 @@ class PairRatios(NamedTuple):
     chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` and `down_sample` are.
     chosen_lengths, rejected_lengths: scored tokens, at least 1.
     given: the pairs' `PairLogps.margin`, for variants that read it; 0 for others.
+    ref_entropy: the reference's, of a token in the mean, for variants that read it; 0 for others.
     """
 
     chosen: Tensor
@@ -34,6 +35,7 @@ class PairRatios(NamedTuple):
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     given: Tensor
+    ref_entropy: Tensor
     totals: Totals
 
     @property
@@ -51,7 +53,7 @@ class DPOType(NamedTuple):
     """divergences: other f-divergences fit the formula. whole_step: it needs `collected` of the whole step.
 
     margin: it reads the pairs' margins. averages: it divides sums by their lengths, which leaves no use for
-    `down_sample`. pairwise: what it returns of a pair is a loss of that pair alone.
+    `down_sample`. ref_entropy: it reads the reference's. pairwise: what it returns of a pair is a loss of it alone.
     """
 
     formula: Callable[[PairRatios, DPOLoss], Tensor]
@@ -59,6 +61,7 @@ class DPOType(NamedTuple):
     whole_step: bool = False
     margin: bool = False
     averages: bool = False
+    ref_entropy: bool = False
     pairwise: bool = True
 
 

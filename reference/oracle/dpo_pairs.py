@@ -48,6 +48,8 @@ class Options:
     focal_po_gamma: float = 0.05
     c2_dpo_lambda: float = 2e-4
     sba_lambda: float = -0.5
+    mallows_phi: float = 0.29
+    mallows_max_entropy: float = math.log(128256)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Pair:
     length_l: int
     nll_w: Tensor  # -log p summed over the chosen tokens, whatever is summed
     delta: float = 0.0  # by how much chosen is better, as the data say
+    entropy: float = 0.0  # of the reference, of a token in the mean
 
     @property
     def r_w(self) -> Tensor:
@@ -230,6 +233,10 @@ OF_A_PAIR: dict[str, Callable[[Pair, Options], Tensor]] = {
     "minor_dpo": lambda p, o: softplus(-o.beta * (p.r_w - relu(p.r_l))),
     # arXiv 2502.17507: DPO, and the square of how far log p_w + log p_l is from the reference's
     "c2_dpo": lambda p, o: softplus(-o.beta * (p.r_w - p.r_l)) + o.c2_dpo_lambda * (p.r_w + p.r_l) ** 2,
+    # arXiv 2405.14953: the dispersion index of the prompt scales the reward, -log of it is read off the entropy
+    "mallows": lambda p, o: softplus(
+        o.mallows_phi * math.log(min(max(p.entropy / o.mallows_max_entropy, 1e-6), 1.0)) * (o.beta * (p.r_w - p.r_l))
+    ),
     # arXiv 2402.10571: reward difference less its offset
     "odpo": lambda p, o: softplus(-(o.beta * (p.r_w - p.r_l) - o.odpo_alpha * p.delta)),
     # arXiv 2310.03708: (1 / w_k) (beta Delta - w_-k (difference of the other rewards))

@@ -73,8 +73,11 @@ def test_defaults():
         "focal_po_gamma": 0.05,
         "c2_dpo_lambda": 2e-4,
         "sba_lambda": -0.5,
+        "mallows_phi": 0.29,
+        "mallows_max_entropy": log(128256),
     }
     loss = DPOLoss()
+    assert loss.ref_stats == ()
     assert (loss.stats, loss.scores_prompt, loss.scores_gold, loss.wants_reference) == ((), False, False, True)
 
 
@@ -284,6 +287,10 @@ def test_one_name_is_a_tuple_of_one():
             "^down_sample and ld_alpha both shorten the longer completion; leave one of them out$",
         ),
         ({"sba_lambda": -1.0, "loss_type": "sba"}, r"^sba_lambda=-1.0 must be in \(-1, 3\]$"),
+        (
+            {"loss_type": ("sigmoid", "mallows"), "reference_free": True},
+            "^mallows reads the entropy of what reference_free leaves out; leave one of them out$",
+        ),
         ({"humanline_clip": (0.1, 1.0)}, r"^humanline_clip=\(0.1, 1.0\) must be two numbers around 0, as -1 1.5$"),
         ({"humanline_clip": (0.0, 0.0)}, "must be two numbers around 0"),
         ({"humanline_clip": (-1.0,)}, "must be two numbers around 0"),
@@ -335,6 +342,32 @@ def test_humanline_clips_the_ratio_of_each_token_and_stops_its_gradient():
     shorter = PairLogps(row([-4.0]), row([-2.5]))
     with pytest.raises(ValueError, match=r"ref must have the policy's rows and tokens, got \[1, 1\] for \[1, 4\]"):
         DPOLoss(humanline_clip=(-1.0, 1.5))(policy, shorter, totals=Totals.of(policy))
+
+
+def test_mallows_asks_for_the_references_entropy():
+    """Means over tokens 2 and 1, over sides 1.5; where one side is empty, the other's; no gradient."""
+    loss = DPOLoss(loss_type=("sft", "mallows"), loss_weights=(0.0, 1.0), mallows_max_entropy=1.5 * exp(2), beta=0.5)
+    assert loss.ref_stats == ("entropy",) and loss.stats == ()
+    policy = PairLogps(row([-1.0, math.nan, -1.0]), row([-2.0]))
+
+    def ref(*entropies: list[float]) -> PairLogps:
+        sides = (row([-1.0, math.nan, -2.0]), row([-1.0]))
+        told = [torch.tensor([h], dtype=torch.float64, requires_grad=True) for h in entropies]
+        return PairLogps(*(dataclasses.replace(x, entropy=h) for x, h in zip(sides, told, strict=True)))
+
+    x = 0.5 * 2 * 0.58
+    both = ref([1.0, math.nan, 3.0], [1.0])
+    assert run(loss, policy, both)[0] == pytest.approx(sp(-x))
+    assert both.chosen.entropy.grad is None and both.rejected.entropy.grad is None
+    empty = row([math.nan])
+    lone = PairLogps(policy.chosen, empty)
+    surer = dataclasses.replace(empty, entropy=torch.zeros(1, 1, dtype=torch.float64))
+    x = 0.5 * 1 * 0.29 * (2 + log(1.5 / 2))
+    assert run(loss, lone, PairLogps(both.chosen, surer))[0] == pytest.approx(sp(-x))
+    with pytest.raises(
+        ValueError, match="^mallows needs the reference's entropy of every token, ref's entropy is None$"
+    ):
+        loss(policy, PairLogps(both.chosen, row([-1.0])), totals=Totals.of(policy))
 
 
 @pytest.mark.parametrize("loss_type", ["odpo", "modpo", "sppo"])

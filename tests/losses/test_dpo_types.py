@@ -29,6 +29,7 @@ REJECTED = ([-1.0, math.nan, -2.0, -3.0], [True, False, True, True])
 
 
 DELTA = 0.5  # the pair's margin
+ENTROPY = math.log(128256) / exp(2)  # of each token: log V / H is exp(2)
 
 
 class Sides(NamedTuple):
@@ -45,6 +46,7 @@ class Sides(NamedTuple):
                 CompletionLogps(
                     torch.tensor([[logps[0] - shift, *logps[1:]]], dtype=torch.float64, requires_grad=True),
                     torch.tensor([mask]),
+                    entropy=torch.tensor([[ENTROPY]], dtype=torch.float64).expand(1, len(mask)),
                 )
                 for (logps, mask), shift in zip((CHOSEN, REJECTED), by, strict=True)
             ]
@@ -111,6 +113,7 @@ AT_REFERENCE = {
     "bpo": ({}, log(2), -B / 4, 0.95 * B / 4),  # at the kink: half of each side
     "minor_dpo": ({}, log(2), -B / 2, 0),  # at the kink: the slope of the left side
     "c2_dpo": ({}, log(2), -B / 2, B / 2),
+    "mallows": ({}, log(2), -0.58 * B / 2, 0.58 * B / 2),  # 0.29 * 2
     "sba": ({}, 1 / 2, -B / 2, B / 2),  # 1 / (4 (1 - 0.5)); the slope is DPO's, whatever sba_lambda is
 }
 
@@ -228,6 +231,17 @@ POINTS: list[Point] = [
     ("bpo", {"rejected_weight": 0.5}, -1, 1, sp(0.5), -H * sg(0.5), 0),
     ("minor_dpo", {}, 3, -1, sp(-1.5), -H * sg(-1.5), 0),
     ("minor_dpo", {}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
+    *[
+        of_x("mallows", options, r_w, r_l, sp(-w * x), -w * sg(-w * x))
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+        for options, w in (
+            ({}, 0.58),
+            ({"mallows_phi": 1.5}, 3),
+            ({"mallows_max_entropy": ENTROPY * exp(0.5), "mallows_phi": 2.0}, 1),
+            ({"mallows_max_entropy": ENTROPY / 2}, 0),  # more than blind guessing
+            ({"mallows_max_entropy": ENTROPY * 1e9}, 0.29 * 6 * log(10)),  # as sure as can be
+        )
+    ],
     ("c2_dpo", {"c2_dpo_lambda": 0.1}, 3, -1, sp(-2) + 0.1 * 4, -H * sg(-2) + 0.2 * 2, H * sg(-2) + 0.2 * 2),
     ("c2_dpo", {"c2_dpo_lambda": 0.1}, -1, 2, sp(1.5) + 0.1, -H * sg(1.5) + 0.2, H * sg(1.5) + 0.2),
     *[

@@ -222,6 +222,18 @@ def test_law_17_neutral_options(given):
     keeps(lambda batch: laws.neutral_option(loss, plain, batch))
 
 
+def test_mallows_is_dpo_with_a_beta_of_the_pairs_dispersion():
+    """At one entropy everywhere beta becomes beta phi log(max_entropy / H)."""
+
+    def even(batch: Batch) -> Batch:
+        told = {part: torch.full_like(x, 2.0) for part, x in batch.tokens["entropy"].items()}
+        return replace(batch, tokens=batch.tokens | {"entropy": told})
+
+    loss = dpo("mallows", mallows_phi=0.4, mallows_max_entropy=2 * math.exp(3))
+    keeps(lambda batch: laws.neutral_option(loss, dpo("sigmoid", beta=0.5 * 0.4 * 3), even(batch)))
+    breaks(lambda batch: laws.neutral_option(loss, dpo("sigmoid", beta=0.5 * 0.4 * 3), batch), "neutral_option")
+
+
 def test_law_17_options_that_are_neutral_on_some_batches():
     def raised(batch: Batch) -> Batch:
         """r_w > 0"""

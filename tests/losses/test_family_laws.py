@@ -18,7 +18,7 @@ from ._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps
 
 @each(
     *((dpo(name), LN2) for name in "sigmoid robust aot aot_unpaired sigmoid_norm cdpo dpop chi_po beta_dpo".split()),
-    *((dpo(name), LN2) for name in "dr_dpo cauchy dpo_shift bpo minor_dpo c2_dpo".split()),
+    *((dpo(name), LN2) for name in "dr_dpo cauchy dpo_shift bpo minor_dpo c2_dpo mallows".split()),
     (dpo("sba"), 0.5),
     (dpo("sba", sba_lambda=1.0), 0.125),
     (dpo("focal_po", focal_po_gamma=0.5), LN2 / 2**0.5),
@@ -143,7 +143,7 @@ def test_law_5_is_broken_by_what_sees_the_policy_alone(given):
 
 
 MARGIN_ONLY = "sigmoid hinge exo_pair robust discopop cdpo aot aot_unpaired r_dpo beta_dpo".split()
-MARGIN_ONLY += "ipo_sum dr_dpo odpo modpo cauchy focal_po sba".split()
+MARGIN_ONLY += "ipo_sum dr_dpo odpo modpo cauchy focal_po sba mallows".split()
 
 
 @each(*map(dpo, MARGIN_ONLY), cpo("sigmoid"), cpo("hinge"))
@@ -167,7 +167,7 @@ def test_law_6_is_broken_by_what_sees_each_ratio(given):
 
 MONOTONE = (
     "sigmoid hinge robust bco_pair apo_zero dpop chi_po aot aot_unpaired sigmoid_norm r_dpo rainbow irpo sft beta_dpo "
-    "sba"
+    "sba mallows"
 )
 
 

@@ -209,10 +209,10 @@ def outcome(loss: Loss) -> list[float]:
     policy, ref, old = (torch.tensor(x, dtype=torch.float64) for x in NUMBERS)
     entropy = torch.tensor([[1.0, 0.2, 2.0], [0.5, 1.5, 0.0]], dtype=torch.float64)
     leaves = [policy.requires_grad_()]
-    kept, totals = {"policy": CompletionLogps(policy, mask, entropy), "ref": CompletionLogps(ref, mask)}, None
+    kept, totals = {"policy": CompletionLogps(policy, mask, entropy), "ref": CompletionLogps(ref, mask, entropy)}, None
     if loss.kind is Kind.PAIRED:
         leaves.append(old.requires_grad_())  # of rejected
-        sides = CompletionLogps(old, mask.flip(0)), CompletionLogps(old.detach() - ref, mask.flip(0))
+        sides = CompletionLogps(old, mask.flip(0)), CompletionLogps(old.detach() - ref, mask.flip(0), entropy)
         given = torch.tensor([0.5, -1.0])
         pairs = {name: PairLogps(x, y, margin=given) for (name, x), y in zip(kept.items(), sides, strict=True)}
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)
