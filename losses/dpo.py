@@ -128,7 +128,7 @@ class DPOLoss(Loss):
     modpo_weight: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Weight of the objective that chosen and rejected are labelled by; the margins have the rest."""
     rejected_weight: Share = 0.95
-    """Weight of the rejected log-ratio: lambda of dpo_shift, alpha of bpo."""
+    """Weight of the rejected log-ratio: lambda of dpo_shift, alpha of bpo (its authors' code: 0.3)."""
     h_dpo_alpha: Positive = 0.95
     """Weight of the policy's entropy; below 1 it becomes sharper than by DPO."""
     focal_po_gamma: NotNegative = 0.05

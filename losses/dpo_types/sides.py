@@ -107,8 +107,8 @@ def dpo_shift(r: PairRatios, loss: DPOLoss) -> Tensor:
 def bpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta min(r_w, -alpha r_l)), Balanced Preference Optimization, arXiv 2506.03557 (not Bregman's, 2505.19601).
 
-    Only the side that is behind learns; at the reference both are, and torch gives each half the slope. From a review
-    and from oxRL's code; the paper's equation was not seen.
+    Only the side that is behind learns; at the reference both are, and torch gives each half the slope. As in its
+    authors' code, where alpha is 0.3 (`balance_logistic_alpha`); others cite it as the paper's Eq. 5.
     """
     return -logsigmoid(loss.beta * torch.minimum(r.chosen, -loss.rejected_weight * r.rejected))
 
