@@ -61,8 +61,8 @@ def sba(r: PairRatios, loss: DPOLoss) -> Tensor:
 def focal_po(r: PairRatios, loss: DPOLoss) -> Tensor:
     """s(x)^gamma sp(-x), FocalPO, arXiv 2501.06645: the focal loss turned round, wrongly ranked pairs weigh less.
 
-    The factor has a gradient, which turns the loss's round where sp(-x) > 1 / gamma. From three summaries that agree: the
-    paper's equation was not seen, its authors' repository has no code, and oxRL's stops the factor's gradient.
+    The factor has a gradient, which turns the loss's round where sp(-x) > 1 / gamma. From three summaries that agree:
+    the paper's equation was not seen, its authors' repository has no code, and oxRL's stops the factor's gradient.
     """
     nll = -logsigmoid(loss.beta * r.margin)
     return (-loss.focal_po_gamma * nll).exp() * nll
