@@ -19,7 +19,7 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .cases import Case
+from .case import Case
 from .randoms import random_rows
 from .truths import LONGEST, MAX_LENGTH, Gradient, Subject
 

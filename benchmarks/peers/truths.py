@@ -28,7 +28,7 @@ from logratio.trainers.policy.reference import AdapterReference, Reference, toke
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from .cases import Case
+from .case import Case
 from .randoms import old_logps, random_groups, random_rows, sampled_by_another, words_of
 
 MAX_LENGTH = 1024

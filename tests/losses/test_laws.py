@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from logratio.benchmarks.peers.breaks import RISES_AT_THE_REFERENCE, STEP_MEANS, WEIGHED_WITHOUT_GRADIENT
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.losses import (
     CPO_TYPES,
     DPO_TYPES,

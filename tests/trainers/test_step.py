@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.losses import (
     LOSSES,
     DPOLoss,
