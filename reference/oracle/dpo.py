@@ -102,7 +102,9 @@ def _pairs(
     """None for a pair with nothing to score."""
     pairs: list[Pair | None] = []
     deltas = [0.0] * len(chosen) if margins is None else margins
-    told = [[]] * len(chosen) if ref_entropies is None else list(zip(*ref_entropies, strict=True))
+    told: list[tuple[Tensor, ...]] = [()] * len(chosen)
+    if ref_entropies is not None:
+        told = list(zip(*ref_entropies, strict=True))
     for i, (y_w, y_l, ref_w, ref_l) in enumerate(zip(chosen, rejected, ref_chosen, ref_rejected, strict=True)):
         if len(y_w) + len(y_l) == 0:
             pairs.append(None)
