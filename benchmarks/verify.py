@@ -27,7 +27,8 @@ from transformers import LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
-from .peers.cases import CASES, Case
+from .peers.case import Case
+from .peers.cases import CASES
 from .peers.sides import oracles, ours, trls
 from .peers.truths import Gradient, Subject, subject_of
 from .progress import Progress

@@ -4,7 +4,8 @@ from . import dpo_types, grpo_types  # they fill the tables
 from .advantages import ADVANTAGES, advantage
 from .cpo import CPO_TYPES, TPO_TYPES, CPOLoss, CPOType, TPOLoss
 from .divergences import F_DIVERGENCES
-from .dpo import DPO_TYPES, DPOLoss, DPOType, PairRatios, dpo_type
+from .dpo import DPOLoss
+from .dpo_types.base import DPO_TYPES, DPOType, PairRatios, dpo_type
 from .grpo import GRPOLoss
 from .grpo_sampling import SAMPLING_CORRECTIONS
 from .grpo_types import GRPO_TYPES, KL_ESTIMATORS, LOSS_AGGREGATIONS, GRPOType

@@ -20,92 +20,29 @@ request 1265), `ipo_sum` does not; (6) `beta_dpo`'s running mean takes a step's 
 code before it; (7) `ld_alpha` weighs the reference's tokens too, as in TRL (LLaMA-Factory's weighs the policy's only);
 (8) `sppo_hard` and `sppo` are sums of two squares, as TRL's, their authors' code takes half: loss_weights of 0.5;
 (9) `alpha_dpo` takes mean and deviation of the step, its authors' code running ones; (10) `dr_dpo`'s mean is over the
-step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules.
+step, its authors' over the micro-batch; (11) `dpo_shift` has its constant lambda, not the schedules; (12) `sba` does
+not clip R, as its authors do from below, between 0.003 and 0.025; (13) `down_sample` takes the same tokens each time,
+of policy and reference, its authors' code draws them anew and apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .divergences import F_DIVERGENCES
-from .options import NotNegative, Positive, Range, Share, Variants
+from .dpo_types.base import DPO_TYPES, PairRatios, dpo_type
+from .options import NotNegative, Positive, Range, Share
 from .registry import register
 from .token_metrics import TOKEN_METRICS, preference_metrics, token_metrics
-from .token_ratios import check_clip, clipped, probability, shared_sums
+from .token_ratios import check_clip, clipped, down_sampled, mean_entropy, probability, shared_sums
 from .types import Kind, Loss, LossOutput, PairLogps, Totals, divide
-
-
-class PairRatios(NamedTuple):
-    """What a variant sees of P pairs, [P] each, in nats; only the policy's own log-probs carry a graph.
-
-    chosen, rejected: log-ratios r summed over tokens, or f'(exp r) where an f-divergence is chosen.
-    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: the summed log-probs behind them.
-    chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` is.
-    chosen_lengths, rejected_lengths: scored tokens, at least 1.
-    given: the pairs' `PairLogps.margin`, for variants that read it; 0 for others.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
-    chosen_nll: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-    given: Tensor
-    totals: Totals
-
-    @property
-    def margin(self) -> Tensor:
-        """[P], r_w - r_l"""
-        return self.chosen - self.rejected
-
-    @property
-    def average_margin(self) -> Tensor:
-        """[P], r_w / |y_w| - r_l / |y_l|"""
-        return self.chosen / self.chosen_lengths - self.rejected / self.rejected_lengths
-
-
-class DPOType(NamedTuple):
-    """divergences: other f-divergences fit the formula. whole_step: it needs `collected` of the whole step.
-
-    margin: it reads the pairs' margins. pairwise: what it returns of a pair is a loss of that pair alone.
-    """
-
-    formula: Callable[[PairRatios, DPOLoss], Tensor]
-    divergences: bool = False
-    whole_step: bool = False
-    margin: bool = False
-    pairwise: bool = True
-
-
-DPO_TYPES: Variants[DPOType] = Variants()
-"""loss_type -> the loss of each pair, [P], nats."""
-
-Formula = Callable[[PairRatios, "DPOLoss"], Tensor]
-
-
-def dpo_type(
-    *, reads: Collection[str] = (), ignores: Collection[str] = (), **flags: bool
-) -> Callable[[Formula], Formula]:
-    """Function decorator: enter a formula into `DPO_TYPES` under its own name; see `DPOType` and `Variants.enter`."""
-
-    def add(formula: Formula) -> Formula:
-        entry = DPOType(formula, **flags)
-        own = ["f_divergence_type"] if entry.divergences and "f_divergence_type" not in ignores else []
-        DPO_TYPES.enter(formula.__name__, entry, reads=[*reads, *own], ignores=ignores)
-        return formula
-
-    return add
 
 
 @dpo_type(divergences=True)
@@ -120,7 +57,7 @@ def hinge(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (1 - loss.beta * r.margin).relu()
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, averages=True)
 def ipo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """(r_w/|y_w| - r_l/|y_l| - 1/(2 beta))^2, arXiv 2310.12036 Eq. 17, averaged over tokens."""
     return (r.average_margin - 1 / (2 * loss.beta)) ** 2
@@ -140,7 +77,8 @@ class DPOLoss(Loss):
     loss_type: tuple[str, ...] = ("sigmoid",)
     """One or several of sigmoid, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, robust, cdpo, bco_pair,
     sppo_hard, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, irpo, dpop, cal_dpo, r_dpo, chi_po, rainbow,
-    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo."""
+    beta_dpo, alpha_dpo, dr_dpo, odpo, modpo, cauchy, focal_po, h_dpo, dpo_shift, bpo, minor_dpo, c2_dpo, sba,
+    mallows."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each loss_type (default: 1)."""
     label_smoothing: Share = 0.0
@@ -151,6 +89,9 @@ class DPOLoss(Loss):
     """The exponent plus 1."""
     ld_alpha: Share | None = None
     """Weight of the tokens beyond the shorter completion's length (LD-DPO, arXiv 2409.06411)."""
+    down_sample: bool = False
+    """Sum only as many of the longer completion's tokens as the shorter has, at even distances (SamPO, arXiv 2406.10957
+    Eq. 10)."""
     use_weighting: bool = False
     """Multiply each pair by how probable both its completions are (WPO, arXiv 2406.11827 Eq. 2)."""
     reference_free: bool = False
@@ -187,11 +128,19 @@ class DPOLoss(Loss):
     modpo_weight: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Weight of the objective that chosen and rejected are labelled by; the margins have the rest."""
     rejected_weight: Share = 0.95
-    """Weight of the rejected log-ratio: lambda of dpo_shift, alpha of bpo."""
+    """Weight of the rejected log-ratio: lambda of dpo_shift, alpha of bpo (its authors' code: 0.3)."""
     h_dpo_alpha: Positive = 0.95
     """Weight of the policy's entropy; below 1 it becomes sharper than by DPO."""
     focal_po_gamma: NotNegative = 0.05
     """How much less a pair weighs that is ranked wrongly."""
+    c2_dpo_lambda: NotNegative = 2e-4
+    """Weight of the square of what both log-ratios add up to."""
+    sba_lambda: Annotated[float, Range(-1, 3, above=True)] = -0.5
+    """The larger, the more pairs weigh that are far from the reference."""
+    mallows_phi: Positive = 0.29
+    """Weight of the dispersion, so chosen that it changes beta little in the mean."""
+    mallows_max_entropy: Positive = math.log(128256)
+    """The entropy of blind guessing in nats, log V of a vocabulary of V words (the default: Llama 3's)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
@@ -206,9 +155,15 @@ class DPOLoss(Loss):
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not defined for {', '.join(unfit)}")
         if self.use_weighting and (apart := [name for name in self.loss_type if not DPO_TYPES[name].pairwise]):
             raise ValueError(f"use_weighting weighs pairs, which {apart[0]} takes apart; leave one of them out")
+        if self.down_sample and (means := [name for name in self.loss_type if DPO_TYPES[name].averages]):
+            raise ValueError(f"down_sample samples the tokens that {means[0]} averages; leave one of them out")
+        if self.down_sample and self.ld_alpha is not None:
+            raise ValueError("down_sample and ld_alpha both shorten the longer completion; leave one of them out")
         check_clip(self.humanline_clip)
         if self.humanline_clip is not None and self.reference_free:
             raise ValueError("humanline_clip clips what reference_free leaves out; leave one of them out")
+        if self.ref_stats and self.reference_free:
+            raise ValueError("mallows reads the entropy of what reference_free leaves out; leave one of them out")
         if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
             raise ValueError(f"exo_pair needs label_smoothing above 0 (1e-3, say), got {self.label_smoothing}")
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
@@ -228,6 +183,11 @@ class DPOLoss(Loss):
     def stats(self) -> tuple[str, ...]:
         """log sum p^2, for WPO."""
         return ("log_sum_p2",) if self.use_weighting else ()
+
+    @property
+    def ref_stats(self) -> tuple[str, ...]:
+        """The reference's entropy, for mallows."""
+        return ("entropy",) if any(DPO_TYPES[name].ref_entropy for name in self.loss_type) else ()
 
     @property
     def window_pass(self) -> Literal["own"] | None:
@@ -274,6 +234,8 @@ class DPOLoss(Loss):
 
     def _ratios(self, policy: PairLogps, ref: PairLogps | None, totals: Totals) -> PairRatios:
         own, base = [policy.chosen, policy.rejected], None if ref is None else [ref.chosen, ref.rejected]
+        if self.down_sample:
+            own, base = down_sampled(own), None if base is None else down_sampled(base)
         if self.reference_free:
             ref_chosen, ref_rejected = (torch.zeros_like(x.sums) for x in own)
         elif base is None:
@@ -296,5 +258,8 @@ class DPOLoss(Loss):
             policy.chosen.lengths.clamp(min=1),
             policy.rejected.lengths.clamp(min=1),
             torch.zeros_like(chosen) if policy.margin is None else policy.margin.to(chosen).detach(),
+            mean_entropy([ref.chosen, ref.rejected])
+            if ref is not None and self.ref_stats
+            else torch.zeros_like(chosen),
             totals,
         )

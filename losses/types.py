@@ -168,6 +168,11 @@ class Loss:
         return ()
 
     @property
+    def ref_stats(self) -> tuple[str, ...]:
+        """Those that it uses of the reference's tokens: `ref` holds them."""
+        return ()
+
+    @property
     def metric_stats(self) -> tuple[str, ...]:
         """Those that its metrics alone use; where they were not computed, it goes without these metrics."""
         return ()

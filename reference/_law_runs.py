@@ -39,8 +39,8 @@ def stats_of(loss: Loss) -> list[str]:
 
 
 def logps_of(loss: Loss, batch: Batch, role: str, part: str = "completion") -> CompletionLogps:
-    """The policy's come with the statistics that the loss has asked for, and with weights where the batch has them."""
-    wanted = [*stats_of(loss), "weights"] if role == "policy" else []
+    """With the statistics that the loss has asked for; the policy's with weights where the batch has them."""
+    wanted = {"policy": (*stats_of(loss), "weights"), "ref": loss.ref_stats}.get(role, ())
     more = {name: batch.tokens[name][part] for name in wanted if name in batch.tokens}
     return CompletionLogps(batch.tokens[role][part], batch.masks[part], **more)
 
@@ -196,7 +196,7 @@ def show(loss: Loss, batch: Batch) -> str:
         for role, tensors in batch.tokens.items():
             seen = {"policy": True, "ref": loss.wants_reference and part not in ("prompt", "gold")}
             seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
-            if seen.get(role, role in loss.stats):
+            if seen.get(role, role in (*loss.stats, *loss.ref_stats)):
                 lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
     rows = {} if loss.kind is Kind.PAIRED and not loss.wants_margin else given_rows(loss, batch)
     lines += [f"  {name:<22}{numbers(values)}" for name, values in rows.items()]

@@ -1,8 +1,9 @@
 """Laws that every loss keeps, whoever wrote it: `check_loss(MyLoss())` holds one to all of them.
 
 Each law is a plain function of a loss and a batch of `strategies` (and of what else its equation speaks of), in
-`generic_laws.py`: it raises AssertionError with its name and the numbers that differ, and its docstring states it.
-`check_loss` has Hypothesis look for the smallest batch that breaks one, and works in a script as in a test:
+`generic_laws.py` or `gradient_laws.py`: it raises AssertionError with its name and the numbers that differ, and its
+docstring states it. `check_loss` has Hypothesis look for the smallest batch that breaks one, and works in a script as
+in a test:
 
     from logratio.reference.laws import check_loss
     check_loss(MyLoss(beta=0.1))
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 from logratio.losses.types import Loss
 
-from . import generic_laws  # it fills the book
+from . import generic_laws, gradient_laws  # they fill the book
 from ._law_book import LAWS, Law
 from ._law_runs import copy, show
 from ._verdicts import LawViolation, Report
@@ -46,6 +47,7 @@ __all__ = [
     "check_trainer",
     "for_every_batch",
     "generic_laws",
+    "gradient_laws",
     "laws_of",
     "sgd",
 ]

@@ -7,7 +7,7 @@ from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logratio.benchmarks.peers.cases import Case
+    from logratio.benchmarks.peers.case import Case
 
 
 def covering(has: Sequence[set[Any]], chosen: Iterable[int] = ()) -> list[int]:

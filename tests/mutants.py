@@ -62,7 +62,10 @@ ORACLE = tuple(
         "sft",
     )
 )
-TRUTHS = tuple(f"benchmarks/{name}.py" for name in ("peers/cases", "peers/sides", "peers/truths", "verify"))
+TRUTHS = tuple(
+    f"benchmarks/{name}.py"
+    for name in ("peers/case", "peers/cases", "peers/cases_offline", "peers/sides", "peers/truths", "verify")
+)
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}
 """Test files outside tests/losses that survivors meet last, and what they rest on."""
 ENVIRONMENT = {"CI": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

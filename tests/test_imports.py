@@ -53,7 +53,8 @@ FLOORS = (
 )
 
 VOCABULARY = "logratio.losses.types"
-SPEAK_IT = {"_law_book.py", "_law_runs.py", "family_laws.py", "family_laws_grpo.py", "generic_laws.py", "laws.py"}
+SPEAK_IT = {"_law_book.py", "_law_runs.py", "family_laws.py", "family_laws_grpo.py", "laws.py"}
+SPEAK_IT |= {"generic_laws.py", "gradient_laws.py"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

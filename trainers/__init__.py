@@ -9,7 +9,7 @@ import importlib
 import logging
 from typing import Any
 
-_METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "TPO", "GRPO", "RLOO")
+_METHODS = ("SFT", "DPO", "KTO", "ORPO", "CPO", "TPO", "Listwise", "GRPO", "RLOO")
 _WHERE = {
     **{f"{method}Trainer": "classes.trainer" for method in _METHODS},
     **{f"{method}Config": "classes.arguments" for method in _METHODS},

@@ -99,8 +99,8 @@ def train_run(
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.alarm(note)
             ends = (until is not None and until(run, row)) or step == total
-            if run.rollouts is not None:
-                log.completions(run.rollouts.taken(), number_of(run.rollouts.config.log_completions_steps, total) or 0)
+            if (rollouts := run.rollouts) is not None:
+                log.completions(rollouts.keeper.taken(), number_of(rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
@@ -136,7 +136,7 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     updated = update(run, window.examples, step)
     run.growth.after(window.micros)
     if run.rollouts is not None:
-        run.rollouts.learned(window.micros)
+        run.rollouts.keeper.learned(window.micros)
     asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
     result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
     metrics, tokens = reduced(run, window, result)

@@ -255,7 +255,7 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     compared = config.wants_reference or config.rollout is not None
     notes += [*describe_adapters(model), *describe_dropout(model, compared=compared), *describe_stuck(model, config)]
     temperature = config.rollout.temperature if config.rollout else 1.0
-    stats = (*config.loss.stats, *config.loss.metric_stats)
+    stats = (*config.loss.stats, *config.loss.metric_stats, *config.loss.ref_stats)
     policy = Policy(model, temperature=temperature, stats=stats)
     notes += share_prompts(policy, config.model.attn_implementation, autocast_of(config))
     policy.train()

@@ -35,8 +35,8 @@ from .processes.sharding import meet_inside
 
 @dataclass
 class MicroBatch:
-    """A packed batch and what was computed of it without gradient, [paths, T] each; logps: the policy's, in the last
-    step on it, where `behavior` is to be compared with them; own: see `Totals.own`.
+    """A packed batch and what was computed of it without gradient, [paths, T] each; ref: as a `Reference` gives it;
+    logps: the policy's, in the last step on it, where `behavior` is to be compared with them; own: see `Totals.own`.
 
     budget: the `micro_batch_tokens` that it was packed by, where it may be packed again.
     """

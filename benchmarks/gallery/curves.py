@@ -98,9 +98,10 @@ def of_pair(loss: Loss, state: Mapping[str, float], chosen: float, rejected: flo
 
     def pairs(w: Tensor, l: Tensor) -> PairLogps:  # noqa: E741
         there = still[: len(w)]
+        told = {name: torch.full((len(w), TOKENS), ENTROPIES[-1], dtype=torch.float64) for name in loss.ref_stats}
         return PairLogps(
-            completions(w, TOKENS),
-            completions(l, TOKENS),
+            completions(w, TOKENS, **told),
+            completions(l, TOKENS, **told),
             prompt=completions(there, TOKENS) if loss.scores_prompt else None,
             gold=completions(there, TOKENS) if loss.scores_gold else None,
             margin=torch.full_like(there, GIVEN) if loss.wants_margin else None,

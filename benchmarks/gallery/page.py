@@ -81,7 +81,8 @@ def page(method: str) -> str:
     kind, common = LOSSES[method].kind, shared([one.laws for one in every.values()])
     if LOSSES[method]().wants_reference:
         places = f"at the reference (r = {minus(AT)}, log p = {minus(REFERENCE)}) or {-OFF:g} nats below it. "
-        places += "The reference has margins of its own between the other pairs, half as large"
+        places += "The reference has margins of its own between the other pairs, half as large, "
+        places += f"and an entropy of {ENTROPIES[-1]:g} nats a token"
     else:
         places = f"at log p = {' or '.join(map(minus, UNREFERENCED))}; no completion is drawn above −1"
     shown = SHOWN[kind].format(x_label=x_label(method), places=places, others=", ".join(map(minus, OTHERS)))

@@ -176,7 +176,7 @@ def sample(subject: Subject, items: Sequence[list[Any]], say: Callable[[str], No
         for name, table in known.items():
             values = [(micro.batch, getattr(micro, name)) for micro in window.micros]
             table |= by_completion((batch, logps) for batch, logps in values if logps is not None)
-        run.rollouts.taken()
+        run.rollouts.keeper.taken()
     subject.known = {name: table for name, table in known.items() if table}
     subject.notes += run.rollouts.after(0)
     if not any(a for window in subject.windows for example in window for a in example.advantages or ()):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import CISPO_CAP, Case, trl_correction
+from .case import CISPO_CAP, Case, trl_correction
 
 Asked = tuple[str, dict[str, Any]]
 """A trainer of TRL or a loss class of Liger, and its options."""

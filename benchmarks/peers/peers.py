@@ -104,9 +104,9 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     examples = data.examples
     if loss.kind is Kind.PAIRED and not loss.scores_gold:
         examples = [example.take([0, 1]) for example in examples]
-    policy = Policy(copy.deepcopy(the_model()), stats=loss.stats)
+    policy = Policy(copy.deepcopy(the_model()), stats=(*loss.stats, *loss.ref_stats))
     policy.shared = not why_not_shared(policy)
-    reference = AdapterReference(policy) if loss.wants_reference else None
+    reference = AdapterReference(policy, loss.ref_stats) if loss.wants_reference else None
     step = Step(
         start_accelerator("no"),
         policy,

@@ -19,7 +19,7 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .cases import Case
+from .case import Case
 from .randoms import random_rows
 from .truths import LONGEST, MAX_LENGTH, Gradient, Subject
 
@@ -29,8 +29,8 @@ MICRO_BATCH_TOKENS = 40
 def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     """Our loss and gradient as one step of the loop computes them."""
     loss, policy = case.loss, subject.policy(dtype)
-    policy.stats = loss.stats
-    reference = subject.reference(policy, dtype)
+    policy.stats = (*loss.stats, *loss.ref_stats)
+    reference = subject.reference(policy, dtype, loss.ref_stats)
     teacher = None if loss.divergence is None else subject.teacher(dtype)
     step = Step(
         start_accelerator("no"),
@@ -100,6 +100,7 @@ def oracle_dpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
         *(subject.reference_passes(examples, k) for k in (0, 1)),
         chosen_log_sum_p2=[x.log_sum_p2 for x in chosen],
         rejected_log_sum_p2=[x.log_sum_p2 for x in rejected],
+        ref_entropies=[subject.reference_entropies(examples, k) for k in (0, 1)],
         margins=[e.margin or 0.0 for e in examples] if case.loss.wants_margin else None,
         beta_dpo_mean=case.state.get("margin", 0.0),
         **case.options,

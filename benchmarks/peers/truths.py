@@ -28,7 +28,7 @@ from logratio.trainers.policy.reference import AdapterReference, ModelReference,
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from .cases import Case
+from .case import Case
 from .randoms import old_logps, random_groups, random_rows, sampled_by_another, words_of
 
 MAX_LENGTH = 1024
@@ -122,13 +122,13 @@ class Subject:
         policy.zero_grad(set_to_none=True)
         return policy
 
-    def reference(self, policy: Policy, dtype: torch.dtype) -> Reference:
+    def reference(self, policy: Policy, dtype: torch.dtype, stats: Sequence[str] = ()) -> Reference:
         """The policy's own without its adapters; a micro-batch that comes again gets what it got."""
-        live = AdapterReference(policy)
+        live = AdapterReference(policy, stats)
 
         def remembered(batch: PackedBatch) -> Tensor:
             kept = any(c.support is not None for e in batch.examples for c in e.completions)
-            key = ("reference", dtype, kept, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
+            key = ("reference", dtype, kept, *stats, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
             logps: Tensor = self.once(key, lambda: live(batch))
             return logps
 
@@ -249,6 +249,10 @@ class Subject:
     def reference_passes(self, examples: Sequence[Example], which: int) -> list[Tensor]:
         """The completions' log-probs under the model without its adapters, in float64."""
         return [self._in_float64(example, which, True).completion for example in examples]
+
+    def reference_entropies(self, examples: Sequence[Example], which: int) -> list[Tensor]:
+        """Of the same tokens' distributions, in nats."""
+        return [self._in_float64(example, which, True).entropy for example in examples]
 
     def _in_float64(self, example: Example, which: int, reference: bool) -> SequenceLogps:
         """A pass; inside `rounded` as far off as the same in float32 is, and as sums of it are, all to one side."""

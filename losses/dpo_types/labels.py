@@ -1,4 +1,4 @@
-"""Noisy labels: what is known of how often the annotator errs."""
+"""Noisy labels: what is known of how often annotators err, or disagree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 def smoothed(x: Tensor, e: float) -> Tensor:
@@ -33,3 +34,14 @@ def exo_pair(r: PairRatios, loss: DPOLoss) -> Tensor:
     """s(x) (log s(x) - log(1 - e)) + s(-x) (log s(-x) - log e), arXiv 2402.00856 Eq. 16: a reverse KL."""
     x, e = loss.beta * r.margin, loss.label_smoothing
     return x.sigmoid() * (logsigmoid(x) - math.log1p(-e)) + (-x).sigmoid() * (logsigmoid(-x) - math.log(e))
+
+
+@dpo_type(ref_entropy=True, reads=("mallows_phi", "mallows_max_entropy"))
+def mallows(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-phi d x), d = -log(H / log V), H the reference's mean entropy of a token, MallowsPO-theta, arXiv 2405.14953.
+
+    Pairs weigh the more, the surer the reference is of what follows: less dispersion. As in its authors' code: over the
+    tokens of each completion, then over both; phi without the paper's 2. H / log V is held between 1e-6 and 1.
+    """
+    share = (r.ref_entropy / loss.mallows_max_entropy).clamp(1e-6, 1)
+    return -logsigmoid(-loss.mallows_phi * share.log() * loss.beta * r.margin)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..advantages.statistics import mean_of, std_of
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 @dpo_type(divergences=True)
@@ -16,7 +17,7 @@ def ipo_sum(r: PairRatios, loss: DPOLoss) -> Tensor:
     return (r.margin - 1 / (2 * loss.beta)) ** 2
 
 
-@dpo_type(divergences=True)
+@dpo_type(divergences=True, averages=True)
 def sigmoid_norm(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (r_w/|y_w| - r_l/|y_l|)), Tulu 3, arXiv 2411.15124 Sec. 4.3."""
     return -logsigmoid(loss.beta * r.average_margin)
@@ -28,7 +29,7 @@ def r_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return -logsigmoid(loss.beta * r.margin + loss.r_dpo_alpha * (r.chosen_lengths - r.rejected_lengths))
 
 
-@dpo_type(reads=("rainbow_mu", "rainbow_gamma"))
+@dpo_type(averages=True, reads=("rainbow_mu", "rainbow_gamma"))
 def rainbow(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (D - mu D_ref - (1 - mu) gamma)), D, D_ref average log p_w minus average log p_l, arXiv 2410.04203.
 
@@ -40,7 +41,7 @@ def rainbow(r: PairRatios, loss: DPOLoss) -> Tensor:
     return -logsigmoid(loss.beta * (own - to_beat))
 
 
-@dpo_type(whole_step=True, reads=("alpha_dpo_coef", "rainbow_gamma"))
+@dpo_type(whole_step=True, averages=True, reads=("alpha_dpo_coef", "rainbow_gamma"))
 def alpha_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta (D - gamma - alpha z)), z the standard score of D - D_ref in the step, arXiv 2410.10148; D as above.
 

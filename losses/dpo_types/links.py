@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..divergences import MAX_EXPONENT
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 @dpo_type(divergences=True, reads=("discopop_tau",))
@@ -42,12 +43,26 @@ def cauchy(r: PairRatios, loss: DPOLoss) -> Tensor:
     return torch.where(x > 0, -torch.log1p(-wrong), -right.log())
 
 
+@dpo_type(divergences=True, reads=("sba_lambda",))
+def sba(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """(exp(-(l + 1) x) / (l + 1) - (exp(l x) - 1) / l) / 4, scaled Basu's power divergence, arXiv 2505.19601 Table 2.
+
+    Bregman preference optimization, R = exp(-x) matched to the odds that the label is wrong; s = 4, where the slope at
+    the reference is DPO's. Plus 1 / (4 l), so that l = 0 is the limit, (exp(-x) - x) / 4. The slope in x is
+    -(R^(l + 1) + R^-l) / 4: for pairs far ahead it fades where l < 0 and grows where l > 0.
+    """
+    x, power = loss.beta * r.margin, loss.sba_lambda
+    behind = (-(power + 1) * x).clamp(max=MAX_EXPONENT).exp() / (power + 1)
+    ahead = torch.expm1((power * x).clamp(max=MAX_EXPONENT)) / power if power else x
+    return (behind - ahead) / 4
+
+
 @dpo_type(reads=("focal_po_gamma",))
 def focal_po(r: PairRatios, loss: DPOLoss) -> Tensor:
     """s(x)^gamma sp(-x), FocalPO, arXiv 2501.06645: the focal loss turned round, wrongly ranked pairs weigh less.
 
-    The factor has a gradient, which turns the loss's round where sp(-x) > 1 / gamma. From summaries: the paper's
-    equation was not seen, and oxRL's code stops the factor's gradient.
+    The factor has a gradient, which turns the loss's round where sp(-x) > 1 / gamma. From three summaries that agree:
+    the paper's equation was not seen, its authors' repository has no code, and oxRL's stops the factor's gradient.
     """
     nll = -logsigmoid(loss.beta * r.margin)
     return (-loss.focal_po_gamma * nll).exp() * nll

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 @dpo_type(margin=True, reads=("odpo_alpha",))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 
 
 @dpo_type()
@@ -60,13 +61,23 @@ def cal_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     return loss.cal_dpo_coef * sppo_hard(r, loss) - logsigmoid(r.margin)
 
 
+@dpo_type(reads=("c2_dpo_lambda",))
+def c2_dpo(r: PairRatios, loss: DPOLoss) -> Tensor:
+    """sp(-x) + lambda (r_w + r_l)^2, Constrained Controlled DPO, arXiv 2502.17507: what one side gains the other loses.
+
+    Its constraint in logarithms, log p_w + log p_l as by the reference. From two summaries that agree, in lambda too;
+    the paper's equation was not seen.
+    """
+    return loss.c2_dpo_lambda * (r.chosen + r.rejected) ** 2 - logsigmoid(loss.beta * r.margin)
+
+
 @dpo_type(reads=("irpo_alpha",))
 def irpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-x) - alpha log p_w / |y_w|, iterative reasoning preference optimization, arXiv 2404.19733."""
     return loss.irpo_alpha * r.chosen_nll / r.chosen_lengths - logsigmoid(loss.beta * r.margin)
 
 
-@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "f_divergence_type", "humanline_clip"))
+@dpo_type(divergences=True, ignores=("beta", "ld_alpha", "down_sample", "f_divergence_type", "humanline_clip"))
 def sft(r: PairRatios, loss: DPOLoss) -> Tensor:
     """-sum log p_w / N_w, N_w the chosen tokens of the step (MPO, arXiv 2411.10442; RPO, 2405.16436).
 
@@ -96,8 +107,8 @@ def dpo_shift(r: PairRatios, loss: DPOLoss) -> Tensor:
 def bpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-beta min(r_w, -alpha r_l)), Balanced Preference Optimization, arXiv 2506.03557 (not Bregman's, 2505.19601).
 
-    Only the side that is behind learns; at the reference both are, and torch gives each half the slope. From a review
-    and from oxRL's code; the paper's equation was not seen.
+    Only the side that is behind learns; at the reference both are, and torch gives each half the slope. As in its
+    authors' code, where alpha is 0.3 (`balance_logistic_alpha`); others cite it as the paper's Eq. 5.
     """
     return -logsigmoid(loss.beta * torch.minimum(r.chosen, -loss.rejected_weight * r.rejected))
 

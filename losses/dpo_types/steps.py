@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..dpo import DPOLoss, PairRatios, dpo_type
+from ..dpo import DPOLoss
+from .base import PairRatios, dpo_type
 from .labels import smoothed
 
 

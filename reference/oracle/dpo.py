@@ -21,6 +21,7 @@ def dpo(
     *,
     chosen_log_sum_p2: Sequence[Tensor] | None = None,
     rejected_log_sum_p2: Sequence[Tensor] | None = None,
+    ref_entropies: Sequence[Sequence[Tensor]] | None = None,
     margins: Sequence[float] | None = None,
     beta_dpo_mean: float = 0.0,
     loss_type: str | Sequence[str] = "sigmoid",
@@ -29,13 +30,14 @@ def dpo(
 ) -> Tensor:
     """Mean over pairs of sum_j c_j L_j, c = loss_weights (1 each), L_j of `loss_type`; `options` as in `Options`.
 
-    log_sum_p2: log sum_v p_v^2 of each token's distribution, for use_weighting. margins: of the pairs, for odpo, modpo,
-    sppo. beta_dpo_mean: beta_dpo's running mean of Delta before this step.
+    log_sum_p2: log sum_v p_v^2 of each token's distribution, for use_weighting. ref_entropies: of the reference's, in
+    nats, of chosen and rejected, for mallows. margins: of the pairs, for odpo, modpo, sppo. beta_dpo_mean: beta_dpo's
+    running mean of Delta before this step.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     o = Options(**options)
-    pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, o, margins)
+    pairs = _pairs(chosen, rejected, ref_chosen, ref_rejected, o, margins, ref_entropies)
     total = zero([*chosen, *rejected])
     for name, weight in zip(names, weights, strict=True):
         if o.f_divergence_type != "reverse_kl" and name not in TAKES_F_DIVERGENCE:
@@ -50,6 +52,8 @@ def dpo(
                 of_step = aot(name, scored, o)
             total = total + weight * of_step / max(len(pairs), 1)
             continue
+        if name == "mallows" and ref_entropies is None:
+            raise ValueError("loss_type='mallows' needs ref_entropies")
         if name in ("odpo", "modpo", "sppo") and margins is None:
             raise ValueError(f"loss_type={name!r} needs margins")
         for i, pair in enumerate(pairs):
@@ -93,20 +97,34 @@ def _pairs(
     ref_rejected: Sequence[Tensor],
     o: Options,
     margins: Sequence[float] | None = None,
+    ref_entropies: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[Pair | None]:
     """None for a pair with nothing to score."""
     pairs: list[Pair | None] = []
     deltas = [0.0] * len(chosen) if margins is None else margins
-    for y_w, y_l, ref_w, ref_l, delta in zip(chosen, rejected, ref_chosen, ref_rejected, deltas, strict=True):
+    told: list[tuple[Tensor, ...]] = [()] * len(chosen)
+    if ref_entropies is not None:
+        told = list(zip(*ref_entropies, strict=True))
+    for i, (y_w, y_l, ref_w, ref_l) in enumerate(zip(chosen, rejected, ref_chosen, ref_rejected, strict=True)):
         if len(y_w) + len(y_l) == 0:
             pairs.append(None)
             continue
         shared = min(len(y_w), len(y_l))
         refs = [torch.zeros_like(y) if o.reference_free else y.detach() for y in (ref_w, ref_l)]
         own = [_clipped(y, ref, o.humanline_clip) for y, ref in zip((y_w, y_l), refs, strict=True)]
+        if o.down_sample:
+            own, refs = ([_sampled(y, shared) for y in sides] for sides in (own, refs))
         S_w, S_l, R_w, R_l = (_sum(y, shared, o.ld_alpha) for y in (*own, *refs))
+        means = [math.fsum(h.tolist()) / len(h) for h in told[i] if len(h)]
         pairs.append(
-            Pair(S_w, S_l, R_w, R_l, length_w=len(y_w), length_l=len(y_l), nll_w=-y_w.sum(), delta=float(delta))
+            Pair(
+                *(S_w, S_l, R_w, R_l),
+                length_w=len(y_w),
+                length_l=len(y_l),
+                nll_w=-y_w.sum(),
+                delta=float(deltas[i]),
+                entropy=math.fsum(means) / max(len(means), 1),
+            )
         )
     return pairs
 
@@ -116,6 +134,12 @@ def _sum(logps: Tensor, shared: int, ld_alpha: float | None) -> Tensor:
     if ld_alpha is None:
         return logps.sum()
     return logps[:shared].sum() + ld_alpha * logps[shared:].sum()
+
+
+def _sampled(logps: Tensor, count: int) -> Tensor:
+    """SamPO (arXiv 2406.10957 Eq. 10): `count` of the n tokens, the j-th of them token ceil(j n / count)."""
+    at = [math.ceil(j * len(logps) / count) - 1 for j in range(1, count + 1)]
+    return logps[at]
 
 
 def _clipped(logps: Tensor, ref: Tensor, within: tuple[float, float] | None) -> Tensor:

@@ -25,6 +25,7 @@ class Options:
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
     ld_alpha: float | None = None
+    down_sample: bool = False
     use_weighting: bool = False
     reference_free: bool = False
     humanline_clip: tuple[float, float] | None = None
@@ -45,6 +46,10 @@ class Options:
     rejected_weight: float = 0.95
     h_dpo_alpha: float = 0.95
     focal_po_gamma: float = 0.05
+    c2_dpo_lambda: float = 2e-4
+    sba_lambda: float = -0.5
+    mallows_phi: float = 0.29
+    mallows_max_entropy: float = math.log(128256)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Pair:
     R_l: Tensor
     length_w: int  # of scored tokens
     length_l: int
-    nll_w: Tensor  # -log p summed over the chosen tokens, whatever ld_alpha is
+    nll_w: Tensor  # -log p summed over the chosen tokens, whatever is summed
     delta: float = 0.0  # by how much chosen is better, as the data say
+    entropy: float = 0.0  # of the reference, of a token in the mean
 
     @property
     def r_w(self) -> Tensor:
@@ -113,6 +119,13 @@ def _discopop(x: Tensor, tau: float) -> Tensor:
     return sigmoid(-x / tau) * softplus(-x) + torch.exp(-x - softplus(-x / tau))
 
 
+def _sba(log_R: Tensor, power: float) -> Tensor:
+    """R^(l + 1) / (s (l + 1)) - (R^-l - 1) / (s l), s = 4: arXiv 2505.19601 Table 2, less its constant 1 / (s l)."""
+    first = torch.exp(((power + 1) * log_R).clamp(max=LARGEST_EXPONENT)) / (power + 1)
+    second = -log_R if power == 0 else torch.expm1((-power * log_R).clamp(max=LARGEST_EXPONENT)) / power
+    return (first - second) / 4
+
+
 def _cauchy_cdf(x: Tensor) -> Tensor:
     """1/2 + atan(x) / pi, far on the left atan(-1 / x) / pi, which loses no digits."""
     return torch.atan(-1 / x) / math.pi if x < -1 else 0.5 + torch.atan(x) / math.pi
@@ -164,6 +177,7 @@ OF_SCORES: dict[str, Callable[[Tensor, Tensor, Options], Tensor]] = {
     "discopop": lambda z, zn, o: _discopop(o.beta * z, o.discopop_tau),
     # arXiv 2411.15124 Sec. 4.3
     "sigmoid_norm": lambda z, zn, o: softplus(-o.beta * zn),
+    "sba": lambda z, zn, o: _sba(-o.beta * z, o.sba_lambda),
 }
 TAKES_F_DIVERGENCE = {*OF_SCORES, "sft"}
 
@@ -217,6 +231,12 @@ OF_A_PAIR: dict[str, Callable[[Pair, Options], Tensor]] = {
     "bpo": lambda p, o: softplus(-o.beta * _lesser(p.r_w, -o.rejected_weight * p.r_l)),
     # arXiv 2408.09834: only what is likelier than by the reference is a penalty
     "minor_dpo": lambda p, o: softplus(-o.beta * (p.r_w - relu(p.r_l))),
+    # arXiv 2502.17507: DPO, and the square of how far log p_w + log p_l is from the reference's
+    "c2_dpo": lambda p, o: softplus(-o.beta * (p.r_w - p.r_l)) + o.c2_dpo_lambda * (p.r_w + p.r_l) ** 2,
+    # arXiv 2405.14953: the dispersion index of the prompt scales the reward, -log of it is read off the entropy
+    "mallows": lambda p, o: softplus(
+        o.mallows_phi * math.log(min(max(p.entropy / o.mallows_max_entropy, 1e-6), 1.0)) * (o.beta * (p.r_w - p.r_l))
+    ),
     # arXiv 2402.10571: reward difference less its offset
     "odpo": lambda p, o: softplus(-(o.beta * (p.r_w - p.r_l) - o.odpo_alpha * p.delta)),
     # arXiv 2310.03708: (1 / w_k) (beta Delta - w_-k (difference of the other rewards))

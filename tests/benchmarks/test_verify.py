@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.benchmarks.peers.sides import trls
 from logratio.benchmarks.peers.truths import Gradient, Subject
 from logratio.benchmarks.verify import Errors, line, main, verify, worst

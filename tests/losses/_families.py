@@ -67,6 +67,7 @@ PLAIN = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "cdpo", "dpop", "cal_dpo", "r_dpo", "chi_po", "beta_dpo"),
     *("ipo_sum", "dr_dpo", "odpo", "modpo", "sppo", "cauchy", "focal_po", "dpo_shift", "bpo", "minor_dpo"),
+    *("c2_dpo", "sba", "mallows"),
 ]
 
 

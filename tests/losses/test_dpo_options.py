@@ -9,9 +9,9 @@ import torch
 
 from logratio.losses import DPO_TYPES, F_DIVERGENCES, CompletionLogps, DPOLoss, PairLogps, Totals, TPOLoss
 from logratio.losses.divergences import MAX_EXPONENT
-from logratio.losses.dpo import probability
+from logratio.losses.token_ratios import down_sampled, probability
 
-DIVERGENT = {"ipo_sum", "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
+DIVERGENT = {"ipo_sum", "sba", "sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "exo_pair", "discopop", "sft"}
 
 
 def sp(x: float) -> float:
@@ -50,6 +50,7 @@ def test_defaults():
         "f_divergence_type": "reverse_kl",
         "f_alpha_divergence_coef": 0.5,
         "ld_alpha": None,
+        "down_sample": False,
         "use_weighting": False,
         "discopop_tau": 0.05,
         "irpo_alpha": 1.0,
@@ -70,8 +71,13 @@ def test_defaults():
         "rejected_weight": 0.95,
         "h_dpo_alpha": 0.95,
         "focal_po_gamma": 0.05,
+        "c2_dpo_lambda": 2e-4,
+        "sba_lambda": -0.5,
+        "mallows_phi": 0.29,
+        "mallows_max_entropy": log(128256),
     }
     loss = DPOLoss()
+    assert loss.ref_stats == ()
     assert (loss.stats, loss.scores_prompt, loss.scores_gold, loss.wants_reference) == ((), False, False, True)
 
 
@@ -165,6 +171,33 @@ def test_ld_alpha_does_not_change_the_nll():
     assert run(loss, policy, ref)[0] == pytest.approx(sp(-1.5) + 7 / 3)
 
 
+def test_down_sampling_takes_as_many_tokens_at_even_distances():
+    """Of LONG's three tokens the second and the last, after a hole: r_w = 1 + 4, r_l = -1."""
+    loss = DPOLoss(loss_type=("sigmoid", "irpo"), beta=0.5, down_sample=True)
+    policy, ref = PairLogps(row(LONG), row(SHORT)), PairLogps(row(LONG_REF), row(SHORT_REF))
+    s = 0.5 * sg(-3.0)
+    value, up, down = run(loss, policy, ref)
+    assert value == pytest.approx(2 * sp(-3.0) + 7 / 3)  # the NLL is of all three
+    assert up == pytest.approx([-1 / 3, 0, -1 / 3 - 2 * s, -1 / 3 - 2 * s]) and down == pytest.approx([2 * s, 2 * s])
+    swapped = PairLogps(row(SHORT), row(LONG)), PairLogps(row(SHORT_REF), row(LONG_REF))
+    loss = DPOLoss(beta=0.5, down_sample=True)
+    metrics = loss(*swapped, totals=Totals.of(swapped[0])).metrics
+    assert metrics["rewards/rejected"].total.item() == 2.5 and metrics["logps/rejected"].total.item() == -7
+    free = DPOLoss(beta=0.5, down_sample=True, reference_free=True)
+    assert run(free, PairLogps(row(LONG), row(SHORT)), None)[0] == pytest.approx(sp(0.5 * (6 - 4)))
+
+
+def test_down_sampling_spreads_what_it_takes():
+    """Of 7 tokens 3: places 3, 5, 7; of 5 tokens 4: all but the first; of any none, beside an empty completion."""
+    for many, few, places in ((7, 3, [3, 5, 7]), (5, 4, [2, 3, 4, 5]), (4, 0, []), (3, 3, [1, 2, 3]), (6, 1, [6])):
+        sides = row([-1.0] * many), row([-1.0] * few + [math.nan])
+        for order in (sides, sides[::-1]):
+            both = down_sampled(order)
+            longer, shorter = both if order is sides else both[::-1]
+            assert (longer.completion_mask[0].nonzero().flatten() + 1).tolist() == places
+            assert shorter.completion_mask.sum() == few
+
+
 def test_weighting_by_hand():
     """Weights: exp of the mean of log p - log sum p^2, here of 1 and -2 (or -1), and of 0.5; no gradient."""
     policy = PairLogps(row([-1.0, math.nan, -4.0], [-2.0, math.nan, -2.0]), row([-1.0], [-1.5]))
@@ -241,6 +274,23 @@ def test_one_name_is_a_tuple_of_one():
             {"loss_type": ("ipo", "dr_dpo"), "use_weighting": True},
             "use_weighting weighs pairs, which dr_dpo takes apart",
         ),
+        (
+            {"loss_type": ("sigmoid", "rainbow"), "down_sample": True},
+            "^down_sample samples the tokens that rainbow averages; leave one of them out$",
+        ),
+        (
+            {"loss_type": "ipo", "down_sample": True},
+            "is an option of all but ipo, sigmoid_norm, rainbow, alpha_dpo, sft$",
+        ),
+        (
+            {"ld_alpha": 0.0, "down_sample": True},
+            "^down_sample and ld_alpha both shorten the longer completion; leave one of them out$",
+        ),
+        ({"sba_lambda": -1.0, "loss_type": "sba"}, r"^sba_lambda=-1.0 must be in \(-1, 3\]$"),
+        (
+            {"loss_type": ("sigmoid", "mallows"), "reference_free": True},
+            "^mallows reads the entropy of what reference_free leaves out; leave one of them out$",
+        ),
         ({"humanline_clip": (0.1, 1.0)}, r"^humanline_clip=\(0.1, 1.0\) must be two numbers around 0, as -1 1.5$"),
         ({"humanline_clip": (0.0, 0.0)}, "must be two numbers around 0"),
         ({"humanline_clip": (-1.0,)}, "must be two numbers around 0"),
@@ -294,6 +344,32 @@ def test_humanline_clips_the_ratio_of_each_token_and_stops_its_gradient():
         DPOLoss(humanline_clip=(-1.0, 1.5))(policy, shorter, totals=Totals.of(policy))
 
 
+def test_mallows_asks_for_the_references_entropy():
+    """Means over tokens 2 and 1, over sides 1.5; where one side is empty, the other's; no gradient."""
+    loss = DPOLoss(loss_type=("sft", "mallows"), loss_weights=(0.0, 1.0), mallows_max_entropy=1.5 * exp(2), beta=0.5)
+    assert loss.ref_stats == ("entropy",) and loss.stats == ()
+    policy = PairLogps(row([-1.0, math.nan, -1.0]), row([-2.0]))
+
+    def ref(*entropies: list[float]) -> PairLogps:
+        sides = (row([-1.0, math.nan, -2.0]), row([-1.0]))
+        told = [torch.tensor([h], dtype=torch.float64, requires_grad=True) for h in entropies]
+        return PairLogps(*(dataclasses.replace(x, entropy=h) for x, h in zip(sides, told, strict=True)))
+
+    x = 0.5 * 2 * 0.58
+    both = ref([1.0, math.nan, 3.0], [1.0])
+    assert run(loss, policy, both)[0] == pytest.approx(sp(-x))
+    assert both.chosen.entropy.grad is None and both.rejected.entropy.grad is None
+    empty = row([math.nan])
+    lone = PairLogps(policy.chosen, empty)
+    surer = dataclasses.replace(empty, entropy=torch.zeros(1, 1, dtype=torch.float64))
+    x = 0.5 * 1 * 0.29 * (2 + log(1.5 / 2))
+    assert run(loss, lone, PairLogps(both.chosen, surer))[0] == pytest.approx(sp(-x))
+    with pytest.raises(
+        ValueError, match="^mallows needs the reference's entropy of every token, ref's entropy is None$"
+    ):
+        loss(policy, PairLogps(both.chosen, row([-1.0])), totals=Totals.of(policy))
+
+
 @pytest.mark.parametrize("loss_type", ["odpo", "modpo", "sppo"])
 def test_margins_are_asked_for_by_name(loss_type):
     policy, ref = ratios(1.0, 0.0)
@@ -314,6 +390,7 @@ def test_what_is_just_allowed():
         {"loss_type": "robust", "label_smoothing": 0.499},
         {"loss_type": ("ipo", "sigmoid"), "use_weighting": True, "ld_alpha": 1.0},
         {"loss_type": "beta_dpo", "use_weighting": True},
+        {"loss_type": ("r_dpo", "sft"), "down_sample": True, "use_weighting": True, "humanline_clip": (-1.0, 1.0)},
         {"humanline_clip": (0.0, 1.0)},
         {"loss_type": "modpo", "modpo_weight": 1.0},
     ):

@@ -29,6 +29,7 @@ REJECTED = ([-1.0, math.nan, -2.0, -3.0], [True, False, True, True])
 
 
 DELTA = 0.5  # the pair's margin
+ENTROPY = math.log(128256) / exp(2)  # of each token: log V / H is exp(2)
 
 
 class Sides(NamedTuple):
@@ -45,6 +46,7 @@ class Sides(NamedTuple):
                 CompletionLogps(
                     torch.tensor([[logps[0] - shift, *logps[1:]]], dtype=torch.float64, requires_grad=True),
                     torch.tensor([mask]),
+                    entropy=torch.tensor([[ENTROPY]], dtype=torch.float64).expand(1, len(mask)),
                 )
                 for (logps, mask), shift in zip((CHOSEN, REJECTED), by, strict=True)
             ]
@@ -110,6 +112,9 @@ AT_REFERENCE = {
     "dpo_shift": ({}, log(2), -B / 2, 0.95 * B / 2),
     "bpo": ({}, log(2), -B / 4, 0.95 * B / 4),  # at the kink: half of each side
     "minor_dpo": ({}, log(2), -B / 2, 0),  # at the kink: the slope of the left side
+    "c2_dpo": ({}, log(2), -B / 2, B / 2),
+    "mallows": ({}, log(2), -0.58 * B / 2, 0.58 * B / 2),  # 0.29 * 2
+    "sba": ({}, 1 / 2, -B / 2, B / 2),  # 1 / (4 (1 - 0.5)); the slope is DPO's, whatever sba_lambda is
 }
 
 
@@ -227,6 +232,28 @@ POINTS: list[Point] = [
     ("minor_dpo", {}, 3, -1, sp(-1.5), -H * sg(-1.5), 0),
     ("minor_dpo", {}, -1, 2, sp(1.5), -H * sg(1.5), H * sg(1.5)),
     *[
+        of_x("mallows", options, r_w, r_l, sp(-w * x), -w * sg(-w * x))
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+        for options, w in (
+            ({}, 0.58),
+            ({"mallows_phi": 1.5}, 3),
+            ({"mallows_max_entropy": ENTROPY * exp(0.5), "mallows_phi": 2.0}, 1),
+            ({"mallows_max_entropy": ENTROPY / 2}, 0),  # more than blind guessing
+            ({"mallows_max_entropy": ENTROPY * 1e9}, 0.29 * 6 * log(10)),  # as sure as can be
+        )
+    ],
+    ("c2_dpo", {"c2_dpo_lambda": 0.1}, 3, -1, sp(-2) + 0.1 * 4, -H * sg(-2) + 0.2 * 2, H * sg(-2) + 0.2 * 2),
+    ("c2_dpo", {"c2_dpo_lambda": 0.1}, -1, 2, sp(1.5) + 0.1, -H * sg(1.5) + 0.2, H * sg(1.5) + 0.2),
+    *[
+        of_x("sba", {"sba_lambda": power}, r_w, r_l, value(x), slope(x))
+        for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
+        for power, value, slope in (
+            (-0.5, lambda x: exp(-x / 2) - 0.5, lambda x: -exp(-x / 2) / 2),
+            (0.0, lambda x: (exp(-x) - x) / 4, lambda x: -(exp(-x) + 1) / 4),
+            (1.0, lambda x: (exp(-2 * x) / 2 - exp(x) + 1) / 4, lambda x: -(exp(-2 * x) + exp(x)) / 4),
+        )
+    ],
+    *[
         (name, E, r_w, r_l, 0.8 * sp(-x) + 0.2 * sp(x), H * (sg(x) - 0.8), -H * (sg(x) - 0.8))
         for name in ("aot", "aot_unpaired")
         for r_w, r_l, x in ((3, -1, 2), (-1, 2, -1.5))
@@ -304,6 +331,10 @@ def test_exponents_stop_at_forty():
     assert got == pytest.approx((exp(40), -1.0, 1.0), rel=1e-12)
     got = value_and_slopes(DPOLoss(loss_type="discopop", discopop_tau=2.0, beta=1.0), -78.0, 0.0, {})
     assert got == pytest.approx((exp(39), -exp(39) / 2, exp(39) / 2), rel=1e-12)
+    got = value_and_slopes(DPOLoss(loss_type="sba", beta=1.0), -200.0, 0.0, {})  # R^(1/2) twice, the first times 2
+    assert got == pytest.approx((exp(40) - 0.5, 0, 0), rel=1e-12)
+    got = value_and_slopes(DPOLoss(loss_type="sba", beta=1.0, sba_lambda=1.0), 50.0, 0.0, {})
+    assert got == pytest.approx(((exp(-40) / 2 - exp(40) + 1) / 4, 0, 0), rel=1e-12, abs=1e-17)
     got = value_and_slopes(DPOLoss(loss_type="chi_po", beta=1e-17), 50.0, 0.0, {})
     x = 1e-17 * exp(40)
     assert got == pytest.approx((sp(-x), -1e-17 * sg(-x), 2e-17 * sg(-x)), rel=1e-12, abs=1e-25)
@@ -314,7 +345,20 @@ def test_exponents_stop_at_forty():
 
 @pytest.mark.parametrize(
     "loss_type",
-    ["sigmoid", "cdpo", "exo_pair", "robust", "discopop", "beta_dpo", "chi_po", "dpop", "cauchy", "focal_po", "dr_dpo"],
+    [
+        "sigmoid",
+        "cdpo",
+        "exo_pair",
+        "robust",
+        "discopop",
+        "beta_dpo",
+        "chi_po",
+        "dpop",
+        "cauchy",
+        "focal_po",
+        "dr_dpo",
+        "sba",
+    ],
 )
 def test_finite_in_float32_wherever_the_ratios_are(loss_type):
     for r_w, r_l in ((1e4, -1e4), (-1e4, 1e4), (-200.0, 0.0), (100.0, 100.0)):

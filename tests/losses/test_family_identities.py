@@ -116,6 +116,14 @@ def test_law_12_ld_alpha(given):
     breaks(lambda batch: laws.neutral_option(none, given, batch), "neutral_option")
 
 
+@each(*map(dpo, ("sigmoid", "nca_pair", "aot", "r_dpo")))
+def test_law_12_down_sampling(given):
+    """Nothing changes at equal lengths."""
+    fewer = replace(given, down_sample=True)
+    keeps(lambda batch: laws.neutral_option(fewer, given, equal_lengths(batch)))
+    breaks(lambda batch: laws.neutral_option(fewer, given, batch), "neutral_option")
+
+
 @each(
     (dpo("exo_pair"), math.log((1 - E) / E) / 0.5, 0.0, 0.0),
     (dpo("cdpo"), math.log((1 - E) / E) / 0.5, 0.0, H),
@@ -193,6 +201,7 @@ def test_law_16_odds():
     (dpo("rainbow", rainbow_mu=0.0, rainbow_gamma=0.3), cpo("simpo", simpo_gamma=0.15)),
     (dpo("cal_dpo", cal_dpo_coef=0.0), dpo("sigmoid", beta=1.0)),
     (dpo("irpo", irpo_alpha=0.0), dpo("sigmoid")),
+    (dpo("c2_dpo", c2_dpo_lambda=0.0), dpo("sigmoid")),
     (dpo("odpo", odpo_alpha=0.0), dpo("sigmoid")),
     (dpo("modpo", modpo_weight=1.0), dpo("sigmoid")),
     (dpo("h_dpo", h_dpo_alpha=1.0), dpo("sigmoid")),
@@ -213,6 +222,18 @@ def test_law_17_neutral_options(given):
     keeps(lambda batch: laws.neutral_option(loss, plain, batch))
 
 
+def test_mallows_is_dpo_with_a_beta_of_the_pairs_dispersion():
+    """At one entropy everywhere beta becomes beta phi log(max_entropy / H)."""
+
+    def even(batch: Batch) -> Batch:
+        told = {part: torch.full_like(x, 2.0) for part, x in batch.tokens["entropy"].items()}
+        return replace(batch, tokens=batch.tokens | {"entropy": told})
+
+    loss = dpo("mallows", mallows_phi=0.4, mallows_max_entropy=2 * math.exp(3))
+    keeps(lambda batch: laws.neutral_option(loss, dpo("sigmoid", beta=0.5 * 0.4 * 3), even(batch)))
+    breaks(lambda batch: laws.neutral_option(loss, dpo("sigmoid", beta=0.5 * 0.4 * 3), batch), "neutral_option")
+
+
 def test_law_17_options_that_are_neutral_on_some_batches():
     def raised(batch: Batch) -> Batch:
         """r_w > 0"""
@@ -227,6 +248,7 @@ def test_law_17_options_that_are_neutral_on_some_batches():
     keeps(lambda batch: laws.neutral_option(dpo("dr_dpo"), dpo("sigmoid"), take(batch, [0])))
     keeps(lambda batch: laws.limit(dpo("dr_dpo", dr_dpo_beta=1e7), dpo("sigmoid"), batch))
     keeps(lambda batch: laws.at_least(dpo("sigmoid"), dpo("dr_dpo"), batch))  # a soft minimum is below the mean
+    keeps(lambda batch: laws.limit(dpo("sba", sba_lambda=1e-9), dpo("sba", sba_lambda=0.0), batch), max_size=1.0)
     sure = lambda batch: replace(batch, rows={"margin": 0 * batch.rows["margin"] + 50.0})  # noqa: E731
     keeps(lambda batch: laws.neutral_option(dpo("sppo"), dpo("sppo_hard"), sure(batch)))
 

@@ -18,7 +18,9 @@ from ._families import DIVERGENCES, LN2, PLAIN, E, breaks, cpo, dpo, each, keeps
 
 @each(
     *((dpo(name), LN2) for name in "sigmoid robust aot aot_unpaired sigmoid_norm cdpo dpop chi_po beta_dpo".split()),
-    *((dpo(name), LN2) for name in "dr_dpo cauchy dpo_shift bpo minor_dpo".split()),
+    *((dpo(name), LN2) for name in "dr_dpo cauchy dpo_shift bpo minor_dpo c2_dpo mallows".split()),
+    (dpo("sba"), 0.5),
+    (dpo("sba", sba_lambda=1.0), 0.125),
     (dpo("focal_po", focal_po_gamma=0.5), LN2 / 2**0.5),
     (dpo("ipo_sum", beta=0.1), 25.0),
     (dpo("odpo", odpo_alpha=0.0), LN2),
@@ -59,6 +61,8 @@ def test_law_1_of_labelled_examples(given):
     (dpo("hinge"), 1.0, 1.0),
     (dpo("dr_dpo"), 0.5, 0.5),
     (dpo("cauchy"), 2 / math.pi, 2 / math.pi),
+    (dpo("c2_dpo", c2_dpo_lambda=0.3), 0.5, 0.5),
+    *((dpo("sba", sba_lambda=power), 0.5, 0.5) for power in (-0.5, 0.0, 2.0)),
     (dpo("dpo_shift", rejected_weight=0.6), 0.5, 0.3),
     (dpo("bpo", rejected_weight=0.6), 0.25, 0.15),  # torch's halves at the kink
     (dpo("minor_dpo"), 0.5, 0.0),
@@ -139,7 +143,7 @@ def test_law_5_is_broken_by_what_sees_the_policy_alone(given):
 
 
 MARGIN_ONLY = "sigmoid hinge exo_pair robust discopop cdpo aot aot_unpaired r_dpo beta_dpo".split()
-MARGIN_ONLY += "ipo_sum dr_dpo odpo modpo cauchy focal_po".split()
+MARGIN_ONLY += "ipo_sum dr_dpo odpo modpo cauchy focal_po sba mallows".split()
 
 
 @each(*map(dpo, MARGIN_ONLY), cpo("sigmoid"), cpo("hinge"))
@@ -153,13 +157,17 @@ def test_law_6_of_averages_at_equal_lengths(given):
     breaks(lambda batch: laws.common_shift(given, batch, -0.7), "common_shift")
 
 
-@each(*map(dpo, "nca_pair bco_pair sppo_hard apo_zero apo_down chi_po cal_dpo dpop sft irpo".split()), cpo("simper"))
+@each(
+    *map(dpo, "nca_pair bco_pair sppo_hard apo_zero apo_down chi_po cal_dpo dpop sft irpo c2_dpo".split()),
+    cpo("simper"),
+)
 def test_law_6_is_broken_by_what_sees_each_ratio(given):
     breaks(lambda batch: laws.common_shift(given, batch, -0.7), "common_shift")
 
 
 MONOTONE = (
-    "sigmoid hinge robust bco_pair apo_zero dpop chi_po aot aot_unpaired sigmoid_norm r_dpo rainbow irpo sft beta_dpo"
+    "sigmoid hinge robust bco_pair apo_zero dpop chi_po aot aot_unpaired sigmoid_norm r_dpo rainbow irpo sft beta_dpo "
+    "sba mallows"
 )
 
 
@@ -183,6 +191,7 @@ def test_law_7_of_labelled_examples(given):
 @each(
     *map(dpo, ("nca_pair", "ipo", "sppo_hard", "cal_dpo", "apo_down")),
     *(dpo(name, beta=5.0) for name in ("exo_pair", "cdpo")),
+    dpo("c2_dpo", c2_dpo_lambda=0.3),
     dpo("discopop", discopop_tau=0.05),
     cpo("ipo"),
 )
@@ -210,6 +219,8 @@ def test_law_8_of_labelled_examples():
         keeps(lambda batch, loss=loss, bound=bound: laws.bounded_slope(loss, batch, bound), "labeled")
 
 
-@each(*map(dpo, ("ipo", "sppo_hard", "cal_dpo", "chi_po", "dpop")), dpo("sigmoid", f_divergence_type="forward_kl"))
+@each(
+    *map(dpo, ("ipo", "sppo_hard", "cal_dpo", "chi_po", "dpop", "sba")), dpo("sigmoid", f_divergence_type="forward_kl")
+)
 def test_law_8_is_broken_by_losses_that_are_not_bounded(given):
     breaks(lambda batch: laws.bounded_slope(given, batch, given.beta), "bounded_slope", max_examples=60)

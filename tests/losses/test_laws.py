@@ -17,7 +17,8 @@ from logratio.benchmarks.peers.breaks import (
     TEACHERS,
     WEIGHED_WITHOUT_GRADIENT,
 )
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.losses import (
     CPO_TYPES,
     DPO_TYPES,

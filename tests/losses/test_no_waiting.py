@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.losses import Loss, SFTLoss
 from logratio.reference._law_runs import arguments
 from logratio.reference.laws import for_every_batch

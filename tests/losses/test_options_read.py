@@ -90,7 +90,7 @@ SMOOTHED = "it is an option of cdpo, robust, exo_pair, aot, aot_unpaired"
                 DPOLoss,
                 {"loss_type": name, "f_divergence_type": "forward_kl"},
                 f"f_divergence_type=forward_kl is not read by loss_type {name}; leave it out: it is an option of "
-                "sigmoid, hinge, ipo, robust, exo_pair, ipo_sum, sigmoid_norm, discopop",
+                "sigmoid, hinge, ipo, robust, exo_pair, ipo_sum, sigmoid_norm, discopop, sba",
             )
             for name in ("sft", "nca_pair")
         ),
@@ -168,6 +168,7 @@ OTHERS = {
     "epsilon_high": 0.05,
     "delta": 0.9,
     "ld_alpha": 0.5,
+    "down_sample": True,
     "humanline_clip": (-0.05, 0.05),
     "chi_po_r_max": 0.01,
     "beta": 0.3,
@@ -189,6 +190,7 @@ UNDEFINED = {
         for name in ("real", "target_po", "a2po")
         for option in ("beta", "top_entropy_quantile", "kl_estimator", "loss_aggregation")
     ),
+    *((name, "down_sample") for name, entry in DPO_TYPES.items() if entry.averages),
 }
 """Refused since they have no meaning there, not since nothing reads them."""
 
@@ -221,10 +223,10 @@ def outcome(loss: Loss) -> list[float]:
     policy, ref, old = (torch.tensor(x, dtype=torch.float64) for x in NUMBERS)
     entropy = torch.tensor([[1.0, 0.2, 2.0], [0.5, 1.5, 0.0]], dtype=torch.float64)
     leaves = [policy.requires_grad_()]
-    kept, totals = {"policy": CompletionLogps(policy, mask, entropy), "ref": CompletionLogps(ref, mask)}, None
+    kept, totals = {"policy": CompletionLogps(policy, mask, entropy), "ref": CompletionLogps(ref, mask, entropy)}, None
     if loss.kind is Kind.PAIRED:
         leaves.append(old.requires_grad_())  # of rejected
-        sides = CompletionLogps(old, mask.flip(0)), CompletionLogps(old.detach() - ref, mask.flip(0))
+        sides = CompletionLogps(old, mask.flip(0)), CompletionLogps(old.detach() - ref, mask.flip(0), entropy)
         given = torch.tensor([0.5, -1.0])
         pairs = {name: PairLogps(x, y, margin=given) for (name, x), y in zip(kept.items(), sides, strict=True)}
         totals = Totals.of(pairs["policy"], loss.collect(*pairs.values()) if loss.window_pass else None)

@@ -25,7 +25,8 @@ def dpo(r_w: float, r_l: float, *, grad: bool = False, **options):
     rejected = steps([REF_L[0] + r_l])
     for y in (*chosen, *rejected):
         y.requires_grad_()
-    loss = oracle.dpo(chosen, rejected, steps(REF_W), steps(REF_L), margins=[LN2], **options)
+    entropies = [steps([1.0, 2.0]), steps([0.5])]  # means 1.5 and 0.5: of both 1
+    loss = oracle.dpo(chosen, rejected, steps(REF_W), steps(REF_L), margins=[LN2], ref_entropies=entropies, **options)
     if not grad:
         return loss.item()
     loss.backward()
@@ -78,6 +79,9 @@ AT_REFERENCE = {  # name: (options, loss, -dL/dr_w / beta, dL/dr_l / beta), beta
     "dpo_shift": ({}, LN2, 1 / 2, 0.475),
     "bpo": ({}, LN2, 1 / 4, 0.2375),  # the kink: half of each
     "minor_dpo": ({}, LN2, 1 / 2, 0),  # the kink, where relu has slope 0
+    "c2_dpo": ({}, LN2, 1 / 2, 1 / 2),
+    "sba": ({}, 1 / 2, 1 / 2, 1 / 2),
+    "mallows": ({"mallows_max_entropy": exp(2), "mallows_phi": 0.3}, LN2, 0.3, 0.3),
 }
 
 
@@ -138,6 +142,15 @@ AWAY = [
     ("bpo", {"rejected_weight": 0.5}, log(1 + 1 / sqrt(2))),
     ("bpo", {"rejected_weight": 1.0, "beta": 2.0}, log(5 / 4)),
     ("minor_dpo", {}, log(4 / 3)),
+    ("mallows", {"mallows_max_entropy": exp(2), "mallows_phi": 0.5}, log(7 / 6)),
+    ("mallows", {"mallows_max_entropy": exp(1), "mallows_phi": 0.5}, log(1 + 1 / sqrt(6))),
+    ("mallows", {"mallows_max_entropy": 0.9}, LN2),
+    ("mallows", {"mallows_max_entropy": 1e7, "mallows_phi": 1 / log(1e6)}, log(7 / 6)),
+    ("c2_dpo", {"c2_dpo_lambda": 2.0}, log(7 / 6) + 2 * log(1.5) ** 2),
+    # R = 1/6
+    ("sba", {}, 1 / sqrt(6) - 1 / 2),
+    ("sba", {"sba_lambda": 0.0}, (1 / 6 - LN6) / 4),
+    ("sba", {"sba_lambda": 1.0}, 1 / 288 - 5 / 4),
     ("sigmoid", {"reference_free": True}, log(1 + exp(2) / 6)),  # -7 + ln 3 + 5 + ln 2
     ("sigmoid", {"humanline_clip": (-0.5, 10.0)}, log(1 + exp(-0.5) / 3)),  # -ln 2 becomes -1/2
 ]
@@ -155,13 +168,17 @@ def test_a_pair_with_nothing_to_score_has_no_loss_and_counts() -> None:
     pairs = (steps(y) for y in ([-2.5, -4.0], [-5.5], REF_W, REF_L))
     chosen, rejected, ref_w, ref_l = pairs
     for name, (options, *_) in AT_REFERENCE.items():
-        one = oracle.dpo(chosen, rejected, ref_w, ref_l, loss_type=name, margins=[0.3], **options)
+        told = [steps([1.0, 1.0]), steps([1.0])]
+        one = oracle.dpo(chosen, rejected, ref_w, ref_l, loss_type=name, margins=[0.3], ref_entropies=told, **options)
         padded = [step + nothing for step in (chosen, rejected, ref_w, ref_l)]
         factor = 1 if name == "sft" else 1 / 2  # a mean over tokens, of which there are no more
-        assert oracle.dpo(*padded, loss_type=name, margins=[0.3, 9.0], **options).item() == pytest.approx(
-            factor * one.item()
-        ), name
-        empty = oracle.dpo(nothing, nothing, nothing, nothing, loss_type=name, margins=[0.3], **options)
+        told = [h + nothing for h in told]
+        both = oracle.dpo(*padded, loss_type=name, margins=[0.3, 9.0], ref_entropies=told, **options)
+        assert both.item() == pytest.approx(factor * one.item()), name
+        told = [nothing, nothing]
+        empty = oracle.dpo(
+            nothing, nothing, nothing, nothing, loss_type=name, margins=[0.3], ref_entropies=told, **options
+        )
         assert empty.item() == 0
 
 
@@ -234,6 +251,7 @@ def test_f_divergences(divergence: str, alpha: float, f_w: float, f_l: float) ->
         "exo_pair": m * log(m / 0.8) + (1 - m) * log((1 - m) / 0.2),
         "robust": (0.8 * log(1 + exp(-x)) - 0.2 * log(1 + exp(x))) / 0.6,
         "discopop": (1 - m) * log(1 + exp(-x)) + m * exp(-x),
+        "sba": exp(-x / 2) - 1 / 2,
         "sft": (7 - LN3) / 2,
     }
     for name, value in expected.items():
@@ -255,6 +273,28 @@ def test_ld_alpha_discounts_what_is_past_the_shorter_completion_in_both_models()
     # sigmoid_norm still divides by the whole length
     loss = oracle.dpo(chosen, rejected, ref_w, ref_l, beta=1.0, ld_alpha=0.5, loss_type="sigmoid_norm")
     assert loss.item() == pytest.approx(log(1 + exp(1 - 4 / 3)))
+
+
+def test_down_sampling_takes_as_many_tokens_of_both_models() -> None:
+    ref_w, ref_l = steps([-1.0, -2.0, -3.0]), steps([-2.0, -1.0])
+    chosen, rejected = steps([0.0, 0.5, 1.0]), steps([-1.0, -1.0])  # r 1, 2.5, 4: the last two; and 1, 0
+    for sides, x in [((chosen, rejected, ref_w, ref_l), 5.5), ((rejected, chosen, ref_l, ref_w), -5.5)]:
+        loss = oracle.dpo(*sides, beta=0.5, down_sample=True)
+        assert loss.item() == pytest.approx(log(1 + exp(-0.5 * x)))
+    four, none = steps([-1.0, -2.0, -4.0, -8.0]), steps([])
+    for other, taken in ((steps([-1.0]), -8 + 1), (none, 0)):  # of four the last; none
+        loss = oracle.dpo(four, other, four, other, beta=1.0, down_sample=True, reference_free=True)
+        assert loss.item() == pytest.approx(log(1 + exp(-taken)))
+
+
+def test_mallows_takes_the_mean_of_the_sides_that_have_tokens() -> None:
+    chosen, rejected, ref = steps([-1.0, -1.0]), steps([]), steps([-2.0, -1.5])  # r_w = 1.5
+    told = [steps([1.0, 3.0]), steps([])]  # mean 2
+    options = dict(loss_type="mallows", beta=1.0, mallows_phi=1.0, mallows_max_entropy=2 * exp(1))
+    loss = oracle.dpo(chosen, rejected, ref, steps([]), ref_entropies=told, **options)
+    assert loss.item() == pytest.approx(log(1 + exp(-1.5)))
+    with pytest.raises(ValueError, match="^loss_type='mallows' needs ref_entropies$"):
+        oracle.dpo(chosen, rejected, ref, steps([]), **options)
 
 
 def test_use_weighting_multiplies_each_pair_without_a_gradient_of_its_own() -> None:

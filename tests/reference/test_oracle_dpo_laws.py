@@ -80,6 +80,7 @@ def test_losses_made_of_others(step: Step) -> None:
         ("robust", {}),
         ("irpo", {"irpo_alpha": 0.0}),
         ("dpop", {"dpop_lambda": 0.0}),
+        ("c2_dpo", {"c2_dpo_lambda": 0.0}),
         ("r_dpo", {"r_dpo_alpha": 0.0}),
         ("beta_dpo", {"beta_dpo_coef": 0.0}),
         ("sigmoid", {"ld_alpha": 1.0}),
@@ -133,12 +134,17 @@ OPTIONS = {"exo_pair": {"label_smoothing": E}, "robust": {"label_smoothing": E},
 NAMES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
     "sigmoid_norm cdpo irpo dpop cal_dpo r_dpo chi_po rainbow ipo_sum dr_dpo cauchy focal_po h_dpo dpo_shift bpo "
-    "minor_dpo"
+    "minor_dpo c2_dpo sba"
 ).split()
 CASES = [(name, OPTIONS.get(name, {})) for name in NAMES] + [
     ("sigmoid", {"f_divergence_type": kind}) for kind in ("forward_kl", "js_divergence", "alpha_divergence")
 ]
-CASES += [("sigmoid", {"ld_alpha": 0.4}), ("beta_dpo", {"beta_dpo_coef": 0.0})]
+CASES += [
+    ("sba", {"sba_lambda": 0.7}),
+    ("sba", {"sba_lambda": 0.0}),
+    ("sigmoid", {"ld_alpha": 0.4}),
+    ("beta_dpo", {"beta_dpo_coef": 0.0}),
+]
 
 
 @pytest.mark.parametrize("name, options", CASES)

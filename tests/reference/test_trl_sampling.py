@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.cases import trl_correction
+from logratio.benchmarks.peers.case import trl_correction
 from logratio.benchmarks.peers.truths import Subject, subject_of
 from logratio.losses import CompletionLogps, GRPOLoss, LossOutput, Totals
 from logratio.losses.grpo_sampling import correct

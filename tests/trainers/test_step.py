@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
-from logratio.benchmarks.peers.cases import CASES, Case
+from logratio.benchmarks.peers.case import Case
+from logratio.benchmarks.peers.cases import CASES
 from logratio.losses import (
     LOSSES,
     DPOLoss,
@@ -110,12 +111,12 @@ def model(built):
 
 
 def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
-    policy = Policy(model, shared=shared, stats=(*loss.stats, *loss.metric_stats))
+    policy = Policy(model, shared=shared, stats=(*loss.stats, *loss.metric_stats, *loss.ref_stats))
     return Step(
         start_accelerator("no"),
         policy,
         loss,
-        AdapterReference(policy) if loss.wants_reference else None,
+        AdapterReference(policy, loss.ref_stats) if loss.wants_reference else None,
         micro_batch_tokens=micro_batch_tokens,
         max_length=MAX_LENGTH,
     )

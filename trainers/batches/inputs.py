@@ -60,12 +60,14 @@ def loss_inputs(
     old: Tensor | None = None,
     behavior: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The arguments, beside `totals`, that a loss of this kind is called with. All but the loss: [paths, T] each."""
+    """The arguments, beside `totals`, that a loss of this kind is called with. All but the loss: [paths, T] each; ref
+    as a `Reference` gives it."""
     mask = batch.scored
     stats = out._asdict()
     policy = CompletionLogps(stats.pop("logps"), mask, **stats, weights=batch.weights)
-    others = {"ref": ref} if loss.wants_reference and ref is not None else {}
-    logps = {"policy": policy} | {name: CompletionLogps(values, mask) for name, values in others.items()}
+    logps = {"policy": policy}
+    if loss.wants_reference and ref is not None:
+        logps["ref"] = _reference(loss, ref, mask)
     if loss.kind is Kind.PAIRED:
         return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
     inputs: dict[str, Any] = dict(logps)
@@ -90,6 +92,14 @@ def loss_inputs(
         if loss.wants_behavior:
             inputs["behavior"] = None if behavior is None else CompletionLogps(behavior, mask)
     return inputs
+
+
+def _reference(loss: Loss, values: Tensor, mask: Tensor) -> CompletionLogps:
+    """values: [paths, T], or [paths, T, 1 + S] with the `ref_stats` behind the log-probs."""
+    if not loss.ref_stats:
+        return CompletionLogps(values, mask)
+    logps, *stats = values.unbind(-1)
+    return CompletionLogps(logps, mask, **dict(zip(loss.ref_stats, stats, strict=True)))
 
 
 def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:

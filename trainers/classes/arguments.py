@@ -18,6 +18,8 @@ class Arguments:
     """Options of one method. output_dir: as in TRL the first, and the only one without a name."""
 
     method = ""
+    like = ""
+    """The method of TRL whose defaults are meant, where it has none of this name."""
 
     def __init__(self, output_dir: str | None = None, **options: Any) -> None:
         if output_dir is not None:
@@ -31,7 +33,9 @@ class Arguments:
 
     def defaults(self) -> dict[str, Any]:
         """TRL's, of what is not given: bf16 where the GPU has it and fp16 is not asked for."""
-        found = {name: value for name, value in TRL_DEFAULTS[self.method].items() if name not in self.given}
+        found = {
+            name: value for name, value in TRL_DEFAULTS[self.like or self.method].items() if name not in self.given
+        }
         if self.given.get("fp16") or not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
             found.pop("bf16", None)
         if "batch_size" in self.given:
@@ -39,7 +43,7 @@ class Arguments:
         return found
 
     def __getattr__(self, name: str) -> Any:
-        for known in (self.__dict__.get("given", {}), TRL_DEFAULTS.get(type(self).method, {})):
+        for known in (self.__dict__.get("given", {}), TRL_DEFAULTS.get(type(self).like or type(self).method, {})):
             if name in known:
                 return known[name]
         raise AttributeError(f"{type(self).__name__} was given no {name!r}")
@@ -100,6 +104,13 @@ class TPOConfig(Arguments):
     """Options of `TPOTrainer`."""
 
     method = "tpo"
+
+
+class ListwiseConfig(Arguments):
+    """Options of `ListwiseTrainer`, which TRL has not: its defaults are those of DPO's."""
+
+    method = "listwise"
+    like = "dpo"
 
 
 class GRPOConfig(Arguments):

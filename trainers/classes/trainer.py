@@ -255,6 +255,15 @@ class TPOTrainer(Trainer):
     kind = arguments.TPOConfig
 
 
+class ListwiseTrainer(Trainer):
+    """Lists of completions with a reward each; no counterpart in TRL. ref_model: where it is not what training starts
+    from."""
+
+    kind = arguments.ListwiseConfig
+    order = ("model", "ref_model", "args")
+    more = ("ref_model",)
+
+
 class GRPOTrainer(Trainer):
     """Group relative policy optimization. reward_funcs: functions as TRL calls them, classifiers of transformers, or
     names of ours. reward_processing_classes: their tokenizers, where those of their files are not meant. rollout_func:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from logratio.losses import Kind
 
 from ..errors import UserError
-from .columns import Source, find_layout
+from .columns import Source
+from .layout import find_layout
 from .report import BadRows, Report
 from .rows import Rows, load_rows
 from .token_weights import has_weights, token_weights

@@ -9,7 +9,8 @@ from typing import Any
 from logratio.losses import Kind
 
 from ..errors import UserError
-from .columns import Layout, Source, read_sources
+from .columns import Source, read_sources
+from .layout import Layout
 from .report import BadRows
 from .tokenization import Encoder, with_eos
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from logratio.losses import Kind
+from logratio.losses import Kind, TokenLogps
 
 from ..batches.packing import PackedBatch, example_tokens, pack
 from ..config import RunConfig
@@ -37,7 +37,7 @@ PACKED_TOGETHER = 512
 
 
 class Reference(Protocol):
-    """Log-probabilities under the reference, [paths, T] as `batch.scored`, without gradient."""
+    """Log-probabilities under the reference, [paths, T] as `batch.scored`, without gradient; `with_stats` of them."""
 
     def __call__(self, batch: PackedBatch) -> Tensor: ...
 
@@ -54,19 +54,27 @@ def inference(module: nn.Module) -> Iterator[None]:
         set_training(module, was_training)
 
 
-class AdapterReference:
-    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from."""
+def with_stats(out: TokenLogps, stats: Sequence[str]) -> Tensor:
+    """The log-probs [paths, T]; where there are stats, they and these, [paths, T, 1 + S]."""
+    return torch.stack([out.logps, *(getattr(out, name) for name in stats)], -1) if stats else out.logps
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+
+class AdapterReference:
+    """The policy itself with its adapters off, or with the frozen copy of the adapter that it started from.
+
+    stats: of `Loss.ref_stats`; the policy computes them.
+    """
+
+    def __init__(self, policy: Policy, stats: Sequence[str] = ()) -> None:
+        self.policy, self.stats = policy, stats
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         with inference(self.policy), self.policy.as_reference():
-            return self.policy(batch).logps
+            return with_stats(self.policy(batch), self.stats)
 
 
 class ModelReference:
-    """Another model: the starting weights in full fine-tuning, or one given by name.
+    """Another model: the starting weights in full fine-tuning, or one given by name. Its stats are `Loss.ref_stats`.
 
     autocast: the dtype of the policy's mixed precision, so that a run begins at log-ratios of 0.
     """
@@ -75,7 +83,7 @@ class ModelReference:
         self.policy, self.autocast = policy.requires_grad_(False).eval(), autocast
 
     def __call__(self, batch: PackedBatch) -> Tensor:
-        return self.compute(batch).logps  # type: ignore[no-any-return]
+        return with_stats(self.compute(batch), self.policy.stats)
 
     def compute(self, batch: PackedBatch) -> Any:
         """What the model's forward gives."""
@@ -103,8 +111,10 @@ class StoredReference:
 
 
 def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
-    """The scored values of each of its completions, from the CPU, as [paths, T] on its device; zeros for a filler."""
-    out = torch.zeros(batch.scored.shape, dtype=scored_values[0].dtype)
+    """The scored values of each of its completions, from the CPU, as [paths, T, ...] on its device; zeros for a
+    filler."""
+    first = scored_values[0]
+    out = torch.zeros(*batch.scored.shape, *first.shape[1:], dtype=first.dtype)
     if not batch.is_filler:
         completions = [c for e in batch.examples for c in e.completions]
         for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
@@ -160,7 +170,7 @@ def precompute(
 def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, list[Tensor]]]:
     """Every example with the scored values of each of its completions, copies on the CPU; none of a filler.
 
-    values: [paths, T] as `batch.scored`.
+    values: [paths, T, ...] as `batch.scored`.
     """
     values, scored, path = values.cpu(), batch.scored.cpu(), 0
     for example in () if batch.is_filler else batch.examples:
@@ -179,8 +189,8 @@ def by_completion(packed: Iterable[tuple[PackedBatch, Tensor]]) -> dict[int, Ten
 
 
 def of_completions(batch: PackedBatch, table: Mapping[int, Tensor]) -> Tensor:
-    """[paths, T] on the batch's device: what `by_completion` has of those inside; a filler's need not be there."""
-    none = torch.zeros(0)
+    """[paths, T, ...] on the batch's device: what `by_completion` has of those inside; a filler's need not be there."""
+    none = next(iter(table.values()), torch.zeros(0))[:0]
     return laid_out(batch, [table.get(id(c), none) for e in batch.examples for c in e.completions])
 
 
@@ -225,7 +235,7 @@ def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:
     """Read a table; UserError where it was computed for other weights, tokens or temperature."""
     with foreign(f"{path} cannot be read; delete it"), safe_open(path, framework="pt") as file:
         stored = file.metadata() or {}
-        different = [name for name, value in key.items() if stored.get(name) != value]
+        different = [name for name, value in key.items() if stored.get(name, "") != value]
         if different:
             raise UserError(
                 f"{path} holds reference log-probs for other {' and '.join(different)} than this run's; "
@@ -246,10 +256,11 @@ def make_reference(
     named = config.model.ref_model_name_or_path
     notes: list[str] = []
     reference: Reference
+    stats = config.loss.ref_stats
     if policy.has_adapters and named is None:
-        reference = AdapterReference(policy)
+        reference = AdapterReference(policy, stats)
     else:
-        reference, notes = other_model(config, policy, accelerator, named, "the reference model")
+        reference, notes = other_model(config, policy, accelerator, named, "the reference model", stats=stats)
     if not config.model.precompute_ref_log_probs:
         return reference, notes
     if config.loss.kind is Kind.GROUPED:
@@ -257,7 +268,7 @@ def make_reference(
     assert examples and isinstance(examples[0], Example)
     path = Path(config.train.output_dir) / "ref_log_probs.safetensors"
     source = policy if isinstance(reference, AdapterReference) else reference.policy  # type: ignore[union-attr]
-    key = fingerprint(source, examples, policy.temperature)
+    key = fingerprint(source, examples, policy.temperature) | {"stats": " ".join(stats)}
     found = path.exists()
     accelerator.wait_for_everyone()  # or one process would find what another has just written
     if found:
@@ -278,7 +289,13 @@ def make_reference(
 
 
 def other_model(
-    config: RunConfig, policy: Policy, accelerator: Accelerator, named: str | None, what: str, of: type[Policy] = Policy
+    config: RunConfig,
+    policy: Policy,
+    accelerator: Accelerator,
+    named: str | None,
+    what: str,
+    of: type[Policy] = Policy,
+    stats: tuple[str, ...] = (),
 ) -> tuple[ModelReference, list[str]]:
     """Another model for the policy's micro-batches, and what to tell. named: None, the weights that it started from."""
     model = load_model(config.model, accelerator.device, seed=config.train.seed, name=named)
@@ -290,7 +307,7 @@ def other_model(
         notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
     elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
         (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
-    other = of(model, temperature=other.temperature, shared=other.shared)
+    other = of(model, temperature=other.temperature, stats=stats, shared=other.shared)
     return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes
 
 

@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from logratio.losses.advantages import sum_then_normalize
+
 from ..data.examples import Completion
 from ..data.tokenization import Text
 from ..errors import UserError
 from ..step import MicroBatch
 from .engines.protocol import Sample
+from .sets.rolled import Rolled
 
 COLUMNS = (
     "step",
@@ -110,6 +113,50 @@ class Kept(NamedTuple):
         """Fill in what is known now, by the id of a completion."""
         for row, completion in zip(chain.from_iterable(self.groups.values()), self.completions, strict=True):
             row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
+
+
+class Keeper:
+    """What is kept of the rollouts since it was last taken, in their order.
+
+    engine: what sampled them. weights: of the rewards, by whose names.
+    """
+
+    def __init__(self, rewards: Sequence[str], weights: Tensor, engine: str) -> None:
+        self.rewards, self.weights, self.engine = list(rewards), weights, engine
+        self.kept: list[Kept] = []
+
+    def keep(self, step: int, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
+        """step: that they are first learned from. advantages: None of those that nothing is learned from."""
+        group = rolled.by_function.shape[1]
+        places = rolled.places or range(len(rolled.examples))
+        rows = kept_rows(
+            step,
+            prompts=rolled.prompts,
+            rows=[example.row for example in rolled.examples for _ in range(group)],
+            completions=rolled.texts,
+            samples=rolled.samples,
+            engine=self.engine,
+            by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
+            rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
+            advantages=None if advantages is None else of_completions(advantages, rolled.lengths),
+            extra=rolled.extra,
+        )
+        groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}
+        self.kept.append(Kept(accelerator, groups, [c for e in rolled.examples for c in e.completions]))
+
+    def taken(self) -> list[dict[str, Any]]:
+        """The completions that were sampled for training since the last time, of all processes, which all call it;
+        none on others than the main one, or where they are not kept."""
+        kept, self.kept = self.kept, []
+        return [row for some in kept for row in of_all(some.accelerator, some.groups)]
+
+    def learned(self, micros: Sequence[MicroBatch]) -> None:
+        """The trainer has seen them: let the completions that are kept say how far its log-probs are from the
+        sampler's."""
+        if self.kept:
+            found = differences(micros)
+            for some in self.kept:
+                some.learned(found)
 
 
 def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:

@@ -19,13 +19,12 @@ from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError, counted
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from ..step import MicroBatch
 from .calling import Asked, Calls, Reward, RewardLog, TrainerState
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
 from .generation import Purpose, requests_of, sampling_of, stop_ids
-from .kept import Kept, differences, kept_rows, of_all, of_completions
+from .kept import Keeper
 from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
 from .sets.flights import Flights
@@ -58,7 +57,6 @@ class Rollouts:
         self.max_completion_length, self.seed = max_completion_length, seed
         self.state, self.accelerator = state or TrainerState(), accelerator
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(rewards), dtype=torch.float64)
-        self._kept: list[Kept] = []
         self.watch = Watch(self.weights, list(self.rewards), -(-self.state.max_steps // config.steps_of_a_set))
         self.calls = Calls(
             timeout=config.reward_timeout,
@@ -69,6 +67,7 @@ class Rollouts:
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
+        self.keeper = Keeper(list(rewards), self.weights, self.engine.name)
         self.flights = Flights(self.begin, config.max_staleness)
         self.own = None
         if rollout_func is not None:
@@ -256,46 +255,13 @@ class Rollouts:
             of_rewards = advantages[..., : taught.shape[2]] if advantages.ndim == 3 else advantages[..., None]
             advantages = of_rewards + (config.teacher_coef or 0.0) * taught
         if self.config.log_completions:
-            self._keep(rolled, advantages, accelerator)
+            self.keeper.keep(self.state.global_step + 1, rolled, advantages, accelerator)
         return advantages
 
     def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
-        """Let `taken` have completions that nothing is learned from, which have no advantage."""
+        """Let the `keeper` have completions that nothing is learned from, which have no advantage."""
         if self.config.log_completions:
-            self._keep(rolled, None, accelerator)
-
-    def _keep(self, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
-        """Let `taken` have the completions."""
-        group = rolled.by_function.shape[1]
-        places = rolled.places or range(len(rolled.examples))
-        rows = kept_rows(
-            self.state.global_step + 1,
-            prompts=rolled.prompts,
-            rows=[example.row for example in rolled.examples for _ in range(group)],
-            completions=rolled.texts,
-            samples=rolled.samples,
-            engine=self.engine.name,
-            by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
-            rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=None if advantages is None else of_completions(advantages, rolled.lengths),
-            extra=rolled.extra,
-        )
-        groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}
-        self._kept.append(Kept(accelerator, groups, [c for e in rolled.examples for c in e.completions]))
-
-    def taken(self) -> list[dict[str, Any]]:
-        """The completions that were sampled for training since the last time, of all processes, which all call it;
-        none on others than the main one, or where they are not kept."""
-        kept, self._kept = self._kept, []
-        return [row for some in kept for row in of_all(some.accelerator, some.groups)]
-
-    def learned(self, micros: Sequence[MicroBatch]) -> None:
-        """The trainer has seen them: let the completions that are kept say how far its log-probs are from the
-        sampler's."""
-        if self._kept:
-            found = differences(micros)
-            for some in self._kept:
-                some.learned(found)
+            self.keeper.keep(self.state.global_step + 1, rolled, None, accelerator)
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
         """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of

@@ -96,9 +96,9 @@ class Ours:
         self.attention = policy.causal_lm.config._attn_implementation
         reference: Reference | None = None
         if loss.wants_reference:
-            reference = AdapterReference(policy)
+            reference = AdapterReference(policy, loss.ref_stats)
             if not policy.has_adapters:
-                other = Policy(ref_model, shared=policy.shared)
+                other = Policy(ref_model, stats=loss.ref_stats, shared=policy.shared)
                 if shared:
                     choose_attention(other)
                 reference = ModelReference(other)

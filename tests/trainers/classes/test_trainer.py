@@ -28,6 +28,8 @@ from logratio.trainers import (
     GRPOConfig,
     GRPOTrainer,
     KTOTrainer,
+    ListwiseConfig,
+    ListwiseTrainer,
     ORPOTrainer,
     SFTConfig,
     SFTTrainer,
@@ -93,6 +95,23 @@ def test_a_trainer_trains_what_the_command_line_does(given, adapters, here):
         assert trainer.model is model if not adapters else trainer.model.get_base_model() is model
     with pytest.raises(UserError, match="this trainer has trained"):
         trainer.train()
+
+
+def test_lists_have_a_trainer_too(here):
+    """To the bit what the command line does. TRL has none: the defaults are those of its others."""
+    data = datasets.Dataset.from_list(rows("listwise"))
+    data.to_json("rows.jsonl")
+    words = "train listwise --model_name_or_path model --dataset_name rows.jsonl --output_dir cli --max_steps 3".split()
+    words += "--batch_size 4 --learning_rate 1e-3 --loss_type nca --temperature_alpha 0.5 --lora_r 4".split()
+    assert cli.main(words) == 0
+    args = ListwiseConfig("class", loss_type="nca", temperature_alpha=0.5, lora_r=4, **PLAIN)
+    trainer = ListwiseTrainer("model", None, args, train_dataset=data)
+    assert trainer.train().global_step == 3
+    assert_same(trained("cli"), trained("class"))
+    assert not hasattr(trl, "ListwiseTrainer") and ListwiseConfig().output_dir == trl.DPOConfig(use_cpu=True).output_dir
+    assert ListwiseConfig().defaults() == DPOConfig().defaults() and args.per_device_train_batch_size == 8
+    with pytest.raises(UserError, match="^ListwiseConfig: label_smoothing: 0.1: an option of dpo, cpo, tpo$"):
+        ListwiseConfig(label_smoothing=0.1)
 
 
 def test_a_model_that_was_given_keeps_its_type(here):

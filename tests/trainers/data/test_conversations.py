@@ -5,9 +5,10 @@ import json
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.data.columns import find_layout, read_sources
+from logratio.trainers.data.columns import read_sources
 from logratio.trainers.data.conversations import DEEPEST, check_value, messages_in
 from logratio.trainers.data.examples import Rows, load_rows, prepare, prepare_prompts
+from logratio.trainers.data.layout import find_layout
 from logratio.trainers.data.report import BadRows
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer

@@ -8,8 +8,8 @@ import pytest
 
 from logratio.losses import Kind
 from logratio.trainers.data.arithmetic import arithmetic_rows
-from logratio.trainers.data.columns import _hint
 from logratio.trainers.data.examples import Rows, prepare
+from logratio.trainers.data.layout import remedy_of
 from logratio.trainers.data.rows import load_rows
 from logratio.trainers.data.sample import sample
 from logratio.trainers.data.table.making import make_table
@@ -121,11 +121,11 @@ def test_one_conversation_is_no_list_of_completions():
 
 
 def test_columns_that_are_another_methods():
-    assert _hint(GOOD, Kind.PAIRED) == "; these are listwise's columns: logratio train listwise"
+    assert remedy_of(GOOD, Kind.PAIRED) == "; these are listwise's columns: logratio train listwise"
     row = {"prompt": "a", "completion": "b"}
-    assert _hint(row, Kind.LISTED) == "; these are sft's columns: logratio train sft"
+    assert remedy_of(row, Kind.LISTED) == "; these are sft's columns: logratio train sft"
     row = {"prompt": "a", "completions": "b"}
-    assert _hint(row, Kind.SEQUENCE) == "; is 'completions' meant to be 'completion'? then rename it"
+    assert remedy_of(row, Kind.SEQUENCE) == "; is 'completions' meant to be 'completion'? then rename it"
     with pytest.raises(UserError, match="expected prompt and completions and rewards, or completions and rewards"):
         prepared([{"prompt": "a"}])
 

@@ -121,7 +121,7 @@ def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
             micro.old = None
     advantages = of_examples(rollouts.advantages(rolled, step.accelerator, kl, log_ratio), rolled)
     give_advantages(examples, micros, advantages)
-    rollouts.learned(micros)  # as far as it is known before the steps on them
+    rollouts.keeper.learned(micros)  # as far as it is known before the steps on them
     whole = dealt(give_advantages(rolled.examples, [], advantages), counts)
     return [Window(own, cut, metrics, dealt=True) for own, (_, cut, _) in zip(whole, parts, strict=True)]
 

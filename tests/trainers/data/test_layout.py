@@ -3,7 +3,7 @@
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.data.columns import _hint
+from logratio.trainers.data.layout import remedy_of
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -36,4 +36,4 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     ],
 )
 def test_what_to_do_about_columns(kind, row, hint):
-    assert _hint(row, kind) == hint
+    assert remedy_of(row, kind) == hint
