@@ -1,10 +1,11 @@
 """`logratio atlas`: every loss that TRL or Liger has too, measured against theirs, and why the ones that differ do.
 
-Four tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
+Six tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
 Splits: how far each one's gradient moves when the same batch is cut in micro-batches, as its user would accumulate.
 Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. Laws: which laws of whole
-trainers each one's trainer keeps. A verdict is a measurement: one without its reason in `peers/reasons.py` or
-`peers/trainer_rows.py`, or a reason without its measurement, is an error (status 1).
+trainers each one's trainer keeps. Projects: which laws their functions keep, verl's and others' too. Runs: what TRL
+does around its loss. A verdict is a measurement: one without its reason in `peers/reasons.py`,
+`peers/trainer_rows.py` or `projects/reasons.py`, or a reason without its measurement, is an error (status 1).
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from .peers.text import markdown
 from .peers.trainer_rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient
 from .progress import Progress
+from .projects.installed import PROJECTS
+from .projects.measured import measure_projects
+from .projects.reasons import project_problems
+from .projects.text import project_tables, run_text
+from .projects.trl_runs import measure_runs
 from .reporting import drawing
 from .verify import relative_errors
 
@@ -66,7 +72,11 @@ def main(argv: list[str] | None = None) -> int:
             from .reporting.atlas_plots import draw
     compared = [case for case in ATLAS if method in (None, case.method)]
     atlas = measure(compared, *((FAULTS, TRAINERS) if method is None else ()))
-    Console(highlight=False).print(markdown(atlas), markup=False, soft_wrap=True)
+    if method is None:
+        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
+            atlas["projects"] = measure_projects(progress.begin)
+        atlas["runs"] = measure_runs()
+    Console(highlight=False).print(page(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
         wrong += stale(atlas)
@@ -75,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if method is None and not wrong:
         out.mkdir(parents=True, exist_ok=True)
         (out / "atlas.json").write_text(json.dumps(atlas, indent=1) + "\n")
-        (out / "atlas.md").write_text(markdown(atlas))
+        (out / "atlas.md").write_text(page(atlas))
         draw(atlas, out)
     return 1 if wrong else 0
 
@@ -113,6 +123,12 @@ def measure(
         "faults": seen,
         "laws": laws,
     }
+
+
+def page(atlas: dict[str, Any]) -> str:
+    """docs/atlas.md."""
+    more = {"projects": project_tables, "runs": run_text}
+    return "\n".join([markdown(atlas), *(table(atlas[name]) for name, table in more.items() if name in atlas)])
 
 
 def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -180,7 +196,7 @@ def problems(atlas: dict[str, Any]) -> list[str]:
                 out.append(f"{peer}, {row['fault']}: no fault was seen ({row[peer]['shown']})")
         if not row["ours"]["sound"]:
             out.append(f"ours, {row['fault']}: {row['ours']['shown']}")
-    return out + law_problems(atlas["laws"])
+    return out + law_problems(atlas["laws"]) + project_problems(atlas.get("projects", {"rows": []})["rows"])
 
 
 def stale(atlas: dict[str, Any]) -> list[str]:
