@@ -45,23 +45,34 @@ EQUAL = 1e-4
 CLEAR = 10
 """How many times that it takes to be different."""
 PEERS = {"trl": peers.trls, "liger": peers.ligers}
+PARTS = {
+    "variants": ("variants", "splits"),
+    "faults": ("faults",),
+    "laws": ("laws",),
+    "projects": ("projects",),
+    "runs": ("runs",),
+}
+"""What `--part` measures again: its tables of atlas.json."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, write docs/atlas.json, docs/atlas.md and its plots; status 1 where a reason does not fit."""
 
-    def options(method: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
+    def options(method: str | None = None, part: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
         """Measure every loss against TRL's and Liger's, and say why those that differ do.
 
         Args:
             method: only this one of sft, dpo, kto, orpo, cpo, tpo, grpo, and write nothing.
+            part: measure only this one of variants, faults, laws, projects, runs, and keep the others of out.
             out: folder of atlas.json, atlas.md and its plots.
         """
-        return method, out
+        return method, part, out
 
-    method, out = tyro.cli(options, args=argv, prog="logratio atlas")
+    method, part, out = tyro.cli(options, args=argv, prog="logratio atlas")
     if method is not None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
+    if part is not None and (part not in PARTS or method is not None):
+        raise UserError(f"--part {part}: expected one of {', '.join(PARTS)}, and no --method beside it")
     if peers.liger_installed() != peers.LIGER_VERSION:
         raise UserError(
             f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
@@ -70,12 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     if method is None:
         with drawing():
             from .reporting.atlas_plots import draw
-    compared = [case for case in ATLAS if method in (None, case.method)]
-    atlas = measure(compared, *((FAULTS, TRAINERS) if method is None else ()))
-    if method is None:
-        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
-            atlas["projects"] = measure_projects(progress.begin)
-        atlas["runs"] = measure_runs()
+    kept = json.loads((out / "atlas.json").read_text()) if part else {"faults": [], "laws": []}
+    if part and kept["versions"] != peers.versions():
+        raise UserError(f"{out}/atlas.json is of {kept['versions']}, here is {peers.versions()}: measure all parts")
+    parts = [part] if part else [*PARTS] if method is None else ["variants"]
+    atlas = kept | measure_parts(parts, [case for case in ATLAS if method in (None, case.method)])
     Console(highlight=False).print(page(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
@@ -88,6 +98,22 @@ def main(argv: list[str] | None = None) -> int:
         (out / "atlas.md").write_text(page(atlas))
         draw(atlas, out)
     return 1 if wrong else 0
+
+
+def measure_parts(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
+    """The tables of these parts, and what stands above them."""
+    whole = measure(
+        compared if "variants" in parts else (),
+        FAULTS if "faults" in parts else (),
+        TRAINERS if "laws" in parts else {},
+    )
+    if "projects" in parts:
+        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
+            whole["projects"] = measure_projects(progress.begin)
+    if "runs" in parts:
+        whole["runs"] = measure_runs()
+    tables = [table for part, names in PARTS.items() if part not in parts for table in names]
+    return {name: x for name, x in whole.items() if name not in tables}
 
 
 def measure(

@@ -19,7 +19,7 @@ batches in float64, the same for all (three examples of uneven length, log-ratio
 with log-ratios up to 1e4), advantages in float32, heads in float64 to bfloat16 on a CPU. verl, OpenRLHF and torchtune
 are imported file by file, without what they install: `{install}`.
 
-A number is of functions that keep the law, of those that it can be asked of; what else is to be said stands below.
+A number is of functions that keep the law, of those that it can be asked of (–: of none); why stands below.
 """
 TITLES = {"loss": "losses", "advantage": "advantages", "head": "heads: log-probs of hidden states or logits"}
 
@@ -73,7 +73,7 @@ def _laws(rows: Sequence[dict[str, Any]]) -> str:
         own = [row for row in rows if row["project"] == project]
         held, broken = (sum(law in row[key] for row in own) for key in ("held", "broken"))
         if not held + broken:
-            return ""
+            return "–"
         return f"**{held} of {held + broken}**" if broken else f"{held} of {held}"
 
     lines = [[f"`{law}`", *(cell(law, project) for project in projects)] for law in laws if law not in OURS]

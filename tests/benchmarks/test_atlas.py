@@ -131,6 +131,23 @@ def test_a_wrong_reason_fails_the_command(
     assert not (tmp_path / "not").exists()
 
 
+def test_a_part_is_measured_again_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    stored = json.loads((DOCS / "atlas.json").read_text()) | {"versions": peers.versions()}
+    (tmp_path / "atlas.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(atlas, "measure_runs", lambda: RUNS)
+    assert atlas.main(["--part", "runs", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "atlas.json").read_text()) == stored | {"runs": RUNS}
+    (tmp_path / "atlas.json").write_text(json.dumps(stored | {"versions": {"trl": "1.0"}}))
+    with pytest.raises(UserError, match=r"atlas.json is of \{'trl': '1.0'\}, here is .*: measure all parts"):
+        atlas.main(["--part", "runs", "--out", str(tmp_path)])
+    for words in (["--part", "typo"], ["--part", "runs", "--method", "dpo"]):
+        with pytest.raises(UserError, match="expected one of variants, faults, laws, projects, runs"):
+            atlas.main(words)
+
+
 def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "liger_installed", lambda: None)
     with pytest.raises(UserError, match=r"needs liger-kernel==0.8.5, found None: pip install"):
