@@ -1,10 +1,11 @@
 """`logratio atlas`: every loss that TRL or Liger has too, measured against theirs, and why the ones that differ do.
 
-Four tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
+Six tables. Variants: loss and gradient of one batch, ours against each peer's, equal or different with the reason.
 Splits: how far each one's gradient moves when the same batch is cut in micro-batches, as its user would accumulate.
 Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. Laws: which laws of whole
-trainers each one's trainer keeps. A verdict is a measurement: one without its reason in `peers/reasons.py` or
-`peers/trainer_rows.py`, or a reason without its measurement, is an error (status 1).
+trainers each one's trainer keeps. Projects: which laws their functions keep, verl's and others' too. Runs: what TRL
+does around its loss. A verdict is a measurement: one without its reason in `peers/reasons.py`,
+`peers/trainer_rows.py` or `projects/reasons.py`, or a reason without its measurement, is an error (status 1).
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from .peers.text import markdown
 from .peers.trainer_rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient
 from .progress import Progress
+from .projects.installed import PROJECTS
+from .projects.measured import measure_projects
+from .projects.reasons import project_problems
+from .projects.text import project_tables, run_text
+from .projects.trl_runs import measure_runs
 from .reporting import drawing
 from .verify import relative_errors
 
@@ -39,23 +45,34 @@ EQUAL = 1e-4
 CLEAR = 10
 """How many times that it takes to be different."""
 PEERS = {"trl": peers.trls, "liger": peers.ligers}
+PARTS = {
+    "variants": ("variants", "splits"),
+    "faults": ("faults",),
+    "laws": ("laws",),
+    "projects": ("projects",),
+    "runs": ("runs",),
+}
+"""What `--part` measures again: its tables of atlas.json."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, write docs/atlas.json, docs/atlas.md and its plots; status 1 where a reason does not fit."""
 
-    def options(method: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
+    def options(method: str | None = None, part: str | None = None, out: Path = Path("docs")) -> tuple[Any, ...]:
         """Measure every loss against TRL's and Liger's, and say why those that differ do.
 
         Args:
             method: only this one of sft, dpo, kto, orpo, cpo, tpo, grpo, and write nothing.
+            part: measure only this one of variants, faults, laws, projects, runs, and keep the others of out.
             out: folder of atlas.json, atlas.md and its plots.
         """
-        return method, out
+        return method, part, out
 
-    method, out = tyro.cli(options, args=argv, prog="logratio atlas")
+    method, part, out = tyro.cli(options, args=argv, prog="logratio atlas")
     if method is not None and method not in LOSSES:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
+    if part is not None and (part not in PARTS or method is not None):
+        raise UserError(f"--part {part}: expected one of {', '.join(PARTS)}, and no --method beside it")
     if peers.liger_installed() != peers.LIGER_VERSION:
         raise UserError(
             f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
@@ -64,9 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     if method is None:
         with drawing():
             from .reporting.atlas_plots import draw
-    compared = [case for case in ATLAS if method in (None, case.method)]
-    atlas = measure(compared, *((FAULTS, TRAINERS) if method is None else ()))
-    Console(highlight=False).print(markdown(atlas), markup=False, soft_wrap=True)
+    kept = json.loads((out / "atlas.json").read_text()) if part else {"faults": [], "laws": []}
+    if part and kept["versions"] != peers.versions():
+        raise UserError(f"{out}/atlas.json is of {kept['versions']}, here is {peers.versions()}: measure all parts")
+    parts = [part] if part else [*PARTS] if method is None else ["variants"]
+    atlas = kept | measure_parts(parts, [case for case in ATLAS if method in (None, case.method)])
+    Console(highlight=False).print(page(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
         wrong += stale(atlas)
@@ -75,9 +95,25 @@ def main(argv: list[str] | None = None) -> int:
     if method is None and not wrong:
         out.mkdir(parents=True, exist_ok=True)
         (out / "atlas.json").write_text(json.dumps(atlas, indent=1) + "\n")
-        (out / "atlas.md").write_text(markdown(atlas))
+        (out / "atlas.md").write_text(page(atlas))
         draw(atlas, out)
     return 1 if wrong else 0
+
+
+def measure_parts(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
+    """The tables of these parts, and what stands above them."""
+    whole = measure(
+        compared if "variants" in parts else (),
+        FAULTS if "faults" in parts else (),
+        TRAINERS if "laws" in parts else {},
+    )
+    if "projects" in parts:
+        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
+            whole["projects"] = measure_projects(progress.begin)
+    if "runs" in parts:
+        whole["runs"] = measure_runs()
+    tables = [table for part, names in PARTS.items() if part not in parts for table in names]
+    return {name: x for name, x in whole.items() if name not in tables}
 
 
 def measure(
@@ -113,6 +149,12 @@ def measure(
         "faults": seen,
         "laws": laws,
     }
+
+
+def page(atlas: dict[str, Any]) -> str:
+    """docs/atlas.md."""
+    more = {"projects": project_tables, "runs": run_text}
+    return "\n".join([markdown(atlas), *(table(atlas[name]) for name, table in more.items() if name in atlas)])
 
 
 def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -180,7 +222,7 @@ def problems(atlas: dict[str, Any]) -> list[str]:
                 out.append(f"{peer}, {row['fault']}: no fault was seen ({row[peer]['shown']})")
         if not row["ours"]["sound"]:
             out.append(f"ours, {row['fault']}: {row['ours']['shown']}")
-    return out + law_problems(atlas["laws"])
+    return out + law_problems(atlas["laws"]) + project_problems(atlas.get("projects", {"rows": []})["rows"])
 
 
 def stale(atlas: dict[str, Any]) -> list[str]:

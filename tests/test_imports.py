@@ -43,7 +43,7 @@ FLOORS = (
     ("trainers/cli.py", "trainers/demo.py", "trainers/migrate.py"),
     ("trainers/classes", "trainers/after"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
-    ("benchmarks/measure",),
+    ("benchmarks/measure", "benchmarks/projects"),
     ("benchmarks/planned.py", "benchmarks/suites.py", "benchmarks/verify.py"),
     ("benchmarks/plan.py",),
     ("benchmarks/pages",),

@@ -168,7 +168,8 @@ def launch(processes: int, job: dict[str, Any], folder: Path) -> None:
     environment = {**inherited, **told, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{processes} processes failed: {done.stderr[-2000:]}")
+        # what a process says comes before the launcher's account of its end
+        raise RuntimeError(f"{processes} processes failed: {done.stderr[:4000]}")
 
 
 def main() -> None:

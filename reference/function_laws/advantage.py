@@ -1,8 +1,8 @@
 """Laws of an advantage: `check_advantage(fn)` holds one to them.
 
-fn(rewards) -> advantages, both [groups, G] float64, one row a prompt, all rows of an optimizer step; NaN is the reward
-of a completion that nothing could score. Where `fn` takes them, `lengths` [groups, G] int64 (tokens of each completion)
-and `baseline` [groups, 1] (reward of another completion) come by name.
+fn(rewards) -> advantages, both [groups, G], float64 unless asked otherwise, one row a prompt, all rows of an optimizer
+step; NaN is the reward of a completion that nothing could score. Where `fn` takes them, `lengths` [groups, G] int64
+(tokens of each completion) and `baseline` [groups, 1] (reward of another completion) come by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .._verdicts import Broken, NotAsked, Report
 from ._holding import hold, taken
 
 Step = dict[str, Tensor]
-RTOL = 1e-9
+RTOL = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""dtype -> what rounding may change, of the largest advantage."""
 SIZES = [(1, 2), (2, 2), (1, 3), (2, 3), (3, 4)]
 """(groups, G), the smallest first, so that what breaks a law first is a small example."""
 
@@ -32,6 +33,12 @@ class Asking:
     scale: str | None
     independent: bool
     zero_sum: bool
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def rtol(self) -> float:
+        """What rounding may change."""
+        return RTOL[self.dtype]
 
     def __call__(self, step: Step) -> Tensor:
         out = self.fn(**{name: step[name].clone() for name in ("rewards", *taken(self.fn, ("lengths", "baseline")))})
@@ -46,7 +53,7 @@ class Asking:
         for groups, size in SIZES:
             for top in (2, 5):
                 draw: dict[str, Any] = {"generator": generator}
-                rewards = torch.randint(top, (groups, size), **draw).double()
+                rewards = torch.randint(top, (groups, size), **draw).to(self.dtype)
                 rewards[:, 0] += torch.where((rewards == rewards[:, :1]).all(1), 1.0, 0.0)
                 lengths = torch.randint(1, 9, (groups, size), **draw)
                 found.append({"rewards": rewards, "lengths": lengths, "baseline": rewards[:, 1:2] + 0.5})
@@ -60,6 +67,7 @@ def check_advantage(
     scale: Literal["invariant", "linear"] | None = "invariant",
     independent: bool = True,
     zero_sum: bool = True,
+    dtype: torch.dtype = torch.float64,
     laws: Collection[str] | None = None,
     skip: Collection[str] = (),
 ) -> Report:
@@ -67,9 +75,10 @@ def check_advantage(
 
     What is claimed of it: shift: a number added to the rewards of a group, or to all of a step, changes nothing. scale:
     rewards times a number give the same advantages (up to 1e-3: an eps in a denominator is no break), or as many times
-    the advantages. independent: of other groups. zero_sum: those of a group sum to 0. laws, skip: see `check_loss`.
+    the advantages. independent: of other groups. zero_sum: those of a group sum to 0. dtype: of the rewards, float64 or
+    float32, to whose rounding the laws hold. laws, skip: see `check_loss`.
     """
-    return hold(LAWS, Asking(fn, shift, scale, independent, zero_sum), laws, skip)
+    return hold(LAWS, Asking(fn, shift, scale, independent, zero_sum, dtype), laws, skip)
 
 
 def finite(ask: Asking) -> None:
@@ -92,14 +101,14 @@ def within_a_group(ask: Asking) -> None:
     """The order of a group's completions does not matter: A(permuted) == A permuted."""
     for step in ask.steps():
         back = {name: x.flip(1) for name, x in step.items()}
-        _same(ask(back), ask(step).flip(1), back, "the completions backwards")
+        _same(ask(back), ask(step).flip(1), back, "the completions backwards", ask.rtol)
 
 
 def of_groups(ask: Asking) -> None:
     """The order of the groups does not matter."""
     for step in ask.steps():
         back = {name: x.flip(0) for name, x in step.items()}
-        _same(ask(back), ask(step).flip(0), back, "the groups backwards")
+        _same(ask(back), ask(step).flip(0), back, "the groups backwards", ask.rtol)
 
 
 def monotone(ask: Asking) -> None:
@@ -110,7 +119,7 @@ def monotone(ask: Asking) -> None:
         wins = rewards[:, :, None] > rewards[:, None, :]
         ties = rewards[:, :, None] == rewards[:, None, :]
         apart = out[:, :, None] - out[:, None, :]
-        if (apart[wins] <= 0).any() or (apart[ties].abs() > RTOL).any():
+        if (apart[wins] <= 0).any() or (apart[ties].abs() > ask.rtol).any():
             raise Broken(f"{_shown(step)} gives {out.tolist()}")
 
 
@@ -119,10 +128,10 @@ def shift_invariant(ask: Asking) -> None:
     if ask.shift is None:
         raise NotAsked("no shift invariance is claimed")
     for step in ask.steps():
-        by = torch.full((len(step["rewards"]), 1), 3.0, dtype=torch.float64)
+        by = torch.full((len(step["rewards"]), 1), 3.0, dtype=ask.dtype)
         by *= torch.arange(1, len(by) + 1)[:, None] if ask.shift == "group" else 1
         moved = {**step, **{name: step[name] + by for name in ("rewards", "baseline")}}
-        _same(ask(moved), ask(step), moved, f"{by[:, 0].tolist()} added")
+        _same(ask(moved), ask(step), moved, f"{by[:, 0].tolist()} added", ask.rtol)
 
 
 def scaled(ask: Asking) -> None:
@@ -131,7 +140,7 @@ def scaled(ask: Asking) -> None:
         raise NotAsked("nothing is claimed of the scale")
     for step in ask.steps():
         larger = {**step, **{name: 4.0 * step[name] for name in ("rewards", "baseline")}}
-        factor, rtol = (1.0, 1e-3) if ask.scale == "invariant" else (4.0, RTOL)
+        factor, rtol = (1.0, 1e-3) if ask.scale == "invariant" else (4.0, ask.rtol)
         _same(ask(larger), factor * ask(step), larger, "4 times the rewards", rtol)
 
 
@@ -141,7 +150,7 @@ def other_groups(ask: Asking) -> None:
         raise NotAsked("no independence of other groups is claimed")
     for step in ask.steps():
         first = {name: x[:1] for name, x in step.items()}
-        _same(ask(first), ask(step)[:1], first, "the first group alone")
+        _same(ask(first), ask(step)[:1], first, "the first group alone", ask.rtol)
 
 
 def sums_to_0(ask: Asking) -> None:
@@ -150,7 +159,7 @@ def sums_to_0(ask: Asking) -> None:
         raise NotAsked("no sum of 0 is claimed")
     for step in ask.steps():
         out = ask(step)
-        if (out.sum(1).abs() > RTOL * out.abs().sum(1)).any():
+        if (out.sum(1).abs() > ask.rtol * out.abs().sum(1)).any():
             raise Broken(f"{_shown(step)} gives {out.tolist()}, whose sums are {out.sum(1).tolist()}")
 
 
@@ -164,7 +173,7 @@ def missing(ask: Asking) -> None:
         out, fewer = ask(gap), {name: x[:, :-1] if x.shape[1] > 1 else x for name, x in step.items()}
         if out[:, -1].any():
             raise Broken(f"{_shown(gap)} gives {out.tolist()}")
-        _same(out[:, :-1], ask(fewer), gap, "rewards with a gap against those without")
+        _same(out[:, :-1], ask(fewer), gap, "rewards with a gap against those without", ask.rtol)
 
 
 LAWS: dict[str, Callable[[Asking], None]] = {
@@ -185,7 +194,7 @@ LAWS: dict[str, Callable[[Asking], None]] = {
 """In the order in which they are tried."""
 
 
-def _same(got: Tensor, expected: Tensor, step: Step, words: str, rtol: float = RTOL) -> None:
+def _same(got: Tensor, expected: Tensor, step: Step, words: str, rtol: float) -> None:
     if not (got - expected).abs().max() <= rtol * expected.abs().max().clamp(min=1.0):
         raise Broken(f"{words}: {_shown(step)} gives {got.tolist()}, expected {expected.tolist()}")
 

@@ -15,11 +15,15 @@ from logratio.benchmarks.peers.compared import ATLAS, Compared, same
 from logratio.benchmarks.peers.faults import FAULTS, Fault, guarded, measure_faults, sound
 from logratio.benchmarks.peers.reasons import REASONS
 from logratio.benchmarks.peers.tensors import Outcome, Rollout
-from logratio.benchmarks.peers.text import markdown
 from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = ["atlas-errors.png", "atlas-splits.png", "atlas.json", "atlas.md"]
+RUNS: dict[str, Any] = {
+    "cast": {name: {"dtype": "x", "moved": 1, "weights": 2} for name in ("with", "without")},
+    "merged": dict.fromkeys(("bfloat16", "float32"), {"changed": 1, "weights": 2, "drift": 0.5, "adapters": 1.0}),
+    "last_prompts": {"prompts": 5, "seen": 4},
+}
 needs_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: pip install -e '.[peers]'"
 )
@@ -114,6 +118,8 @@ def test_a_wrong_reason_fails_the_command(
     monkeypatch.setattr(atlas, "ATLAS", [same("sft", loss_type="nll")])
     monkeypatch.setattr(atlas, "FAULTS", [])
     monkeypatch.setattr(atlas, "TRAINERS", {})
+    monkeypatch.setattr(atlas, "measure_projects", lambda told: {"versions": {}, "rows": []})
+    monkeypatch.setattr(atlas, "measure_runs", lambda: RUNS)
     monkeypatch.setattr(atlas, "LAW_REASONS", {})
     monkeypatch.setattr(atlas, "REASONS", {})
     monkeypatch.setattr(atlas, "SPLIT_REASONS", {})
@@ -123,6 +129,23 @@ def test_a_wrong_reason_fails_the_command(
     assert atlas.main(["--out", str(tmp_path / "not")]) == 1
     assert "error: trl, sft nll: equal, where a reason says that it is not" in capsys.readouterr().out
     assert not (tmp_path / "not").exists()
+
+
+def test_a_part_is_measured_again_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    stored = json.loads((DOCS / "atlas.json").read_text()) | {"versions": peers.versions()}
+    (tmp_path / "atlas.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(atlas, "measure_runs", lambda: RUNS)
+    assert atlas.main(["--part", "runs", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "atlas.json").read_text()) == stored | {"runs": RUNS}
+    (tmp_path / "atlas.json").write_text(json.dumps(stored | {"versions": {"trl": "1.0"}}))
+    with pytest.raises(UserError, match=r"atlas.json is of \{'trl': '1.0'\}, here is .*: measure all parts"):
+        atlas.main(["--part", "runs", "--out", str(tmp_path)])
+    for words in (["--part", "typo"], ["--part", "runs", "--method", "dpo"]):
+        with pytest.raises(UserError, match="expected one of variants, faults, laws, projects, runs"):
+            atlas.main(words)
 
 
 def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +219,7 @@ def test_a_fault_that_is_gone_and_one_of_ours_are_errors(measured: dict) -> None
 def test_the_page_is_made_from_the_measurements_of_every_variant() -> None:
     """Run `logratio atlas` after a change of the variants, the reasons or the page."""
     stored = json.loads((DOCS / "atlas.json").read_text())
-    assert (DOCS / "atlas.md").read_text() == markdown(stored)
+    assert (DOCS / "atlas.md").read_text() == atlas.page(stored)
     assert atlas.problems(stored) == atlas.stale(stored) == []
     asked = {(peer, case.name) for case in ATLAS for peer in ("trl", "liger") if getattr(case, peer) is not None}
     assert {(row["peer"], row["variant"]) for row in stored["variants"]} == asked

@@ -3,36 +3,13 @@
 import pytest
 import torch
 
+from logratio.benchmarks.projects.of_ours import CLAIMS, of_type
 from logratio.losses import linear_logps
 from logratio.losses.advantages import ADVANTAGES, advantages_of
 from logratio.reference.function_laws import advantage, check_advantage, check_kernel, kernel
 from logratio.reference.laws import LawViolation
 
-# Of ours: what each may claim
-CLAIMS = {
-    "group": {},
-    "rloo": {"scale": "linear"},
-    "reinforce_pp": {"shift": "step", "independent": False, "zero_sum": False},
-    "reinforce_pp_baseline": {"independent": False},
-    "remax": {"scale": "linear", "zero_sum": False},
-    "opo": {"scale": "linear", "zero_sum": False},
-    "rloo_std": {},
-    "passk": {"scale": "linear", "zero_sum": False},
-    "gpg": {"scale": "linear", "independent": False},
-    "reinforce_pp_tokens": {"shift": "step", "independent": False, "zero_sum": False},
-}
 SKIPPED = {"passk": ["monotone"]}  # all but the best have 0
-
-
-OF_LENGTHS = ("opo", "reinforce_pp_tokens")
-
-
-def of_type(name, **options):
-    def fn(rewards, lengths, baseline):
-        needed = {"remax": {"baseline": baseline}}.get(name, {"lengths": lengths} if name in OF_LENGTHS else {})
-        return advantages_of(rewards, name, **needed, **options)
-
-    return fn
 
 
 @pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "maxrl"])
@@ -41,6 +18,25 @@ def test_our_advantages_keep_them(name):
     report = check_advantage(of_type(name), **CLAIMS[name], skip=skipped)
     assert {*report.held, *report.not_asked} == set(advantage.LAWS)
     assert len(report.not_asked) == sum(not value for value in CLAIMS[name].values()) + len(skipped)
+
+
+@pytest.mark.parametrize("name", ["group", "rloo", "opo", "gpg"])
+def test_our_advantages_keep_them_in_float32(name):
+    report = check_advantage(of_type(name), **CLAIMS[name], dtype=torch.float32)
+    assert "equal_rewards" in report.held
+
+
+def test_float32_is_held_to_its_own_rounding():
+    """A mean that is off by a rounding of float32 is a break in float64 and none in float32; 1e-3 is one in both."""
+    for off, dtype in ((1e-7, torch.float64), (1e-3, torch.float32)):
+        with pytest.raises(LawViolation, match="^sums_to_0"):
+            check_advantage(
+                lambda rewards, off=off: rewards - mean(rewards) * (1 + off), laws=["sums_to_0"], dtype=dtype
+            )
+    report = check_advantage(
+        lambda rewards: rewards - mean(rewards) * (1 + 1e-7), laws=["sums_to_0"], dtype=torch.float32
+    )
+    assert report.held == ["sums_to_0"]
 
 
 def test_one_that_refuses_negative_rewards_says_so():

@@ -1,0 +1,190 @@
+"""Why a project's function breaks a law: a sentence for every law that is seen broken.
+
+The first that fits is the reason: of this one function, of the project's, of all. A broken law without one, or one
+that fits nothing, fails the command.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TOKENS = "The token mean of the micro-batch: sum_j n_j / N of it is left out, a mean of means where lengths differ."
+_ROUNDING = "All rewards equal, R - mean is the rounding of the mean in float32"
+_TINY = f"{_ROUNDING}, which nothing magnifies: it changes no gradient that matters."
+_MISSING = "NaN, a completion that could not be scored for ours and for TRL, makes NaN of what it is compared with."
+_NOTHING = "0 / 0 where the whole step scores nothing."
+_BY_DESIGN = (
+    "As its paper has it: only the best of a group has an advantage, so that two that share the best have none."
+)
+
+REASONS: list[tuple[str, str, str, str, str]] = [
+    (
+        "Liger",
+        "loss",
+        "GRPO luspo",
+        "mask",
+        "Padding counts: the divisor has the padded width, and terms of padding are summed.",
+    ),
+    ("verl", "loss", "cispo", "mask", "The value is right; in the gradient 0 meets NaN, and is NaN."),
+    (
+        "",
+        "loss",
+        "",
+        "mask",
+        "Multiplies by the mask, and 0 times NaN or inf is NaN: whatever is masked has to be finite.",
+    ),
+    ("", "loss", "", "padding", "The same: the columns that are added hold NaN."),
+    (
+        "verl",
+        "loss",
+        "geo_mean",
+        "split",
+        "The mean of the micro-batch, where its engine adds micro-batches up (the other losses are told the "
+        "step's totals): k micro-batches are about k times the gradient.",
+    ),
+    ("TRL", "loss", "GRPO bnpo", "split", _TOKENS),
+    ("Liger", "loss", "GRPO", "split", _TOKENS),
+    (
+        "verl",
+        "loss",
+        "geo_mean",
+        "empty_example",
+        "The mean of the micro-batch's rows, where the step's number was told; see `split`.",
+    ),
+    (
+        "TRL",
+        "loss",
+        "GRPO bnpo",
+        "empty_example",
+        "The token mean of the micro-batch, weighted with its rows, see `split`.",
+    ),
+    (
+        "Liger",
+        "loss",
+        "GRPO",
+        "empty_example",
+        "The token mean of the micro-batch, weighted with its rows, see `split`.",
+    ),
+    (
+        "TRL",
+        "loss",
+        "DPO",
+        "empty_example",
+        "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the "
+        "gradient is not.",
+    ),
+    (
+        "TRL",
+        "loss",
+        "DPO",
+        "nothing_scored",
+        "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the "
+        "gradient is not.",
+    ),
+    ("", "loss", "", "nothing_scored", _NOTHING),
+    ("", "loss", "DPO discopop", "finite", "m exp(-x) with m = 0 and exp(-x) = inf, see the faults above."),
+    ("", "loss", "ORPO", "finite", "log(1 - exp(a)) at a = 0, see the faults above."),
+    ("", "loss", "GRPO", "finite", "exp of a log-ratio of 90 overflows float32, see the faults above."),
+    (
+        "verl",
+        "loss",
+        "geo_mean",
+        "finite",
+        "exp of a mean log-ratio of 90 overflows float32: its clamp is commented out.",
+    ),
+    (
+        "OpenRLHF",
+        "loss",
+        "PolicyLoss gspo",
+        "finite",
+        "exp of a mean log-ratio of 90 overflows float32; its ppo holds log-ratios at 20.",
+    ),
+    ("", "loss", "", "low_precision", "Computes in the dtype that it is given, where ours raises it to float32."),
+    ("", "loss", "", "only_the_policy_learns", "Detaches nothing: these have to be given without a graph."),
+    ("", "loss", "", "no_broadcast", "Compares no shapes: one row is taken for all."),
+    (
+        "",
+        "loss",
+        "DPO discopop",
+        "direction",
+        "With the published temperature it falls where the log-ratios rise; so does ours, which is the formula's.",
+    ),
+    (
+        "ours",
+        "loss",
+        "dpo discopop",
+        "direction",
+        "With the published temperature it falls where the log-ratios rise: the formula's.",
+    ),
+    (
+        "OpenRLHF",
+        "advantage",
+        "group_norm",
+        "equal_rewards",
+        f"{_ROUNDING}, and so is the std, with 1e-9 beside it: their quotient is near 1, and a prompt that "
+        "teaches nothing is pushed as hard as any.",
+    ),
+    (
+        "verl",
+        "advantage",
+        "grpo",
+        "equal_rewards",
+        f"{_ROUNDING}, and so is the std, with 1e-6 beside it: a prompt that teaches nothing is pushed by a "
+        "third of a std.",
+    ),
+    ("TRL", "advantage", "GRPO", "equal_rewards", f"{_ROUNDING}, over std + 1e-4, see the faults above."),
+    ("verl", "advantage", "reinforce_plus_plus", "equal_rewards", f"{_ROUNDING}, over sqrt(var + 1e-8)."),
+    ("", "advantage", "", "equal_rewards", _TINY),
+    ("", "advantage", "", "missing", _MISSING),
+    ("verl", "advantage", "grpo_passk", "monotone", _BY_DESIGN),
+    ("ours", "advantage", "passk", "monotone", _BY_DESIGN),
+    (
+        "verl",
+        "advantage",
+        "gpg",
+        "shift_invariant",
+        "alpha counts the rewards that are not 0, which a constant changes; GPG's counts the prompts whose "
+        "rewards differ.",
+    ),
+    ("verl", "head", "logprobs_from_logits", "no_rows", "torch.stack of a list of no rows."),
+    (
+        "",
+        "head",
+        "",
+        "budget",
+        "The log-softmax of bfloat16 logits is taken in bfloat16: 48 times the error of one in float32.",
+    ),
+]
+"""(project, what, beginning of the name, law, reason); "" fits all."""
+
+
+def reason_of(row: dict[str, Any], law: str) -> str:
+    """The sentence, or "" where there is none."""
+    found = index_of(row, law)
+    return "" if found is None else REASONS[found][-1]
+
+
+def index_of(row: dict[str, Any], law: str) -> int | None:
+    """Which of the reasons is the first that fits."""
+    for i, (project, what, name, about, _) in enumerate(REASONS):
+        if project in ("", row["project"]) and what == row["what"] and row["name"].startswith(name) and about == law:
+            return i
+    return None
+
+
+def project_problems(rows: list[dict[str, Any]]) -> list[str]:
+    """A law broken without a reason, and a reason for none; only where every project of the reasons was measured."""
+    out, used = [], set()
+    for row in rows:
+        for law, said in row["broken"].items():
+            found = index_of(row, law)
+            used.add(found)
+            if found is None:
+                out.append(f"{row['project']}, {row['name']}: {law} is broken without a reason ({said})")
+            elif row["project"] == "ours" and REASONS[found][0] != "ours":
+                out.append(f"ours, {row['name']}: {law} is broken ({said})")
+    measured = {row["project"] for row in rows}
+    for i, (project, _, name, law, _) in enumerate(REASONS):
+        if i not in used and (project in measured or (not project and len(measured) == 6)):
+            out.append(f"{project or 'all'}, {name or 'all'}: {law} is kept, where a reason says that it is not")
+    return out
