@@ -62,3 +62,18 @@ def test_the_same_row_twice_is_two_prompts(model):  # noqa: F811
     value, _ = gradient(model, loss, examples, 10_000)
     assert gradient(model, loss, apart, 10_000)[0] == pytest.approx(value, rel=1e-12)
     assert gradient(model, loss, confused, 10_000)[0] != pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["old", "behavior"])
+def test_what_the_old_policy_and_the_sampler_said_is_collected(model, name):  # noqa: F811
+    """M2PO's squares of log-ratios; on policy no token is taken further from 1."""
+    step = make_step(model, GRPOLoss(loss_type="m2po"), micro_batch_tokens=40)
+    examples = rollouts()
+    micros = step.micro_batches(examples)
+    step.fill_old(micros)
+    assert step.totals(examples, micros).collected.isinf().all()
+    for micro in micros:
+        setattr(micro, name, micro.old - 0.5)
+    squares = step.totals(examples, micros).collected[:, 0]
+    some = sum(sum(len(c.ids) for c, a in zip(e.completions, e.advantages, strict=True) if a > 0) for e in examples)
+    assert squares.isfinite().sum() == some and squares[squares.isfinite()].tolist() == pytest.approx([0.25] * some)

@@ -41,7 +41,7 @@ FSDP2 = {
     "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
 }
 TWO = tuple(DDP)
-DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch")
+DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch", "--loss_type", "target_po", "--num_iterations", "2")
 # Left after so many steps, in the middle of a set of rollouts, and gone on with by any number of processes.
 KEPT = {
     "ddp": (
