@@ -19,11 +19,13 @@ nats = st.floats(-60, 60)
 betas = st.floats(0.01, 3)
 
 
-def side(*rows: list[float]) -> CompletionLogps:
-    """Rows of log-probs; short rows are padded."""
+def side(*rows: list[float], entropy: bool = False) -> CompletionLogps:
+    """Rows of log-probs; short rows are padded. With the same entropy everywhere, if at all."""
     width = max(map(len, rows))
     logps = torch.tensor([row + [torch.nan] * (width - len(row)) for row in rows], dtype=torch.float64)
-    return CompletionLogps(logps.requires_grad_(), ~logps.detach().isnan())
+    return CompletionLogps(
+        logps.requires_grad_(), ~logps.isnan(), entropy=torch.full_like(logps, 1.5) if entropy else None
+    )
 
 
 # r_w = (-1 - 2) - (-2 - 4) = 3 over 2 tokens; r_l = (-4) - (-3) = -1 over 1 token
@@ -31,8 +33,8 @@ POLICY = ([[-1.0, -2.0]], [[-4.0]])
 REF = ([[-2.0, -4.0]], [[-3.0]])
 
 
-def pair(rows: tuple[list[list[float]], list[list[float]]]) -> PairLogps:
-    chosen, rejected = side(*rows[0]), side(*rows[1])
+def pair(rows: tuple[list[list[float]], list[list[float]]], entropy: bool = False) -> PairLogps:
+    chosen, rejected = (side(*x, entropy=entropy) for x in rows)
     return PairLogps(chosen, rejected, margin=torch.full((len(chosen.sums),), 0.3))
 
 
@@ -86,9 +88,9 @@ def test_a_pair_that_scores_nothing_has_no_loss(loss_type):
     Whatever the reference has there.
     """
     rows = tuple([*x, []] for x in POLICY), tuple([*x, [y]] for x, y in zip(REF, (-5.0, -9.0), strict=True))
-    policy, ref = pair(rows[0]), pair(rows[1])
+    policy, ref = pair(rows[0]), pair(rows[1], entropy=True)
     loss = DPOLoss(loss_type=loss_type, **OPTIONS.get(loss_type, {}))
-    value, alone = loss_of(loss, policy, ref), loss_of(loss, pair(POLICY), pair(REF))
+    value, alone = loss_of(loss, policy, ref), loss_of(loss, pair(POLICY), pair(REF, entropy=True))
     assert value.item() == pytest.approx(alone.item() / (1 if loss_type == "sft" else 2))
     value.backward()
     assert (policy.chosen.per_token_logps.grad[1] == 0).all() and (policy.rejected.per_token_logps.grad[1] == 0).all()
@@ -206,7 +208,8 @@ def test_the_same_change_of_policy_and_reference_does_not_matter(loss_type, batc
     """Except where the log-probs count by themselves, or are sorted apart from the reference's."""
 
     def side_of(role: str, part: str, by: float) -> CompletionLogps:
-        return CompletionLogps(batch.tokens[role][part] + by, batch.masks[part])
+        entropy = batch.tokens["entropy"][part]
+        return CompletionLogps(batch.tokens[role][part] + by, batch.masks[part], entropy=entropy)
 
     loss, results = DPOLoss(loss_type=loss_type, **OPTIONS.get(loss_type, {})), []
     for by in (0.0, shift):
