@@ -189,6 +189,15 @@ def test_bounds(beta, student, teacher, dtype):
     assert itself.item() == 0 and not gradient.any()
 
 
+@betas
+def test_rounding_makes_none_negative(beta):
+    """As it would in some of these rows, of students as near to their teachers as a float32 can be."""
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(20_000, 2, generator=g)
+    student = teacher + 1e-7 * torch.randn(20_000, 2, generator=g)
+    assert (linear_jsd(student, torch.eye(2), teacher, torch.eye(2), beta=beta) >= 0).all()
+
+
 @given(st.floats(-50, 50), st.floats(-50, 50), st.sampled_from(BETAS))
 def test_logits_have_no_zero(ours, theirs, beta):
     """What is added to all logits of a model changes nothing."""

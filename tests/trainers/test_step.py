@@ -32,8 +32,8 @@ from logratio.trainers.batches.inputs import count_totals, loss_inputs
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, StoredReference
+from logratio.trainers.policy.policy import Policy, States
+from logratio.trainers.policy.reference import AdapterReference, ModelReference, StoredReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult
 
@@ -119,6 +119,7 @@ def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True
         AdapterReference(policy, loss.ref_stats) if loss.wants_reference else None,
         micro_batch_tokens=micro_batch_tokens,
         max_length=MAX_LENGTH,
+        teacher=None if loss.divergence is None else ModelReference(States(copy.deepcopy(model).unload())),
     )
 
 
