@@ -79,9 +79,25 @@ def hold_loss(law: str, loss: Loss) -> None:
 
 
 def rounding(said: str) -> bool:
-    """Whether what is said is no more than float32 rounds."""
+    """Whether what is said is no more than float32 rounds, of a value or of a gradient."""
     pair = re.fullmatch(r"the loss is (\S+), expected (\S+)", said)
-    return pair is not None and math.isclose(*map(float, pair.groups()), rel_tol=FLOAT32)
+    if pair is not None:
+        return math.isclose(*map(float, pair.groups()), rel_tol=FLOAT32)
+    return (lists := gradients(said)) is not None and apart(*lists[1:]) <= FLOAT32
+
+
+def gradients(said: str) -> tuple[str, torch.Tensor, torch.Tensor] | None:
+    """Whose gradient was seen, what was seen, and what was expected."""
+    found = re.fullmatch(r"(the gradient of .*) is (\[.*\]), expected (\[.*\])", said)
+    if found is None:
+        return None
+    got, expected = (torch.tensor([float(x) for x in re.findall(r"[-+.\w]+", part)]) for part in found.groups()[1:])
+    return found[1], got, expected
+
+
+def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected|; NaN where one is not finite."""
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 def seen(attempt: Callable[[], Any]) -> str:
@@ -100,11 +116,11 @@ def seen(attempt: Callable[[], Any]) -> str:
 def shortened(text: str) -> str:
     """Numbers to six digits, lists as how far they are apart, and no more than a line."""
     text = text.partition(" tensor(")[0]
-    if lists := re.fullmatch(r"(the gradient of .*) is (\[.*\]), expected (\[.*\])", text):
-        got, expected = (torch.tensor([float(x) for x in re.findall(r"[-+.\w]+", part)]) for part in lists.groups()[1:])
+    if found := gradients(text):
+        name, got, expected = found
         if (count := int((~got.isfinite()).sum())) > 0:
-            return f"{lists[1]} is not finite at {count} of {len(got)} tokens"
-        return f"{lists[1]} is off by {100 * ((got - expected).norm() / expected.norm()).item():.2g} %"
+            return f"{name} is not finite at {count} of {len(got)} tokens"
+        return f"{name} is off by {100 * apart(got, expected):.2g} %"
     if lists := re.fullmatch(r"(the gradient of .*) is (\[.*\])", text):
         return f"{lists[1]} is not finite"
     text = re.sub(r"-?\d+\.\d{6,}(e[-+]\d+)?", lambda found: f"{float(found[0]):.6g}", text)

@@ -103,6 +103,8 @@ def test_what_is_seen_becomes_one_line():
     assert len(shortened("word " * 100)) < 170
     assert rounding("the loss is 1.0000001, expected 1") and not rounding("the loss is 1.001, expected 1")
     assert not rounding("the loss is nan, expected 1")
+    assert rounding("the gradient of x is [[1.0000001]], expected [[1.0]]")
+    assert not any(rounding(f"the gradient of x is [[{x}]], expected [[1.0]]") for x in (1.001, "nan"))
 
 
 # ---------------------------------------------------------------------------------------------- TRL, run
