@@ -273,7 +273,7 @@ class Step:
             self.fill_reference(micros)
             for micro in micros:
                 with self.memory.fitting(micro.batch), torch.set_grad_enabled(backward):
-                    out = self.policy(micro.batch, distributions(self.teacher, self.loss, micro.batch))
+                    out = self.policy(micro.batch, **distributions(self.teacher, self.loss, micro.batch))
                     micro.logps = None if micro.behavior is None else out.logps.detach()
                     inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
                     output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))

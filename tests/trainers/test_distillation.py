@@ -112,7 +112,7 @@ def test_metrics_are_of_the_whole_vocabulary_at_temperature_1():
     policy = Policy(student, stats=("entropy", "is_top1"))
     batch = pack(EXAMPLES, 1000)[0]
     taught = distributions(ModelReference(States(teacher)), SFTLoss(loss_type="gkd", gkd_temperature=3.0), batch)
-    out, plain = policy(batch, taught), policy(batch)
+    out, plain = policy(batch, **taught), policy(batch)
     for name in ("logps", "entropy", "is_top1"):
         assert torch.equal(getattr(out, name), getattr(plain, name)) and not getattr(out, name).requires_grad
     assert out.divergence.requires_grad and plain.divergence is None

@@ -54,16 +54,17 @@ def make_teacher(
     return other_model(config, policy, accelerator, named, "the teacher", kind)
 
 
-def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch) -> dict[str, Any] | None:
-    """What `linear_jsd` takes of the teacher and of the loss; None where the loss has no divergence.
+def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch) -> dict[str, Any]:
+    """What the policy's forward is given beside the batch: what `linear_jsd` takes of the teacher and of the loss, or
+    nothing where the loss has no divergence.
 
     The head's weight is gathered on every process, where it is sharded.
     """
     if loss.divergence is None:
-        return None
+        return {}
     assert teacher is not None
     options, head = teacher.policy.head_options(), teacher.policy.causal_lm.get_output_embeddings()
-    return {
+    taught = {
         "teacher_hidden": teacher.compute(batch),
         "teacher_weight": whole(head.weight.detach()),
         "teacher_bias": None if options["bias"] is None else whole(options["bias"].detach()),
@@ -71,6 +72,7 @@ def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch
         "teacher_softcap": options["softcap"],
         **loss.divergence._asdict(),
     }
+    return {"taught": taught}
 
 
 def log_ratios(examples: Sequence[Example], taught: Iterable[tuple[PackedBatch, Tensor]]) -> tuple[Tensor, Mean]:
