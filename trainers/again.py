@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .batches.packing import split_groups
-from .policy.reference import repacked
+from .batches.values import repacked
 from .step import Step, StepResult, Window
 
 

@@ -21,13 +21,14 @@ from logratio.losses import Largest, Loss, Mean, Totals
 
 from .batches.inputs import count_totals, loss_inputs
 from .batches.packing import PackedBatch, example_tokens, pack
+from .batches.values import behavior_of
 from .data.examples import Example
 from .errors import UserError
 from .memory import Memory
 from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
-from .policy.reference import ModelReference, Reference, StoredReference, behavior_of, inference
+from .policy.reference import ModelReference, Reference, StoredReference, inference
 from .policy.teacher import distributions
 from .processes.dealing import deal, gather_rows
 from .processes.sharding import meet_inside

@@ -18,18 +18,12 @@ from torch import Tensor
 
 from logratio.losses import Kind
 from logratio.trainers.batches.packing import split_groups
+from logratio.trainers.batches.values import by_completion, of_completions
 from logratio.trainers.config import RunConfig, SaveConfig
 from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import count_tokens
-from logratio.trainers.policy.reference import (
-    StoredReference,
-    by_completion,
-    of_completions,
-    precompute,
-    reference_model,
-    tokens_key,
-)
+from logratio.trainers.policy.reference import StoredReference, precompute, reference_model, tokens_key
 from logratio.trainers.rollout.sets.windows import roll_out
 from logratio.trainers.setup import Run, batches, build
 from logratio.trainers.step import MicroBatch, Window

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from logratio.benchmarks.peers import truths
 from logratio.trainers import again, cli, loop, setup
+from logratio.trainers.batches.values import per_example
 from logratio.trainers.ground import randomness
 from logratio.trainers.logs.journal import TIMED
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import per_example
 from logratio.trainers.resume import Progress
 from logratio.trainers.rollout.engines.decoding import Decoder
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..batches.packing import PackedBatch, example_tokens
+from ..batches.values import per_example
 from ..data.examples import Completion, Example
-from .reference import Reference, StoredReference, per_example, tokens_key
+from .reference import Reference, StoredReference, tokens_key
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:

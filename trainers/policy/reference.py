@@ -6,8 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import compress, repeat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from logratio.losses import Kind, TokenLogps
 
 from ..batches.packing import PackedBatch, example_tokens, pack
+from ..batches.values import laid_out, per_example
 from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError, counted
@@ -110,29 +110,6 @@ class StoredReference:
         return laid_out(batch, [values for key in keys for values in self.table[key]])
 
 
-def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
-    """The scored values of each of its completions, from the CPU, as [paths, T, ...] on its device; zeros for a
-    filler."""
-    first = scored_values[0]
-    out = torch.zeros(*batch.scored.shape, *first.shape[1:], dtype=first.dtype)
-    if not batch.is_filler:
-        completions = [c for e in batch.examples for c in e.completions]
-        for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
-            scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
-            scored = scored[: out.shape[1]]  # beyond that nothing is, of any completion
-            out[path, : len(scored)][scored] = values
-    return out.to(batch.scored.device, non_blocking=True)
-
-
-def behavior_of(batch: PackedBatch) -> Tensor | None:
-    """[paths, T], the log-probabilities that the completions were sampled with; None where one has none."""
-    completions = [c for e in batch.examples for c in e.completions]
-    if any(c.behavior is None for c in completions):
-        return None
-    values = [torch.tensor(list(compress(c.behavior or (), c.scored or repeat(True)))) for c in completions]
-    return laid_out(batch, values)
-
-
 def reference_model(reference: Reference | None) -> Policy | None:
     """The model that the reference is, where it is another than the policy."""
     live = reference.live if isinstance(reference, StoredReference) else reference
@@ -165,39 +142,6 @@ def precompute(
                 for example, logps in per_example(batch, live(batch.to(device))):
                     table[tokens_key(example)] = logps
     return table
-
-
-def per_example(batch: PackedBatch, values: Tensor) -> Iterator[tuple[Example, list[Tensor]]]:
-    """Every example with the scored values of each of its completions, copies on the CPU; none of a filler.
-
-    values: [paths, T, ...] as `batch.scored`.
-    """
-    values, scored, path = values.cpu(), batch.scored.cpu(), 0
-    for example in () if batch.is_filler else batch.examples:
-        after = path + len(example.completions)
-        yield example, [values[p, scored[p]] for p in range(path, after)]  # a mask makes a copy
-        path = after
-
-
-def by_completion(packed: Iterable[tuple[PackedBatch, Tensor]]) -> dict[int, Tensor]:
-    """The scored values of every completion, by its id."""
-    table: dict[int, Tensor] = {}
-    for batch, values in packed:
-        for example, parts in per_example(batch, values):
-            table |= {id(c): own for c, own in zip(example.completions, parts, strict=True)}
-    return table
-
-
-def of_completions(batch: PackedBatch, table: Mapping[int, Tensor]) -> Tensor:
-    """[paths, T, ...] on the batch's device: what `by_completion` has of those inside; a filler's need not be there."""
-    none = next(iter(table.values()), torch.zeros(0))[:0]
-    return laid_out(batch, [table.get(id(c), none) for e in batch.examples for c in e.completions])
-
-
-def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
-    """[paths, T] of each of `batches`: the values that the same completions have in `packed`; none of nothing."""
-    table = by_completion(packed)
-    return [of_completions(batch, table) for batch in batches] if table else []
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:

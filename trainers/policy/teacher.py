@@ -20,12 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 from logratio.losses import Loss, Mean
 
 from ..batches.packing import PackedBatch
+from ..batches.values import by_completion
 from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError
 from ..processes.sharding import whole
 from .policy import Policy, States
-from .reference import ModelReference, by_completion, other_model
+from .reference import ModelReference, other_model
 
 
 def check_teacher(tokenizer: Any, of_teacher: Any, name: str) -> None:

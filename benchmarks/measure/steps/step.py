@@ -12,12 +12,13 @@ import torch
 
 from logratio.losses import Kind
 from logratio.trainers.batches.packing import pack
+from logratio.trainers.batches.values import per_example
 from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import first_line
 from logratio.trainers.ground.provenance import installed
 from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import inference, per_example, tokens_key
+from logratio.trainers.policy.reference import inference, tokens_key
 
 from ...memory.activations import Batch
 from ...memory.gpus import known_as

@@ -8,11 +8,12 @@ import torch
 from logratio.losses import DPOLoss
 from logratio.trainers.batches.inputs import loss_inputs
 from logratio.trainers.batches.packing import pack
+from logratio.trainers.batches.values import repacked
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, ModelReference, repacked
+from logratio.trainers.policy.reference import AdapterReference, ModelReference
 from logratio.trainers.setup import Run, build
 
 EXAMPLES = [

@@ -8,9 +8,9 @@ import torch
 
 from logratio.trainers import cli, loop, setup
 from logratio.trainers.batches.packing import pack
+from logratio.trainers.batches.values import behavior_of
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.options import parse_train
-from logratio.trainers.policy.reference import behavior_of
 from logratio.trainers.rollout.sets.windows import roll_out
 
 WORDS = ["--num_generations", "3", "--max_completion_length", "6", "--batch_size", "4", "--max_steps", "2"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from logratio.trainers import again, cli, loop, setup
+from logratio.trainers.batches.values import by_completion
 from logratio.trainers.options import parse_train
-from logratio.trainers.policy.reference import by_completion
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.resume import Progress, restore
 from logratio.trainers.rollout.engines.background import Begun

@@ -13,8 +13,8 @@ from torch import Tensor
 from logratio.losses import Mean, Support
 
 from ...batches.packing import split_groups
+from ...batches.values import by_completion, of_completions
 from ...data.examples import Completion, Example
-from ...policy.reference import by_completion, of_completions
 from ...step import Step, Window
 
 SUPPORT = ("support_ids", "support_offsets")
