@@ -222,7 +222,7 @@ def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
 def no_broadcast(loss: Loss, batch: Batch) -> None:
     """What is given of 1 row beside a policy of C, a reference or labels, say, is refused (ValueError, TypeError)."""
     kwargs, one = arguments(loss, batch), inputs(loss, take(batch, [0]))
-    for name in one.keys() - {"policy"}:
+    for name in sorted(one.keys() - {"policy"}):
         try:
             loss(**kwargs | {name: one[name]})
         except (ValueError, TypeError):
