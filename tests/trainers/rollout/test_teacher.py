@@ -95,7 +95,7 @@ def test_a_tokens_advantage_is_the_rewards_and_the_teachers(run_of, words, weigh
         {id(c): a for e in some for c, a in zip(e.completions, e.advantages, strict=True)} for some in (parts, examples)
     )
     assert inside == whole
-    kept = [row["advantage"] for row in run.rollouts.taken()]
+    kept = [row["advantage"] for row in run.rollouts.keeper.taken()]
     assert kept == pytest.approx([sum(a) / len(a) for e in examples for a in e.advantages], abs=1e-6)
 
 
