@@ -86,7 +86,7 @@ def test_laws(case):
     plain = len(case.options) <= 1
     check_loss(
         case.loss,
-        max_examples=6 if plain else 3,
+        max_examples=4 if plain else 2,
         skip=skipped(case),
         stops_gradients=stops_gradients(case),
         seed=CASES.index(case) % 3,

@@ -298,11 +298,28 @@ def test_products(trains, products):
     assert flops.get_total_flops() == products * 2 * 5 * 3 * 7
 
 
+FIRST = "not everything_trained and not over_a_support"
+"""What the default form runs there; the rest of both kinds takes longer than all of it."""
+
+
 @pytest.mark.skipif(INTERPRETED, reason="runs this file")
-def test_under_the_interpreter():
+@pytest.mark.parametrize("chosen", [FIRST + " or near_certain and hwb", pytest.param("", marks=pytest.mark.slow)])
+def test_under_the_interpreter(chosen):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     env = env | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "ignore::RuntimeWarning",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        chosen,
+        __file__,
+    ]
     out = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         pytest.skip(out.stdout[out.stdout.index("the interpreter of triton") :].splitlines()[0])

@@ -289,7 +289,7 @@ def test_help_says_which_variants_read_an_option(capsys):
     assert "(default: 0.0; loss_type: cdpo, robust, exo_pair, aot, aot_unpaired)" in dpo
     assert "(default: 0.5; f_divergence_type: alpha_divergence)" in dpo
     assert "--loss_weights {None}|{[FLOAT [FLOAT ...]]} Weight of each loss_type (default: 1). (default: None)" in dpo
-    assert "(default: k3; loss_type: all but rloo; beta: not 0)" in grpo
+    assert "(default: k3; loss_type: all but rloo, real, target_po, a2po; beta: not 0)" in grpo
     assert "luspo too is token-level unless asked" in grpo and "cispo: the cap of the ratio itself (default: 5" in grpo
     assert "for simpo too, whose paper has none: give 0" in shown("cpo")
 

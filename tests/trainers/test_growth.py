@@ -17,7 +17,7 @@ from logratio.trainers.options import parse_train
 METHODS = ("sft", "dpo", "kto", "orpo", "cpo", "tpo", "grpo")
 KEEPING = ("grpo",)  # of which most is kept from step to step: the default form
 MARKED = [pytest.param(m, marks=() if m in KEEPING else pytest.mark.slow) for m in METHODS]
-EVERY = 12
+EVERY = 8
 
 
 def run_of(method: str, folder: Path, steps: int, every: int = 1) -> setup.Run:
@@ -50,7 +50,7 @@ def alive() -> Counter[str]:
 
 @pytest.mark.parametrize("method", MARKED)
 def test_objects_do_not_pile_up(method: str, tmp_path: Path) -> None:
-    """Nothing grows with the steps, in the second twelve and again in the third."""
+    """Nothing grows with the steps, in the second eight and again in the third."""
     seen: list[Counter[str]] = []
 
     def count(run: setup.Run, row: Mapping[str, float]) -> bool:

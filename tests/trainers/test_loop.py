@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -140,18 +141,16 @@ class GivenRollouts:
     def metrics(self, rolled: Rolled, accelerator: Any) -> dict[str, Any]:
         return {}
 
-    def advantages(self, rolled: Rolled, accelerator: Any, kl: None) -> Tensor:
+    def advantages(self, rolled: Rolled, accelerator: Any, kl: None, taught: None) -> Tensor:
         return torch.tensor([e.advantages for e in rolled.examples], dtype=torch.float64)
 
     def after(self, step: int) -> list[str]:
         self.state.global_step = step
         return []
 
-    def taken(self) -> list[Any]:
-        return []
-
-    def learned(self, *given: Any) -> None:
-        pass
+    @property
+    def keeper(self) -> Any:
+        return SimpleNamespace(taken=lambda: [], learned=lambda micros: None)
 
 
 def use_fixed_rollouts(run: setup.Run, examples: list[Any], old: dict[str, list[Tensor]]) -> None:

@@ -122,7 +122,7 @@ def test_memory_may_change_on_the_way_and_hardly_the_result():
     assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 5]
 
 
-@pytest.mark.parametrize("case", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_run_that_found_out_what_fits_into_memory_goes_on_with_it(case, monkeypatch, capsys):
     """Groups of rollouts that were divided, in the middle of their steps; and what was said is not said again."""
     forward = Policy.forward

@@ -40,8 +40,17 @@ from logratio.trainers.step import MicroBatch, Step, StepResult
 MAX_LENGTH = 20
 
 
+def asked(case: Case) -> tuple[Any, ...]:
+    """What a loss asks of the step; of two that ask the same the step does the same."""
+    loss, names = case.loss, ("stats", "ref_stats", "window_pass", "divergence", "scores_prompt", "scores_gold")
+    wants = ("reference", "behavior", "prompt_tokens", "prompts", "margin")
+    own = [getattr(loss, name) for name in (*names, *(f"wants_{want}" for want in wants))]
+    return (case.method, case.weighted, case.by_token, bool(case.state), *own)
+
+
 def chosen_cases() -> list[Any]:
-    """Every loss_type once, and once each option that asks the step for something: statistics, totals, a pass."""
+    """Once each option that asks the step for something, statistics, totals, a pass, and every loss_type: those that
+    ask for the same as one before are the slow form."""
     first: dict[tuple[str, Any], Case] = {}
     for case in CASES:
         first.setdefault((case.method, case.options.get("loss_type")), case)
@@ -54,7 +63,10 @@ def chosen_cases() -> list[Any]:
     level = "importance_sampling_level"
     first["grpo", level] = next(c for c in CASES if c.options.get(level) == "sequence" and c.options["beta"])
     named = {f"{case.method} {case.name}": case for case in first.values()}
-    return [pytest.param(case, id=name) for name, case in named.items()]
+    new = {asked(case): case for case in reversed(named.values())}.values()
+    default = [*new, *(first[key] for key in first if key[1] in asking)]
+    slow = [() if any(case is one for one in default) else pytest.mark.slow for case in named.values()]
+    return [pytest.param(case, id=name, marks=mark) for (name, case), mark in zip(named.items(), slow, strict=True)]
 
 
 every = pytest.mark.parametrize("case", chosen_cases())

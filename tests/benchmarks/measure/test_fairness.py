@@ -57,7 +57,7 @@ def test_ligers_layers_are_in_its_contestant_alone(adapter):
     assert not [m for m in later.modules() if "Liger" in type(m).__name__]
 
 
-@pytest.mark.parametrize("good_calls", [1, 2, 3, 4])
+@pytest.mark.parametrize("good_calls", [1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_one_that_runs_out_of_memory_late_costs_the_others_nothing(monkeypatch, good_calls):
     backward, calls = trl_contestant.Trl.backward, []
 

@@ -116,7 +116,7 @@ def compared(rollouts: Rollouts, step: Step, found: Share) -> list[Window]:
         batches = ((micro.batch, ratio) for micro, ratio in zip(micros, taught, strict=True))
         log_ratio, metrics["teacher_kl"] = log_ratios(examples, batches)
         log_ratio = log_ratio.view(*rolled.by_function.shape[:2], -1)
-    if not later:  # on policy, whatever was computed for the advantages
+    if old and not later:  # on policy: it was computed for the advantages alone
         for micro in micros:
             micro.old = None
     advantages = of_examples(rollouts.advantages(rolled, step.accelerator, kl, log_ratio), rolled)
