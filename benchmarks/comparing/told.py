@@ -23,7 +23,7 @@ SHORT = {
     "accuracy": "order",
     "nll": "NLL",
     "kl": "KL",
-    "length": "length",
+    "length": "long",
 }
 """On a terminal, where a line is short."""
 WORDS = {
@@ -51,21 +51,24 @@ def interval(estimate: Estimate) -> str:
     return f"{number(estimate.mean, 3)} ({number(estimate.low, 3)} to {number(estimate.high, 3)})"
 
 
+def figure(value: float, short: bool) -> str:
+    """Three digits; for a screen no more than three of them behind the point."""
+    return number(round(value, 3) if short else value, 3)
+
+
 def contestant_rows(found: Outcome, *, short: bool = False) -> list[list[str]]:
     """The start, then each contestant, best first: the deciding metric (with its interval), and the others."""
     rest = [name for name in found.metrics if name != found.metric]
-    rows = [
-        ["(start)", number(found.start[found.metric], 3), *(number(found.start[name], 3) for name in rest), "", "", ""]
-    ]
+    rows = [["start", *(figure(found.start[name], short) for name in (found.metric, *rest)), "", "", ""]]
     for name in found.ranked:
         runs, means = found.runs[name], found.means[name]
         own = [run["own_loss"] for run in runs]
         rows.append(
             [
                 name,
-                number(means[found.metric].mean, 3) if short else interval(means[found.metric]),
-                *(number(means[other].mean, 3) for other in rest),
-                "–" if own[0] is None else number(sum(own) / len(own), 3),
+                figure(means[found.metric].mean, short) if short else interval(means[found.metric]),
+                *(figure(means[other].mean, short) for other in rest),
+                "–" if own[0] is None else figure(sum(own) / len(own), short),
                 number(sum(run["steps"] for run in runs) / len(runs), 3),
                 duration(sum(run["train_s"] for run in runs) / len(runs)),
             ]

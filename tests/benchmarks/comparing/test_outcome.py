@@ -1,14 +1,16 @@
 """What the lines of runs say in the end: which is better, what would tell more, and what the figures show of it."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from logratio.benchmarks.comparing.draw import curves, frontier, intervals, over_seeds
 from logratio.benchmarks.comparing.intervals import Comparison, Estimate
 from logratio.benchmarks.comparing.outcome import advice, as_lines, outcome, summary, verdict
-from logratio.benchmarks.comparing.told import comparison_rows, contestant_rows
+from logratio.benchmarks.comparing.told import SHORT, comparison_rows, contestant_rows, table
 
 ROWS = 8
 
@@ -74,7 +76,7 @@ def test_what_would_narrow_the_intervals(of_seeds, more):
 def test_tables():
     found = outcome(LINES, ["a", "b", "c"], None, None)
     rows = contestant_rows(found, short=True)
-    assert [row[0] for row in rows] == ["(start)", "b", "c", "a"]
+    assert [row[0] for row in rows] == ["start", "b", "c", "a"]
     assert rows[1] == ["b", "0.9", "2.01", "2", "1.5", "6", "2 s"] and rows[0][1:4] == ["0.1", "3", "0"]
     assert comparison_rows(found, "reward")[0] == ["a − b", "−0.4", "−0.4 to −0.4", "b is better"]
 
@@ -103,3 +105,12 @@ def test_an_interval_is_green_where_the_first_is_better():
             (shade,) = re.findall(r'class="interval (s\d)"', intervals(metric, [one]))
             shades.setdefault(metric, []).append(shade)
     assert shades == {"reward": ["s2", "s1", "s9"], "nll": ["s1", "s2", "s9"], "kl": ["s0", "s0", "s9"]}
+
+
+def test_a_table_of_every_metric_fits_a_screen_of_80_columns():
+    """Nothing is folded but the two words of "own loss"."""
+    row = ["orpo", "0.843", "0.921", "0.018", "0.758", "3.15", "0.285", "5.07", "0.455", "126", "4.3 s"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(table("means", ["", *SHORT.values(), "own loss", "steps", "time"], [row]))
+    lines = console.file.getvalue().splitlines()
+    assert lines[-2].split() == " ".join(row).split() and lines[3].split() == [*SHORT.values(), "loss", "steps", "time"]

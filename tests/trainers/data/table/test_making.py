@@ -210,7 +210,7 @@ def test_a_file_that_changes_meanwhile_is_not_taken(tmp_path, kept):
 
 
 @pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 50))])
-@pytest.mark.parametrize("kind", [Kind.PAIRED, Kind.LABELED])
+@pytest.mark.parametrize("kind", [Kind.PAIRED, pytest.param(Kind.LABELED, marks=pytest.mark.slow)])
 def test_several_processes_make_the_same_table(kind, processes, kept):
     rows = [{**row, "chosen": row["chosen"] * 30} if i % 7 == 0 else row for i, row in enumerate(PAIRS)]
     rows[5] = rows[31] = {"prompt": 3}
