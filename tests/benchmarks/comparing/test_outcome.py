@@ -110,7 +110,7 @@ def test_an_interval_is_green_where_the_first_is_better():
 def test_a_table_of_every_metric_fits_a_screen_of_80_columns():
     """No word and no number of it is folded."""
     row = ["start", "0.843", "0.921", "0.018", "0.758", "3.15", "0.285", "5.07", "0.455", "126", "4.3 s"]
-    console = Console(width=80, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO(), force_terminal=False, color_system=None)
     console.print(table("means", ["", *SHORT.values(), "own loss", "steps", "time"], [row]))
     heads, _, found = console.file.getvalue().removeprefix("means").partition("─" * 70)
     assert sorted(heads.split()) == sorted([*SHORT.values(), "own", "loss", "steps", "time"])
