@@ -43,10 +43,9 @@ from .grpo_types.baseline import baseline_terms
 from .grpo_types.chosen import clip_metrics, positive_nll, top_entropy
 from .grpo_types.inputs import (
     beside_others,
-    check_advantages,
+    check_compared,
     check_inputs,
     check_meaning,
-    check_prompts,
     compared_by,
     ratios_of,
 )
@@ -214,8 +213,7 @@ class GRPOLoss(Loss):
         if collects is not None or self.optimal_token_baseline:
             if advantages is None:
                 raise ValueError(f"{compared_by(self)} collects what it compares: it needs advantages")
-            check_advantages(self, advantages, mask)
-            check_prompts(self, prompts)
+            check_inputs(self, policy, advantages, old=old, behavior=behavior, prompts=prompts)
             x = ratios_of(self, policy, old, advantages, prompts=prompts)
             if collects is not None:
                 values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
@@ -246,11 +244,12 @@ class GRPOLoss(Loss):
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """
         mask = policy.completion_mask
-        check_inputs(self, mask, totals, advantages, ref, prompts=prompts, prompt_tokens=prompt_tokens)
-        policy.check_like(tokens=True, old=old, ref=ref, behavior=behavior)
+        of_prompts = {"prompts": prompts, "prompt_tokens": prompt_tokens}
+        check_inputs(self, policy, advantages, old=old, behavior=behavior, **of_prompts)
+        check_compared(self, policy, ref, totals)
         kind = GRPO_TYPES[self.loss_type]
         kept, num_kept = top_entropy(policy, totals, self.top_entropy_quantile)
-        x = ratios_of(self, policy, old, advantages, kept, prompts=prompts, prompt_tokens=prompt_tokens)
+        x = ratios_of(self, policy, old, advantages, kept, **of_prompts)
         x = beside_others(self, policy, x, totals.collected, ref)
         metrics = clip_metrics(x, self, mask)
         if behavior is not None:
@@ -267,9 +266,8 @@ class GRPOLoss(Loss):
         if not kind.sequence_term:
             per_token_loss = per_token_loss * kept
         if self.beta > 0:
-            if ref is None:
-                raise ValueError(f"beta={self.beta} needs the reference log-probs, ref is None")
-            kl = KL_ESTIMATORS[self.kl_estimator](x.logps - ref.logps.detach())
+            assert x.ref_logps is not None
+            kl = KL_ESTIMATORS[self.kl_estimator](x.logps - x.ref_logps)
             kl = kl * x.ratio if self.use_bias_correction_kl and not kind.sequence_term else kl
             per_token_loss = per_token_loss + self.beta * kl
             metrics["kl"] = Mean.of(kl, mask)

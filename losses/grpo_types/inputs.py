@@ -17,25 +17,24 @@ if TYPE_CHECKING:
 
 def check_inputs(
     loss: GRPOLoss,
-    mask: Tensor,
-    totals: Totals,
+    policy: CompletionLogps,
     advantages: Tensor,
-    ref: CompletionLogps | None,
-    **of_completions: Tensor | None,
+    *,
+    old: CompletionLogps | None,
+    behavior: CompletionLogps | None,
+    prompts: Tensor | None,
+    prompt_tokens: Tensor | None = None,
 ) -> None:
-    """Raise ValueError for shapes that do not fit, or for what the loss needs and is not there."""
+    """Raise ValueError for shapes that do not fit, or where a prompt's completions are compared, and nobody says which
+    are."""
+    mask = policy.completion_mask
     check_advantages(loss, advantages, mask)
-    check_of_completions(mask, **of_completions)
-    check_prompts(loss, of_completions["prompts"])
-    check_reference(loss, ref)
-    check_collected(loss, totals)
-
-
-def check_of_completions(mask: Tensor, **given: Tensor | None) -> None:
-    """Raise ValueError for what is not [C]; None is nothing."""
-    for name, values in given.items():
+    for name, values in (("prompts", prompts), ("prompt_tokens", prompt_tokens)):
         if values is not None and values.shape != mask.shape[:1]:
             raise ValueError(f"{name} must be [{len(mask)}], one a completion, got {list(values.shape)}")
+    if loss.wants_prompts and prompts is None:
+        raise ValueError(f"{compared_by(loss)} compares a prompt's completions: it needs `prompts`, a number for each")
+    policy.check_like(tokens=True, old=old, behavior=behavior)
 
 
 def check_advantages(loss: GRPOLoss, advantages: Tensor, mask: Tensor) -> None:
@@ -61,20 +60,12 @@ def compared_by(loss: GRPOLoss) -> str:
     return "optimal_token_baseline" if loss.optimal_token_baseline else f"loss_type={loss.loss_type}"
 
 
-def check_prompts(loss: GRPOLoss, prompts: Tensor | None) -> None:
-    """Raise ValueError where a prompt's completions are compared, and nobody says which are."""
-    if loss.wants_prompts and prompts is None:
-        raise ValueError(f"{compared_by(loss)} compares a prompt's completions: it needs `prompts`, a number for each")
-
-
-def check_reference(loss: GRPOLoss, ref: CompletionLogps | None) -> None:
-    """Raise ValueError where a loss_type compares with the reference, and there is none."""
-    if GRPO_TYPES[loss.loss_type].to_reference and ref is None:
-        raise ValueError(f"loss_type={loss.loss_type} needs the reference log-probs, ref is None")
-
-
-def check_collected(loss: GRPOLoss, totals: Totals) -> None:
-    """Raise ValueError where what the step is compared with is missing."""
+def check_compared(loss: GRPOLoss, policy: CompletionLogps, ref: CompletionLogps | None, totals: Totals) -> None:
+    """Raise ValueError where the reference or the step that it is compared with is missing, or has other tokens."""
+    policy.check_like(tokens=True, ref=ref)
+    if loss.wants_reference and ref is None:
+        what = f"beta={loss.beta}" if loss.beta > 0 else f"loss_type={loss.loss_type}"
+        raise ValueError(f"{what} needs the reference log-probs, ref is None")
     if (loss.optimal_token_baseline or GRPO_TYPES[loss.loss_type].collects) and totals.collected is None:
         raise ValueError(f"{compared_by(loss)} compares with the whole step: it needs totals.collected")
 

@@ -1,6 +1,7 @@
 """REAL and Target Policy Optimization by hand: one term a prompt, whatever micro-batch its completions are in."""
 
 from dataclasses import replace
+from functools import partial
 from math import exp, log
 from typing import Any
 
@@ -135,12 +136,15 @@ def test_what_is_asked_for(loss_type):
     assert totals.collected[:, 0].isnan().tolist() == [False, False, False, True, False]
     with refused(f"loss_type={loss_type} compares a prompt's completions: it needs `prompts`, a number for each"):
         loss.collect(policy, **others | {"prompts": None})
-    with refused("prompts must be [5], one a completion, got [1]"):
-        loss(policy, **others | {"prompts": torch.tensor([1])}, totals=totals)
+    for call in (loss.collect, partial(loss, totals=totals)):
+        with refused("prompts must be [5], one a completion, got [1]"):
+            call(policy, **others | {"prompts": torch.tensor([1])})
+        with refused("old must have the policy's rows and tokens, got [1, 3] for [5, 3]"):
+            call(policy, **others | {"old": others["old"].rows(slice(1))})
+        with refused(f"loss_type={loss_type} is of whole completions: advantages must be [5]"):
+            call(policy, **others | {"advantages": torch.zeros(5, 3)})
     with refused(f"loss_type={loss_type} compares a prompt's completions: it needs `prompts`, a number for each"):
         loss(policy, **others | {"prompts": None}, totals=totals)
-    with refused(f"loss_type={loss_type} is of whole completions: advantages must be [5]"):
-        loss(policy, **others | {"advantages": torch.zeros(5, 3)}, totals=totals)
     with refused(f"off_policy_mask_threshold drops completions that {loss_type} compares; leave it out"):
         GRPOLoss(loss_type=loss_type, off_policy_mask_threshold=0.1)
     with refused(f"sampling_correction=sequence_mask does not fit loss_type {loss_type}; leave it out"):
