@@ -23,7 +23,7 @@ def baseline_terms(policy: CompletionLogps, x: Ratios) -> Tensor:
     """[C, T, 4] float64: the prompt, the token's place among the scored ones, W, and W A."""
     assert x.prompts is not None
     place, w = policy.completion_mask.cumsum(-1).double(), path_variances(policy)
-    return torch.stack(torch.broadcast_tensors(x.prompts.double(), place, w, w * x.advantages.double()), -1)
+    return torch.stack(torch.broadcast_tensors(x.prompts.double(), place, w, w * x.advantages), -1)
 
 
 def without_baseline(policy: CompletionLogps, x: Ratios, step: Tensor | None) -> Tensor:
@@ -35,9 +35,9 @@ def without_baseline(policy: CompletionLogps, x: Ratios, step: Tensor | None) ->
     compare with, and A stays: in verl, whose A is the reward, the reward; (3) p is of the step's beginning, in verl of
     the rollouts', which differ from the second step on them; (4) t counts scored tokens.
     """
-    assert step is not None
+    assert step is not None and x.prompts is not None
     table = torch.cat([step[:, 2:4], torch.ones_like(step[:, :1])], -1)
-    keys, own = (token_keys(terms) for terms in (step, baseline_terms(policy, x)))
+    keys, own = token_keys(step[:, 0], step[:, 1]), token_keys(x.prompts, policy.completion_mask.cumsum(-1))
     ordered = keys.sort().values  # the first of its equals is where the sum of these stands
     sums = step.new_zeros(len(step) + 1, 3).index_add(0, torch.searchsorted(ordered, keys), table)
     w, wa, count = sums[torch.searchsorted(ordered, own)].unbind(-1)
@@ -45,6 +45,6 @@ def without_baseline(policy: CompletionLogps, x: Ratios, step: Tensor | None) ->
     return policy.masked((x.advantages - baseline).to(x.advantages.dtype))
 
 
-def token_keys(terms: Tensor) -> Tensor:
-    """[...] int64, a number for each place of each prompt."""
-    return (terms[..., 0].long() << LONGEST) + terms[..., 1].long()
+def token_keys(prompts: Tensor, places: Tensor) -> Tensor:
+    """int64, a number for each place of each prompt."""
+    return (prompts.long() << LONGEST) + places.long()

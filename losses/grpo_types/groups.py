@@ -57,12 +57,12 @@ def labelled(x: Ratios, loss: GRPOLoss) -> Tensor:
     rewards of 0 and 1: with an advantage of one's own, R - 1/2, such prompts count, too.
     """
     assert x.step is not None
-    label = torch.where(x.kept.any(-1, keepdim=True), x.advantages.sign(), 0.0)
+    label = x.advantages.sign()
     z = -label * x.log_ratio.sum(-1, keepdim=True) / x.lengths / loss.real_temperature
     same = of_prompt(x) & (x.step[:, 2] == label)
     others = log_sum_exp(-x.step[:, 2] * x.step[:, 1], same)
     total = torch.logaddexp(others, torch.zeros_like(others)).to(z.dtype)
-    slope = (z.detach() - total).clamp(max=0).exp()
+    slope = (z.detach() - total).exp()
     part = total / same.sum(-1, keepdim=True).clamp(min=1) + slope * (z - z.detach())
     return torch.where(label == 0, 0 * z, part)
 
@@ -75,7 +75,7 @@ def target_terms(x: Ratios, loss: GRPOLoss) -> Tensor:
 def target_logits(x: Ratios, loss: GRPOLoss) -> tuple[Tensor, Tensor]:
     """log p(y) and log p_old(y) + A / eta, [C, 1] each."""
     log_p = x.logps.sum(-1, keepdim=True)
-    return log_p, (log_p - x.log_ratio.sum(-1, keepdim=True)).detach() + x.advantages / loss.target_po_temperature
+    return log_p, log_p - x.log_ratio.sum(-1, keepdim=True) + x.advantages / loss.target_po_temperature
 
 
 def target(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -85,12 +85,10 @@ def target(x: Ratios, loss: GRPOLoss) -> Tensor:
     Reading: its standardized scores u are A, as the advantage_type group has them; eta is `target_po_temperature`.
     """
     assert x.step is not None
-    scored, (log_p, log_q) = x.kept.any(-1, keepdim=True), target_logits(x, loss)
-    of_one = of_prompt(x) | ~scored  # of what has nothing scored, anything but no number
+    (log_p, log_q), of_one = target_logits(x, loss), of_prompt(x)
     all_p, all_q = (log_sum_exp(x.step[:, column], of_one).to(log_p.dtype) for column in (1, 2))
     p, q = ((a.detach() - b).clamp(max=0).exp() for a, b in ((log_p, all_p), (log_q, all_q)))
-    part = q * (all_p - log_p.detach()) + (p - q) * (log_p - log_p.detach())
-    return torch.where(scored, part, 0 * log_p)
+    return q * (all_p - log_p.detach()) + (p - q) * (log_p - log_p.detach())  # -inf where nothing is scored, nor read
 
 
 for _name, _formula, _terms in (("real", labelled, label_terms), ("target_po", target, target_terms)):

@@ -58,8 +58,7 @@ def covariance(terms: Tensor, step: Tensor) -> Tensor:
 
     terms: [..., 2 and more], A and log p; step: [n, 2 and more], those of the step.
     """
-    mean = step[:, :2].double().sum(0) / max(len(step), 1)
-    centred = terms[..., :2].double() - mean
+    centred = terms[..., :2].double() - step[:, :2].double().mean(0)
     return centred[..., 0] * centred[..., 1]
 
 
