@@ -69,6 +69,14 @@ def test_m2po_of_equals_leaves_out_all():
     assert grad == [[pytest.approx(-exp(1 / 8)), 0, 0]]
 
 
+def test_m2po_takes_no_mean_with_what_stands_still():
+    """A square of 4 64ths alone is above 3 64ths, whatever has rho = 1 or A = 0 beside it."""
+    loss = GRPOLoss(loss_type="m2po", m2po_threshold=3 / 64)
+    given = [[1.0, 1.0, 0.0]]
+    _, grad = step(loss, [[-1.0, -0.75, -0.75]], given, old=[[-1.0] * 3])
+    assert grad == [[-1, 0, 0]]
+
+
 def test_m2po_on_policy_is_reinforce():
     _, grad = step(GRPOLoss(loss_type="m2po", m2po_threshold=0.0), LOGPS, [2.0, -3.0])
     assert grad == [[-2] * 4, [3] * 4]
