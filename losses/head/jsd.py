@@ -64,7 +64,7 @@ def linear_jsd(
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     with torch.no_grad():
-        of_teacher = autocast(teacher_hidden.detach(), teacher_weight.detach(), teacher_bias)
+        of_teacher = autocast(teacher_hidden, teacher_weight, teacher_bias)
     _check(hidden, weight, bias, of_teacher)
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_positive("temperature", temperature)
@@ -77,7 +77,7 @@ def linear_jsd(
     teacher = Teacher(*of_teacher, Transform(temperature, teacher_logit_scale, teacher_softcap))
     if impl == "eager":
         return _eager(hidden, weight, bias, teacher, transform, beta)
-    rows = max(128, default_chunk_tokens(hidden, weight) // 2) if chunk_tokens is None else chunk_tokens
+    rows = default_chunk_tokens(hidden, weight) // 2 if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
     make_tile = functools.partial(JsdTile, teacher=teacher, beta=beta)
     numbers = torch.arange(len(hidden), device=hidden.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from logratio.losses import Transform, linear_jsd
-from logratio.losses.head import _tile
+from logratio.losses.head import _tile, jsd
 from logratio.losses.head.jsd import IMPLEMENTATIONS
 from logratio.reference.function_laws import check_kernel
 from logratio.reference.oracle import generalized_jsd
@@ -261,6 +261,14 @@ def test_two_tiles_for_all_chunks(kwargs, beta, one_row_of_scratch):  # noqa: F8
     assert max(made.numels()) == chunk * v
 
 
+def test_a_chunk_is_half_a_heads_by_default(monkeypatch, one_row_of_scratch):  # noqa: F811
+    monkeypatch.setattr(jsd, "default_chunk_tokens", lambda hidden, weight: 30)
+    tensors = models(40, 4, 1000, 5, torch.float32)
+    with Allocations(*tensors) as made:
+        call(tensors)
+    assert max(made.numels()) == 15 * 1000
+
+
 def test_a_frozen_head_keeps_one_tensor_for_the_backward_pass():
     tensors = models(dtype=torch.float32)
     tensors[0].requires_grad_()
@@ -283,6 +291,15 @@ def test_the_teacher_may_have_another_dtype(impl, dtypes):
     assert got["values"].dtype == torch.float32 and got["hidden"].dtype == own
     exact = call([t.double() for t in tensors])
     torch.testing.assert_close(got["values"].double(), exact, rtol=0.05, atol=0.02)
+
+
+@impls
+def test_of_a_teacher_in_float32_a_student_in_float64_loses_nothing(impl):
+    """Where its products are exact."""
+    tensors = models()
+    teacher = [(8 * t).round() / 8 for t in tensors[3:]]
+    got = call([*tensors[:3], *(t.float() for t in teacher)], impl=impl)
+    torch.testing.assert_close(got, call([*tensors[:3], *teacher]), rtol=1e-12, atol=1e-14)
 
 
 @impls
