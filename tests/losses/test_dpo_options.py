@@ -358,6 +358,8 @@ def test_mallows_asks_for_the_references_entropy():
     x = 0.5 * 2 * 0.58
     both = ref([1.0, math.nan, 3.0], [1.0])
     assert run(loss, policy, both)[0] == pytest.approx(sp(-x))
+    sampled = dataclasses.replace(loss, down_sample=True)  # entropies are of all tokens, the margin is the same
+    assert run(sampled, policy, both)[0] == pytest.approx(sp(-x))
     assert both.chosen.entropy.grad is None and both.rejected.entropy.grad is None
     empty = row([math.nan])
     lone = PairLogps(policy.chosen, empty)

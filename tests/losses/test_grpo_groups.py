@@ -97,6 +97,15 @@ def test_target_po(eta):
     assert grad == of_completions([*((a - b) / 2 for a, b in zip(p, q, strict=True)), 0, 0])
 
 
+def test_target_pos_shares_are_at_most_one():
+    """However far a forward pass is from the one before the step, as another kernel may be over thousands of tokens."""
+    policy, others = given()
+    loss = GRPOLoss(loss_type="target_po")
+    lower = replace(policy, per_token_logps=policy.per_token_logps - 50)
+    loss(policy, **others, totals=Totals.of(policy, loss.collect(lower, **others))).loss.backward()
+    assert (policy.per_token_logps.grad[:, 0] * 5).abs().max() <= 1
+
+
 def test_at_its_target_nothing_moves():
     """p = q where log p is log p_old + A, up to a constant of the prompt."""
     policy, others = given()
