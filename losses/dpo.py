@@ -162,8 +162,8 @@ class DPOLoss(Loss):
         check_clip(self.humanline_clip)
         if self.humanline_clip is not None and self.reference_free:
             raise ValueError("humanline_clip clips what reference_free leaves out; leave one of them out")
-        if self.ref_stats and self.reference_free:
-            raise ValueError("mallows reads the entropy of what reference_free leaves out; leave one of them out")
+        if self.reference_free and (readers := [name for name in self.loss_type if DPO_TYPES[name].ref_entropy]):
+            raise ValueError(f"{readers[0]} reads the entropy of what reference_free leaves out; leave one of them out")
         if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
             raise ValueError(f"exo_pair needs label_smoothing above 0 (1e-3, say), got {self.label_smoothing}")
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
@@ -186,7 +186,7 @@ class DPOLoss(Loss):
 
     @property
     def ref_stats(self) -> tuple[str, ...]:
-        """The reference's entropy, for mallows."""
+        """The reference's entropy, for what reads it (mallows)."""
         return ("entropy",) if any(DPO_TYPES[name].ref_entropy for name in self.loss_type) else ()
 
     @property

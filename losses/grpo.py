@@ -239,7 +239,7 @@ class GRPOLoss(Loss):
         """policy, old, ref, behavior: [C, T]; advantages: [C], or [C, T] where tokens have their own, which are not
         read where masked. Without `old` the batch is on policy (rho = 1). prompt_tokens: [C], scored tokens of all
         completions that the step has of the same prompt, in whichever micro-batch. prompts: [C] int64, the same number
-        for those alone.
+        for those alone, from 0 to 2^43.
 
         Raises ValueError or TypeError for shapes and dtypes that do not fit, or where an option needs what is missing.
         """

@@ -51,7 +51,7 @@ def mean_entropy(ref: Sequence[CompletionLogps]) -> Tensor:
     ValueError where the reference has no entropy.
     """
     if any(x.entropy is None for x in ref):
-        raise ValueError("mallows needs the reference's entropy of every token, ref's entropy is None")
+        raise ValueError("this loss needs the reference's entropy of every token, which is None")
     means = [x.needed("entropy").sum(-1) / x.lengths.clamp(min=1) for x in ref]
     sides = torch.stack([x.completion_mask.any(-1) for x in ref]).sum(0)
     return torch.stack(means).sum(0).detach() / sides.clamp(min=1)

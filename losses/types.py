@@ -144,7 +144,7 @@ class Loss:
 
     @property
     def wants_prompts(self) -> bool:
-        """Rollouts: it is called with `prompts` [C] int64, a number for each prompt of the step."""
+        """Rollouts: it is called with `prompts` [C] int64, from 0 to 2^43, a number for each prompt of the step."""
         return False
 
     @property

@@ -9,7 +9,7 @@ from ..types import CompletionLogps
 from .base import Ratios
 
 LONGEST = 20
-"""Bits for the place of a token in its completion."""
+"""Bits for the place of a token in its completion; a prompt's number has the other 43."""
 
 
 def path_variances(policy: CompletionLogps) -> Tensor:

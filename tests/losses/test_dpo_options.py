@@ -366,9 +366,7 @@ def test_mallows_asks_for_the_references_entropy():
     surer = dataclasses.replace(empty, entropy=torch.zeros(1, 1, dtype=torch.float64))
     x = 0.5 * 1 * 0.29 * (2 + log(1.5 / 2))
     assert run(loss, lone, PairLogps(both.chosen, surer))[0] == pytest.approx(sp(-x))
-    with pytest.raises(
-        ValueError, match="^mallows needs the reference's entropy of every token, ref's entropy is None$"
-    ):
+    with pytest.raises(ValueError, match="^this loss needs the reference's entropy of every token, which is None$"):
         loss(policy, PairLogps(both.chosen, row([-1.0])), totals=Totals.of(policy))
 
 
