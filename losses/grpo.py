@@ -216,13 +216,13 @@ class GRPOLoss(Loss):
             check_inputs(self, policy, advantages, old=old, behavior=behavior, prompts=prompts)
             x = ratios_of(self, policy, old, advantages, prompts=prompts)
             if collects is not None:
-                values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self).detach()
+                values = collects(x._replace(log_sampled=log_sampled(policy, behavior)), self)
             else:
                 values = baseline_terms(policy, x)
             columns.append(values[mask] if values.ndim == 3 else values)
         if self.top_entropy_quantile < 1:
-            columns.append(policy.needed("entropy").detach()[mask][:, None])
-        return torch.cat(columns, -1)
+            columns.append(policy.needed("entropy")[mask][:, None])
+        return torch.cat(columns, -1).detach()
 
     def __call__(
         self,

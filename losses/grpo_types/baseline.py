@@ -14,9 +14,9 @@ LONGEST = 20
 
 def path_variances(policy: CompletionLogps) -> Tensor:
     """W [C, T] float64, W_t = sum_{j <= t} (1 - 2 p_j + sum_v p_v^2): of the completion's tokens up to this one the
-    squared norms of the gradients of log p in the logits. No gradient."""
+    squared norms of the gradients of log p in the logits."""
     p, p2 = policy.logps.double().exp(), policy.needed("log_sum_p2").double().exp()
-    return policy.masked((1 - 2 * p + p2).clamp(min=0)).cumsum(-1).detach()
+    return policy.masked((1 - 2 * p + p2).clamp(min=0)).cumsum(-1)
 
 
 def baseline_terms(policy: CompletionLogps, x: Ratios) -> Tensor:

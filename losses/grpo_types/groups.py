@@ -30,7 +30,7 @@ def rows(x: Ratios, *columns: Tensor) -> Tensor:
     """[C, 1 + k] float64: the prompt, NaN where nothing is scored, and k numbers [C, 1] each."""
     assert x.prompts is not None
     prompts = x.prompts.double().masked_fill(~x.kept.any(-1, keepdim=True), math.nan)
-    return torch.cat([prompts, *(column.detach().double() for column in columns)], -1)
+    return torch.cat([prompts, *(column.double() for column in columns)], -1)
 
 
 def of_prompt(x: Ratios) -> Tensor:
