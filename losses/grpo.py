@@ -205,7 +205,8 @@ class GRPOLoss(Loss):
         prompts: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """[n, k], what the loss_type `collects` of scored tokens (or of completions), or the baseline; then entropies.
+        """[n, k], what the loss_type `collects` of scored tokens (or of completions), or the baseline's terms; and the
+        entropies last.
 
         Arguments as the loss has them; advantages are needed by what compares them.
         """

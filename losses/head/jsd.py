@@ -58,7 +58,8 @@ def linear_jsd(
     impl, chunk_tokens: as in `linear_logps`, with two tiles [chunk_tokens, V] alive: half as many rows by default.
     With H of one size for both, in units of a product of N H V: 3 with a frozen head, 6 with a trainable one.
 
-    Raises ValueError for shapes and values that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes and values that do not fit, TypeError for dtypes, and in the backward of two_gemm
+    RuntimeError for a second derivative (create_graph=True), which only eager has.
     Differs from TRL 1.16's generalized_jsd_loss: no sum over tokens; float32 at least, where TRL is in the logits'
     dtype; finite, and of a right gradient, where a probability underflows.
     """

@@ -275,6 +275,16 @@ def test_a_frozen_head_keeps_one_tensor_for_the_backward_pass():
     assert [t.shape for t in call(tensors).grad_fn.saved_tensors if t is not None] == [tensors[0].shape]
 
 
+def test_a_second_derivative_is_eagers_alone():
+    tensors = models()
+    tensors[0].requires_grad_()
+    (slope,) = torch.autograd.grad(call(tensors, impl="eager").sum(), tensors[0], create_graph=True)
+    assert slope.requires_grad
+    values = call(tensors, impl="two_gemm").sum()
+    with pytest.raises(RuntimeError, match="^no second derivative, use impl='eager' under create_graph=True$"):
+        torch.autograd.grad(values, tensors[0], create_graph=True)
+
+
 @impls
 def test_no_tokens(impl):
     tensors = models(n=0)
