@@ -65,8 +65,9 @@ def test_a_batch_by_itself_is_cross_entropy():
 
 
 def test_losses_that_need_more_are_refused():
-    with pytest.raises(ValueError, match="DPOLoss needs more than logits and labels; hf_compute_loss takes losses of"):
-        hf_compute_loss(DPOLoss())
+    for loss in (DPOLoss(), SFTLoss(loss_type="gkd")):
+        with pytest.raises(ValueError, match=f"^{type(loss).__name__} needs more than logits and labels; hf_compute_"):
+            hf_compute_loss(loss)
 
 
 @pytest.mark.parametrize("loss", [SFTLoss(), SFTLoss(loss_type="dft", z_loss_coef=1e-3)], ids=["nll", "dft"])
