@@ -29,6 +29,8 @@ def test_m2po(threshold: float, kept: list[int]) -> None:
     expected = -sum(k * a * exp(g) for k, a, g in zip(kept, advantages, gains, strict=True))
     options = {"loss_type": "m2po", "m2po_threshold": threshold}
     assert of([[-1.0, -2.0], [-3.0, -4.0]], [gains[:2], gains[2:]], [1.0, -1.0], **options) == pytest.approx(expected)
+    options["m2po_threshold"] = 0.2
+    assert of([[-1.0, -2.0]], [[0.0, 0.5]], [1.0], **options) == -1  # 0.25 has no mean with what stands still
 
 
 # covariances 2, 0, -1, 3
@@ -42,12 +44,20 @@ POLICY, SIGNS = [[-1.0, -3.0], [-2.0, -6.0]], [1.0, -1.0]
         (0.0, 0.1, -exp(0.1) / 2 + 1 / 2),
         (0.0, 0.3, -1.2),  # the first is clipped, and the last drawn alone
         (0.5, 0.1, 0.0),
+        (1.0, 0.1, 0.0),  # four of two
     ],
 )
 def test_clip_cov(share: float, gain: float, expected: float) -> None:
     """The log-ratio is the first token's."""
     got = of(POLICY, [[gain, 0.0], [0.0, 0.0]], SIGNS, loss_type="clip_cov", cov_share=share)
     assert got == pytest.approx(expected, abs=1e-12)
+
+
+def test_clip_cov_of_a_sequence() -> None:
+    """Of 0.3 and 0 the geometric mean is not clipped, so that the first and the last token have half each."""
+    options = {"loss_type": "clip_cov", "importance_sampling_level": "sequence"}
+    got = of(POLICY, [[0.3, 0.0], [0.0, 0.0]], SIGNS, **options)
+    assert got == pytest.approx(-1.5 * exp(0.15) + 1.5)
 
 
 @pytest.mark.parametrize(("share", "chosen"), [(0.0, [0, 0, 0, 1]), (0.5, [1, 0, 0, 1]), (1.0, [1, 1, 1, 1])])
@@ -92,5 +102,8 @@ def test_optimal_token_baseline() -> None:
     b = 0.75 / 1.25
     left = [(log(0.5), 3 - b), (log(0.25), 3), (log(0.25), -1 - b), (log(0.5), 2)]
     assert got == pytest.approx(-sum(y * a for y, a in left) / 4)
+    half, options["prompts"] = log(0.5), [0, 0]  # below 0, as by rounding, a variance is 0: the other's weighs alone
+    given = steps([0.0], [half]), None, None, [3.0, -1.0]
+    assert oracle.grpo(*given, log_sum_p2=steps([half], [half]), **options).item() == 0
     with pytest.raises(ValueError, match="optimal_token_baseline needs prompts and log_sum_p2"):
         oracle.grpo(logps, None, None, [1.0] * 3, **options)
