@@ -124,13 +124,13 @@ HEADS = {"phi": {}, "cohere": {"logit_scale": 0.3}, "gemma2": {"final_logit_soft
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_each_model_has_the_head_of_its_architecture(kind):
-    """In both parts, beside a plain one that knows more words than it."""
+    """In both parts, beside a plain one that knows fewer words than it."""
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     size |= {"num_key_value_heads": 2, "pad_token_id": 0, "attn_implementation": "eager"}
     own, plain = (
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=words, **size, **more)).eval()
-        for name, words, more in ((kind, 40, HEADS[kind]), ("llama", 50, {}))
+        for name, words, more in ((kind, 50, HEADS[kind]), ("llama", 40, {}))
     )
     for model in (own, plain):
         torch.nn.init.normal_(model.get_output_embeddings().weight)
