@@ -87,7 +87,7 @@ def check_words(method: str, loss: type[Loss], argv: list[str], more: type[Any] 
 
     known = hints_of(parts_in(options_of(loss, more))).keys()  # type: ignore[arg-type]  # a class has a hash
     ours = {*known, *(f"no_{name}" for name in known), "help", ""}
-    words = {name: values for name, values in given(argv).items() if not name.startswith("tyro_")}
+    words = {name: values for name, values in given(argv) if not name.startswith("tyro_")}
     unknown = {name: values for name, values in words.items() if name not in ours}
     if unknown and not {"-h", "--help"} & set(argv):
         from .trl_names.words import about_words
@@ -114,13 +114,12 @@ def _filled(
     import tyro
 
     from .config import RunConfig
-    from .config.words import given, hints_of, misfits
+    from .config.words import hints_of, refuse_misfits
 
     every = options_of(loss, more)  # type: ignore[arg-type]  # a class has a hash
     hints = hints_of(parts_in(every))
     argv = [*words_of(entries, hints), *argv]
-    if (wrong := misfits(given(argv), hints)) and not {"-h", "--help"} & set(argv):
-        raise UserError("; ".join(wrong))
+    refuse_misfits(argv, hints)
     try:
         options: Any = tyro.cli(
             every,

@@ -28,6 +28,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from logratio.trainers.config.words import hints_of, refuse_misfits
 from logratio.trainers.data.rows import EMBEDDED
 from logratio.trainers.errors import UserError, counted
 from logratio.trainers.policy.tiny import TINY
@@ -186,6 +187,7 @@ def parsed(argv: list[str]) -> tuple[list[str | tuple[str | None, str]], Options
             specs, rest = [*specs, *of_file], [*words, *rest]
         else:
             specs.append(word)
+    refuse_misfits(rest, hints_of([Options]))
     options, common = tyro.cli(
         Options, args=rest, prog="logratio compare", description=__doc__, return_unknown_args=True, use_underscores=True
     )

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.files import read_entries
+from logratio.trainers.config.words import hints_of, refuse_misfits
 from logratio.trainers.errors import UserError
 from logratio.trainers.memory import no_room
 from logratio.trainers.migrate import METHODS, method_of
@@ -108,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
 
 def parsed(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """Ours, and the words that are for the run."""
+    if argv and not argv[0].startswith("-"):  # or the run's name may stand behind an option of ours
+        refuse_misfits(argv, hints_of([Options]))
     options, rest = tyro.cli(
         Options, args=argv, prog="logratio bench", description=__doc__, return_unknown_args=True, use_underscores=True
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 _TOKENS = "The token mean of the micro-batch: sum_j n_j / N of it is left out, a mean of means where lengths differ."
+_ROWS = "The token mean of the micro-batch, weighted with its rows, see `split`."
+_CONSTANT = "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the gradient is not."
 _ROUNDING = "All rewards equal, R - mean is the rounding of the mean in float32"
 _TINY = f"{_ROUNDING}, which nothing magnifies: it changes no gradient that matters."
 _MISSING = "NaN, a completion that could not be scored for ours and for TRL, makes NaN of what it is compared with."
@@ -51,36 +53,10 @@ REASONS: list[tuple[str, str, str, str, str]] = [
         "empty_example",
         "The mean of the micro-batch's rows, where the step's number was told; see `split`.",
     ),
-    (
-        "TRL",
-        "loss",
-        "GRPO bnpo",
-        "empty_example",
-        "The token mean of the micro-batch, weighted with its rows, see `split`.",
-    ),
-    (
-        "Liger",
-        "loss",
-        "GRPO",
-        "empty_example",
-        "The token mean of the micro-batch, weighted with its rows, see `split`.",
-    ),
-    (
-        "TRL",
-        "loss",
-        "DPO",
-        "empty_example",
-        "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the "
-        "gradient is not.",
-    ),
-    (
-        "TRL",
-        "loss",
-        "DPO",
-        "nothing_scored",
-        "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the "
-        "gradient is not.",
-    ),
+    ("TRL", "loss", "GRPO bnpo", "empty_example", _ROWS),
+    ("Liger", "loss", "GRPO", "empty_example", _ROWS),
+    ("TRL", "loss", "DPO", "empty_example", _CONSTANT),
+    ("TRL", "loss", "DPO", "nothing_scored", _CONSTANT),
     ("", "loss", "", "nothing_scored", _NOTHING),
     ("", "loss", "DPO discopop", "finite", "m exp(-x) with m = 0 and exp(-x) = inf, see the faults above."),
     ("", "loss", "ORPO", "finite", "log(1 - exp(a)) at a = 0, see the faults above."),

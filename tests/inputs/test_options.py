@@ -98,19 +98,37 @@ TOGETHER = {
     "train kto --batch_size 1 --dataset_name rows.jsonl": "--batch_size 1",
 }
 MISFITS = {
-    "--learning_rate 1e-5x": "--learning_rate takes a number, not '1e-5x'",
-    "--lora_r x": "--lora_r takes a whole number, not 'x'",
-    "--lora_r x --max_steps 2.5": "--lora_r takes a whole number, not 'x'; --max_steps takes a whole number, not '2.5'",
-    "--max_steps": "--max_steps needs a value",
-    "--max_steps --beta 1": "--max_steps needs a value",
-    "--max-steps=three": "--max_steps takes a whole number, not 'three'",
-    "--loss_weights 1 a": "--loss_weights takes a number, not 'a'",
-    "--micro_batch_tokens aut": "--micro_batch_tokens takes a whole number or auto, not 'aut'; did you mean auto?",
-    "--dtype float8": "--dtype takes one of float32, bfloat16, float16, not 'float8'; did you mean float32?",
-    "--shuffle maybe": "--shuffle takes no value: --shuffle or --no_shuffle, not --shuffle maybe",
+    "train dpo --learning_rate 1e-5x": "--learning_rate takes a number, not '1e-5x'",
+    "train dpo --lora_r x": "--lora_r takes a whole number, not 'x'",
+    "train dpo --lora_r x --max_steps 2.5": "--lora_r takes a whole number, not 'x'; --max_steps takes a "
+    "whole number, not '2.5'",
+    "train dpo --max_steps": "--max_steps needs a value",
+    "train dpo --max_steps --beta 1": "--max_steps needs a value",
+    "train dpo --max-steps=three": "--max_steps takes a whole number, not 'three'",
+    "train dpo --loss_weights 1 a": "--loss_weights takes a number, not 'a'",
+    "train dpo --micro_batch_tokens aut": "--micro_batch_tokens takes a whole number or auto, not 'aut'; did "
+    "you mean auto?",
+    "train dpo --dtype float8": "--dtype takes one of float32, bfloat16, float16, not 'float8'; did you mean float32?",
+    "train dpo --shuffle maybe": "--shuffle takes no value: --shuffle or --no_shuffle, not --shuffle maybe",
+    "train dpo --no-shuffle=1": "--shuffle takes no value: --shuffle or --no_shuffle, not --no_shuffle 1",
+    "train dpo --disable_dropout true": "--disable_dropout takes one of True, False, not 'true'; did you mean True?",
+    "train dpo --beta= --beta 1": "--beta takes a number, not ''",
+    "train dpo --beta 0.1 -0.2 --output_dir a b": "--beta takes one value, not 0.1 -0.2; --output_dir takes one value, "
+    "not a b",
+    "train dpo --humanline_clip 0.5": "--humanline_clip takes 2 values, not 0.5",
+    "plan dpo --completion_tokens many": "--completion_tokens takes a whole number, not 'many'",
+    "compare --metric rewrd --seeds 2": "--metric takes one of reward, greedy, exact, accuracy, nll, kl, length, not "
+    "'rewrd'; did you mean reward?",
+    "bench dpo --threads 1 2 --beta x": "--threads takes one value, not 1 2",
 }
 """What a type cannot hold, and what is said of it; to the word."""
-FIT = ("--max_steps None --learning_rate 1", "--loss_weights 1 0.5 --loss_type sft dpop", "--micro_batch_tokens auto")
+FIT = (
+    "--max_steps None --learning_rate 1",
+    "--loss_weights 1 0.5 --loss_type sft dpop",
+    "--micro_batch_tokens auto",
+    "--humanline_clip -0.5 1e-1 --disable_dropout None --seed 1 --seed 2",
+    "--humanline_clip None --dataset_config= --no-shuffle",
+)
 STATUS_2 = {
     "train dpo --bta 1": "--bta",
     "train sft --beta 1": "--beta",
@@ -139,7 +157,7 @@ def test_out_of_range_or_contradictory(refused, words):
 
 @pytest.mark.parametrize("words", MISFITS)
 def test_a_value_that_does_not_fit_is_one_sentence(run, words):
-    said = run(f"train dpo {words}")
+    said = run(words)
     assert said.status == 1 and said.errors == [f"logratio: {MISFITS[words]}"]
 
 

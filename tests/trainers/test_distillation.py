@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from logratio.benchmarks.peers.truths import exact, random_model
 from logratio.losses import SFTLoss
@@ -116,6 +116,33 @@ def test_metrics_are_of_the_whole_vocabulary_at_temperature_1():
     for name in ("logps", "entropy", "is_top1"):
         assert torch.equal(getattr(out, name), getattr(plain, name)) and not getattr(out, name).requires_grad
     assert out.divergence.requires_grad and plain.divergence is None
+
+
+HEADS = {"phi": {}, "cohere": {"logit_scale": 0.3}, "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 8}}
+"""A bias, a scale, a soft-cap."""
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_each_model_has_the_head_of_its_architecture(kind):
+    """In both parts, beside a plain one that knows fewer words than it."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 2, "pad_token_id": 0, "attn_implementation": "eager"}
+    own, plain = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=words, **size, **more)).eval()
+        for name, words, more in ((kind, 50, HEADS[kind]), ("llama", 40, {}))
+    )
+    for model in (own, plain):
+        torch.nn.init.normal_(model.get_output_embeddings().weight)
+    if kind == "phi":
+        torch.nn.init.normal_(own.lm_head.bias)
+    batch, ids = pack(EXAMPLES[:1], 1000)[0], torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    for student, teacher in ((own, plain), (plain, own)):
+        loss = SFTLoss(loss_type="gkd", gkd_temperature=0.7)
+        out = Policy(student)(batch, **distributions(ModelReference(States(teacher)), loss, batch))
+        rows = [model(ids).logits[0, 2:-1, :40] for model in (teacher, student)]
+        expected = oracle.generalized_jsd(*rows, beta=0.5, temperature=0.7)
+        torch.testing.assert_close(out.divergence[0].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, ModelReference
+from logratio.trainers.policy.reference import AdapterReference, ModelReference, load_table, save_table
 from logratio.trainers.setup import Run, build
 
 EXAMPLES = [
@@ -85,3 +85,11 @@ def test_it_is_kept_where_micro_batches_are_packed_anew(random_model):
     for batch, values in zip(parts, got, strict=True):
         torch.testing.assert_close(values, reference(batch), rtol=1e-5, atol=1e-6)
     assert empty.shape == (*filler.scored.shape, 2) and not empty.any()
+
+
+def test_a_table_that_does_not_speak_of_stats_has_none(tmp_path):
+    path, table = tmp_path / "table.safetensors", {"example": [torch.ones(2)]}
+    save_table(path, table, {"weights": "w"})
+    assert load_table(path, {"weights": "w", "stats": ""}).keys() == table.keys()
+    with pytest.raises(UserError, match="for other stats than"):
+        load_table(path, {"weights": "w", "stats": "entropy"})

@@ -19,6 +19,7 @@ from ._launch import differences, log_of, said_by, work, work_of_one_import
 # Of the two examples that are evaluated, one is trained on, so that its reference log-probs are stored.
 STORED = ("--precompute_ref_log_probs", "--dataset_test_split", "test", "--eval_steps", "2")
 SYNC = ("--sync_ref_model", "--ref_model_sync_steps", "1")
+TEACHER = ("--teacher_model_name_or_path", "tiny")
 DDP = {
     "sft": ("sft", "qlora"),
     "dpo": ("dpo", "lora", *STORED),
@@ -35,10 +36,11 @@ DDP = {
 THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
     "sft": ("sft", "full", "--gradient_checkpointing"),
+    "gkd": ("sft", "full", "--loss_type", "gkd", *TEACHER, "--dataset_test_split", "test", "--eval_steps", "2"),
     "dpo": ("dpo", "lora"),
     "dpo-full": ("dpo", "full", *STORED, "--save_steps", "2"),
     "kto": ("kto", "qlora"),
-    "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1"),
+    "grpo": ("grpo", "lora", "--num_iterations", "2", "--reward_kl_coef", "0.1", *TEACHER),
 }
 TWO = tuple(DDP)
 DDP["grpo-three"] = ("grpo", "lora", "--scale_rewards", "batch", "--loss_type", "target_po", "--num_iterations", "2")
