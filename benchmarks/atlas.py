@@ -5,7 +5,7 @@ Splits: how far each one's gradient moves when the same batch is cut in micro-ba
 Faults: inputs at which a peer is not finite, wrong, or raises, and what comes out here. Laws: which laws of whole
 trainers each one's trainer keeps. Projects: which laws their functions keep, verl's and others' too. Runs: what TRL
 does around its loss. A verdict is a measurement: one without its reason in `peers/reasons.py`,
-`peers/trainer_rows.py` or `projects/reasons.py`, or a reason without its measurement, is an error (status 1).
+`peers/trainers/rows.py` or `projects/reasons.py`, or a reason without its measurement, is an error (status 1).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .peers.compared import ATLAS, Asked, Compared
 from .peers.faults import FAULTS, measure_faults
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
-from .peers.trainer_rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
+from .peers.trainers.rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient
 from .progress import Progress
 from .projects.installed import PROJECTS

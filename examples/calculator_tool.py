@@ -92,7 +92,7 @@ def few_calls(calls: list[int], **_: Any) -> list[float]:
 
 def lessons(count: int = 2000) -> list[dict[str, str]]:
     """Questions with a call, its answer, and the model's own last line."""
-    from logratio.trainers.data.arithmetic import questions
+    from logratio.trainers.data.tasks.arithmetic import questions
 
     return [
         {"prompt": f"{a}+{b}=", "completion": f"<calc>{a}+{b}</calc>={a + b}\nA: {a + b}"}

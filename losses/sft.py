@@ -94,7 +94,7 @@ class SFTLoss(Loss):
     def __call__(self, policy: CompletionLogps, *, totals: Totals) -> LossOutput:
         """policy: [C, T]. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
         per_token_loss = SFT_TYPES[self.loss_type](policy, self)
-        if self.z_loss_coef:
+        if self.z_loss_coef and self.divergence is None:
             per_token_loss = per_token_loss + self.z_loss_coef * policy.needed("log_z") ** 2
         if policy.weights is not None:
             per_token_loss = per_token_loss * policy.needed("weights").detach()

@@ -49,7 +49,7 @@ def test_it_is_short_and_asks_the_trainer_alone():
     path = EXAMPLES / "calculator_tool.py"
     assert len(path.read_text().splitlines()) <= 120
     assert {name for _, name in imports(path) if name.startswith("logratio.")} == {
-        "logratio.trainers.data.arithmetic.questions"
+        "logratio.trainers.data.tasks.arithmetic.questions"
     }
 
 

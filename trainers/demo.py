@@ -10,8 +10,8 @@ Arithmetic, where a question has one right answer:
    alone would have taught. That is most here, where a question has one right answer and it is known.
 4. Accuracy of greedy answers on test questions that nothing was trained or chosen on.
 
-Then shopping (`data/shopping.py`), where answers are right and dear, or right and cheap: SFT on what people do, and
-from there DPO on pairs of which one is cheaper, GRPO on the bill, and SFT on the chosen answers again, which here
+Then shopping (`data/tasks/shopping.py`), where answers are right and dear, or right and cheap: SFT on what people do,
+and from there DPO on pairs of which one is cheaper, GRPO on the bill, and SFT on the chosen answers again, which here
 teaches little: what is preferred is not what is imitated. Scored is what sampled answers to test lists are worth.
 """
 
@@ -34,10 +34,10 @@ from transformers.utils.logging import disable_progress_bar
 from logratio.losses import DPOLoss, GRPOLoss, Kind, KTOLoss, Loss, ORPOLoss, SFTLoss
 
 from .config import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
-from .data.arithmetic import arithmetic_rows
 from .data.examples import Prompt, prepare_prompts
 from .data.rows import Rows
-from .data.shopping import cheap_basket, shopping_rows
+from .data.tasks.arithmetic import arithmetic_rows
+from .data.tasks.shopping import cheap_basket, shopping_rows
 from .demo_parts import Score, addends, clustered, grade, preferences, split_validation, write
 from .errors import UserError
 from .logs.runlog import reset_peak_mem

@@ -55,7 +55,7 @@ CONTEST = (
 )
 """Of the embedded task. Its answers are five tokens long and have small log-ratios, so betas and rates are far above
 the defaults made for long texts."""
-REWARD = {"shopping": "logratio.trainers.data.shopping:cheap_basket", "arithmetic": "exact_answer"}
+REWARD = {"shopping": "logratio.trainers.data.tasks.shopping:cheap_basket", "arithmetic": "exact_answer"}
 TOKENS = 40_000
 """The budget of the embedded tasks, where none is given."""
 

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from logratio.losses import GRPOLoss, Kind
 from logratio.trainers.config import RolloutConfig, RunConfig
-from logratio.trainers.data.arithmetic import arithmetic_rows
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.data.rows import Rows
+from logratio.trainers.data.tasks.arithmetic import arithmetic_rows
 from logratio.trainers.data.tokenization import Text
 from logratio.trainers.demo import (
     ANSWER_TOKENS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .trainer_rows import LAW_REASONS
+from .trainers.rows import LAW_REASONS
 
 PEER_NAMES = {"trl": "TRL", "liger": "Liger"}
 

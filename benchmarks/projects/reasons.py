@@ -10,7 +10,7 @@ from typing import Any
 
 _TOKENS = "The token mean of the micro-batch: sum_j n_j / N of it is left out, a mean of means where lengths differ."
 _ROWS = "The token mean of the micro-batch, weighted with its rows, see `split`."
-_CONSTANT = "A pair of which nothing is scored adds the loss of log-ratios 0, a constant: the value is off, the gradient is not."
+_CONSTANT = "A pair of which nothing is scored adds the loss of log-ratios 0: the value is off, the gradient is not."
 _ROUNDING = "All rewards equal, R - mean is the rounding of the mean in float32"
 _TINY = f"{_ROUNDING}, which nothing magnifies: it changes no gradient that matters."
 _MISSING = "NaN, a completion that could not be scored for ours and for TRL, makes NaN of what it is compared with."

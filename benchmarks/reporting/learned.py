@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from logratio.trainers.data.arithmetic import TEST_SUMS
+from logratio.trainers.data.tasks.arithmetic import TEST_SUMS
 from logratio.trainers.rollout.intervals import wilson
 
 from .rows import OURS, Row, quotient

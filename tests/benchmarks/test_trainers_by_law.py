@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from logratio.benchmarks.peers.our_trainer import our_trainer
-from logratio.benchmarks.peers.their_trainers import KINDS, text_rows, transformers_trainer, trl_trainer
-from logratio.benchmarks.peers.trainer_rows import OPTIONS, TRAINERS
+from logratio.benchmarks.peers.trainers.ours import our_trainer
+from logratio.benchmarks.peers.trainers.rows import OPTIONS, TRAINERS
+from logratio.benchmarks.peers.trainers.theirs import KINDS, text_rows, transformers_trainer, trl_trainer
 from logratio.losses import LOSSES
 from logratio.reference.laws import LawViolation, check_trainer
 

@@ -11,9 +11,9 @@ import pytest
 from logratio.losses import LOSSES, Kind
 from logratio.trainers import demo
 from logratio.trainers.config import RunConfig
-from logratio.trainers.data.arithmetic import arithmetic_rows
 from logratio.trainers.data.examples import load_rows, prepare, prepare_prompts
 from logratio.trainers.data.rows import Rows
+from logratio.trainers.data.tasks.arithmetic import arithmetic_rows
 from logratio.trainers.demo import METHODS, SHOPPING, SHOPPING_START, START, Method, Result, Score
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 from logratio.losses import Kind
 
 from ..errors import RowError, UserError, shown
-from .conversations import as_messages, check_value, is_written_out, template_options, with_system
+from .chat.conversations import as_messages, check_value, is_written_out, template_options, with_system
 from .layout import GOLD, Layout, columns_of
 from .lists import REWARDS, taken_apart
 from .report import BadRows

@@ -10,7 +10,7 @@ from typing import Any
 from logratio.losses import LOSSES, Kind
 
 from ..errors import RowError, UserError, shown
-from .conversations import is_written_out
+from .chat.conversations import is_written_out
 from .lists import COMPLETIONS, REWARDS, taken_apart
 from .report import BadRows
 from .tokenization import is_conversation

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, shown
-from .conversations import is_written_out
+from .chat.conversations import is_written_out
 from .tokenization import is_conversation
 
 COMPLETIONS, REWARDS = "completions", "rewards"

@@ -13,9 +13,9 @@ from logratio.losses import Kind
 
 from ..errors import RowError, UserError, first_line
 from ..ground.given import given
-from .arithmetic import arithmetic_rows
 from .files import FILE_TYPES, file_type, open_file
-from .shopping import shopping_rows
+from .tasks.arithmetic import arithmetic_rows
+from .tasks.shopping import shopping_rows
 
 EMBEDDED = {"arithmetic": arithmetic_rows, "shopping": shopping_rows}
 """The tasks that need no file."""

@@ -24,9 +24,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import UserError, first_line, shown
-from .assistant_masks import assistant_spans, marks_turns, token_mask
-from .messages import Messages, check_content, content_text
-from .templates import ChatTemplate
+from .chat.assistant_masks import assistant_spans, marks_turns, token_mask
+from .chat.messages import Messages, check_content, content_text
+from .chat.templates import ChatTemplate
 
 Text = str | Messages
 """Plain text, or a conversation as a list of {"role": ..., "content": ...}."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from ..data.chat.templates import closing_ids
 from ..data.examples import Example, Prompt
-from ..data.templates import closing_ids
 
 _MARGIN = 8
 _LOOKED_AT = 1000  # examples that show how training ends its completions

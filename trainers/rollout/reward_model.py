@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from ..data.templates import ChatTemplate
+from ..data.chat.templates import ChatTemplate
 from ..data.tokenization import Text
 from ..errors import UserError
 from ..policy.checks import check_finite, check_folder, foreign, learned_positions

@@ -22,7 +22,7 @@ def test_nineteen_of_twenty_times_they_are_said_not_to_differ(tmp_path):
     begin("tiny", data, 40, tmp_path, print)
     words = ["--model_name_or_path", str(tmp_path / "start"), "--lr_scheduler_type", "constant"]
     config = contestant("dpo --beta 0.5 --learning_rate 1e-4 --batch_size 16").config(words)
-    asked = Asked(("logratio.trainers.data.shopping:cheap_basket",), 2, 6)
+    asked = Asked(("logratio.trainers.data.tasks.shopping:cheap_basket",), 2, 6)
     shared = {"checks": 1, "asked": asked, "train": data.train, "held_out": data.held_out, "folder": tmp_path}
     runs = [run_job(Job("dpo", config, seed, Budget("steps", 10), threads=1, **shared)) for seed in range(SEEDS)]
     deal, metrics = random.Random(0), ("reward", "greedy", "accuracy", "nll", "kl")

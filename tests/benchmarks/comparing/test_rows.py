@@ -5,7 +5,7 @@ import json
 
 from logratio.benchmarks.comparing.rows import Material, as_kind, material
 from logratio.losses import Kind
-from logratio.trainers.data.shopping import lists, shopping_rows
+from logratio.trainers.data.tasks.shopping import lists, shopping_rows
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "c", "margin": 2.0, "answer": "a"}
 

@@ -42,7 +42,7 @@ def test_a_margin_is_no_column_of_another_kind_nor_of_rewards():
 
 
 def test_what_the_comparison_decides_of_a_run(tmp_path):
-    basket = ("logratio.trainers.data.shopping:cheap_basket",)
+    basket = ("logratio.trainers.data.tasks.shopping:cheap_basket",)
     asked = Asked(basket, 2, 7)
     of_steps, of_tokens = (
         Job("a", contestant("kto").config(["--batch_size", "4", *CONSTANT]), 3, budget, 1, asked, ROWS, ROWS, tmp_path)

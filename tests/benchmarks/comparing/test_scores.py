@@ -21,7 +21,7 @@ ROWS = [
 ]
 SAID = [["ccee", "aecb", "bcee"], ["ab", "aa", "aa"], ["", "b", "b"]]
 """Two samples of each row, and a greedy one. Worth 1, 7/31, 0 (no 7 at b); 4/7, 1, 1; 0, 0, 0."""
-BASKET = "logratio.trainers.data.shopping:cheap_basket"
+BASKET = "logratio.trainers.data.tasks.shopping:cheap_basket"
 
 
 def built(folder, *words, spec="sft", asked=None):

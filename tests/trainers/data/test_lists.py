@@ -7,13 +7,13 @@ import re
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.data.arithmetic import arithmetic_rows
 from logratio.trainers.data.examples import Rows, prepare
 from logratio.trainers.data.layout import remedy_of
 from logratio.trainers.data.rows import load_rows
 from logratio.trainers.data.sample import sample
 from logratio.trainers.data.table.making import make_table
 from logratio.trainers.data.table.stored import Table
+from logratio.trainers.data.tasks.arithmetic import arithmetic_rows
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 

@@ -10,8 +10,8 @@ from logratio.losses import LOSSES, Kind
 from logratio.reference.laws import LawViolation
 from logratio.reference.trainer_laws import Report, Trained, verdicts
 
-from .our_trainer import our_trainer
-from .their_trainers import KINDS, transformers_trainer, trl_trainer
+from .ours import our_trainer
+from .theirs import KINDS, transformers_trainer, trl_trainer
 
 
 class Subject(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 
 from logratio.losses import Kind
-from logratio.trainers.data.arithmetic import arithmetic_rows, questions
+from logratio.trainers.data.tasks.arithmetic import arithmetic_rows, questions
 from logratio.trainers.errors import UserError
 
 

@@ -7,7 +7,7 @@ import trl
 from tokenizers import processors
 from trl.chat_template_utils import get_training_chat_template
 
-from logratio.trainers.data.assistant_masks import token_mask
+from logratio.trainers.data.chat.assistant_masks import token_mask
 from logratio.trainers.data.tokenization import Encoder, check_tokenizer
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer

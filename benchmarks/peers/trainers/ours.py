@@ -1,7 +1,7 @@
 """Our trainer, as `check_trainer` asks it: every method, one process and two, going on from a checkpoint.
 
 `our_trainer("dpo")` is its `fn`: `logratio train` on a tiny model. Two processes are launched for each run:
-`torchrun --nproc_per_node 2 -m logratio.benchmarks.peers.our_trainer JOB`, a JSON file that says what to do.
+`torchrun --nproc_per_node 2 -m logratio.benchmarks.peers.trainers.ours JOB`, a JSON file that says what to do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.setup import Run, build
 
-from .their_trainers import Rows, ids_of, text_of, text_rows
+from .theirs import Rows, ids_of, text_of, text_rows
 
 EPS = 1e-3
 """AdamW's: at its default the rounding of a gradient that is 0 would move weights."""

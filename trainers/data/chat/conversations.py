@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from ..errors import UserError, shown
-from .files import parse_json
+from ...errors import UserError, shown
+from ..files import parse_json
 from .messages import without_nulls
 
 # Deeper than any message, tool or schema; what handles a row further on is recursive, and would fail in its own words.

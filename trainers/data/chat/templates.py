@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import UserError, first_line
+from ...errors import UserError, first_line
 from .messages import Messages, content_text, normal_messages, with_arguments_as_text
 
 _ANSWER = "answer"

@@ -7,7 +7,7 @@ import pytest
 
 from logratio.losses import Kind
 from logratio.trainers.data.rows import load_rows
-from logratio.trainers.data.shopping import (
+from logratio.trainers.data.tasks.shopping import (
     PRICES,
     bought,
     cheap_basket,

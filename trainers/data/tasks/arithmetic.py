@@ -11,7 +11,7 @@ from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError
+from ...errors import UserError
 
 SPLITS = ("train", "test")
 TEST_SUMS = 600  # unordered pairs {a, b} held out, nearly two questions each

@@ -18,7 +18,7 @@ from typing import Any
 
 from logratio.losses import Kind
 
-from ..errors import UserError
+from ...errors import UserError
 
 SPLITS = ("train", "test")
 PRICES = {

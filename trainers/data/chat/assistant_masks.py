@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..errors import UserError
+from ...errors import UserError
 from .messages import Messages, content_text
 from .templates import ChatTemplate
 

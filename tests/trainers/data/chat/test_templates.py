@@ -2,7 +2,7 @@
 
 import pytest
 
-from logratio.trainers.data.templates import closing_ids
+from logratio.trainers.data.chat.templates import closing_ids
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 CHATML = """\

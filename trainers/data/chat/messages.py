@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UserError, shown
-from .files import parse_json
+from ...errors import UserError, shown
+from ..files import parse_json
 
 Messages = list[dict[str, Any]]
 

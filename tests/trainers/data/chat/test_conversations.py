@@ -5,8 +5,8 @@ import json
 import pytest
 
 from logratio.losses import Kind
+from logratio.trainers.data.chat.conversations import DEEPEST, check_value, messages_in
 from logratio.trainers.data.columns import read_sources
-from logratio.trainers.data.conversations import DEEPEST, check_value, messages_in
 from logratio.trainers.data.examples import Rows, load_rows, prepare, prepare_prompts
 from logratio.trainers.data.layout import find_layout
 from logratio.trainers.data.report import BadRows

@@ -1,0 +1,1 @@
+"""Whole trainers, ours and others, as `check_trainer` asks them."""

@@ -1,0 +1,1 @@
+"""Conversations: messages, chat templates, and which tokens an assistant has said."""

@@ -1,0 +1,1 @@
+"""The embedded tasks, which need no network."""
