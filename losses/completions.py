@@ -126,7 +126,7 @@ class CompletionLogps:
 
     def check_like(self, *, tokens: bool, **others: CompletionLogps | None) -> None:
         """Raise ValueError for any of `others` with other rows (and `tokens`) than these, before they broadcast."""
-        dims = 2 if tokens else 1
+        dims = None if tokens else 1
         for name, other in others.items():
             if other is not None and other.completion_mask.shape[:dims] != self.completion_mask.shape[:dims]:
                 raise ValueError(

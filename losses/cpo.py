@@ -93,7 +93,7 @@ def _scores(kind: CPOType, policy: PairLogps, alpha: float = 0.0) -> tuple[Tenso
 def _pair_loss(kind: CPOType, scores: tuple[Tensor, Tensor], policy: PairLogps, loss: Any) -> Tensor:
     """The sum over pairs of l(s_w, s_l), scalar; pairs with nothing scored have none."""
     chosen, rejected = scores
-    return kind.formula(chosen, rejected, loss).where(policy.scored, chosen * 0).sum()
+    return (kind.formula(chosen, rejected, loss) * policy.scored).sum()
 
 
 @register("cpo")

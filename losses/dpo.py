@@ -257,9 +257,7 @@ class DPOLoss(Loss):
             -policy.chosen.sums,
             policy.chosen.lengths.clamp(min=1),
             policy.rejected.lengths.clamp(min=1),
-            torch.zeros_like(chosen) if policy.margin is None else policy.margin.to(chosen).detach(),
-            mean_entropy([ref.chosen, ref.rejected])
-            if ref is not None and self.ref_stats
-            else torch.zeros_like(chosen),
+            None if policy.margin is None else policy.margin.to(chosen).detach(),
+            mean_entropy([ref.chosen, ref.rejected]) if ref is not None and self.ref_stats else None,
             totals,
         )

@@ -290,5 +290,5 @@ class GRPOLoss(Loss):
         if self.off_policy_mask_threshold is None:
             return 1.0
         log_ratio = x.log_ratio if x.log_sampled is None else x.log_sampled
-        drift = -log_ratio.detach().sum(-1, keepdim=True) / x.lengths
+        drift = -log_ratio.sum(-1, keepdim=True) / x.lengths
         return ((x.advantages >= 0) | (drift <= self.off_policy_mask_threshold)).to(x.ratio.dtype)

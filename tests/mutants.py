@@ -10,7 +10,7 @@ rest of tests/losses, then the comparison with TRL and the oracle (not with --qu
     survived     otherwise, and where no test runs its line.
 
 Rate = (killed + timeout) / (killed + timeout + survived), survivors with an accepted reason (mutants_accepted.toml)
-included. Status 1 where it is below 95 % or a survivor has no reason, 2 where the unchanged sources fail.
+included. Status 1 where it is below 97 % or a survivor has no reason, 2 where the unchanged sources fail.
 
 Results are kept in build/mutants.jsonl. A result holds while the mutant's source and the test files it rests on are the
 same: for a kill the file that killed, for a survivor all; so after a new test only that file runs again, on the
@@ -40,9 +40,11 @@ from _mutations import Mutant, mutants
 
 ROOT = Path(__file__).parents[1]
 ACCEPTED = "tests/mutants_accepted.toml"
-LOWEST_RATE = 0.95
+LOWEST_RATE = 0.97
 OWN = {"_two_gemm": "logps", "_jsd_tile": "jsd"}
 """Whose tests are a file's own, where not its name's."""
+AT_IMPORT = "tests/losses/test_options.py"
+"""Asks what a class says of itself, without running a line of it."""
 APART = {"_triton.py"}
 """Runs in a process of its own, under Triton's interpreter, which would not see a mutant."""
 SHARED = ("tests/conftest.py", "tests/losses/conftest.py", "reference/strategies.py")
@@ -186,7 +188,7 @@ class Run:
         """Test files in the order of who is likely to kill it."""
         stem = Path(mutant.file).stem
         folder = Path(mutant.file).parent.name
-        name = OWN.get(stem, folder if folder.endswith("_types") else stem)
+        name = OWN.get(stem, folder if folder.endswith("_types") or folder == "advantages" else stem)
         families = tuple(f"test_{family}_" for family in (name, name.partition("_")[0]))  # dpo's for dpo_types
         own = [f for f in self.losses if f"{Path(f).stem}_".startswith(families)]
         return [own, [f for f in self.losses if f not in own], self.last]
@@ -195,7 +197,7 @@ class Run:
         """Tests in `files` that can tell: those that run the line, or the file where it runs at import or always."""
         lines = set(mutant.lines or ())
         always = not lines or bool(lines & self.lines.get("", {}).get(mutant.file, set()))
-        own = set(self.stages(mutant)[0]) if always else set()
+        own = {*self.stages(mutant)[0], AT_IMPORT} if always else set()
         found = []
         for test in self.seconds:
             file = test.partition("::")[0]

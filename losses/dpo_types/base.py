@@ -21,8 +21,8 @@ class PairRatios(NamedTuple):
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: the summed log-probs behind them.
     chosen_nll: -log p summed over the chosen tokens, whatever `ld_alpha` and `down_sample` are.
     chosen_lengths, rejected_lengths: scored tokens, at least 1.
-    given: the pairs' `PairLogps.margin`, for variants that read it; 0 for others.
-    ref_entropy: the reference's, of a token in the mean, for variants that read it; 0 for others.
+    given: the pairs' `PairLogps.margin`, where they have any.
+    ref_entropy: the reference's, of a token in the mean, where a variant reads it.
     """
 
     chosen: Tensor
@@ -34,8 +34,8 @@ class PairRatios(NamedTuple):
     chosen_nll: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-    given: Tensor
-    ref_entropy: Tensor
+    given: Tensor | None
+    ref_entropy: Tensor | None
     totals: Totals
 
     @property

@@ -43,5 +43,6 @@ def mallows(r: PairRatios, loss: DPOLoss) -> Tensor:
     Pairs weigh the more, the surer the reference is of what follows: less dispersion. As in its authors' code: over the
     tokens of each completion, then over both; phi without the paper's 2. H / log V is held between 1e-6 and 1.
     """
+    assert r.ref_entropy is not None
     share = (r.ref_entropy / loss.mallows_max_entropy).clamp(1e-6, 1)
     return -logsigmoid(-loss.mallows_phi * share.log() * loss.beta * r.margin)

@@ -16,6 +16,7 @@ from .base import PairRatios, dpo_type
 @dpo_type(margin=True, reads=("odpo_alpha",))
 def odpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-(x - alpha delta)), DPO with an offset, arXiv 2402.10571: rewards shall differ by more than it."""
+    assert r.given is not None
     return -logsigmoid(loss.beta * r.margin - loss.odpo_alpha * r.given)
 
 
@@ -24,6 +25,7 @@ def modpo(r: PairRatios, loss: DPOLoss) -> Tensor:
     """sp(-(x - (1 - w) delta) / w), arXiv 2310.03708, w = modpo_weight, delta the difference of the other objective's
     reward; of several, the mean by their weights.
     """
+    assert r.given is not None
     weight = loss.modpo_weight
     return -logsigmoid((loss.beta * r.margin - (1 - weight) * r.given) / weight)
 
@@ -35,5 +37,6 @@ def sppo(r: PairRatios, loss: DPOLoss) -> Tensor:
     P: how probably chosen beats rejected, by a preference model whose scores differ by delta: `sppo_single` of the
     authors' code, whose `sppo` takes each side's mean chance against all answers to the prompt.
     """
+    assert r.given is not None
     target = (r.given.sigmoid() - 0.5) / loss.beta
     return (r.chosen - target) ** 2 + (r.rejected + target) ** 2

@@ -64,7 +64,7 @@ def labelled(x: Ratios, loss: GRPOLoss) -> Tensor:
     total = torch.logaddexp(others, torch.zeros_like(others)).to(z.dtype)
     slope = (z.detach() - total).exp()
     part = total / same.sum(-1, keepdim=True).clamp(min=1) + slope * (z - z.detach())
-    return torch.where(label == 0, 0 * z, part)
+    return torch.where(label == 0, z, part)  # which is 0 there
 
 
 def target_terms(x: Ratios, loss: GRPOLoss) -> Tensor:

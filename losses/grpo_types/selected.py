@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def moments(x: Ratios, loss: GRPOLoss) -> Tensor:
     """[C, T, 1], log^2 rho where a step would take rho further from 1: A > 0, rho > 1, or A < 0, rho < 1; else inf."""
-    log_ratio = x.from_sampler.detach()
+    log_ratio = x.from_sampler
     return torch.where(log_ratio * x.advantages > 0, log_ratio.square(), math.inf)[..., None]
 
 
@@ -50,7 +50,7 @@ def clip_terms(x: Ratios, loss: GRPOLoss) -> Tensor:
     """[C, T, 3]: A, log p, and 1 where rho is clipped, else 0."""
     ratio, low, high = ratio_range(x, loss)
     outside = ((ratio < low) & (x.advantages < 0)) | ((ratio > high) & (x.advantages > 0))
-    return torch.stack(torch.broadcast_tensors(x.advantages, x.logps.detach(), outside.to(x.logps.dtype)), -1)
+    return torch.stack(torch.broadcast_tensors(x.advantages, x.logps, outside.to(x.logps.dtype)), -1)
 
 
 def covariance(terms: Tensor, step: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..divergences import MAX_EXPONENT
 from ..types import choose
 from .base import GRPO_TYPES, GRPOType, Ratios
 from .ratios import CLIP, WHOLE, clipped, ratio_range
@@ -35,8 +34,8 @@ def quadratic(x: Ratios, loss: GRPOLoss) -> Tensor:
 
     Reading: the ratio stops at exp(20) here, since it is squared; beyond, it has no gradient.
     """
-    ratio = x.ratio.clamp(max=HIGHEST)
-    return -ratio * x.advantages + x.advantages.abs() / (2 * loss.epsilons[0]) * (ratio - 1) ** 2
+    ratio, (width, _) = x.ratio.clamp(max=HIGHEST), loss.epsilons
+    return -ratio * x.advantages + x.advantages.abs() / (2 * width) * (ratio - 1) ** 2
 
 
 def smoothed(x: Ratios, loss: GRPOLoss) -> Tensor:
@@ -75,12 +74,12 @@ def future_weighted(x: Ratios, loss: GRPOLoss) -> Tensor:
     """
     log_ratio = x.log_ratio.detach()
     if loss.delta is not None:
-        log_ratio = log_ratio * (log_ratio.clamp(max=MAX_EXPONENT).exp() <= loss.delta)
+        log_ratio = log_ratio * (log_ratio.exp() <= loss.delta)
     future, step, decay = log_ratio, 1, 2 ** (-1 / loss.fipo_half_life)
     while step < future.shape[1]:  # each round doubles how many tokens the sums have
         future = future + decay**step * torch.nn.functional.pad(future[:, step:], (0, step))
         step *= 2
-    f = future.clamp(max=MAX_EXPONENT).exp().clamp(1, 1 + loss.fipo_clip)
+    f = future.exp().clamp(1, 1 + loss.fipo_clip)
     return clipped(x._replace(advantages=x.advantages * f), loss)
 
 

@@ -42,8 +42,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _of(kept: Kept | None, at: slice, hidden: Tensor) -> Kept | None:
-    return None if kept is None else kept.at(slice(at.start, min(at.stop, len(hidden))))
+def _of(kept: Kept | None, at: slice) -> Kept | None:
+    return None if kept is None else kept.at(at)
 
 
 class TwoGemm(torch.autograd.Function):
@@ -83,9 +83,7 @@ class TwoGemm(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
                 coefficients = None if of_logps is None else of_logps.at(at)
-                got = tile.rows(
-                    hidden[at].to(tile.weight.dtype), targets[at], _of(kept, at, hidden), stats, coefficients
-                )
+                got = tile.rows(hidden[at].to(tile.weight.dtype), targets[at], _of(kept, at), stats, coefficients)
                 out["logps"][at] = got.logps
                 for name in stats:
                     out[name][at] = got.stats[name]
@@ -132,7 +130,7 @@ def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> 
     for start in range(0, len(hidden), chunk_tokens):
         at = slice(start, start + chunk_tokens)
         h = hidden[at].to(tile.weight.dtype)
-        grad_logits = tile.rows(h, targets[at], _of(kept, at, hidden), (), coefficients.at(at)).gradient
+        grad_logits = tile.rows(h, targets[at], _of(kept, at), (), coefficients.at(at)).gradient
         assert grad_logits is not None
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)

@@ -54,6 +54,9 @@ def test_relatives_by_hand():
     # without the empty one the tokens' rewards are 1, 1, 0: mean 2/3, variance 1/3
     got = advantages_of(tensor([1.0, 0.0, 5.0]), "reinforce_pp_tokens", lengths=torch.tensor([[2, 1, 0]]))
     close(got, tensor([third, -2 * third, 0.0]) / (math.sqrt(third) + 1e-4), 1e-12)
+    # a token each: mean 1/2, variance 1/2
+    got = advantages_of(tensor([1.0, 0.0]), "reinforce_pp_tokens", lengths=torch.ones(1, 2))
+    close(got, tensor([0.5, -0.5]) / (math.sqrt(0.5) + 1e-4), 1e-12)
     alone = ADVANTAGES["reinforce_pp_tokens"](tensor([1.0, 0.0]), Context(lengths=torch.tensor([[1, 0]])))
     assert alone.tolist() == [[0, 0]]
 

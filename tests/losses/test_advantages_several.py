@@ -26,7 +26,8 @@ def test_a_sum_of_several():
     got = advantages_of(ONE, ["rloo", "group"], weights=[0.7, 0.3], scale="none")
     close(got, 0.7 * tensor([-2.0, 2.0], [0.0, 0.0]) + 0.3 * tensor([-1.0, 1.0], [0.0, 0.0]), 1e-14, 0)
     close(advantages_of(ONE, ["rloo", "rloo"]), 2 * advantages_of(ONE, "rloo"), 0, 0)
-    close(advantages_of(ONE, ["rloo"], weights=[0.5]), advantages_of(ONE, "rloo") / 2, 0, 0)
+    for weight in (0.5, 2.0):
+        close(advantages_of(ONE, ["rloo"], weights=[weight]), weight * advantages_of(ONE, "rloo"), 0, 0)
     whitened = advantages_of(ONE, ["rloo", "group"], scale="none", normalize_advantages=True)
     close(whitened, normalize(tensor([-3.0, 3.0], [0.0, 0.0])))
     with pytest.raises(ValueError, match="^1 weights for 2 advantage types$"):
@@ -39,6 +40,17 @@ def test_what_has_no_advantage_of_one_type_has_that_of_the_other():
     close(advantages_of(rewards, ["rloo", "remax"], **given), tensor([1.0, 0.0], [0.0, 0.0], [5.0, -4.0]), 0, 0)
     got = advantages_of(rewards, ["rloo", "remax"], normalize_advantages=True, **given)
     close(got, normalize(tensor([1.0, NAN], [NAN, NAN], [5.0, -4.0])).nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("kind", ["group", "reinforce_pp_tokens"])
+def test_what_has_no_reward_does_not_count_in_the_whitening(kind):
+    """Nor where the others of its group are all equal."""
+    rewards, none = tensor([1.0, 1.0, 0.0], [0.0, 0.0, 0.0]), tensor([NAN], [NAN])
+    alone, more = (
+        advantages_of(x, [kind, "gpg"], lengths=torch.ones(x.shape), normalize_advantages=True)
+        for x in (rewards, torch.cat([rewards, none], 1))
+    )
+    close(more, torch.cat([alone, torch.zeros(2, 1)], 1), 1e-12, 0)
 
 
 # Of one's own ---------------------------------------------------------------------------------------------------------
@@ -54,6 +66,7 @@ def test_an_own_formula():
 
     close(advantages_of(ONE, own(squared)), ONE.square(), 0, 0)
     close(advantages_of(ONE, [own(squared), "rloo"], weights=[2, 1]), 2 * ONE.square() + advantages_of(ONE, "rloo"))
+    assert not advantages_of(ONE.clone().requires_grad_(), own(squared)).requires_grad
 
 
 def test_an_own_formula_of_tokens():

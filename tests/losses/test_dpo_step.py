@@ -160,8 +160,8 @@ def test_a_step_of_nothing_leaves_beta_as_it_is():
 def test_what_was_not_collected_is_asked_for():
     policy, ref = step([0])
     collected, own = torch.zeros(1, 4), torch.tensor([0])
-    message = "aot compares the pairs of the whole step: it needs totals.collected and totals.own"
-    for loss_type in ("aot", "aot_unpaired"):
+    message = "(aot|alpha_dpo) compares the pairs of the whole step: it needs totals.collected and totals.own"
+    for loss_type in ("aot", "aot_unpaired", "alpha_dpo"):
         for known in ({"collected": collected}, {"own": own}):
             with pytest.raises(ValueError, match=message):
                 DPOLoss(loss_type=loss_type)(policy, ref, totals=Totals(num_sequences=1, num_tokens=2, **known))

@@ -314,6 +314,19 @@ def test_alpha_dpo_asks_more_of_pairs_that_are_ahead_of_the_step():
     assert of_step(loss, alike)[1] == pytest.approx([-0.25 * sg(-0.5 * (1 - 0.4))] * 2, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("size", "spread", "scores"), [(-1e3, 1e-4, (0, 0)), (1e3, 1e-4, (0, 0)), (1e-3, 1e-4, (-1, 1)), (0.0, 0.0, (0, 0))]
+)
+def test_what_is_rounding_is_relative_to_the_gaps(size, spread, scores):
+    """Scores of two pairs are +-1/sqrt(2), or 0 where they differ by less than a millionth of themselves."""
+    beta = 1 / max(abs(size), 1)
+    loss = DPOLoss(loss_type="alpha_dpo", beta=beta, alpha_dpo_coef=1 / beta, rainbow_gamma=0.0)
+    gaps = (size, size + spread)
+    margins = [beta * gap - z / math.sqrt(2) for gap, z in zip(gaps, scores, strict=True)]
+    slopes = of_step(loss, [(gap, 0.0) for gap in gaps])[1]
+    assert slopes == pytest.approx([-beta * sg(-x) / 2 for x in margins], rel=1e-9)
+
+
 def test_cauchy_keeps_its_digits_in_both_tails():
     """1/2 + atan(x)/pi is 1/(pi |x|) far on the left and 1 - 1/(pi x) on the right."""
     for r, expected in ((1e4, 1 / (math.pi * 1e4)), (-1e4, log(math.pi * 1e4))):

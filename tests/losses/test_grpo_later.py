@@ -98,6 +98,16 @@ def test_vespo_takes_a_correction_into_its_ratio():
     assert value == pytest.approx(-exp(3 + 2 * log(6) - 3 * 6) * 1.5 * (log(0.5) + log(0.4)) / 2, rel=1e-12)
 
 
+def test_vespo_holds_the_factors_of_a_correction():
+    """e^30 at e^20 and e^-30 at 1e-8: W = 1e-8 e^20, and not 1."""
+    x, mu = (torch.tensor([row], dtype=torch.float64) for row in ([-1.0, -31.0], [-31.0, -1.0]))
+    policy, behavior = (CompletionLogps(logps, torch.ones(1, 2, dtype=torch.bool)) for logps in (x, mu))
+    loss = GRPOLoss(loss_type="vespo", sampling_correction="decoupled")
+    value = loss(policy, advantages=torch.ones(1).double(), behavior=behavior, totals=Totals.of(policy)).loss.item()
+    log_w = 20 + log(1e-8)
+    assert value == pytest.approx(exp(3 + 2 * log_w - 3 * exp(log_w)) * 32 / 2, rel=1e-9)
+
+
 def test_cfpo_needs_a_width():
     with refused("epsilon=0.0 must be positive: cfpo divides by it"):
         GRPOLoss(loss_type="cfpo", epsilon=0.0)
@@ -163,6 +173,15 @@ def test_fipos_weight_is_bounded_and_leaves_out_what_delta_bounds():
     assert run(GRPOLoss(loss_type="fipo", fipo_clip=0.0)) == run(GRPOLoss())
 
 
+def test_fipos_sum_has_what_is_at_delta_and_nothing_above():
+    """Half-life 1, rho = exp(1/2) = delta and exp(3/4): the sums are 1/2 and 0."""
+    delta = torch.tensor(0.5, dtype=torch.float64).exp().item()
+    loss = GRPOLoss(loss_type="fipo", fipo_half_life=1.0, fipo_clip=9.0, epsilon_high=9.0, delta=delta)
+    totals = Totals(num_sequences=1, num_tokens=1)
+    value, _ = run(loss, [[-0.5, -0.25]], [[-1.0, -1.0]], [1.0], totals)
+    assert value == pytest.approx(-delta * exp(0.5) - delta, rel=1e-12)
+
+
 def test_fipo_of_many_tokens_is_the_plain_sum():
     generator = torch.Generator().manual_seed(0)
     log_ratios = 0.3 * torch.randn(1, 37, generator=generator, dtype=torch.float64)
@@ -214,6 +233,9 @@ def test_nll_of_tokens_that_were_right():
     assert (out.loss - plain).item() == pytest.approx(0.5 * (0.5 + 0.3) / 2, rel=1e-5)
     nll = out.metrics["nll_loss"]
     assert nll.total.item() == pytest.approx(0.8) and nll.count.item() == 2
+    given = torch.tensor([1.0, -1.0])
+    nll = GRPOLoss(positive_nll_coef=0.5)(policy, advantages=given, totals=totals).metrics["nll_loss"]
+    assert nll.total.item() == pytest.approx(9.5) and nll.count.item() == 2
 
 
 def test_nll_where_nothing_was_right():

@@ -174,6 +174,9 @@ def test_entropy_bonus():
     assert scored(policy.per_token_logps.grad) == pytest.approx([s / 10 for s in PLAIN["slopes"]])
     assert policy.entropy.grad.tolist() == [pytest.approx([-0.01, 0, -0.01]), pytest.approx([-0.01, -0.01, 0])]
     assert (out.metrics["entropy"].total.item(), out.metrics["entropy"].count.item()) == (10, 4)
+    one, totals = logps([[-1.0]], [[3.0]]), Totals(num_sequences=1, num_tokens=1)
+    out = GRPOLoss(entropy_coef=0.1)(one, advantages=torch.zeros(1), totals=totals)
+    assert out.loss.item() == pytest.approx(-0.3, rel=1e-12)
     with pytest.raises(ValueError, match="this loss needs the policy's entropy of every token, which is None"):
         output(GRPOLoss(entropy_coef=0.1), logps(LOGPS))
     assert "entropy" not in output(GRPOLoss(), logps(LOGPS)).metrics
@@ -277,6 +280,14 @@ def test_at_the_threshold_a_completion_is_kept():
     totals = Totals.of(policy)
     value = loss(policy, advantages=torch.tensor([-1.0]).double(), old=old, totals=totals).loss
     assert value.item() == pytest.approx((exp(-1) + 1) / 2)
+
+
+def test_the_off_policy_mask_drops_no_penalty_without_an_advantage():
+    """A drift of 1 is beyond 1/2, but A = 0: tau / 2 of a squared log-ratio of 1 stays."""
+    loss = GRPOLoss(loss_type="kimi", log_ratio_coef=0.4, off_policy_mask_threshold=0.5)
+    policy, old = logps([[-2.0]]), logps([[-1.0]])
+    value = loss(policy, advantages=torch.zeros(1).double(), old=old, totals=Totals.of(policy)).loss
+    assert value.item() == pytest.approx(0.2)
 
 
 def test_clip_metrics_at_the_edges():

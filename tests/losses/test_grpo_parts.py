@@ -90,6 +90,14 @@ def test_a_prompt_may_be_cut():
     assert [*parts[1][1], *parts[0][1]] == slopes
 
 
+def test_a_prompt_with_nothing_scored_has_no_loss():
+    policy, totals = logps([[nan] * 3, [-1.0, -1.0, -1.0]]), Totals(num_sequences=2, num_tokens=3, num_prompts=2)
+    given = {"advantages": torch.ones(2, dtype=torch.float64), "prompt_tokens": torch.tensor([0, 3])}
+    out = GRPOLoss(loss_aggregation="prompt_mean")(policy, **given, totals=totals).loss
+    out.backward()
+    assert out.item() == -0.5 and policy.per_token_logps.grad.tolist() == [[0] * 3, [pytest.approx(-1 / 6)] * 3]
+
+
 def test_at_one_prompt_it_is_the_token_mean_and_at_one_completion_a_prompt_the_sequence_mean():
     old, rows = logps(OLD), logps(LOGPS)
     given = {"advantages": torch.tensor(ADVANTAGES, dtype=torch.float64), "old": old}
@@ -143,7 +151,10 @@ def test_gspo_token():
         assert got == pytest.approx(row, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss_type", [name for name, kind in GRPO_TYPES.items() if kind.of_tokens])
+OF_COMPLETIONS = ("gmpo", "rloo", "real", "target_po", "a2po", "vespo", "topr", "kimi")
+
+
+@pytest.mark.parametrize("loss_type", [name for name in GRPO_TYPES if name not in OF_COMPLETIONS])
 @pytest.mark.parametrize("level", ["token", "sequence_token"])
 def test_equal_advantages_of_tokens_are_that_of_the_completion(loss_type, level):
     if level != "token" and loss_type not in GRPO_TYPES.readers("importance_sampling_level"):
@@ -157,7 +168,7 @@ def test_of_three_completions_of_three_tokens_the_shape_decides():
     assert one != each
 
 
-@pytest.mark.parametrize("loss_type", [name for name, kind in GRPO_TYPES.items() if not kind.of_tokens])
+@pytest.mark.parametrize("loss_type", OF_COMPLETIONS)
 def test_a_loss_of_completions_refuses_advantages_of_tokens(loss_type):
     with refused(f"loss_type={loss_type} is of whole completions: advantages must be [3]"):
         run(GRPOLoss(loss_type=loss_type), BY_TOKEN)

@@ -30,7 +30,7 @@ def logps(probabilities: list[list[float]]) -> CompletionLogps:
 
 
 def output(
-    policy: CompletionLogps, advantages: tuple[float, float] = (2.0, -1.0), mu: Any = MU, **options: Any
+    policy: CompletionLogps, advantages: tuple[float, ...] = (2.0, -1.0), mu: Any = MU, **options: Any
 ) -> LossOutput:
     behavior, given = logps(mu), torch.tensor(advantages, dtype=torch.float64)
     out = GRPOLoss(**options)(policy, advantages=given, behavior=behavior, totals=STEP)
@@ -91,6 +91,12 @@ def test_the_policy_term_is_weighed(correction, bounds, advantages, weights):
     grad = policy.per_token_logps.grad
     assert grad is not None
     assert grad[policy.completion_mask].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_ratio_to_the_sampler_stops_at_exp_40():
+    mu = [[math.exp(-100), 0.5]]
+    out = output(logps([[1.0, 0.5]]), (1.0,), mu, sampling_correction="decoupled")
+    assert out.loss.item() == pytest.approx(-(math.exp(40) + 1) / 10, rel=1e-12)
 
 
 def test_default_ranges():

@@ -77,6 +77,13 @@ def test_m2po_takes_no_mean_with_what_stands_still():
     assert grad == [[-1, 0, 0]]
 
 
+def test_m2po_counts_nothing_without_an_advantage():
+    """Squares of 1 and 4 64ths have a mean of 2.5; with that of 1 64th of A = 0 it would be 2."""
+    loss = GRPOLoss(loss_type="m2po", m2po_threshold=2.4 / 64)
+    _, grad = step(loss, [[-7 / 8, -3 / 4, -7 / 8]], [[1.0, 1.0, 0.0]], old=[[-1.0] * 3])
+    assert grad == [[pytest.approx(-exp(1 / 8)), 0, 0]]
+
+
 def test_m2po_on_policy_is_reinforce():
     _, grad = step(GRPOLoss(loss_type="m2po", m2po_threshold=0.0), LOGPS, [2.0, -3.0])
     assert grad == [[-2] * 4, [3] * 4]
@@ -129,6 +136,22 @@ def test_clip_cov_looks_at_what_the_clip_leaves_alone(advantage, gain, clips):
     _, grad = step(GRPOLoss(loss_type="clip_cov"), policy, [advantage, -advantage], old=old)
     assert grad[1][1] == pytest.approx(advantage * (0 if clips else 0.5))
     assert grad[0][0] == pytest.approx(0 if clips else -0.5 * advantage * exp(gain))
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "gains", "given", "clipped"),
+    [
+        (0.0, [0.0, 0.0, 0.0], [1.0, -1.0, 0.0], [0, 0, 0]),  # at both ends of the range
+        (0.2, [1.0, 1.0, 1.0, 1.0], [2.0, 0.5, 0.0, -2.0], [1, 1, 0, 0]),
+        (0.2, [-1.0, -1.0, -1.0, -1.0], [2.0, 0.5, 0.0, -2.0], [0, 0, 0, 1]),
+    ],
+)
+def test_what_counts_as_clipped(epsilon, gains, given, clipped):
+    """What is beyond the end that its advantage would carry it to."""
+    policy, old = rows([[d - 2 for d in gains]]), rows([[-2.0] * len(gains)])
+    loss = GRPOLoss(loss_type="clip_cov", epsilon=epsilon)
+    terms = loss.collect(policy, advantages=torch.tensor([given], dtype=torch.float64), old=old)
+    assert terms.tolist() == [[a, d - 2, c] for a, d, c in zip(given, gains, clipped, strict=True)]
 
 
 def test_clip_cov_of_nothing_in_the_range_is_dapo():

@@ -106,6 +106,7 @@ def test_by_hand():
     assert values[1.0].item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     mixed = 0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5)) + 0.5 * 0.5 * (math.log(4 / 3) + math.log(4 / 5))
     assert values[0.5].item() == pytest.approx(mixed)
+    assert linear_jsd(student, torch.eye(2).double(), teacher, torch.eye(2).double()).item() == values[0.5].item()
 
 
 @betas

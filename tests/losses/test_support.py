@@ -222,7 +222,7 @@ def test_products_are_of_the_words_that_are_kept(trains):
     tensors = small_head()
     words = [[y, (y + 1) % 3] for y in tensors[3].tolist()]
     leaves = [t.requires_grad_(n in trains) for n, t in zip("hw", tensors, strict=False)]
-    for own, of in ((words, 3), ([None, *words[1:]], 7), ([range(4), *words[1:]], 4), ([range(6), *words[1:]], 7)):
+    for own, of in ((words, 3), ([None, *words[1:]], 7), ([range(5), *words[1:]], 5), ([range(6), *words[1:]], 7)):
         with FlopCounterMode(display=False) as flops:
             linear_logps(*leaves[:2], tensors[3], support=support_of(own), impl="two_gemm").sum().backward()
         assert flops.get_total_flops() == (2 if trains == "h" else 4) * 2 * 5 * 3 * of
@@ -241,6 +241,8 @@ def test_what_a_sampler_has():
     assert made.ids.dtype == torch.int32
     again = made.take(torch.tensor([3, 1, 0, 3]))
     assert (again.ids.tolist(), again.offsets.tolist()) == ([1, 2, 0, 2, 1, 2], [0, 2, 2, 4, 6])
+    whole = Support.whole(2)
+    assert (whole.ids.tolist(), whole.offsets.tolist()) == ([], [0, 0, 0])
     both = Support.cat([made.take(torch.tensor([2])), Support.whole(2), made.take(torch.tensor([0]))])
     assert (both.ids.tolist(), both.offsets.tolist()) == ([1, 0, 2], [0, 1, 1, 1, 3])
 

@@ -223,9 +223,3 @@ def test_a_loss_that_collects_nothing_says_so():
 
 def test_the_methods():
     assert set(LOSSES) >= {"sft", "dpo", "kto", "cpo", "tpo", "orpo", "grpo"}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_options_are_given_by_name(name):
-    with pytest.raises(TypeError, match="positional argument"):
-        LOSSES[name](0.5)
