@@ -6,11 +6,11 @@ Trainer(model, args, train_dataset=..., compute_loss_func=hf_compute_loss(SFTLos
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from .completions import IGNORED
 from .types import CompletionLogps, Kind, Loss, Totals
 
 
@@ -32,10 +32,9 @@ def hf_compute_loss(loss: Loss) -> Callable[..., Tensor]:
     def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         policy = CompletionLogps.from_logits(logits, labels, stats=loss.stats)
-        rows = int((labels != IGNORED).any(-1).sum())
         totals = Totals.of(policy)
         if num_items_in_batch is not None:
-            totals = Totals(num_sequences=rows, num_tokens=float(num_items_in_batch))
+            totals = replace(totals, num_tokens=float(num_items_in_batch))
         return loss(policy, totals=totals).loss
 
     return compute_loss

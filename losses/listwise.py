@@ -151,7 +151,7 @@ def list_metrics(x: Lists, logps: Tensor, scored: Tensor) -> dict[str, Mean]:
     ends = {"chosen": x.rewards == most, "rejected": x.rewards == least}
 
     def of(values: Tensor, end: str) -> Tensor:
-        return values.where(ends[end], 0.0).sum(-1) / ends[end].sum(-1).clamp(min=1)
+        return values.where(ends[end], 0.0).sum(-1) / ends[end].sum(-1)
 
     better = (x.rewards[:, :, None] > x.rewards[:, None, :]) & x.present[:, None, :] & scored[:, None, None]
     won = (x.scores[:, :, None] > x.scores[:, None, :]).to(x.scores.dtype)

@@ -9,8 +9,8 @@ rest of tests/losses, then the comparison with TRL and the oracle (not with --qu
     incompetent  if `logratio.losses` can no longer be imported: no test was asked, it is left out of the rate;
     survived     otherwise, and where no test runs its line.
 
-Rate = (killed + timeout) / (killed + timeout + survived), survivors with an accepted reason (mutants_accepted.toml)
-included. Status 1 where it is below 97 % or a survivor has no reason, 2 where the unchanged sources fail.
+Rate = (killed + timeout) / (killed + timeout + survived). A mutant with an accepted reason (mutants_accepted.toml) is
+not run and counts as a survivor. Status 1 where it is below 97 % or a survivor has no reason, 2 where the unchanged sources fail.
 
 Results are kept in build/mutants.jsonl. A result holds while the mutant's source and the test files it rests on are the
 same: for a kill the file that killed, for a survivor all; so after a new test only that file runs again, on the
@@ -28,7 +28,7 @@ import os
 import sys
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     if failed := run.prepare():
         print("The unchanged sources fail:", *failed, sep="\n  ")
         return 2
-    status = summary(found, run.results(found), root, report)
+    reasons = accepted_reasons(root, found)[0]
+    status = summary(found, run.results(found, reasons), root, report)
     if args.only is None and not args.sample:
         files = {m.file for m in found}
         for file, line, kind in accepted_reasons(root, found)[1]:
@@ -206,19 +207,21 @@ class Run:
                 found.append(test)
         return sorted(found, key=self.seconds.__getitem__)
 
-    def results(self, found: list[Mutant]) -> dict[str, dict[str, Any]]:
-        """name -> its record, of every mutant; those that run are written down as they end."""
+    def results(self, found: list[Mutant], accepted: Collection[str]) -> dict[str, dict[str, Any]]:
+        """name -> its record, of every mutant; those that run are written down as they end. accepted: names of mutants
+        that may live, and are not run."""
         records = {m.name: {"id": identity(m), "name": m.name, "status": "survived", "by": "", "on": {}} for m in found}
         for name, record in records.items():
             known = self.known.get(record["id"])
-            if known:
+            if known and name not in accepted:
                 still = {f: v for f, v in known["on"].items() if self.versions.get(f) == v}
                 if known["status"] == "survived" or still == known["on"]:
                     records[name] = {**known, "name": name, "on": still}
         self.done = 0
         with self.store.open("a") as store:
             for stage in range(3):
-                alive = [m for m in found if records[m.name]["status"] == "survived"]
+                unknown = [m for m in found if m.name not in accepted]
+                alive = [m for m in unknown if records[m.name]["status"] == "survived"]
                 if stage == 2 and not self.last:
                     break
                 if stage == 2 and alive:
@@ -269,6 +272,8 @@ def accepted_reasons(root: Path, found: list[Mutant]) -> tuple[dict[str, str], l
         fits = [m for m in found if (m.file, m.text, m.kind) == key]
         if "change" in entry:
             fits = [m for m in fits if f"{m.before} -> {m.after}" == entry["change"]]
+        if "place" in entry:
+            fits = [m for m in fits if m.column == entry["place"]]
         reasons |= {m.name: entry["reason"] for m in fits if entry["reason"].strip()}
         if not fits:
             stale.append(key)

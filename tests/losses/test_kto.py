@@ -29,6 +29,12 @@ def policy() -> CompletionLogps:
     return CompletionLogps(logps.requires_grad_(), MASK)
 
 
+def test_what_has_nothing_scored_is_in_no_metric():
+    x, totals = policy(), Totals(num_sequences=3, num_tokens=3, collected=torch.zeros(3))
+    metrics = KTOLoss()(x, CompletionLogps(REF, MASK), torch.tensor([True, False, False]), totals=totals).metrics
+    assert {metrics[f"{of}/rejected"].count.item() for of in ("rewards", "logps")} == {1}
+
+
 @pytest.mark.parametrize(("collected", "z"), [([4.0, -1.0, 3.0], 2.0), ([-4.0, 1.0], 0.0)])
 def test_by_hand(collected, z):
     """(0.7 sigmoid(-(3 - z) / 10) + 1.9 sigmoid((-1 - z) / 10)) / 3 at beta = 0.1; z is never negative."""

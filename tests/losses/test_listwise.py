@@ -135,6 +135,26 @@ def test_metrics_by_hand():
     }
 
 
+def test_a_list_with_nothing_scored_is_in_no_metric():
+    scored = torch.tensor([[True], [True], [False], [False]])
+    policy, ref = (CompletionLogps(torch.full((4, 1), x, dtype=torch.float64), scored) for x in (-1.0, -2.0))
+    rewards = torch.tensor([1.0, 1.0, 0.0, 3.0], dtype=torch.float64)
+    metrics = ListwiseLoss()(policy, ref, rewards, [2, 2], totals=Totals.of(policy, sizes=[2, 2])).metrics
+    share = metrics["frac_reward_zero_std"]
+    assert (share.total.item(), share.count.item(), metrics["rewards/margins"].count.item()) == (1, 1, 0)
+
+
+def test_the_reference_has_no_gradient_and_may_have_tokens_of_its_own():
+    policy, rewards = flat([-1.0, -2.0]), torch.tensor([1.0, 0.0]).double()
+    totals = Totals(num_sequences=1, num_tokens=2)
+    before = torch.tensor([[-1.0, -0.5], [-1.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    ref = CompletionLogps(before, torch.ones(2, 2, dtype=torch.bool))
+    out = ListwiseLoss(loss_type="plackett_luce")(policy, ref, rewards, [2], totals=totals)
+    assert out.loss.item() == pytest.approx(math.log(1 + math.exp(-0.1))) and not out.loss.requires_grad
+    with refused("ref must have the policy's rows, got [1, 1] for [2, 1]"):
+        ListwiseLoss()(policy, flat([-1.0]), rewards, [2], totals=totals)
+
+
 # q of the worse completion is what exo_pair and cdpo call label_smoothing
 PAIRS: dict[str, tuple[Any, Any, float]] = {
     "plackett_luce": (ListwiseLoss(loss_type="plackett_luce", beta=0.3), DPOLoss(beta=0.3), 1.0),
