@@ -10,7 +10,8 @@ rest of tests/losses, then the comparison with TRL and the oracle (not with --qu
     survived     otherwise, and where no test runs its line.
 
 Rate = (killed + timeout) / (killed + timeout + survived). A mutant with an accepted reason (mutants_accepted.toml) is
-not run and counts as a survivor. Status 1 where it is below 97 % or a survivor has no reason, 2 where the unchanged sources fail.
+not run and counts as a survivor. Status 1 where the rate is below 97 % or a survivor has no reason, 2 where the
+unchanged sources fail.
 
 Results are kept in build/mutants.jsonl. A result holds while the mutant's source and the test files it rests on are the
 same: for a kill the file that killed, for a survivor all; so after a new test only that file runs again, on the
