@@ -18,7 +18,7 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import ModelReference
+from logratio.trainers.policy.reference import AdapterReference, ModelReference
 from logratio.trainers.policy.teacher import distributions
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.setup import build, start_accelerator
@@ -218,6 +218,7 @@ def test_asft_begins_as_dft_and_is_held_to_where_it_began(run_of, way):
         lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
         get_peft_model(tiny_model(), lora).save_pretrained("adapter")
     asft, dft = (run_of("--loss_type", name, "--disable_dropout", "True", *WAYS[way]) for name in ("asft", "dft"))
+    assert isinstance(asft.step.teacher, ModelReference if way == "full" else AdapterReference), "no weights twice"
     (mine, grads), (plain, expected) = step_of(asft), step_of(dft)
     assert mine.pop("kl") == 0 and mine == plain
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True)) and any(g.any() for g in grads)
