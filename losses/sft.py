@@ -2,10 +2,12 @@
 
 Differs from TRL 1.16: (1) TRL counts tokens over one gradient-accumulation window, we over the optimizer step, which
 is the same thing for equal settings; (2) a row with nothing to score counts for nothing here and is dropped there;
-(3) token weights, the z-loss and `eaft` are not in TRL; (4) `gkd` is TRL's GKDTrainer at lmbda=0, of given
+(3) token weights, the z-loss, `eaft` and `asft` are not in TRL; (4) `gkd` is TRL's GKDTrainer at lmbda=0, of given
 rows alone (what the model samples is distilled in GRPO), and has a temperature, which is there of sampling only.
 Differs from the paper: (5) `eaft` takes the entropy of the whole vocabulary, the paper that of the 20 likeliest words
-alone, over log 20 (its authors' code: over 3), so that weights above 1 are possible here.
+alone, over log 20 (its authors' code: over 3), so that weights above 1 are possible here; (6) `asft` has
+KL(p_0 || p), as Eq. 6 of the paper's third version and its authors' code, where its first version says KL(p || p_0)
+(Sec. 5.3); that code divides by the tokens of each micro-batch, and its weight is 0.1 where none is given.
 """
 
 from __future__ import annotations
@@ -48,6 +50,15 @@ def eaft(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
     return -(share**loss.eaft_alpha) * policy.logps
 
 
+@variant(SFT_TYPES, reads=("asft_alpha",))
+def asft(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
+    """-sg(p) log p + alpha KL(p_0 || p), p_0 of the model that training starts from, Anchored SFT (arXiv 2509.23753).
+
+    dft, held to what the model knew: Eq. 6, with the KL over the whole vocabulary at every scored token.
+    """
+    return dft(policy, loss) + loss.asft_alpha * policy.needed("divergence")
+
+
 @variant(SFT_TYPES, reads=("gkd_beta", "gkd_temperature"), ignores=("z_loss_coef",))
 def gkd(policy: CompletionLogps, loss: SFTLoss) -> Tensor:
     """JSD(beta) of the teacher's and the model's next word, both at gkd_temperature, GKD (arXiv 2306.13649 Eq. 1).
@@ -70,9 +81,12 @@ class SFTLoss(Loss):
     option_tables: ClassVar = {"loss_type": SFT_TYPES}
 
     loss_type: str = "nll"
-    """nll, dft (Dynamic Fine-Tuning), eaft (Entropy-Adaptive Fine-Tuning), or gkd (distillation from a teacher)."""
+    """nll, dft (Dynamic Fine-Tuning), eaft (Entropy-Adaptive Fine-Tuning), asft (Anchored SFT), or gkd (distillation
+    from a teacher)."""
     eaft_alpha: NotNegative = 1.0
     """How much less a token weighs that the model is sure of; 0 is nll."""
+    asft_alpha: NotNegative = 0.05
+    """Weight of the KL from the model that training starts from; 0 is dft, with the KL still among the metrics."""
     gkd_beta: Share = 0.5
     """0: KL(teacher || model), forward, 1: KL(model || teacher), reverse; between, from their mixture of this share of
     the teacher, Jensen-Shannon at 0.5."""
@@ -88,16 +102,20 @@ class SFTLoss(Loss):
 
     @property
     def divergence(self) -> Divergence | None:
-        """For gkd."""
-        return Divergence(self.gkd_beta, self.gkd_temperature) if self.loss_type == "gkd" else None
+        """For gkd, and for asft, forward."""
+        if self.loss_type == "gkd":
+            return Divergence(self.gkd_beta, self.gkd_temperature, alone=True)
+        return Divergence(0.0, 1.0, anchored=True) if self.loss_type == "asft" else None
 
     def __call__(self, policy: CompletionLogps, *, totals: Totals) -> LossOutput:
         """policy: [C, T]. Raises ValueError or TypeError for shapes and dtypes that do not fit."""
-        per_token_loss = SFT_TYPES[self.loss_type](policy, self)
-        if self.z_loss_coef and self.divergence is None:
+        per_token_loss, divergence = SFT_TYPES[self.loss_type](policy, self), self.divergence
+        if self.z_loss_coef and not (divergence and divergence.alone):
             per_token_loss = per_token_loss + self.z_loss_coef * policy.needed("log_z") ** 2
         if policy.weights is not None:
             per_token_loss = per_token_loss * policy.needed("weights").detach()
         metrics = {"nll": Mean.of(-policy.logps, policy.completion_mask), **token_metrics(policy, predicted=policy)}
+        if divergence and divergence.anchored:
+            metrics["kl"] = Mean.of(policy.needed("divergence"), policy.completion_mask)
         by = totals.num_tokens if totals.sum_weights is None else totals.sum_weights
         return LossOutput(divide(policy.masked(per_token_loss).sum(), by), metrics)

@@ -92,10 +92,21 @@ class Totals:
 
 
 class Divergence(NamedTuple):
-    """From a teacher's next-token distributions, as `linear_jsd` takes them."""
+    """Of the model's next word from another model's, at every token: `linear_jsd` at this beta and temperature.
+
+    anchored: from the model that training starts from, else from a teacher. alone: the loss is a function of it alone,
+    and its log-probs come without gradient.
+    """
 
     beta: float
     temperature: float
+    anchored: bool = False
+    alone: bool = False
+
+    @property
+    def jsd(self) -> dict[str, Any]:
+        """What `linear_jsd` takes of it."""
+        return {"beta": self.beta, "temperature": self.temperature}
 
 
 class LossOutput(NamedTuple):
@@ -139,7 +150,7 @@ class Loss:
 
     @property
     def divergence(self) -> Divergence | None:
-        """Its divergence from a teacher, which the policy then says of every token, or None."""
+        """Its divergence from another model, which the policy then says of every token, or None."""
         return None
 
     @property

@@ -44,7 +44,7 @@ class Batch:
     masks: part -> [C, T] bool, True where scored.
     tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
-        to 0); for sequences `divergence` (from a teacher, at least 0); for sequences and labeled examples perhaps
+        to 0); for sequences `divergence` (from another model, at least 0); for sequences and labeled examples perhaps
         `weights` (at least 0).
     rows: name -> [C]; `label` bool (labeled), `advantages` and `prompts` int64 (grouped), `margin` (paired), `sizes`
         int64 and `rewards` [C, 3] (listed).

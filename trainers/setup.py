@@ -249,10 +249,9 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     """The policy on its device, and what to tell about it."""
     notes: list[str] = []
     model = load_model(config.model, device, seed=config.train.seed, notes=notes)
-    frozen_copy = config.wants_reference and config.model.ref_model_name_or_path is None
-    model = add_adapters(model, config.model, frozen_copy=frozen_copy)
+    model = add_adapters(model, config.model, frozen_copy=config.keeps_start)
     check_trainable(model)
-    compared = config.wants_reference or config.rollout is not None
+    compared = config.wants_reference or config.anchored or config.rollout is not None
     notes += [*describe_adapters(model), *describe_dropout(model, compared=compared), *describe_stuck(model, config)]
     temperature = config.rollout.temperature if config.rollout else 1.0
     stats = (*config.loss.stats, *config.loss.metric_stats, *config.loss.ref_stats)

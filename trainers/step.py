@@ -28,8 +28,8 @@ from .memory import Memory
 from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
-from .policy.reference import ModelReference, Reference, StoredReference, inference
-from .policy.teacher import distributions
+from .policy.reference import Reference, StoredReference, inference
+from .policy.teacher import Teacher, distributions
 from .processes.dealing import deal, gather_rows
 from .processes.sharding import meet_inside
 
@@ -125,7 +125,7 @@ class Step:
         micro_batch_tokens: int,
         max_length: int,
         pad_id: int = 0,
-        teacher: ModelReference | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.accelerator, self.policy, self.teacher = accelerator, policy, teacher
         self.loss, self.reference, self.max_length = loss, reference, max_length

@@ -50,7 +50,7 @@ loss compares, others of the prompt stand beside it, with log p of {" and ".join
 opposite advantage and none.""",
     Kind.SEQUENCE: f"""Of one token, at a place whose distribution has an entropy H of
 {" or ".join(f"{h:g}" for h in ENTROPIES)} nats: the value, and the step, -dL/d log p, against {{x_label}}. A teacher
-knows two words, and is sure of it.""",
+knows two words, and is sure of it; to the model that training starts from these two are alike.""",
     Kind.LISTED: f"""Of a list of four completions with rewards R of {", ".join(f"{r:g}" for r in REWARDS)}: the value,
 and the step of each, -dL/d log p, against {{x_label}}. The other three stand where the reference is. Above 0 a step
 makes the completion likelier.""",

@@ -103,7 +103,12 @@ class Setup:
 
     @property
     def with_reference(self) -> bool:
-        return self.the_loss.wants_reference or self.reward_kl_coef > 0
+        return self.the_loss.wants_reference or self.anchored or self.reward_kl_coef > 0
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the reference's whole distributions are read, beside the policy's log-probs."""
+        return self.the_loss.divergence is not None and self.the_loss.divergence.anchored
 
 
 class Moment(NamedTuple):

@@ -106,6 +106,7 @@ def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str
         teacher += step.micro_batches * weight_bytes(setup.teacher, setup) / bandwidth
     adapters = 2 * sum(size.adapters(setup.lora_r)) * step.tokens * (3 + again)
     head = (2 if lora else 4) * unit / flops + TILE_TRAFFIC * step.scored * size.vocab / bandwidth
+    head *= 1 + setup.anchored  # of the log-probs, and of the divergence
     once = without_gradient(size, step, flops, bandwidth)
     layer = activations(size, setup, step.largest).layer / step.largest.tokens * step.tokens * size.layers
     traffic = layer * (TRAFFIC + 2 * (again + policy + reference))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WEIGHED_WITHOUT_GRADIENT = frozenset({"dft", "eaft", "cispo", "vespo", "topr", "fipo"})
+WEIGHED_WITHOUT_GRADIENT = frozenset({"dft", "eaft", "asft", "cispo", "vespo", "topr", "fipo"})
 """They multiply log-probs by numbers of the policy that have no gradient: the law `gradient`."""
 STEP_MEANS = frozenset({"bco", "beta_dpo", "alpha_dpo"})
 """Means of the step stand in them without a gradient: the same law, which holds with these means held still."""

@@ -18,7 +18,8 @@ def sft_cases() -> Iterator[Case]:
     for beta in (0.0, 0.1, 1.0):
         yield Case("sft", {"loss_type": "gkd", "gkd_beta": beta, "gkd_temperature": 0.7})
     yield Case("sft", {"loss_type": "gkd"}, weighted=True)
-    for loss_type in ("nll", "dft", "eaft"):
+    yield Case("sft", {"loss_type": "asft", "asft_alpha": 1.0})
+    for loss_type in ("nll", "dft", "eaft", "asft"):
         yield Case("sft", {"loss_type": loss_type, "z_loss_coef": 0.01})
         yield Case("sft", {"loss_type": loss_type}, weighted=True)
 

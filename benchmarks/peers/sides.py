@@ -31,7 +31,8 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     loss, policy = case.loss, subject.policy(dtype)
     policy.stats = (*loss.stats, *loss.ref_stats)
     reference = subject.reference(policy, dtype, loss.ref_stats)
-    teacher = None if loss.divergence is None else subject.teacher(dtype)
+    divergence = loss.divergence
+    teacher = None if divergence is None else subject.teacher(policy, dtype, divergence.anchored)
     step = Step(
         start_accelerator("no"),
         policy,
@@ -86,9 +87,11 @@ def oracle_sft(case: Case, subject: Subject, examples: list[Example]) -> tuple[T
     weights = [torch.tensor(c.weights or [1.0] * len(c.ids), dtype=torch.float64) for c in completions]
     extra: dict[str, Any] = {"weights": weights} if case.weighted else {}
     stats: dict[str, Any] = {"log_z": [x.log_z for x in out], "entropy": [x.entropy for x in out]}
-    if case.loss.divergence is not None:
-        stats["divergence"] = [subject.divergences(e, *case.loss.divergence) for e in examples]
     options = {k: v for k, v in case.options.items() if not k.startswith("gkd_")}  # they are in the divergences
+    asked = case.options.get("gkd_beta", 0.5), case.options.get("gkd_temperature", 1.0)
+    numbers = {"gkd": asked, "asft": (0.0, 1.0)}.get(case.options.get("loss_type", "nll"))  # of asft KL(p_0 || p)
+    if numbers is not None:
+        stats["divergence"] = [subject.divergences(e, *numbers) for e in examples]
     return oracle.sft([x.completion for x in out], **stats, **extra, **options), 0.0
 
 

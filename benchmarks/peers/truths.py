@@ -23,9 +23,10 @@ from logratio.reference.oracle import SequenceLogps
 from logratio.trainers.batches.packing import PackedBatch
 from logratio.trainers.data.examples import Example, prepare
 from logratio.trainers.data.rows import Rows
-from logratio.trainers.policy.policy import Policy, States
+from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, ModelReference, Reference, tokens_key
 from logratio.trainers.policy.sharing import why_not_shared
+from logratio.trainers.policy.teacher import Teacher
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 from .case import Case
@@ -215,9 +216,11 @@ class Subject:
         passed: SequenceLogps = self.once(key, compute)
         return passed
 
-    def teacher(self, dtype: torch.dtype) -> ModelReference:
-        """The model without its adapters."""
-        return ModelReference(States(copy.deepcopy(self.models[dtype]).unload()))
+    def teacher(self, policy: Policy, dtype: torch.dtype, anchored: bool) -> Teacher:
+        """The model without its adapters: the policy's own weights, or others."""
+        return (
+            AdapterReference(policy) if anchored else ModelReference(Policy(copy.deepcopy(self.models[dtype]).unload()))
+        )
 
     def divergences(self, example: Example, beta: float, temperature: float) -> Tensor:
         """Of its first completion's tokens from the teacher, in float64, off as `_in_float64` is."""

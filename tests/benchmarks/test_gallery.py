@@ -109,12 +109,15 @@ def test_the_others_by_hand():
     assert eaft["H = 3 nats"][0.5] == pytest.approx(6 * eaft["H = 0.5 nats"][0.5]) != 0  # as the entropies
     gkd = curves("sft", "gkd")["value"]["H = 3 nats"]  # p = 1/2, q = 1: 1/2 ln 4/3 + 1/2 (1/2 ln 2/3 + 1/2 ln 2)
     assert gkd[0.5] == pytest.approx(0.5 * math.log(4 / 3) + 0.25 * math.log(4 / 3))
+    asft = curves("sft", "asft")["value"]["H = 3 nats"]  # KL((1/2, 1/2) || p) = -1/2 ln 4 p (1 - p)
+    assert asft[0.25] == pytest.approx(0.25 * math.log(4) - 0.025 * math.log(3 / 4)) and math.isnan(asft[1.0])
 
 
 def test_laws_that_are_broken_on_purpose():
     broken = {(m, name): one.broken for m in ("sft", "kto") for name, one in variants(m).items() if one.broken}
     follows = {("sft", "gkd"): ["direction"]}
-    assert broken == follows | {(m, n): ["gradient"] for m, n in (("sft", "dft"), ("sft", "eaft"), ("kto", "bco"))}
+    held = (("sft", "dft"), ("sft", "eaft"), ("sft", "asft"), ("kto", "bco"))
+    assert broken == follows | {one: ["gradient"] for one in held}
     assert variants("dpo")["discopop"].broken == ["direction"]
 
 

@@ -161,6 +161,16 @@ def test_a_teacher_takes_the_memory_and_the_time_of_its_own_shape(capsys):
     assert extra == pytest.approx(taught["parts_mib"]["teacher"], abs=1), "weights are in no fragments"
 
 
+def test_an_anchor_is_a_reference_whose_head_is_read_too(capsys):
+    line = ["sft", "--model_name_or_path", "Qwen2.5-0.5B", "--dtype", "bfloat16"]
+    for way, copies in (([], 1), (["--lora_r", "8"], 0)):
+        dft, asft = (told(capsys, *line, *way, "--loss_type", name) for name in ("dft", "asft"))
+        assert dft["parts_mib"]["reference"] == 0 and "reference" not in dft["step_parts_ms"]
+        assert asft["parts_mib"]["reference"] == copies * asft["parts_mib"]["weights"]
+        assert asft["step_parts_ms"]["reference"] > asft["step_parts_ms"]["forward"]
+        assert asft["step_parts_ms"]["head"] == 2 * dft["step_parts_ms"]["head"]
+
+
 def test_rollouts_are_no_longer_than_they_may_be(capsys):
     line = ["grpo", "--model_name_or_path", "Qwen2.5-0.5B", "--num_generations", "2", "--batch_size", "1"]
     assert told(capsys, *line, "--max_completion_length", "28")["step_tokens"] == 256  # 200 + 2 x 28, in 128s

@@ -65,7 +65,7 @@ def test_a_batch_by_itself_is_cross_entropy():
 
 
 def test_losses_that_need_more_are_refused():
-    for loss in (DPOLoss(), SFTLoss(loss_type="gkd")):
+    for loss in (DPOLoss(), SFTLoss(loss_type="gkd"), SFTLoss(loss_type="asft")):
         with pytest.raises(ValueError, match=f"^{type(loss).__name__} needs more than logits and labels; hf_compute_"):
             hf_compute_loss(loss)
 

@@ -236,7 +236,7 @@ def outcome(loss: Loss) -> list[float]:
         more = {"log_z": 2 * policy}
         if loss.divergence is not None:  # from a teacher of as many words as there are tokens
             words = torch.eye(3, dtype=torch.float64)
-            values = linear_jsd(policy, words, ref, words, **loss.divergence._asdict())
+            values = linear_jsd(policy, words, ref, words, **loss.divergence.jsd)
             more["divergence"] = values[:, None].expand(2, 3)
         value = loss(dataclasses.replace(kept["policy"], **more), totals=totals).loss
     elif loss.kind is Kind.LISTED:

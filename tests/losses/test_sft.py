@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from logratio.losses import CompletionLogps, SFTLoss, Totals
+from logratio.losses import CompletionLogps, SFTLoss, Totals, linear_jsd, linear_logps
+from logratio.losses.types import Divergence
 from logratio.reference.strategies import batches
 
 MASK = torch.tensor([[True, True, True], [False, True, False]])
@@ -135,7 +136,7 @@ def test_gkd_is_the_mean_divergence():
     logps = torch.full((2, 2), -1.0, requires_grad=True)
     x = CompletionLogps(logps, mask, divergence=divergence)
     loss = SFTLoss(loss_type="gkd", gkd_beta=0.1, gkd_temperature=2.0)
-    assert loss.divergence == (0.1, 2.0) and SFTLoss().divergence is None
+    assert loss.divergence == Divergence(0.1, 2.0, alone=True) and SFTLoss().divergence is None
     value, metrics = loss(x, totals=Totals.of(x))
     value.backward()
     assert value.item() == pytest.approx(3.5 / 3) and metrics["nll"].value == 1.0
@@ -149,17 +150,92 @@ def test_gkd_is_the_mean_divergence():
         SFTLoss(loss_type="gkd", z_loss_coef=0.1)
 
 
+def test_asft_of_three_words_by_hand():
+    """p_0 = (1/2, 1/4, 1/4), p = (1/8, 3/8, 1/2), the token is the last: -p log p = 1/2 ln 2, and KL(p_0 || p) =
+    1/2 ln 4 + 1/4 ln 2/3 + 1/4 ln 1/2 = ln 2 - 1/4 ln 3; KL(p || p_0) would be 3/8 ln 3 - 1/8 ln 2."""
+    start, now = (torch.tensor([p], dtype=torch.float64).log() for p in ([0.5, 0.25, 0.25], [0.125, 0.375, 0.5]))
+    loss, words = SFTLoss(loss_type="asft", asft_alpha=2.0), torch.eye(3, dtype=torch.float64)
+    assert loss.divergence.anchored and not loss.divergence.alone
+    divergence = linear_jsd(now, words, start, words, **loss.divergence.jsd)[None]
+    x = CompletionLogps(now[:, -1:], torch.tensor([[True]]), divergence=divergence)
+    value, metrics = loss(x, totals=Totals.of(x))
+    kl = math.log(2) - math.log(3) / 4
+    assert value.item() == pytest.approx(0.5 * math.log(2) + 2 * kl, rel=1e-12)
+    assert metrics["kl"].value == pytest.approx(kl, rel=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches("sequence", max_size=30.0))
+def test_asft_is_dft_and_a_weighed_divergence(batch):
+    """Both weighed by the tokens' weights, which the metric is not; at 0 dft alone, with the metric."""
+    mask, tokens = batch.masks["completion"], {k: v["completion"] for k, v in batch.tokens.items()}
+    x = CompletionLogps(
+        tokens["policy"].requires_grad_(),
+        mask,
+        divergence=tokens["divergence"].requires_grad_(),
+        weights=tokens.get("weights"),
+    )
+    totals = Totals.of(x)
+    dft = SFTLoss(loss_type="dft")(x, totals=totals).loss
+    kl = SFTLoss(loss_type="gkd")(x, totals=totals).loss
+    for alpha in (0.0, 0.05, 3.0):
+        value, metrics = SFTLoss(loss_type="asft", asft_alpha=alpha)(x, totals=totals)
+        assert value.item() == pytest.approx((dft + alpha * kl).item(), rel=1e-12)
+        grads, expected = (
+            torch.autograd.grad(of, (x.per_token_logps, x.divergence), retain_graph=True)
+            for of in (value, dft + alpha * kl)
+        )
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(grads, expected, strict=True))
+        if mask.any():
+            assert metrics["kl"].value == pytest.approx(tokens["divergence"][mask].mean().item())
+
+
+def test_asft_has_the_gradient_of_its_formula_over_whole_logits():
+    """By plain autograd of [N, V], from the hidden states and the head on."""
+    torch.manual_seed(0)
+    hidden, weight, before, start = (torch.randn(n, 6, dtype=torch.float64) for n in (5, 11, 5, 11))
+    targets, loss = torch.tensor([3, 0, 10, 7, 7]), SFTLoss(loss_type="asft", asft_alpha=0.7, z_loss_coef=0.1)
+    grads = []
+    for chunked in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if chunked:
+            out = linear_logps(h, w, targets, stats=loss.stats)
+            far = linear_jsd(h, w, before, start, **loss.divergence.jsd)
+            x = CompletionLogps(out.logps[None], targets[None] > -1, log_z=out.log_z[None], divergence=far[None])
+            value = loss(x, totals=Totals.of(x)).loss
+        else:
+            z, p_0 = h @ w.T, (before @ start.T).softmax(-1)
+            log_p, log_z = z.log_softmax(-1), z.logsumexp(-1)
+            of_token = log_p[torch.arange(5), targets]
+            kl = (p_0 * (p_0.log() - log_p)).sum(-1)
+            value = (-of_token.detach().exp() * of_token + 0.7 * kl + 0.1 * log_z**2).mean()
+        grads.append([value.detach(), *torch.autograd.grad(value, (h, w))])
+    for ours, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_asft_needs_the_divergence():
+    x = policy()
+    with pytest.raises(ValueError, match="needs the policy's divergence of every token, which is None"):
+        SFTLoss(loss_type="asft")(x, totals=Totals.of(x))
+    with pytest.raises(ValueError, match="asft_alpha=0.1 is not read by loss_type dft; leave it out"):
+        SFTLoss(loss_type="dft", asft_alpha=0.1)
+    with pytest.raises(ValueError, match="asft_alpha=-0.1 must not be negative"):
+        SFTLoss(loss_type="asft", asft_alpha=-0.1)
+
+
 def test_options_of_sft():
     assert dataclasses.asdict(SFTLoss()) == {
         "loss_type": "nll",
         "eaft_alpha": 1.0,
+        "asft_alpha": 0.05,
         "gkd_beta": 0.5,
         "gkd_temperature": 1.0,
         "z_loss_coef": 0.0,
     }
     assert SFTLoss().stats == () and SFTLoss(z_loss_coef=1e-4).stats == ("log_z",)
     assert not SFTLoss().wants_reference and SFTLoss().window_pass is None
-    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft, eaft, gkd$"):
+    with pytest.raises(ValueError, match="loss_type='ce' is unknown, expected one of: nll, dft, eaft, asft, gkd$"):
         SFTLoss(loss_type="ce")
     for value, must in ((-0.1, "not be negative"), (math.nan, "be finite"), (math.inf, "be finite")):
         with pytest.raises(ValueError, match=f"^z_loss_coef={value} must {must}$"):

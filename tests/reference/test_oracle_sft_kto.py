@@ -31,6 +31,12 @@ def test_sft() -> None:
     assert squared.item() == pytest.approx((LN2 + 8 * LN2) / 2)
     with pytest.raises(ValueError, match="needs entropy"):
         oracle.sft(halves, loss_type="eaft")
+    kl = steps([1.0], [3.0])
+    held = oracle.sft(halves, loss_type="asft", divergence=kl, asft_alpha=0.5)
+    assert held.item() == pytest.approx((LN2 + 0.5 * 4) / 2)
+    assert oracle.sft(halves, loss_type="asft", divergence=kl).item() == pytest.approx((LN2 + 0.05 * 4) / 2)
+    with pytest.raises(ValueError, match="needs divergence"):
+        oracle.sft(halves, loss_type="asft")
     assert oracle.sft(steps([], [])).item() == 0
     with pytest.raises(ValueError, match="no formula"):
         oracle.sft(logps, loss_type="focal")

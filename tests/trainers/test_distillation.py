@@ -1,4 +1,4 @@
-"""`logratio train sft --loss_type gkd`: a teacher's distributions at every place of given rows."""
+"""A teacher's distributions at every place of given rows, `--loss_type gkd`, and those of the start, `asft`."""
 
 import copy
 import json
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from logratio.benchmarks.peers.truths import exact, random_model
@@ -16,8 +17,8 @@ from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
-from logratio.trainers.policy.policy import Policy, States
-from logratio.trainers.policy.reference import ModelReference
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.reference import AdapterReference, ModelReference
 from logratio.trainers.policy.teacher import distributions
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.setup import build, start_accelerator
@@ -50,7 +51,7 @@ def stepped(student, teacher, loss, micro_batch_tokens=1000, **more):
         None,
         micro_batch_tokens=micro_batch_tokens,
         max_length=64,
-        teacher=ModelReference(States(teacher)),
+        teacher=ModelReference(Policy(teacher)),
     )
     micros = step.micro_batches(EXAMPLES)
     result = step(micros, step.totals(EXAMPLES, micros), **more)
@@ -111,7 +112,7 @@ def test_metrics_are_of_the_whole_vocabulary_at_temperature_1():
     student, teacher = student_and_teacher()
     policy = Policy(student, stats=("entropy", "is_top1"))
     batch = pack(EXAMPLES, 1000)[0]
-    taught = distributions(ModelReference(States(teacher)), SFTLoss(loss_type="gkd", gkd_temperature=3.0), batch)
+    taught = distributions(ModelReference(Policy(teacher)), SFTLoss(loss_type="gkd", gkd_temperature=3.0), batch)
     out, plain = policy(batch, **taught), policy(batch)
     for name in ("logps", "entropy", "is_top1"):
         assert torch.equal(getattr(out, name), getattr(plain, name)) and not getattr(out, name).requires_grad
@@ -139,7 +140,7 @@ def test_each_model_has_the_head_of_its_architecture(kind):
     batch, ids = pack(EXAMPLES[:1], 1000)[0], torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     for student, teacher in ((own, plain), (plain, own)):
         loss = SFTLoss(loss_type="gkd", gkd_temperature=0.7)
-        out = Policy(student)(batch, **distributions(ModelReference(States(teacher)), loss, batch))
+        out = Policy(student)(batch, **distributions(ModelReference(Policy(teacher)), loss, batch))
         rows = [model(ids).logits[0, 2:-1, :40] for model in (teacher, student)]
         expected = oracle.generalized_jsd(*rows, beta=0.5, temperature=0.7)
         torch.testing.assert_close(out.divergence[0].double(), expected, rtol=1e-4, atol=1e-5)
@@ -191,6 +192,59 @@ def test_a_teacher_that_is_the_model_has_nothing_to_say(run_of):
     assert result.loss.item() == 0 and not any(p.grad.any() for p in run.trained if p.grad is not None)
 
 
+def step_of(run):
+    """(the means, the gradient of every trained parameter) of a step on all examples."""
+    examples = list(run.data.train)
+    for p in run.trained:
+        p.grad = None
+    micros = run.step.micro_batches(examples)
+    means = run.step(micros, run.step.totals(examples, micros)).reduced(run.accelerator)
+    return means, [p.grad.clone() for p in run.trained]
+
+
+WAYS = {
+    "full": (),
+    "lora": ("--lora_r", "2", "--micro_batch_tokens", "16"),
+    "adapter": ("--adapter_name_or_path", "adapter"),
+    "bf16": ("--lora_r", "2", "--mixed_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "bf16" else way for way in WAYS])
+def test_asft_begins_as_dft_and_is_held_to_where_it_began(run_of, way):
+    """Of an adapter that goes on training too, which is where it began. After a step the divergence is that of the
+    model now from the model then."""
+    if way == "adapter":
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(tiny_model(), lora).save_pretrained("adapter")
+    asft, dft = (run_of("--loss_type", name, "--disable_dropout", "True", *WAYS[way]) for name in ("asft", "dft"))
+    assert isinstance(asft.step.teacher, ModelReference if way == "full" else AdapterReference), "no weights twice"
+    (mine, grads), (plain, expected) = step_of(asft), step_of(dft)
+    assert mine.pop("kl") == 0 and mine == plain
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True)) and any(g.any() for g in grads)
+    began = copy.deepcopy(asft.policy.model)
+    for run in (asft, dft):
+        with torch.no_grad():
+            for p, grad in zip(run.trained, grads, strict=True):
+                p -= 0.5 * grad
+    (mine, grads), (plain, expected) = step_of(asft), step_of(dft)
+    assert mine["loss"] == pytest.approx(plain["loss"] + 0.05 * mine["kl"], rel=1e-6) and mine["kl"] > 0
+    assert not any(torch.equal(a, b) for a, b in zip(grads, expected, strict=True) if b.any())
+    if way != "bf16":
+        assert mine["kl"] == pytest.approx(drift(began, asft), rel=1e-4)
+
+
+def drift(began, run):
+    """Mean KL of the model then and now, by plain passes."""
+    found = []
+    for example in run.data.train:
+        ids, first = torch.tensor([[*example.prompt_ids, *example.completions[0].ids]]), len(example.prompt_ids) - 1
+        with torch.no_grad():
+            rows = [model(ids).logits[0, first:-1] for model in (began, run.policy.model)]
+        found += oracle.generalized_jsd(*rows, beta=0.0).tolist()
+    return sum(found) / len(found)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -202,6 +256,15 @@ def test_a_teacher_that_is_the_model_has_nothing_to_say(run_of):
             "sft --teacher_model_name_or_path x",
             "--teacher_model_name_or_path x is read by grpo, and by sft with --loss_type gkd, but not by this sft; "
             "leave it out",
+        ),
+        (
+            "sft --loss_type asft --teacher_model_name_or_path x",
+            "--teacher_model_name_or_path x is read by grpo, and by sft with --loss_type gkd, but not by this sft; "
+            "leave it out",
+        ),
+        (
+            "sft --loss_type asft --ref_model_name_or_path x",
+            "--ref_model_name_or_path x is about the reference, but this sft has none; leave it out",
         ),
         ("sft --gkd_beta 0.1", "gkd_beta=0.1 is not read by loss_type nll"),
         ("sft --loss_type gkd --gkd_beta 2", "gkd_beta=2.0 must be in [0, 1]"),

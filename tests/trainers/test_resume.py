@@ -20,7 +20,7 @@ from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, complet
 pytestmark = pytest.mark.usefixtures("workspace")
 
 CASES = {
-    "sft": [],
+    "sft": ["--loss_type", "asft"],  # which is held to where the first run began
     "dpo": [*LORA, *SYNC],
     "dpo full": [*SYNC, "--loss_type", "beta_dpo"],
     "dpo precomputed": [*LORA, "--precompute_ref_log_probs"],

@@ -32,7 +32,7 @@ from logratio.trainers.batches.inputs import count_totals, loss_inputs
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.policy import Policy, States
+from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, ModelReference, StoredReference
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import MicroBatch, Step, StepResult
@@ -124,6 +124,10 @@ def model(built):
 
 def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True) -> Step:
     policy = Policy(model, shared=shared, stats=(*loss.stats, *loss.metric_stats, *loss.ref_stats))
+    teacher = None
+    if loss.divergence is not None:
+        anchored = loss.divergence.anchored
+        teacher = AdapterReference(policy) if anchored else ModelReference(Policy(copy.deepcopy(model).unload()))
     return Step(
         start_accelerator("no"),
         policy,
@@ -131,7 +135,7 @@ def make_step(model, loss: Loss, *, micro_batch_tokens: int, shared: bool = True
         AdapterReference(policy, loss.ref_stats) if loss.wants_reference else None,
         micro_batch_tokens=micro_batch_tokens,
         max_length=MAX_LENGTH,
-        teacher=None if loss.divergence is None else ModelReference(States(copy.deepcopy(model).unload())),
+        teacher=teacher,
     )
 
 

@@ -112,9 +112,7 @@ class Trainer:
 
     def _built(self) -> Run:
         model = self.config.model
-        if self.config.wants_reference and not (
-            model.lora_r or model.adapter_name_or_path or model.ref_model_name_or_path
-        ):
+        if self.config.keeps_start and not (model.lora_r or model.adapter_name_or_path):
             self.objects.keep_start()
         with giving(self.objects.found):
             run = build(self.config)

@@ -71,20 +71,21 @@ class RunConfig:
     def _check_teacher(self) -> None:
         """UserError for a teacher that nothing reads, or what does not go with one."""
         named, rollout = self.model.teacher_model_name_or_path, self.rollout
+        taught = self.loss.divergence is not None and not self.anchored
         if not named:
             if rollout is not None and rollout.teacher_coef is not None:
                 raise UserError(
                     f"--teacher_coef {rollout.teacher_coef} is read only with --teacher_model_name_or_path; add it, or "
                     "leave this out"
                 )
-            if self.loss.divergence is not None:
+            if taught:
                 raise UserError(
                     f"--loss_type {self.loss.loss_type} is a divergence from a teacher: name it with "
                     "--teacher_model_name_or_path"
                 )
             return
         if rollout is None:
-            if self.loss.divergence is None:
+            if not taught:
                 raise UserError(
                     f"--teacher_model_name_or_path {named} is read by grpo, and by sft with --loss_type gkd, but not "
                     f"by this {self.method}; leave it out"
@@ -120,6 +121,16 @@ class RunConfig:
     def wants_reference(self) -> bool:
         """Whether the loss or the rewards compare with a reference model."""
         return self.loss.wants_reference or (self.rollout is not None and self.rollout.reward_kl_coef > 0)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the loss compares the next word's distribution with that of the model that training starts from."""
+        return self.loss.divergence is not None and self.loss.divergence.anchored
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether what training starts from stays beside what trains, to compare with."""
+        return self.anchored or (self.wants_reference and self.model.ref_model_name_or_path is None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for run_config.json, which `--config` takes; without how it was begun (`ONCE`)."""

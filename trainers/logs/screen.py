@@ -26,7 +26,7 @@ FIGURES = (
     ("completions/mean_length", ("reward", "kl", "entropy", "loss"), "completions/mean_length"),
     ("rewards/accuracies", ("loss", "rewards/accuracies"), "rewards/margins"),
     ("rewards/margins", ("loss", "kl"), "rewards/margins"),
-    ("loss", ("loss", "mean_token_accuracy", "nll"), "grad_norm"),
+    ("loss", ("loss", "kl", "mean_token_accuracy", "nll"), "grad_norm"),
 )
 """(a metric that tells the method; of these the first two that the log has; and this one): what is shown of a step."""
 CURVES = ("loss", "reward", "rewards/margins", "kl", "grad_norm", "learning_rate")

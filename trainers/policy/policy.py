@@ -22,6 +22,7 @@ from ..batches.blocks import Blocks
 from ..batches.packing import PackedBatch
 from ..layers.nf4 import refuse_repacked, repackable
 from ..layers.switch import NO_ADAPTER, computing_with
+from ..processes.sharding import whole
 
 REFERENCE_ADAPTER = "reference"
 MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
@@ -81,20 +82,31 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def forward(self, batch: PackedBatch, taught: Mapping[str, Any] | None = None) -> TokenLogps:
+    def forward(
+        self,
+        batch: PackedBatch,
+        taught: Mapping[str, Any] | None = None,
+        *,
+        alone: bool = False,
+        states: bool = False,
+    ) -> TokenLogps | Tensor:
         """Log-probabilities and `stats`, [paths, T] each as `batch.scored`, float32, 0 where not scored.
 
-        taught: what `linear_jsd` is to compare the batch with; then these are without gradient, and the divergence
-        comes beside them, of the words that both models have.
+        taught: what `linear_jsd` is to compare the batch with, the head this one's where none is given; the divergence
+        then comes beside them, of the words that both models have. alone: with a gradient, and they without.
+        states: the hidden states instead, [N, H] where a token is scored: what a teacher is asked for.
         """
         if self.repackable and torch.is_grad_enabled() and batch.input_ids.device.type == "cpu":
             refuse_repacked(*(layer.weight for layer in self.repackable))
         hidden, head, options = self.scored_states(batch), self.causal_lm.get_output_embeddings(), self.head_options()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and taught is None):
+        if states:
+            return hidden
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not alone):
             out = linear_logps(hidden, head.weight, batch.targets, support=batch.support, stats=self.stats, **options)
         if taught is not None:
+            taught = self.teaching_head() | dict(taught)
             words = min(len(head.weight), len(taught["teacher_weight"]))
-            options = cut(options | dict(taught), words)
+            options = cut(options | taught, words)
             out = out._replace(divergence=linear_jsd(hidden, head.weight[:words], **options))
         return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
 
@@ -128,17 +140,21 @@ class Policy(nn.Module):
             "softcap": getattr(config, "final_logit_softcapping", None),
         }
 
+    def teaching_head(self) -> dict[str, Any]:
+        """What `linear_jsd` takes of a teacher's head, if this is the teacher's: gathered on every process, where it is
+        sharded."""
+        head, options = self.causal_lm.get_output_embeddings(), self.head_options()
+        return {
+            "teacher_weight": whole(head.weight.detach()),
+            "teacher_bias": None if options["bias"] is None else whole(options["bias"].detach()),
+            "teacher_logit_scale": options["logit_scale"],
+            "teacher_softcap": options["softcap"],
+        }
+
     def as_reference(self) -> contextlib.AbstractContextManager[None]:
         """Inside, forward computes the reference: the frozen starting adapter if there is one, else no adapter."""
         frozen = REFERENCE_ADAPTER in self.model.peft_config
         return computing_with(self.model, REFERENCE_ADAPTER if frozen else NO_ADAPTER)
-
-
-class States(Policy):
-    """A teacher: `forward` gives the hidden states alone, [N, H] where a token is scored."""
-
-    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
-        return self.scored_states(batch)
 
 
 def cut(options: Mapping[str, Any], words: int) -> dict[str, Any]:

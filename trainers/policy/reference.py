@@ -69,8 +69,12 @@ class AdapterReference:
         self.policy, self.stats = policy, stats
 
     def __call__(self, batch: PackedBatch) -> Tensor:
+        return with_stats(self.compute(batch), self.stats)
+
+    def compute(self, batch: PackedBatch, **asked: Any) -> Any:
+        """What the policy's forward gives there. asked: as it takes it."""
         with inference(self.policy), self.policy.as_reference():
-            return with_stats(self.policy(batch), self.stats)
+            return self.policy(batch, **asked)
 
 
 class ModelReference:
@@ -85,11 +89,11 @@ class ModelReference:
     def __call__(self, batch: PackedBatch) -> Tensor:
         return with_stats(self.compute(batch), self.policy.stats)
 
-    def compute(self, batch: PackedBatch) -> Any:
-        """What the model's forward gives."""
+    def compute(self, batch: PackedBatch, **asked: Any) -> Any:
+        """What the model's forward gives. asked: as it takes it."""
         device = batch.input_ids.device.type
         with inference(self.policy), torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return self.policy(batch)
+            return self.policy(batch, **asked)
 
 
 class StoredReference:
@@ -238,7 +242,6 @@ def other_model(
     accelerator: Accelerator,
     named: str | None,
     what: str,
-    of: type[Policy] = Policy,
     stats: tuple[str, ...] = (),
 ) -> tuple[ModelReference, list[str]]:
     """Another model for the policy's micro-batches, and what to tell. named: None, the weights that it started from."""
@@ -251,7 +254,7 @@ def other_model(
         notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
     elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
         (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
-    other = of(model, temperature=other.temperature, stats=stats, shared=other.shared)
+    other = Policy(model, temperature=other.temperature, stats=stats, shared=other.shared)
     return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes
 
 

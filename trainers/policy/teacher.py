@@ -1,4 +1,6 @@
-"""A teacher beside the policy: which may be one, and what it says of the tokens that the policy has sampled.
+"""A teacher beside the policy: which may be one, what its next words are, and what it says of sampled tokens.
+
+Of a loss that is anchored the teacher is the policy as it was when training began.
 
 On-policy distillation (Agarwal et al., arXiv 2306.13649; Gu et al., arXiv 2306.08543) goes down the reverse divergence
 KL(p || p_T) = E_p[log p - log p_T] of what the policy itself samples. With A_t = log p_T(y_t) - log p_old(y_t), a
@@ -24,9 +26,10 @@ from ..batches.values import by_completion
 from ..config import RunConfig
 from ..data.examples import Example
 from ..errors import UserError
-from ..processes.sharding import whole
-from .policy import Policy, States
-from .reference import ModelReference, other_model
+from .policy import Policy
+from .reference import AdapterReference, ModelReference, other_model
+
+Teacher = ModelReference | AdapterReference
 
 
 def check_teacher(tokenizer: Any, of_teacher: Any, name: str) -> None:
@@ -44,36 +47,27 @@ def check_teacher(tokenizer: Any, of_teacher: Any, name: str) -> None:
             )
 
 
-def make_teacher(
-    config: RunConfig, policy: Policy, accelerator: Accelerator
-) -> tuple[ModelReference | None, list[str]]:
-    """The teacher that the run names, frozen, and what to tell about it."""
-    named = config.model.teacher_model_name_or_path
-    if named is None:
+def make_teacher(config: RunConfig, policy: Policy, accelerator: Accelerator) -> tuple[Teacher | None, list[str]]:
+    """The teacher that the run names, frozen, and what to tell about it; or what training starts from, where the loss
+    is anchored: the policy without what its adapters have learned, else the model once more."""
+    named, anchored = config.model.teacher_model_name_or_path, config.anchored
+    if anchored and policy.has_adapters:
+        return AdapterReference(policy), []
+    if named is None and not anchored:
         return None, []
-    kind = Policy if config.loss.divergence is None else States
-    return other_model(config, policy, accelerator, named, "the teacher", kind)
+    return other_model(config, policy, accelerator, named, "the teacher")
 
 
-def distributions(teacher: ModelReference | None, loss: Loss, batch: PackedBatch) -> dict[str, Any]:
+def distributions(teacher: Teacher | None, loss: Loss, batch: PackedBatch) -> dict[str, Any]:
     """What the policy's forward is given beside the batch: what `linear_jsd` takes of the teacher and of the loss, or
-    nothing where the loss has no divergence.
-
-    The head's weight is gathered on every process, where it is sharded.
-    """
+    nothing where the loss has no divergence."""
     if loss.divergence is None:
         return {}
     assert teacher is not None
-    options, head = teacher.policy.head_options(), teacher.policy.causal_lm.get_output_embeddings()
-    taught = {
-        "teacher_hidden": teacher.compute(batch),
-        "teacher_weight": whole(head.weight.detach()),
-        "teacher_bias": None if options["bias"] is None else whole(options["bias"].detach()),
-        "teacher_logit_scale": options["logit_scale"],
-        "teacher_softcap": options["softcap"],
-        **loss.divergence._asdict(),
-    }
-    return {"taught": taught}
+    taught = {"teacher_hidden": teacher.compute(batch, states=True), **loss.divergence.jsd}
+    if isinstance(teacher, ModelReference):  # else the head is the policy's, which adapters leave as it is
+        taught |= teacher.policy.teaching_head()
+    return {"taught": taught, "alone": loss.divergence.alone}
 
 
 def log_ratios(examples: Sequence[Example], taught: Iterable[tuple[PackedBatch, Tensor]]) -> tuple[Tensor, Mean]:

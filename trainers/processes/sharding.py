@@ -72,6 +72,8 @@ def wrap(
 def copied(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Tensors of their own in place of views: what gathers the weights again hangs on them, and would be lost where
     something is added to a view in place."""
+    if isinstance(output, Tensor):
+        return output.clone()
     return type(output)(*(None if values is None else values.clone() for values in output))
 
 

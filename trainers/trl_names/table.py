@@ -167,7 +167,7 @@ ONLY = {
 OURS = frozenset(
     "batch_size micro_batch_tokens mixed_precision shuffle eval_size on_bad_row streaming_buffer "
     "dataset_weights fused_lora fused_layers adapter_name_or_path ref_model_name_or_path early_stopping_patience "
-    "z_loss_coef gkd_beta gkd_temperature "
+    "z_loss_coef asft_alpha gkd_beta gkd_temperature "
     "irpo_alpha dpop_lambda cal_dpo_coef r_dpo_alpha chi_po_r_max rainbow_mu rainbow_gamma beta_dpo_coef "
     "beta_dpo_momentum advantage_type reward_kl_coef reward_kl_estimator teacher_coef reward_timeout kl_estimator "
     "log_completions_steps sampling_correction sampling_clip_min sampling_clip_max stop_strings rollout_engine "

@@ -114,10 +114,12 @@ def test_lists_have_a_trainer_too(here):
         ListwiseConfig(label_smoothing=0.1)
 
 
-def test_a_model_that_was_given_keeps_its_type(here):
+def test_a_model_that_was_given_keeps_its_type_and_anchors_itself(here):
     model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.bfloat16)
-    trainer = SFTTrainer(model, SFTConfig("out", **PLAIN), train_dataset=rows("sft"), processing_class=tiny_tokenizer())
+    args = SFTConfig("out", loss_type="asft", asft_alpha=0.1, **PLAIN)
+    trainer = SFTTrainer(model, args, train_dataset=rows("sft"), processing_class=tiny_tokenizer())
     trainer.train()
+    assert trainer.state.log_history[0]["kl"] == 0 < trainer.state.log_history[-1]["kl"]
     assert trainer.config.model.dtype == "bfloat16" and next(model.parameters()).dtype == torch.bfloat16
 
 

@@ -89,6 +89,7 @@ def test_what_is_not_a_number_is_left_out():
         ({"loss": 1, "rewards/margins": 2}, ["loss", "rewards/margins"]),
         ({"loss": 1, "entropy": 3, "completions/mean_length": 2}, ["entropy", "loss", "completions/mean_length"]),
         ({}, []),
+        ({"loss": 1, "kl": 0, "mean_token_accuracy": 1, "grad_norm": 1}, ["loss", "kl", "grad_norm"]),
     ],
 )
 def test_figures_are_the_methods(row, names):

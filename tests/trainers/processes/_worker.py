@@ -116,7 +116,7 @@ def train(words: list[str], kind: str = "ddp") -> dict[str, Any]:
         live = getattr(run.step.reference, "live", run.step.reference)
         held["reference"] = share_held(live.policy) if isinstance(live, ModelReference) else 0.0
         # after what is done to it there, if anything
-        run.policy.register_forward_hook(lambda m, i, out: dtypes.update(logps=str(out.logps.dtype)))
+        run.policy.register_forward_hook(lambda m, i, out: dtypes.update(logps=str(getattr(out, "logps", out).dtype)))
         embeddings = run.policy.causal_lm.get_input_embeddings()
         embeddings.register_forward_hook(lambda m, i, out: dtypes.update(embedded=str(out.dtype)))
         return run

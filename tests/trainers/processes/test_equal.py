@@ -37,6 +37,7 @@ THREE = ("sft", "dpo-full", "kto", "grpo-three")
 FSDP2 = {
     "sft": ("sft", "full", "--gradient_checkpointing"),
     "gkd": ("sft", "full", "--loss_type", "gkd", *TEACHER, "--dataset_test_split", "test", "--eval_steps", "2"),
+    "asft": ("sft", "lora", "--loss_type", "asft", "--dataset_test_split", "test", "--eval_steps", "2"),
     "dpo": ("dpo", "lora"),
     "dpo-full": ("dpo", "full", *STORED, "--save_steps", "2"),
     "kto": ("kto", "qlora"),
