@@ -185,13 +185,11 @@ def grouped(loss: Loss, state: Mapping[str, float]) -> Drawn:
 
 
 def sequence(loss: Loss, state: Mapping[str, float]) -> Drawn:
-    """Against the probability of one token, at two entropies of its place."""
-    x = spaced(0.01, 1.0, 100)
+    """Against the probability of one token, which is never certain, at two entropies of its place."""
+    x = spaced(0.01, 0.99, 99)
     anchored = loss.divergence is not None and loss.divergence.anchored
 
-    def at(p: float, entropy: float) -> Point | None:
-        if p == 1 and anchored:
-            return None  # the start found the other word possible
+    def at(p: float, entropy: float) -> Point:
         log_p = numbers(math.log(p))
         known = torch.full((1, 1), entropy, dtype=torch.float64)
         policy = completions(log_p, entropy=known, **apart(log_p))  # type: ignore[arg-type]
@@ -201,17 +199,15 @@ def sequence(loss: Loss, state: Mapping[str, float]) -> Drawn:
         """The divergence from a teacher who is sure of this token, of two, or from a start to which both were alike."""
         if loss.divergence is None:
             return {}
-        both = torch.cat([log_p, torch.log1p(-log_p.exp().clamp(max=1 - 1e-12))])[None]
-        words, teacher = (
-            torch.eye(2, dtype=log_p.dtype),
-            torch.tensor([[0.0, 0.0 if anchored else -1e3]], dtype=log_p.dtype),
-        )
+        both = torch.cat([log_p, torch.log1p(-log_p.exp())])[None]
+        words, other = torch.eye(2, dtype=log_p.dtype), 0.0 if anchored else -1e3
+        teacher = torch.tensor([[0.0, other]], dtype=log_p.dtype)
         return {"divergence": linear_jsd(both, words, teacher, words, **loss.divergence.jsd)[None]}
 
     return two_panels(x, {f"H = {h:g} nats": [at(p, h) for p in x] for h in ENTROPIES})
 
 
-def two_panels(x: list[float], found: Mapping[str, Sequence[Point | None]]) -> Drawn:
+def two_panels(x: list[float], found: Mapping[str, Sequence[Point]]) -> Drawn:
     value = {name: column(points, lambda one: one.value) for name, points in found.items()}
     step = {name: column(points, lambda one: one.step[0]) for name, points in found.items()}
     return Drawn(x, {"value": value, "step": step})
