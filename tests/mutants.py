@@ -67,7 +67,15 @@ ORACLE = tuple(
 )
 TRUTHS = tuple(
     f"benchmarks/{name}.py"
-    for name in ("peers/case", "peers/cases", "peers/cases_offline", "peers/sides", "peers/truths", "verify")
+    for name in (
+        "peers/case",
+        "peers/cases",
+        "peers/cases_offline",
+        "peers/randoms",
+        "peers/sides",
+        "peers/truths",
+        "verify",
+    )
 )
 LAST = {"tests/benchmarks/test_verify.py": (*TRUTHS, *ORACLE, "reference/trl.py")}
 """Test files outside tests/losses that survivors meet last, and what they rest on."""

@@ -30,8 +30,8 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .randoms import old_logps, random_groups, random_rows, sampled_by_another
-from .truths import MAX_LENGTH, Gradient, random_model
+from .randoms import old_logps, random_groups, random_model, random_rows, sampled_by_another
+from .truths import MAX_LENGTH, Gradient
 
 LIGER_VERSION = "0.8.5"
 BATCH = 8

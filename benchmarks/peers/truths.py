@@ -13,9 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from logratio.losses import Kind
 from logratio.reference import oracle
@@ -30,7 +28,7 @@ from logratio.trainers.policy.teacher import Teacher
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 from .case import Case
-from .randoms import old_logps, random_groups, random_rows, sampled_by_another, words_of
+from .randoms import old_logps, random_groups, random_model, random_rows, sampled_by_another, words_of
 
 MAX_LENGTH = 1024
 LONGEST = 12
@@ -44,39 +42,6 @@ class Gradient:
     loss: float
     scale: float
     grads: dict[str, Tensor]
-
-
-def random_model(config: Any, seed: int, adapters: float = 0.5) -> Any:
-    """A tiny random model with LoRA on all linear layers, B not zero, so that every gradient is something.
-
-    adapters: the scale of B; at 0.2 log-ratios of `LONGEST` characters are about a nat, at 0.5 a few.
-    """
-    tokenizer = tiny_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            config(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.2,  # far from uniform predictions
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        )
-        lora = LoraConfig(
-            r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model.float(), lora)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(adapters)
-    return model
 
 
 def exact(model: Any) -> Any:

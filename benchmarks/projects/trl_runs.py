@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.truths import random_model
+from logratio.benchmarks.peers.randoms import random_model
 from logratio.reference._trl_drive import constructed
 from logratio.trainers.policy.tiny import tiny_tokenizer
 

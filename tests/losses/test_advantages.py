@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.truths import random_model
+from logratio.benchmarks.peers.randoms import random_model
 from logratio.losses.advantages import ADVANTAGES, AGGREGATIONS, SCALES, Context, advantages_of
 from logratio.reference import oracle, trl
 from logratio.trainers.policy.tiny import tiny_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.truths import random_model
+from logratio.benchmarks.peers.randoms import random_model
 from logratio.reference import oracle, trl
 from logratio.trainers.policy.tiny import tiny_tokenizer
 

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from logratio.benchmarks.peers.truths import exact, random_model
+from logratio.benchmarks.peers.randoms import random_model
+from logratio.benchmarks.peers.truths import exact
 from logratio.losses import SFTLoss
 from logratio.reference import oracle
 from logratio.trainers.batches.packing import pack

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers import randoms, truths
+from logratio.benchmarks.peers import randoms
 from logratio.losses import DPO_TYPES, LOSSES, DPOType, Kind
 from logratio.reference import trl
 from logratio.trainers import setup
@@ -73,7 +73,7 @@ def our_run(method: str, model: Any, data: str, output: Path, steps: int, **trai
 
 def trajectory(method: str, steps: int, output: Path) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
     """(ours, TRL's) losses and gradient norms, and the largest difference between the final adapters."""
-    model = truths.random_model(LlamaConfig, 3)
+    model = randoms.random_model(LlamaConfig, 3)
     rows = rows_of(method, BATCH * steps)
     if method == "grpo":
         examples, rows, old = rollouts(model, steps)
@@ -307,7 +307,7 @@ def test_the_next_step_is_packed_before_a_device_is_waited_for(
     """Each step once, in order, and none beyond the last; what packing raises ends the step that it is of."""
     happened: list[str] = []
     data = write_rows(tmp_path / "rows.jsonl", rows_of("sft", BATCH * 3))
-    run = our_run("sft", truths.random_model(LlamaConfig, 3), data, tmp_path, 3)
+    run = our_run("sft", randoms.random_model(LlamaConfig, 3), data, tmp_path, 3)
     cut, read = Step.micro_batches, Tensor.tolist
     windows = [list(range(start, start + BATCH)) for start in range(0, 3 * BATCH, BATCH)]
 

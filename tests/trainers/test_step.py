@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from logratio.benchmarks.peers import truths
 from logratio.benchmarks.peers.case import Case
 from logratio.benchmarks.peers.cases import CASES
+from logratio.benchmarks.peers.randoms import random_model
 from logratio.losses import (
     LOSSES,
     DPOLoss,
@@ -111,7 +112,7 @@ def examples_for(kind: Kind, count: int = 6, vocab: int = 256, gold: bool = Fals
 
 @pytest.fixture(scope="module")
 def built():
-    return truths.exact(truths.random_model(LlamaConfig, 0))
+    return truths.exact(random_model(LlamaConfig, 0))
 
 
 @pytest.fixture

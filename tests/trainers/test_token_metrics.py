@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from logratio.benchmarks.peers.randoms import random_rows
-from logratio.benchmarks.peers.truths import random_model
+from logratio.benchmarks.peers.randoms import random_model, random_rows
 from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.data.examples import prepare

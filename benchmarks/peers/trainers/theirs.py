@@ -18,7 +18,7 @@ from logratio.reference._trl_drive import DEFAULTS, built
 from logratio.reference.trainer_laws import Trained, sgd
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from ..truths import random_model
+from ..randoms import random_model
 
 Rows = list[dict[str, Any]]
 KINDS = {"sft": "sequence", "kto": "labeled", "grpo": "grouped", "listwise": "grouped"}

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from logratio.benchmarks.peers import truths
+from logratio.benchmarks.peers.randoms import random_model
 from logratio.losses import LOSSES, Kind
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
@@ -47,7 +48,7 @@ class Watched:
 
 @pytest.fixture
 def step():
-    return make_step(truths.exact(truths.random_model(LlamaConfig, 0)), LOSSES["kto"](), micro_batch_tokens=40)
+    return make_step(truths.exact(random_model(LlamaConfig, 0)), LOSSES["kto"](), micro_batch_tokens=40)
 
 
 def tokens_of(example: Example) -> int:
