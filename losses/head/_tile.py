@@ -20,7 +20,7 @@ CONSTANTS = ("log_sum_p2", "is_top1")
 """Those without a gradient."""
 STAT_DTYPES = {"is_top1": torch.bool}
 """Of those that are no numbers."""
-SCRATCH = {"cpu": 2**18, "cuda": 2**24}
+SCRATCH = {"cpu": 262_144, "cuda": 16_777_216}
 """Logits that `TorchTile` works on at a time: 1 MiB in float32 on a CPU (measured), 64 MiB where launches cost more."""
 
 
@@ -119,7 +119,7 @@ class Logits:
         self.factor = transform.logit_scale / transform.temperature
         self.transform = transform
         self._logits = weight.new_empty(rows, len(weight), dtype=self.sum_dtype)
-        self.block = min(max(1, SCRATCH.get(weight.device.type, SCRATCH["cuda"]) // max(len(weight), 1)), max(rows, 1))
+        self.block = 1 + SCRATCH.get(weight.device.type, SCRATCH["cuda"]) // (1 + len(weight))
         softcapped = transform.softcap is not None
         self._slope = torch.empty_like(self._logits[: self.block]) if softcapped else None
 
@@ -169,7 +169,7 @@ class TorchTile(Logits):
         for start in range(0, len(h), self.block):
             at = slice(start, start + self.block)
             slope = self.into_logits(z[at], differentiated=coefficients is not None)
-            own = None if kept is None else kept.at(slice(start, min(start + self.block, len(h))))
+            own = None if kept is None else kept.at(at)
             block = self._softmax(z[at], y[at, None], own)
             logps[at] = block.shifted_y - block.log_total
             for name in _STATS:

@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_refused():
     narrow = CompletionLogps(OLD[:, :1], MASK[:, :1])
     with pytest.raises(ValueError, match=r"old must have the policy's rows and tokens, got \[2, 1\] for \[2, 3\]"):
         GRPOLoss()(policy, advantages=ADVANTAGES, old=narrow, totals=totals)
+    with pytest.raises(ValueError, match=r"ref must have the policy's rows and tokens, got \[2, 1\] for \[2, 3\]"):
+        GRPOLoss(beta=0.1)(policy, narrow, advantages=ADVANTAGES, totals=totals)
     with pytest.raises(
         ValueError,
         match="importance_sampling_level='word' is unknown, expected one of: token, sequence, sequence_token",

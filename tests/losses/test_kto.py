@@ -67,7 +67,7 @@ def test_a_rows_weight_multiplies_its_loss_and_not_the_divisor():
     value = KTOLoss()(weighted, CompletionLogps(REF, MASK), LABEL, totals=totals).loss
     assert value.item() == pytest.approx((0.5 * sigmoid(-0.1) + 4 * sigmoid(-0.3)) / 3, rel=1e-7)
     value.backward()
-    assert weights.grad is None
+    assert weights.grad is None and x.per_token_logps.grad[2].tolist() == [0, 0]
     assert x.per_token_logps.grad[1, 0].item() == pytest.approx(4 * 0.1 * sigmoid(-0.3) * sigmoid(0.3) / 3, rel=1e-7)
 
 

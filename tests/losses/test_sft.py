@@ -136,7 +136,7 @@ def test_gkd_is_the_mean_divergence():
     logps = torch.full((2, 2), -1.0, requires_grad=True)
     x = CompletionLogps(logps, mask, divergence=divergence)
     loss = SFTLoss(loss_type="gkd", gkd_beta=0.1, gkd_temperature=2.0)
-    assert loss.divergence == Divergence(0.1, 2.0, alone=True) and SFTLoss().divergence is None
+    assert loss.divergence == Divergence(0.1, 2.0, False, True) and SFTLoss().divergence is None
     value, metrics = loss(x, totals=Totals.of(x))
     value.backward()
     assert value.item() == pytest.approx(3.5 / 3) and metrics["nll"].value == 1.0
@@ -155,7 +155,7 @@ def test_asft_of_three_words_by_hand():
     1/2 ln 4 + 1/4 ln 2/3 + 1/4 ln 1/2 = ln 2 - 1/4 ln 3; KL(p || p_0) would be 3/8 ln 3 - 1/8 ln 2."""
     start, now = (torch.tensor([p], dtype=torch.float64).log() for p in ([0.5, 0.25, 0.25], [0.125, 0.375, 0.5]))
     loss, words = SFTLoss(loss_type="asft", asft_alpha=2.0), torch.eye(3, dtype=torch.float64)
-    assert loss.divergence.anchored and not loss.divergence.alone
+    assert loss.divergence == Divergence(0.0, 1.0, True, False)
     divergence = linear_jsd(now, words, start, words, **loss.divergence.jsd)[None]
     x = CompletionLogps(now[:, -1:], torch.tensor([[True]]), divergence=divergence)
     value, metrics = loss(x, totals=Totals.of(x))
