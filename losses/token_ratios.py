@@ -40,7 +40,7 @@ def clipped(policy: CompletionLogps, ref: CompletionLogps, within: tuple[float, 
     """
     policy.check_like(tokens=True, ref=ref)
     base = ref.logps.detach()
-    ratio = (policy.logps - base).detach()
+    ratio = policy.logps - base
     bounded = ratio.clamp(*within)
     return replace(policy, per_token_logps=torch.where(bounded == ratio, policy.logps, base + bounded))
 

@@ -35,7 +35,8 @@ def without_baseline(policy: CompletionLogps, x: Ratios, step: Tensor | None) ->
     compare with, and A stays: in verl, whose A is the reward, the reward; (3) p is of the step's beginning, in verl of
     the rollouts', which differ from the second step on them; (4) t counts scored tokens.
     """
-    assert step is not None and x.prompts is not None
+    assert step is not None
+    assert x.prompts is not None
     table = torch.cat([step[:, 2:4], torch.ones_like(step[:, :1])], -1)
     keys, own = token_keys(step[:, 0], step[:, 1]), token_keys(x.prompts, policy.completion_mask.cumsum(-1))
     ordered = keys.sort().values  # the first of its equals is where the sum of these stands

@@ -35,7 +35,8 @@ def rows(x: Ratios, *columns: Tensor) -> Tensor:
 
 def of_prompt(x: Ratios) -> Tensor:
     """[C, n] bool, which rows of the step are of a completion's prompt."""
-    assert x.step is not None and x.prompts is not None
+    assert x.step is not None
+    assert x.prompts is not None
     return x.prompts == x.step[:, 0]
 
 

@@ -105,12 +105,13 @@ class TwoGemm(torch.autograd.Function):
         grads = dict(zip(ctx.options[-1], grad_stats, strict=True))
         grads = {"logps": grad_logps, "log_z": grads.get("log_z"), "entropy": grads.get("entropy")}
         wanted = [name for name, value in grads.items() if value is not None]
+        none = (None,) * len(ctx.needs_input_grad)
         if not wanted:
-            return (None,) * 10
+            return none
         if g is not None and wanted == ["logps"]:
-            return (g * grads["logps"][:, None]).to(g.dtype), *(None,) * 9  # type: ignore[index]
+            return (g * grads["logps"][:, None]).to(g.dtype), *none[1:]  # type: ignore[index]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return *_recompute(ctx, inputs, grads), *(None,) * 7
+            return *_recompute(ctx, inputs, grads), *none[3:]
 
 
 def _recompute(ctx: Any, inputs: list[Any], grads: dict[str, Tensor | None]) -> tuple[Tensor | None, ...]:

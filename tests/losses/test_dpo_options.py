@@ -337,6 +337,8 @@ def test_humanline_clips_the_ratio_of_each_token_and_stops_its_gradient():
     assert up == [0, pytest.approx(-0.5 * sg(0.75)), 0, 0] and down == [pytest.approx(0.5 * sg(0.75))]
     plain = run(DPOLoss(beta=0.5), policy, ref)[0]
     assert run(DPOLoss(beta=0.5, humanline_clip=(-9.0, 9.0)), policy, ref)[0] == plain == pytest.approx(sp(0.5))
+    for one_side in ((-9.0, 0.0), (0.0, 9.0)):
+        assert DPOLoss(humanline_clip=one_side).humanline_clip == one_side
     both = run(DPOLoss(loss_type=("sigmoid", "sft"), beta=0.5, humanline_clip=(-1.0, 1.5)), policy, ref)[0]
     assert both == pytest.approx(sp(0.75) + 7 / 3)  # the log-likelihood is the policy's own
     shorter = PairLogps(row([-4.0]), row([-2.5]))

@@ -199,6 +199,7 @@ def test_a_choice_keeps_all_digits():
 def test_a_plain_loss_wants_nothing():
     loss, state = Loss(), {"mean": 1.0}
     assert (loss.wants_reference, loss.scores_prompt, loss.scores_gold) == (False, False, False)
+    assert (loss.wants_prompts, loss.wants_margin, loss.divergence) == (False, False, None)
     assert loss.stats == () and loss.window_pass is None
     assert loss.advance(Totals(num_sequences=1, num_tokens=1, state=state)) is state
 
