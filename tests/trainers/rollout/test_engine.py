@@ -272,12 +272,18 @@ def test_packed_weights_multiply_the_same(monkeypatch):
         assert "forward" not in layer.__dict__
 
 
+def switched_off(policy, ids):
+    with policy.as_reference():
+        return policy.causal_lm(input_ids=ids).logits
+
+
 @pytest.mark.skipif(not available(), reason="torch without oneDNN's packed products")
 def test_adapters_are_fused_over_packed_weights(tokenizer, monkeypatch):
-    """Each product of the base goes through its packed copy, each adapter through `lora_linear`, none through PEFT."""
+    """Each product of the base goes through its packed copy, the adapters beside it or, of many rows, through
+    `lora_linear`, none through PEFT: the same to float32's rounding, without a gradient."""
     from peft import LoraConfig, get_peft_model
 
-    from logratio.trainers.layers import lora_layers, packed_weights
+    from logratio.trainers.layers import lora_layers, packed_lora, packed_weights
     from logratio.trainers.policy.tiny import tiny_model
 
     seen = Counter()
@@ -293,10 +299,19 @@ def test_adapters_are_fused_over_packed_weights(tokenizer, monkeypatch):
     policy = Policy(model)
     layers = [m for m in policy.modules() if isinstance(m, lora_layers.FusedLora)]
     monkeypatch.setattr(lora_layers.FusedLinear.peft_class, "forward", None)  # PEFT's, which is not to be called
-    with torch.no_grad(), packed_weights.packed_weights(policy, 4):
+    ids = torch.tensor([[3]] * 4)
+    plain, without = model(input_ids=ids).logits, switched_off(policy, ids)
+    with packed_lora.packed_layers(policy, 4):
         seen.clear()
-        model(input_ids=torch.tensor([[3]] * 4))
-        assert seen["packed"] == len(layers) + 1 and 0 < seen["fused"] <= len(layers)  # and the head
+        got = model(input_ids=ids).logits
+        assert seen["packed"] == len(layers) + 1 and not seen["fused"] and not got.requires_grad  # and the head
+        torch.testing.assert_close(got, plain.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(switched_off(policy, ids), without.detach(), rtol=1e-5, atol=1e-6)
+        assert not seen["fused"]
+        many = model(input_ids=ids.repeat(20, 1)).logits[:4]
+        torch.testing.assert_close(many, plain.detach(), rtol=1e-5, atol=1e-6)
+        assert 0 < seen["fused"] <= len(layers)
+    assert not any("forward" in m.__dict__ for m in policy.modules()) and (plain - without).abs().max() > 1e-3
 
 
 def test_rows_are_bounded(policy, tokenizer, monkeypatch):

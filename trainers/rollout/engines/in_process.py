@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ...attention.flex import THEIRS
 from ...errors import UserError, first_line
-from ...layers.packed_weights import packed_weights
+from ...layers.packed_lora import packed_layers
 from ...memory import REMEDIES, free
 from ...policy.policy import Policy
 from ...policy.reference import inference
@@ -120,7 +120,7 @@ class InProcess:
         sampling = dataclasses.replace(sampling, max_new_tokens=longest)
         if not self.obstacle:
             few = rows if sampling.max_new_tokens >= WORTH_PACKING else 0
-            with packed_weights(self.policy, few):
+            with packed_layers(self.policy, few):
                 Decoder(self.policy, self.tokenizer, sampling, rows=rows, version=self.version).run(requests, done)
             return
         places = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds)) if (i, k) not in done]
