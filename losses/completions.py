@@ -70,7 +70,7 @@ class CompletionLogps:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         log_p = rows.log_softmax(-1)
         made: dict[str, Callable[[], Tensor]] = {
-            "per_token_logps": lambda: log_p.gather(-1, labels[:, 1:][mask][:, None]).squeeze(-1),
+            "per_token_logps": lambda: log_p.gather(-1, labels[:, 1:][mask][:, None])[:, 0],
             "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
             "log_z": lambda: rows.logsumexp(-1),
             "log_sum_p2": lambda: (2 * log_p).logsumexp(-1).detach(),

@@ -122,7 +122,7 @@ def binary_kl(w: Tensor, s: Sampled, low: float, high: float) -> tuple[Tensor, T
     another, negative where pi < mu: DPPO, arXiv 2602.04879 Eq. 12 with the divergence of Eq. 14."""
     mu, others = s.behavior.exp(), -torch.expm1(s.behavior)
     kl = mu * (s.behavior - s.logps) + torch.xlogy(others, others) - torch.xlogy(others, -torch.expm1(s.logps))
-    return zeroed(w, further(torch.where(s.logps < s.behavior, -kl, kl), s.advantages, low, high))
+    return zeroed(w, further(kl.copysign(s.logps - s.behavior), s.advantages, low, high))
 
 
 def difference(s: Sampled) -> Tensor:

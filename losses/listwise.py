@@ -123,7 +123,7 @@ class ListwiseLoss(Loss):
         if rewards.shape != policy.sums.shape or not rewards.is_floating_point():
             count = len(policy.completion_mask)
             raise ValueError(f"rewards must be floating point [{count}], got {rewards.dtype} {list(rewards.shape)}")
-        if sum(sizes) != len(rewards) or min(sizes, default=2) < 2:
+        if sum(sizes) != len(rewards) or any(size < 2 for size in sizes):
             raise ValueError(f"sizes must be 2 or more and add up to the {len(rewards)} completions, got {list(sizes)}")
         r = self.beta * (policy.sums - ref.sums.detach())
         x = Lists(padded(r, sizes), padded(rewards.detach().to(r), sizes), padded(torch.ones_like(r), sizes) > 0)

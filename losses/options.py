@@ -131,7 +131,7 @@ def variant(
 def check_choice(name: str, value: str, table: Collection[str]) -> None:
     """Raise ValueError naming the field, its value, what it may be, and what was probably meant."""
     if value not in table:
-        near = difflib.get_close_matches(str(value), list(table), n=1, cutoff=0.75)
+        near = difflib.get_close_matches(str(value), list(table), cutoff=0.75)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"{name}={value!r} is unknown, expected one of: {', '.join(table)}{meant}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def maxrl(rewards: Tensor, context: Context) -> Tensor:
     if (rewards < 0).any():
         raise ValueError(f"maxrl divides by the mean reward: none may be negative, got {rewards.nan_to_num().min():g}")
     mean = mean_of(rewards, GROUP)
-    return minus(rewards, mean, GROUP) / torch.where(mean > 0, mean, 1.0)
+    return minus(rewards, mean, GROUP) / mean.where(mean > 0, math.inf)
 
 
 @advantage()

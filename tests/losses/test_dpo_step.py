@@ -167,6 +167,8 @@ def test_what_was_not_collected_is_asked_for():
                 DPOLoss(loss_type=loss_type)(policy, ref, totals=Totals(num_sequences=1, num_tokens=2, **known))
     with pytest.raises(ValueError, match="beta_dpo adapts beta to the pairs of the whole step: it needs totals.coll"):
         DPOLoss(loss_type="beta_dpo")(policy, ref, totals=Totals(num_sequences=1, num_tokens=2, own=own))
+    with pytest.raises(ValueError, match="dr_dpo weighs the pairs of the whole step: it needs totals.collected"):
+        DPOLoss(loss_type="dr_dpo")(policy, ref, totals=Totals(num_sequences=1, num_tokens=2, own=own))
 
 
 @pytest.mark.parametrize("loss_type", DPO_TYPES)

@@ -8,6 +8,7 @@ there itself; whoever finds a collective broken looks there for the process that
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -50,7 +51,7 @@ class Watch:
         """For good; whoever holds the process up after this is not told."""
         self.stopped.set()
         if self.thread.is_alive() and self.thread is not threading.current_thread():
-            self.thread.join(2 * INTERVAL)  # one that still asks the store when the process ends would abort it
+            self.thread.join(GRACE)  # one that still asks the store when the process ends would abort it
 
     def _look(self) -> None:
         beat = 0
@@ -169,6 +170,7 @@ def watch_over(accelerator: Accelerator, timeout: int) -> None:
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))
         prefixed = PrefixStore(f"logratio/{len(WATCHES)}", store)
         WATCHES.append(Watch(prefixed, accelerator.process_index, accelerator.num_processes, timeout).start())
+        atexit.register(WATCHES[-1].stop)  # of a run that nobody has ended (`ending_together`)
     except (KeyError, ValueError, RuntimeError):  # processes that met in another way (MPI, a file)
         return
 
