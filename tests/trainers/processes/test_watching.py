@@ -2,9 +2,11 @@
 
 import threading
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from logratio.trainers.errors import UserError
 from logratio.trainers.processes import watching
@@ -54,6 +56,22 @@ def test_a_reward_that_hangs_on_one_process_ends_all_with_its_sentence(tmp_path)
     assert done.returncode != 0 and "exitcode  : 1" in done.stderr and "--ddp_timeout" not in done.stderr
     assert "of 2 ends, because" not in done.stderr, "all know of it at the same place"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_nobody_has_ended_is_watched_no_longer_where_its_process_ends(monkeypatch):
+    """A thread that is inside the store when the interpreter goes aborts it."""
+    launcher = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(launcher.port))
+    monkeypatch.setattr(watching, "WATCHES", [])
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(watching.atexit, "register", at_exit.append)
+    watching.watch_over(SimpleNamespace(num_processes=2, process_index=0), 7)
+    (watch,) = watching.WATCHES
+    assert watch.thread.is_alive()
+    for end in at_exit:
+        end()
+    assert not watch.thread.is_alive()
 
 
 BROKEN = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
