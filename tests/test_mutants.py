@@ -213,8 +213,19 @@ def test_killed_and_survived_from_end_to_end(tmp_path):
     assert verdicts["comparison 'LIMIT > 4' -> 'LIMIT <= 4'"] == "incompetent"
     assert "losses/small.py:2:9 constant '5.0' -> '7.5'\n      LIMIT = 5.0" in output
 
+    # with a reason it is not run, and lives
+    entry = 'file = "losses/small.py"\nline = "LIMIT = 5.0"\nkind = "constant"\nplace = {}\nreason = "as good"'
+    accepted = tmp_path / "tests/mutants_accepted.toml"
+    for place, lives in ((8, False), (9, True)):
+        accepted.write_text("[[accepted]]\n" + entry.format(place))
+        assert ("accepted: as good" in run()[2]) == lives
+    accepted.unlink()
+
     test = tmp_path / "tests/losses/test_small_limit.py"
     test.write_text("from logratio.losses import small\n\ndef test_limit():\n    assert small.loss(-8) == 5\n")
+    accepted.write_text("[[accepted]]\n" + entry.format(9))
+    assert run()[1]["constant '5.0' -> '7.5'"] == "survived"
+    accepted.unlink()
     status, verdicts, output = run()
     assert verdicts["constant '5.0' -> '7.5'"] == "killed"
     assert "sign '-x' -> 'x'" not in output
