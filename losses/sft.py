@@ -7,7 +7,8 @@ rows alone (what the model samples is distilled in GRPO), and has a temperature,
 Differs from the paper: (5) `eaft` takes the entropy of the whole vocabulary, the paper that of the 20 likeliest words
 alone, over log 20 (its authors' code: over 3), so that weights above 1 are possible here; (6) `asft` has
 KL(p_0 || p), as its authors' code has it and, by readers' notes, Eq. 6 of the paper's third version; the first is
-quoted with KL(p || p_0). That code divides by the tokens of each micro-batch, and its weight is 0.1 where none is given.
+quoted with KL(p || p_0). That code divides by the tokens of each micro-batch, and its weight is 0.1 where none is
+given.
 """
 
 from __future__ import annotations
