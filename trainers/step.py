@@ -24,6 +24,7 @@ from .batches.packing import PackedBatch, example_tokens, pack
 from .batches.values import behavior_of
 from .data.examples import Example
 from .errors import UserError
+from .layers.casts import casts_kept
 from .memory import Memory
 from .optimizer import trained_parameters
 from .policy.mismatch import mismatched, refer_together, together
@@ -283,7 +284,8 @@ class Step:
                 losses.append(output.loss.detach())
                 result.add(output.loss, output.metrics)
 
-        self.memory.together(passes, backward=backward, meanwhile=meanwhile)
+        with casts_kept():
+            self.memory.together(passes, backward=backward, meanwhile=meanwhile)
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
             if not finite:
                 rows = rows_of(micro.batch.examples)

@@ -4,8 +4,8 @@ PEFT's forward does the low-rank part beside the base product, which costs passe
 scaling, the sum, and casts to the adapters' float32 and back. Here it is added into y by the matrix product itself,
 with s as the product's factor, and backward does the same with dx:
 
-    u = x A^T               y = x W^T + b,  y += s u B^T
-    du = s dy B             dx = dy W,      dx += du A          dA = du^T x          dB = s dy^T u
+    u = s x A^T             y = x W^T + b,  y += u B^T
+    du = s dy B             dx = dy W,      dx += du A          dA = du^T x          dB = dy^T u
 
 Layers that are given the same x are computed together: one product for all u, one for all dA, and one dx into which all
 add. `lora_layers.py` says which layers of a model compute so.
@@ -13,7 +13,7 @@ add. `lora_layers.py` says which layers of a model compute so.
 What differs from PEFT's forward:
 1. Adapters are computed in x's dtype (under autocast in its dtype); PEFT computes float32 adapters of half-precision
    models in float32 where there is no autocast. Their gradients are float32 in any case, from products that accumulate
-   in float32 and are rounded once to x's dtype.
+   in float32; outside of CUDA they are rounded once to x's dtype.
 2. Kept for backward are x, once for all who share it, and u: no copy of x or of a weight in another dtype than x's own;
    and no x where it is made again (`made_of`).
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .casts import stacked
 from .nf4 import is_repacked, refuse_repacked
 from .packed_weights import has_packed
 from .swiglu import product
@@ -76,8 +77,7 @@ class _LoraLinear(torch.autograd.Function):
         count, dtype = len(parts), parts[0].dtype
         cast = _to(x.contiguous(), dtype)
         rows = cast.view(-1, x.shape[-1])
-        a = _stacked(factors[:count], dtype)
-        u = torch.mm(rows, a.t(), out=rows.new_empty(rows.shape[0], a.shape[0]))
+        u = _scaled(rows, factors[:count], parts)
         needs_weights, weights, outputs = ctx.needs_input_grad[0], [], []
         for part, b, own in zip(parts, factors[count:], _columns(u, factors[:count]), strict=True):
             if type(part.base) is nn.Linear:
@@ -86,7 +86,7 @@ class _LoraLinear(torch.autograd.Function):
                     weights.append(part.base.weight)
             else:
                 y = _quantized(part, x)
-            y.view(-1, y.shape[-1]).addmm_(own, _to(b, dtype).t(), alpha=part.scaling)
+            y.view(-1, y.shape[-1]).addmm_(own, stacked((b,), dtype).t())
             outputs.append(_to(y, part.out))
         kept = made_of if made_of is not None and cast is x else (cast, None)
         ctx.parts, ctx.remakes = parts, kept is made_of
@@ -112,15 +112,15 @@ class _LoraLinear(torch.autograd.Function):
         dys = {i: _to(dy.reshape(-1, dy.shape[-1]), dtype) for i, dy in enumerate(grads) if dy is not None}
         for i in used:
             if needs[count + i]:
-                out[3 + count + i] = _product(dys[i].t(), us[i], parts[i].scaling)
+                out[3 + count + i] = _gradient(dys[i].t(), us[i])
         if not needs_x and not needs_a:
             return tuple(out)
         mine = [factors[i] for i in used]
         du = rows.new_empty(rows.shape[0], sum(a.shape[0] for a in mine))
         for i, own in zip(used, _columns(du, mine), strict=True):
-            own.addmm_(dys[i], _to(factors[count + i], dtype), beta=0, alpha=parts[i].scaling)
+            own.addmm_(dys[i], stacked((factors[count + i],), dtype), beta=0, alpha=parts[i].scaling)
         if needs_a:
-            da = _product(du.t(), rows)
+            da = _gradient(du.t(), rows)
             for i, own in zip(used, _columns(da, mine, 0), strict=True):
                 out[3 + i] = own
         if needs_x:
@@ -128,7 +128,7 @@ class _LoraLinear(torch.autograd.Function):
             for k, i in enumerate(used):
                 weight = weights[i] if weights else _dequantized(parts[i])
                 dx.addmm_(_to(dys[i], dx.dtype), _to(weight, dx.dtype), beta=1 if k else 0)
-            out[0] = _to(dx, dtype).addmm_(du, _stacked(mine, dtype)).view(x.shape)
+            out[0] = _to(dx, dtype).addmm_(du, stacked(mine, dtype)).view(x.shape)
         return tuple(out)  # autograd casts each to the dtype of what it is the gradient of
 
 
@@ -142,14 +142,21 @@ def _columns(u: Tensor, a: Sequence[Tensor], dim: int = 1) -> Sequence[Tensor]:
     return (u,) if len(a) == 1 else u.split_with_sizes([one.shape[0] for one in a], dim)
 
 
-def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[sum of r_i, in]."""
-    return torch.cat([_to(w, dtype) for w in weights]) if len(weights) > 1 else _to(weights[0], dtype)
+def _scaled(rows: Tensor, factors: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """[N, sum of r_i]: s_i x A_i^T side by side, rounded once."""
+    u = rows.new_empty(rows.shape[0], sum(a.shape[0] for a in factors))
+    if len({part.scaling for part in parts}) == 1:
+        return u.addmm_(rows, stacked(factors, rows.dtype).t(), beta=0, alpha=parts[0].scaling)
+    for part, a, own in zip(parts, factors, _columns(u, factors), strict=True):
+        own.addmm_(rows, stacked((a,), rows.dtype).t(), beta=0, alpha=part.scaling)
+    return u
 
 
-def _product(left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    """factor * left @ right, of two matrices of one dtype."""
-    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
+def _gradient(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of two matrices of one dtype; on CUDA of 16 bits in the float32 that it accumulates in."""
+    if left.is_cuda and left.dtype.itemsize == 2:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right, out=left.new_empty(left.shape[0], right.shape[1]))
 
 
 def _dense(base: nn.Linear, x: Tensor, rows: Tensor) -> Tensor:

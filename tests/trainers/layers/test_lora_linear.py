@@ -278,7 +278,7 @@ class Products(TorchDispatchMode):
 
 
 def test_siblings_take_one_product_for_u_and_one_for_their_gradients():
-    _, fused = peft_and_fused()
+    _, fused = peft_and_fused(alpha_pattern={name: 2 * r for name, r in RANKS.items()})  # of one scaling
     x, rank = make_x().requires_grad_(), 3 + 2 + 4
     with Products() as forward:
         outputs = fused(x)
