@@ -16,7 +16,7 @@ from .measure.head import HeadCase
 from .measure.learning import LearningCase
 from .measure.rollout import RolloutCase
 from .measure.steps import host, step
-from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases, scale_cases
+from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, published_cases, quick_cases, scale_cases
 
 HEADS = {
     "Qwen2.5-0.5B": (896, 151936, 8192),
@@ -105,7 +105,7 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
         names = asked(data.CONTESTANTS, options)
         yield Job("data", data_case, names, lambda: data.run(data_case, seed=options.seed))
     if "scale" in suites:
-        for case in scale_cases(gpu):
+        for case in [*(published_cases() if gpu else ()), *scale_cases(gpu)]:
             yield step_job("scale", case, options, device)
 
 

@@ -1,7 +1,7 @@
 """The shapes of published models: time and memory do not depend on the weights' values.
 
 The figures are those of the models' config.json on the hub: Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B,
-meta-llama/Llama-3.1-8B, HuggingFaceTB/SmolLM2-135M.
+Qwen/Qwen3-0.6B, meta-llama/Llama-3.1-8B, HuggingFaceTB/SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -24,6 +24,22 @@ def qwen2(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> 
         "num_attention_heads": heads,
         "num_key_value_heads": 2,
         "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
+
+
+def qwen3_0_6b() -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
         "tie_word_embeddings": True,
     }
@@ -72,6 +88,7 @@ def smollm2_135m() -> dict[str, Any]:
 SHAPES: dict[str, Callable[[], dict[str, Any]]] = {
     "Qwen2.5-0.5B": lambda: qwen2(896, 4864, 24, 14),
     "Qwen2.5-1.5B": lambda: qwen2(1536, 8960, 28, 12),
+    "Qwen3-0.6B": qwen3_0_6b,
     "Llama-3.1-8B": llama_3_1_8b,
     "SmolLM2-135M": smollm2_135m,
 }

@@ -18,6 +18,7 @@ from logratio.benchmarks.measure.steps.step_cases import (
     StepCase,
     cpu_cases,
     gpu_cases,
+    published_cases,
     quick_cases,
     scale_cases,
 )
@@ -246,8 +247,22 @@ def test_bad_input():
 
 
 def test_no_two_cases_of_a_suite_have_one_name():
-    for cases in (cpu_cases(), gpu_cases(), quick_cases(), scale_cases(True), scale_cases(False)):
+    for cases in (cpu_cases(), gpu_cases(), quick_cases(), published_cases() + scale_cases(True), scale_cases(False)):
         names = [case.case for case in cases]
         assert len(names) == len(set(names))
     combinations = {(c.method, c.adapter, c.model) for c in gpu_cases()}
     assert len(combinations) == 5 * (3 + 3 + 2)
+
+
+def test_cases_of_one_model_build_it_once_and_leave_it_as_it_was(monkeypatch):
+    case = StepCase("dpo", "lora", "tiny", "gsm8k", 2, 2048, dtype="float32", num_generations=2, lengths=SHORT)
+    built, monkey = [], step.build
+    monkeypatch.setattr(step, "build", lambda *words, **named: built.append(words) or monkey(*words, **named))
+    model = step.build_of(case, CPU, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for method in ("dpo", "sft"):
+        found = step.run(StepCase(**{**vars(case), "method": method}), CPU, repeats=1, seed=0, with_truth=False)
+        assert found["trl"]["status"] == found["logratio"]["status"] == "ok"
+    assert step.build_of(case, CPU, seed=0) is model and len(built) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert step.build_of(StepCase(**{**vars(case), "lora_r": 2}), CPU, seed=0) is not model

@@ -89,12 +89,27 @@ def run(
     return rows
 
 
+class _Built:
+    """The model of the case before, by what it was built of: the next case is often of the same."""
+
+    key: Any = None
+    model: Any = None
+
+
 def build_of(case: StepCase, device: torch.device, seed: int) -> Any:
-    """The case's model, which contestants copy."""
+    """The case's model, which contestants copy; what does not train they share, and nobody changes."""
+    key = (case.model, case.adapter, case.dtype, case.lora_r, case.vocab_size, device, seed)
+    if _Built.key == key:
+        return _Built.model
+    _Built.key = _Built.model = None
+    free_memory()
     dtype = getattr(torch, case.dtype)
-    return build(
+    model = build(
         case.model, case.adapter, dtype=dtype, device=device, seed=seed, lora_r=case.lora_r, vocab_size=case.vocab_size
     )
+    if case.adapter != "full":  # whose weights train
+        _Built.key, _Built.model = key, model
+    return model
 
 
 def beside(work: Callable[[], Any], name: str) -> Figures:

@@ -104,24 +104,18 @@ FIRST = (
     "grpo-lora-Qwen2.5-0.5B",
     "head-2048x131072-4096-bfloat16-frozen",
     "head-4096x128256-8192-bfloat16-frozen",
-    *(f"{method}-lora-Qwen2.5-0.5B-ultrafeedback" for method in ("kto", "orpo", "sft")),
-    "dpo-lora-Qwen2.5-1.5B-ultrafeedback",
     "dpo-lora-Qwen2.5-0.5B-fixed",
-    "dpo-qlora-Qwen2.5-0.5B-ultrafeedback",
-    *(f"{method}-lora-Qwen2.5-1.5B" for method in ("grpo", "kto", "orpo", "sft")),
-    *(f"{method}-qlora-Qwen2.5-0.5B" for method in ("grpo", "kto", "orpo", "sft")),
 )
 """How the names of cases begin that are measured before the others, in this order."""
 
 
 def gpu_cases() -> list[StepCase]:
-    """Every method x adapter x model x workload; adapters in ragged lengths first, where time runs out."""
+    """Every method x adapter x model x workload, a model's beside one another, which is then built once; adapters in
+    ragged lengths first, where time runs out."""
     cases = []
-    for method in METHODS:
-        for model, (batch_size, tokens) in GPU_MODELS.items():
-            for adapter in ("lora", "qlora", "full"):
-                if adapter == "full" and model not in FULL_FITS:
-                    continue
+    for model, (batch_size, tokens) in GPU_MODELS.items():
+        for adapter in ("lora", "qlora", "full") if model in FULL_FITS else ("lora", "qlora"):
+            for method in METHODS:
                 rollouts = method == "grpo"
                 size = max(1, batch_size // 8) if rollouts else batch_size
                 for workload in ("rollouts",) if rollouts else ("ultrafeedback", "fixed"):
@@ -148,6 +142,20 @@ def quick_cases() -> list[StepCase]:
     short = Lengths(16, 16, 0.24, 0.35, 0.5)
     real = StepCase("dpo", "lora", "SmolLM2-135M", "short", 2, 1024, dtype="float32", lengths=short)
     return [*tiny, real]
+
+
+def published_cases() -> list[StepCase]:
+    """Settings in which other projects publish figures of their own: prime-rl a row of 16,384 tokens with
+    checkpointing (benchmarks/results), torchtune two of 2,048 under adapters of rank 8 (README)."""
+    long, rows = Lengths(8, 16376, max_length=16384), Lengths(8, 2040, max_length=2048)
+    eight = StepCase("sft", "lora", "Llama-3.1-8B", "2x2048", 2, 4096, lora_r=8, lengths=rows)
+    kept = dataclasses.replace(eight, gradient_checkpointing=True, workload="2x2048-checkpointed")
+    return [
+        StepCase("sft", "lora", "Qwen3-0.6B", "16384", 1, 16384, gradient_checkpointing=True, lengths=long),
+        dataclasses.replace(kept, adapter="qlora"),
+        kept,
+        eight,
+    ]
 
 
 def scale_cases(gpu: bool) -> list[StepCase]:
