@@ -69,9 +69,15 @@ class JsdTile:
         self.teacher_hidden, self.beta = teacher.hidden, beta
 
     def rows(
-        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+        self,
+        h: Tensor,
+        y: Tensor,
+        kept: Kept | None,
+        stats: Collection[str],
+        coefficients: Coefficients | None,
+        lazy: bool = False,
     ) -> Rows:
-        """See `Tile`; the gradient is in sum_dtype."""
+        """See `Tile`; the gradient is in sum_dtype, and whole."""
         z = self.student.multiply(h)
         of_teacher = self.teacher.multiply(self.teacher_hidden[y].to(self.teacher.weight.dtype))
         values = z.new_empty(len(h))

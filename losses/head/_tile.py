@@ -56,11 +56,15 @@ class Coefficients(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What a tile tells of n rows: logps [n] in nats, each of the asked stats [n], the gradient [n, V] or None."""
+    """What a tile tells of n rows: logps [n] in nats, each of the asked stats [n], the gradient [n, V] or None.
+
+    factor: [n], by which the rows of the gradient are still to be multiplied, None: by nothing.
+    """
 
     logps: Tensor
     stats: dict[str, Tensor]
     gradient: Tensor | None
+    factor: Tensor | None = None
 
 
 class Tile(Protocol):
@@ -73,11 +77,17 @@ class Tile(Protocol):
     sum_dtype: torch.dtype
 
     def rows(
-        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+        self,
+        h: Tensor,
+        y: Tensor,
+        kept: Kept | None,
+        stats: Collection[str],
+        coefficients: Coefficients | None,
+        lazy: bool = False,
     ) -> Rows:
         """The rows of h [n, H], in weight's dtype, at the targets y [n]; with coefficients also their gradient.
 
-        kept: the words that the rows are of, None: all.
+        kept: the words that the rows are of, None: all. lazy: there may be a `factor`; of coefficients c alone.
 
         gradient: d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, in memory that the next call uses.
         Not together: the entropy among `stats` and a coefficient of it.
@@ -160,9 +170,15 @@ class TorchTile(Logits):
         self._scratch = torch.empty_like(self._logits[: self.block])
 
     def rows(
-        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+        self,
+        h: Tensor,
+        y: Tensor,
+        kept: Kept | None,
+        stats: Collection[str],
+        coefficients: Coefficients | None,
+        lazy: bool = False,
     ) -> Rows:
-        """See `Tile`; the gradient is in sum_dtype."""
+        """See `Tile`; the gradient is in sum_dtype, and whole."""
         z = self.multiply(h)
         logps = z.new_empty(len(h))
         values = {name: z.new_empty(len(h), dtype=STAT_DTYPES.get(name, z.dtype)) for name in stats}

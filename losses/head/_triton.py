@@ -5,7 +5,8 @@ Only `logps.py` imports this file, and only when it is about to use it: everythi
 One program takes one row. Its first pass over the raw logits x keeps a running max and the sums over e^(z - max) that
 the statistics need; its second pass, where a gradient is asked for, reads the row again and writes the gradient over
 it. The transform from x to z is applied on the way in both, so that the tile is read at most twice and written once,
-and nothing of the tile's size is made beside it.
+and nothing of the tile's size is made beside it. Where a factor of each row may be left out of the gradient, one pass
+does (`_triton_once.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._tile import STAT_DTYPES, STATS, Coefficients, Rows, Transform, product_dtype
+from ._triton_logits import logits
+from ._triton_once import once_kernel
 from .support import Kept
 
 BLOCK = 4096
@@ -28,44 +31,6 @@ ALIGNMENT = 16
 LAUNCH = {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}
 """No fusion: as one fma z - max would not be 0 at the max, which is rounded, but |z| 2^-24."""
 HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """(tanh x, its slope 1 - tanh^2 x) of float32, each to some roundings of itself, and without overflow.
-
-    With e = exp(-2|x|) the slope is 4 e / (1 + e)^2, also where tanh x is 1 in float32 and 1 - tanh^2 would be noise.
-    tanh |x| = (1 - e) / (1 + e) cancels near 0: there it is the fifth convergent of its continued fraction.
-    """
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    x2 = x * x
-    near = x * (945.0 + x2 * (105.0 + x2)) / (945.0 + x2 * (420.0 + x2 * 15.0))
-    tanh = tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0, -far, far))
-    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _logits(  # type: ignore[no-untyped-def]
-    row, bias, words, stride, at, inner, outer, SOFTCAP: tl.constexpr, SUPPORT: tl.constexpr
-):
-    """(z, tanh's slope or z), [BLOCK] float32 each: the logits at the columns `at`, and how the soft cap bends them.
-
-    The row's memory is read up to its stride, not to V, so that a V that no vector divides costs nothing; what is
-    beyond V is of no value, and becomes a logit so low that it adds 0 to every sum, and no NaN. With SUPPORT so does a
-    raw logit of -inf, a word that is left out (`support.OUTSIDE`).
-    """
-    x = tl.load(row + at, mask=at < stride, other=0.0)
-    if bias is not None:
-        x += tl.load(bias + at, mask=at < words, other=0.0).to(tl.float32)
-    z = x * inner
-    bend = z
-    if SOFTCAP:
-        tanh, bend = _tanh(z)
-        z = tanh * outer
-    if SUPPORT:
-        z = tl.where(x == -float("inf"), -1e30, z)
-    return tl.where(at < words, z, -1e38), bend
 
 
 @triton.jit
@@ -101,7 +66,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     biggest = -1e38  # not -inf: inf - inf and 0 * inf would be NaN
     total, sum_ez, sum_e2, z_y, before_y = 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, words, BLOCK):
-        z, _ = _logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP, SUPPORT)
+        z, _ = logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP, SUPPORT)
         before = biggest
         biggest = tl.maximum(before, tl.max(z, 0))
         shift = before - biggest
@@ -139,7 +104,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         gradient = row.to(tl.pointer_type(OUT), bitcast=True)
         for start in range(0, words, BLOCK):
             at = start + lane
-            z, bend = _logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
+            z, bend = logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
             shifted = z - biggest
             p_weight = of_p
             if entropy_c is not None:
@@ -192,7 +157,13 @@ class TritonTile:
         self._gradient = self._logits.view(weight.dtype)
 
     def rows(
-        self, h: Tensor, y: Tensor, kept: Kept | None, stats: Collection[str], coefficients: Coefficients | None
+        self,
+        h: Tensor,
+        y: Tensor,
+        kept: Kept | None,
+        stats: Collection[str],
+        coefficients: Coefficients | None,
+        lazy: bool = False,
     ) -> Rows:
         """See `Tile`; the gradient is in the dtype of the weight that the tile was made with."""
         n = len(h)
@@ -204,15 +175,17 @@ class TritonTile:
             torch._assert_async(((y >= 0) & (y < self.words)).all())  # the kernel would find no target, and say nothing
         dtypes = dict.fromkeys(("logps", *stats), torch.float32) | {k: v for k, v in STAT_DTYPES.items() if k in stats}
         values = {name: h.new_empty(n, dtype=dtype) for name, dtype in dtypes.items()}
+        once = lazy and coefficients is not None and self._gradient.dtype == torch.bfloat16
+        factor = h.new_empty(n, dtype=torch.float32) if once else None
         given = [None] * 4 if coefficients is None else [None if x is None else x.contiguous() for x in coefficients]
         with torch.cuda.device_of(self._logits):  # where Triton launches; a CPU tensor changes nothing
-            _row_kernel[(n,)](
+            (once_kernel if once else _row_kernel)[(n,)](
                 self._logits,
                 self.bias,
                 y.contiguous(),
                 values["logps"],
                 *(values.get(name) for name in STATS),
-                *given,
+                *((given[0], factor) if once else given),
                 self.words,
                 self.stride,
                 self.inner,
@@ -225,7 +198,7 @@ class TritonTile:
                 **LAUNCH,
             )
         gradient = None if coefficients is None else self._gradient[:n, : self.words]
-        return Rows(values.pop("logps"), values, gradient)
+        return Rows(values.pop("logps"), values, gradient, factor)
 
     def _multiply(self, h: Tensor, out: Tensor) -> None:
         """The raw logits h [n, H] W^T into out [n, V] float32; on a GPU not rounded to half precision on the way."""

@@ -83,13 +83,15 @@ class TwoGemm(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
                 coefficients = None if of_logps is None else of_logps.at(at)
-                got = tile.rows(hidden[at].to(tile.weight.dtype), targets[at], _of(kept, at), stats, coefficients)
+                h = hidden[at].to(tile.weight.dtype)
+                got = tile.rows(h, targets[at], _of(kept, at), stats, coefficients, lazy=True)
                 out["logps"][at] = got.logps
                 for name in stats:
                     out[name][at] = got.stats[name]
                 if g is not None:
                     assert got.gradient is not None
-                    g[at] = _product(got.gradient.to(tile.weight.dtype), tile.weight)
+                    product = _product(got.gradient.to(tile.weight.dtype), tile.weight)
+                    g[at] = product if got.factor is None else product.mul_(got.factor[:, None])
         ctx.set_materialize_grads(False)
         again = recomputes or "entropy" in stats or "log_z" in stats
         ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))

@@ -29,7 +29,7 @@ from ._heads import OPTIONS, head, near_certain
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from logratio.losses.head import _triton  # noqa: E402
+from logratio.losses.head import _triton, _triton_once  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -155,6 +155,23 @@ def test_over_a_support_it_is_within_the_error_budget(dtype, make, trains, first
 
 
 @on_device
+@pytest.mark.parametrize("kwargs", [{}, {"softcap": 60.0}], ids=str)
+@pytest.mark.parametrize(("rises", "stats"), [(40.0, ("log_sum_p2", "is_top1")), (120.0, ("is_top1",)), (120.0, STATS)])
+def test_targets_far_below_the_largest_are_within_the_error_budget(rises, stats, kwargs, monkeypatch):
+    """Logits that rise over nine blocks, to e^40 and e^120 of the first: the one pass scales what it has written."""
+    monkeypatch.setattr(_triton, "BLOCK", 32)
+
+    def rising(n: int, h: int, v: int, dtype: torch.dtype) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = torch.randn(n, h, generator=g) / h**0.5, torch.randn(v, h, generator=g)
+        hidden[:, 0], weight[:, 0] = 1.0, rises * torch.arange(v) / v
+        targets = torch.tensor([0, 1, 40, 150, 298, 299]).repeat(n // 6)
+        return [hidden.to(dtype), weight.to(dtype), torch.zeros(v, dtype=dtype), targets]
+
+    within_budget(rising, torch.bfloat16, stats, "h", n=6, **kwargs)
+
+
+@on_device
 @pytest.mark.parametrize("stats", [("entropy",), ("log_z",), ("log_sum_p2",), ("is_top1",)])
 def test_a_statistic_alone(stats):
     """With the default block, and no bias to be trained."""
@@ -235,11 +252,13 @@ def test_nan_is_not_hidden(kwargs):
 
 @on_device
 @pytest.mark.parametrize("block", [2, 4096])
-def test_of_equal_logits_the_first_is_the_top(block, monkeypatch):
+@pytest.mark.parametrize("learns", [False, True], ids=["two passes", "one pass"])
+def test_of_equal_logits_the_first_is_the_top(learns, block, monkeypatch):
     """In its block or over several, and in a support the first of those that are in it."""
     monkeypatch.setattr(_triton, "BLOCK", block)
-    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE)
-    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE)
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE).to(torch.bfloat16)
+    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE).to(torch.bfloat16)
+    hidden.requires_grad_(learns)
     targets = torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1], device=DEVICE)
     call = {"impl": "triton", "stats": ("is_top1",), "chunk_tokens": 4}
     got = linear_logps(hidden, weight, targets, **call).is_top1
@@ -328,26 +347,31 @@ def test_under_the_interpreter(chosen):
 
 @compiled
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("out", ["fp32", "bf16"])
-def test_compiles_without_a_gpu(arch, out, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("out", "once"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_compiles_without_a_gpu(arch, out, once, monkeypatch, tmp_path):
     """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact, as
     is 1 / total; where a row begins is computed in 64 bits."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = _triton_once.once_kernel if once else _triton._row_kernel
     constants = {"SOFTCAP": True, "SUPPORT": True, "OUT": triton.language.dtype(out), "BLOCK": _triton.BLOCK}
     types = {"targets": "*i64", "is_top1": "*i1", "bias": f"*{out}", "words": "i32", "stride": "i32"}
     types |= dict.fromkeys(("inner", "outer", "slope"), "fp32") | dict.fromkeys(constants, "constexpr")
-    names = _triton._row_kernel.arg_names
+    names = kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("tile", "words", "stride")}
     signature = {name: types.get(name, "*fp32") for name in names}
-    source = triton.compiler.ASTSource(_triton._row_kernel, signature, constants, aligned)
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
     asm = triton.compile(source, target, _triton.LAUNCH).asm
     ptx = asm["ptx"]
     assert re.findall(r"arith\.muli %\S+, %\S+ : (i\d+)", asm["ttir"])[0] == "i64"
     assert "div.rn.f32" in ptx
-    *_, between = re.split(r"ld\.global\S*v4", ptx)
-    between, *stores = re.split(r"st\.global\S*v4", between)
-    assert stores and "bar.sync" in between
+    if once:  # what lies between the stores of earlier blocks that are scaled, of this block, and of y
+        _, block, of_y, _ = re.split(r"tt\.store [^\n]*ptr<bf16>", asm["ttir"])
+        assert "barrier" in block and "barrier" in of_y
+    else:
+        *_, between = re.split(r"ld\.global\S*v4", ptx)
+        between, *stores = re.split(r"st\.global\S*v4", between)
+        assert stores and "bar.sync" in between
     assert "lg2.approx" not in ptx and "ld.global.nc" not in ptx
 
 
