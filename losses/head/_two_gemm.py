@@ -27,9 +27,21 @@ from .support import Kept
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; in float32 on a GPU, where cuBLAS may cut a sum over V into parts, and add those in half precision."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if not (a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)):
+        return a @ b
+    processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+    count = _parts(len(a), b.shape[0], b.shape[1], processors)
+    if count == 1:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    parts = a.unflatten(1, (count, -1)).transpose(0, 1)
+    return torch.bmm(parts, b.unflatten(0, (count, -1)), out_dtype=torch.float32).sum(0)
+
+
+def _parts(rows: int, words: int, width: int, processors: int) -> int:
+    """In how many parts to cut the sum over the words of [rows, words] @ [words, width], whose result is too small to
+    keep a GPU busy in blocks of 128 x 256."""
+    blocks = -(-rows // 128) * -(-width // 256)
+    return max(n for n in (1, 2, 4, 8) if n == 1 or (n * blocks <= processors and words % n == 0))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from logratio.losses import linear_logps
 from logratio.losses.head import _tile
 from logratio.losses.head._tile import STATS
+from logratio.losses.head._two_gemm import _parts
 
 from ._heads import head
 
@@ -134,3 +135,19 @@ def test_trainable_head_makes_no_logits(entropy, one_row_of_scratch):
     assert sum(numel == chunk * v for numel in tile_sized) == 2
     assert max(tile_sized) == v * 4 < n * v
     assert sum(numel == v * 4 for numel in tile_sized) == 1  # the sum of all chunks alone
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "width", "parts"),
+    [
+        (4096, 151_936, 896, 1),  # 32 x 4 blocks of an H200's 132 processors
+        (2048, 151_936, 896, 2),
+        (1024, 151_936, 896, 4),
+        (1024, 128_256, 4096, 1),
+        (128, 32_768, 64, 8),
+        (128, 50_257, 64, 1),  # an odd number of words
+        (128, 50_258, 64, 2),
+    ],
+)
+def test_parts_of_a_sum_over_the_words_fill_a_gpu_and_leave_nothing_out(rows, words, width, parts):
+    assert _parts(rows, words, width, processors=132) == parts

@@ -8,6 +8,7 @@ import torch
 
 from logratio.losses import linear_logps
 from logratio.losses.head._tile import STATS
+from logratio.losses.head._two_gemm import _parts, _product
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -58,3 +59,17 @@ torch.cuda.synchronize()
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode != 0 and "assert" in out.stderr.lower(), out.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_product_in_parts_is_as_exact_as_one(dtype):
+    """Of the front half of float32 rows, as the tile leaves it."""
+    n, v, h = 256, 32_768, 96
+    g = torch.Generator("cuda").manual_seed(0)
+    wide = torch.randn(n, 2 * v, generator=g, device="cuda").to(dtype)
+    a, b = wide[:, :v], torch.randn(v, h, generator=g, device="cuda").to(dtype)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert _parts(n, v, h, processors) == 8
+    exact = a.double() @ b.double()
+    errors = [(x.double() - exact).norm() for x in (_product(a, b), torch.mm(a, b, out_dtype=torch.float32))]
+    assert errors[0] <= 2 * errors[1] + 1e-7 * exact.norm()
