@@ -168,18 +168,13 @@ def adopt(model: Any) -> str:
 
 
 def fits(model: Any) -> bool:
-    """Whether there are kernels for it: for its device, dtype (or autocast's) and size of heads, if its attention can
+    """Whether there are kernels for it: for its device, dtype (or autocast's) and size of heads, and its attention can
     be set and asks for no more."""
-    device, config = model.device.type, model.config
+    device = model.device.type
+    settable = model._supports_sdpa and model._can_set_attn_implementation()
+    if device not in DEVICES or model.config._attn_implementation != "sdpa" or not settable:
+        return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     size = heads_of(model)[2]
-    return (
-        device in DEVICES
-        and config._attn_implementation == "sdpa"
-        and model._can_set_attn_implementation()
-        and dtype in DTYPES
-        and size % 8 == 0
-        and size <= LARGEST_HEAD
-        and softcap_of(model) is None
-        and not dropout_of(model)
-    )
+    plain = softcap_of(model) is None and not dropout_of(model)
+    return plain and dtype in DTYPES and size % 8 == 0 and size <= LARGEST_HEAD
