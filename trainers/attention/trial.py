@@ -67,7 +67,6 @@ def differs(model: Any, attend: Callable[..., Any], mask: Callable[..., Any], bl
         for n in (heads, key_heads, key_heads)
     )
     slope = torch.randn(*batch.group.shape, heads, size, generator=draw).to(model.device)
-    slope[batch.group < 0] = 0  # padding, whose values nobody reads
 
     def results(by: Callable[..., Tensor], seen: Any) -> dict[str, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))

@@ -197,6 +197,7 @@ def test_without_a_word_a_gpu_attends_without_a_dense_mask():
         for name in (None, "flex_attention", "sdpa")
     )
     # the mask of a layer, and keys and values repeated for 14 heads of 64, not 2
+    assert (Setup().row_multiple, Setup(dtype="float32").row_multiple) == (16, 128)
     assert default == flex == dense - 24 * (8 * 1024 * 1024 * 2 + 8 * 1024 * 2 * 12 * 64 * 2)
 
 

@@ -28,7 +28,7 @@ def flash_forward(
     q, k, v, query_ends, key_ends, longest_query, longest_key, dropout, causal, debug, *,
     scale=None, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
-    assert (dropout, causal, debug) == (0.0, True, False) and q.is_contiguous()
+    assert (dropout, causal, debug) == (0.0, True, False) and q.is_contiguous() and q.dtype == k.dtype == v.dtype
     out, row_sums = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan, dtype=torch.float64)
     of_queries, of_keys = parts(query_ends, longest_query), parts(key_ends, longest_key)
     assert of_queries[-1].stop == len(q) and of_keys[-1].stop == len(k) == len(v)

@@ -204,9 +204,10 @@ def never(*arguments, **options):
     raise AssertionError("called FlashAttention")
 
 
-def test_without_our_mask_the_model_runs_as_with_sdpa(monkeypatch, random_model):
-    """Plain batches and generation, whose prompts are padded on the left."""
-    model = random_model("mistral-window")
+@pytest.mark.parametrize("name", ["mistral-window", "granite"])
+def test_without_our_mask_the_model_runs_as_with_sdpa(monkeypatch, random_model, name):
+    """Plain batches and generation, whose prompts are padded on the left; in granite with a scale of its own."""
+    model = random_model(name)
     policy = with_varlen(model)
     monkeypatch.setattr(varlen, "flash_forward", never)
     (batch,) = pack(groups(sizes=(1, 1)), 10_000, shared=False)
