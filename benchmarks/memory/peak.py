@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from logratio.losses import LOSSES, Loss
-from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.errors import UserError
 
 from .activations import Batch, activations
@@ -32,7 +31,6 @@ ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
 # bitsandbytes: smaller tensors have 32-bit states, and states that are not paged.
 SMALLEST_8BIT, SMALLEST_PAGED, ABSMAX_BLOCK = 4096, 100_000, 256
-FLEX_BLOCK = 128  # tokens, of FlexAttention's kernels
 TILE_ALIGNMENT = 16  # words, of a row of the Triton head's tile
 EMPTY_ADAPTER = 1e-8  # coefficient from which a past adapter is left out of a reference that follows (reference_sync)
 
@@ -95,11 +93,6 @@ class Setup:
     def long_rows(self) -> bool:
         """Whether what nobody sees is skipped, without a dense mask: by FlashAttention, or FlexAttention."""
         return self.on_gpu and self.attn_implementation in (None, "flex_attention")
-
-    @property
-    def row_multiple(self) -> int:
-        """Long rows are padded to a multiple of so many tokens."""
-        return Sequences().size if self.attn_implementation is None and self.element == 2 else FLEX_BLOCK
 
     @property
     def fuses(self) -> bool:

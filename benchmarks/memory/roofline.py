@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from logratio.losses import Kind
+from logratio.trainers.batches.sequences import Sequences
 
 from .activations import Batch, activations
 from .geometry import Geometry
@@ -21,6 +22,7 @@ EFFICIENCY = 0.6
 TRAFFIC = 4
 # Of one float32 logit: written by the product, read twice by the row kernel, written and read in half precision.
 TILE_TRAFFIC = 16
+FLEX_BLOCK = 128  # tokens, of FlexAttention's kernels
 LIST = 4  # completions of a list, as UltraFeedback has them
 
 
@@ -67,7 +69,7 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         per_example, examples = fitting, math.ceil(examples * per_example / fitting)
     used = prompt + per_example * completion
     if setup.long_rows:
-        block = setup.row_multiple
+        block = row_multiple(setup)
         in_one = min(max(1, micro_batch_tokens // block * block // used), examples)
         rows, row = 1, _up_to(block, in_one * used)
         computed = examples // in_one * row + _up_to(block, examples % in_one * used)
@@ -84,6 +86,11 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         scored=examples * scored,
         pairs=examples * seen if setup.long_rows else examples * used**2,
     )
+
+
+def row_multiple(setup: Setup) -> int:
+    """Long rows are padded to a multiple of so many tokens."""
+    return Sequences().size if setup.attn_implementation is None and setup.element == 2 else FLEX_BLOCK
 
 
 def _up_to(multiple: int, tokens: int) -> int:

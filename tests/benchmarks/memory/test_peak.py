@@ -12,14 +12,21 @@ from logratio.benchmarks.memory.activations import Batch, activations
 from logratio.benchmarks.memory.geometry import Geometry, find
 from logratio.benchmarks.memory.gpus import GPUS, known_as
 from logratio.benchmarks.memory.peak import (
-    FLEX_BLOCK,
     Setup,
     head_tile,
     optimizer_bytes,
     predict,
     weight_bytes,
 )
-from logratio.benchmarks.memory.roofline import EFFICIENCY, Plan, Workload, plan, step_seconds
+from logratio.benchmarks.memory.roofline import (
+    EFFICIENCY,
+    FLEX_BLOCK,
+    Plan,
+    Workload,
+    plan,
+    row_multiple,
+    step_seconds,
+)
 from logratio.losses.head import logps
 from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack, split_groups
@@ -197,7 +204,7 @@ def test_without_a_word_a_gpu_attends_without_a_dense_mask():
         for name in (None, "flex_attention", "sdpa")
     )
     # the mask of a layer, and keys and values repeated for 14 heads of 64, not 2
-    assert (Setup().row_multiple, Setup(dtype="float32").row_multiple) == (16, 128)
+    assert (row_multiple(Setup()), row_multiple(Setup(dtype="float32"))) == (16, 128)
     assert default == flex == dense - 24 * (8 * 1024 * 1024 * 2 + 8 * 1024 * 2 * 12 * 64 * 2)
 
 

@@ -3,8 +3,6 @@
 What only the kernels can get wrong is in `test_varlen_gpu.py`.
 """
 
-import copy
-import math
 import types
 
 import pytest
@@ -20,29 +18,13 @@ from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.data.examples import Completion, Example, Prompt
-from logratio.trainers.policy import sharing
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.sharing import choose_attention, probe
 from logratio.trainers.rollout.generation import generate
 
-from . import _varlen
 from ._flex import assert_close, batches, groups, results
+from ._varlen import never, with_varlen
 
-
-def with_varlen(model) -> Policy:
-    model = copy.deepcopy(model)
-    model.set_attn_implementation(VARLEN)
-    return Policy(model, shared=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "flash_forward", _varlen.flash_forward)
-        patch.setattr(varlen, "flash_backward", _varlen.flash_backward)
-        patch.setattr(varlen, "DEVICES", ("cpu",))
-        patch.setattr(varlen, "DTYPES", (torch.float64, torch.float32, torch.bfloat16))
-        yield
+pytestmark = pytest.mark.usefixtures("varlen_on_cpu")
 
 
 def by_sequences(query, key, value, mask):
@@ -200,10 +182,6 @@ def test_the_operators_of_this_torch_take_these_arguments(monkeypatch, pack_one,
     assert [g.shape for g in grads] == [x.shape for x in tensors]
 
 
-def never(*arguments, **options):
-    raise AssertionError("called FlashAttention")
-
-
 @pytest.mark.parametrize("name", ["mistral-window", "granite"])
 def test_without_our_mask_the_model_runs_as_with_sdpa(monkeypatch, random_model, name):
     """Plain batches and generation, whose prompts are padded on the left; in granite with a scale of its own."""
@@ -241,80 +219,6 @@ def test_what_it_leaves_out_is_refused(pack_one, option):
         varlen_or_sdpa(None, q, q, q, mask, **(options | {option: 0.5}))
     with pytest.raises(ValueError, match=f"{VARLEN} does not support torch.float16"):
         varlen_or_sdpa(None, q.half(), q.half(), q.half(), mask)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "taken"),
-    [
-        ("llama", {}, True),
-        ("qwen2-window", {}, True),
-        ("llama-eager", {}, False),
-        ("gemma2", {}, False),
-        ("llama", {"head_dim": 20}, False),
-        ("llama", {"head_dim": 264}, False),
-        ("llama", {"attention_dropout": 0.1}, False),
-    ],
-)
-def test_a_model_takes_it_where_it_fits(random_model, name, options, taken):
-    model = random_model(name, **options)
-    before = model.config._attn_implementation
-    assert varlen.adopt(model) == ""
-    assert model.config._attn_implementation == (VARLEN if taken else before)
-
-
-def test_in_another_dtype_it_is_not_taken(monkeypatch, random_model):
-    monkeypatch.setattr(varlen, "DTYPES", (torch.bfloat16,))
-    model = random_model("llama")
-    assert not varlen.fits(model) and varlen.fits(copy.deepcopy(model).bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert varlen.fits(model)
-
-
-def scaled(grads):
-    """The gradients of keys 10 % too large."""
-    return grads[0], 1.1 * grads[1], grads[2]
-
-
-FAULTS = {
-    "values": ("flash_forward", lambda out: (out[0].index_fill(0, torch.tensor(700), math.nan), *out[1:]), "values"),
-    "a token": ("flash_forward", lambda out: (out[0].index_fill(0, torch.tensor(700), 0), *out[1:]), "values"),
-    "gradients": ("flash_backward", scaled, "keys' gradients"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_kernels_that_compute_something_else_are_not_taken(monkeypatch, random_model, fault):
-    """The user is told, and the model goes on as without them."""
-    of, spoil, said = FAULTS[fault]
-    right = getattr(_varlen, of)
-    monkeypatch.setattr(varlen, of, lambda *args, **options: spoil(right(*args, **options)))
-    policy = Policy(random_model("llama"))
-    obstacle, (note,) = choose_attention(policy)
-    assert obstacle == "" and policy.attention != VARLEN and policy.blocks is None
-    assert note.startswith(f"rows are not computed by FlashAttention: its {said} differ by")
-
-
-def test_it_goes_before_flex_attention_and_the_trial_of_sharing_goes_the_same_way(monkeypatch, random_model):
-    policy = Policy(random_model("llama"))
-    assert choose_attention(policy) == ("", []) and policy.attention == VARLEN
-    assert policy.blocks == Sequences() and not policy.uses_flex
-    monkeypatch.setattr(_varlen, "sees", lambda queries, keys, *window: torch.ones(queries, keys, dtype=torch.bool))
-    assert probe(policy).startswith("a shared prompt changes its hidden states")
-
-
-def test_asked_for_another_it_is_not_tried(monkeypatch, random_model):
-    monkeypatch.setattr(varlen, "flash_forward", never)
-    policy = Policy(random_model("llama"))
-    assert choose_attention(policy, "sdpa") == ("", []) and policy.attention == "sdpa"
-
-
-def test_a_model_that_has_no_use_for_its_mask_gets_a_dense_one(monkeypatch, random_model):
-    policy = with_varlen(random_model("llama"))
-    monkeypatch.setattr(varlen, "adopt", lambda model: "")
-    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.blocks else "")
-    monkeypatch.setattr(sharing, "adopt_stretches", lambda model: False)
-    told = ["rows are masked densely, not with FlashAttention: it raises"]
-    assert choose_attention(policy) == ("", told) and policy.attention == "sdpa"
 
 
 def test_packed_for_another_attention_the_lists_are_made(pack_one):
