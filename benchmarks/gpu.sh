@@ -4,7 +4,7 @@
 #
 #     1 min    the tests of the head's Triton kernel (pytest -m gpu)
 #     5 min    bench: the head; steps of a 0.5B model, and the 8B with QLoRA, beside TRL; what time is left for the rest
-#     2 min    the tests of FlexAttention and of the LoRA layers
+#     2 min    the tests of attention and of the LoRA layers
 #     1 min    bench goes on; the report
 #
 #     benchmarks/gpu.sh [RESULTS] [SECONDS]      with a Python that has logratio[test,bench] in front of the PATH

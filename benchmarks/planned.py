@@ -47,8 +47,8 @@ class Options:
     """QLoRA: frozen weights in nf4."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    attn_implementation: Literal["flex_attention", "sdpa"] = "flex_attention"
-    """sdpa has a dense mask in every layer."""
+    attn_implementation: Literal["flex_attention", "sdpa"] | None = None
+    """sdpa has a dense mask in every layer; others skip what nobody sees."""
     optim: str = "adamw_torch"
     """adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit."""
     ref_model_name_or_path: str | None = None

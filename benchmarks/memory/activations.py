@@ -14,8 +14,12 @@ float32):
 - Residual additions and the embedding keep nothing.
 
 RMSNorm of `fused_layers` and of Liger-Kernel keeps x as it is, their SwiGLU no silu(gate); ours under LoRA no product
-either, which is made again for the backward pass. Liger's, FlexAttention, and what CUDA's kernels for a dense mask add
-(rows of the mask padded to 16) follow their sources.
+either, which is made again for the backward pass. Liger's, attention in long rows, and what CUDA's kernels for a dense
+mask add (rows of the mask padded to 16) follow their sources.
+
+Attention by sequences has keys and values of prompts once more for every completion but the first, their gradients, and
+those of queries in float32, of one layer at a time. They are not counted: as a rule they are less than SwiGLU needs at
+its moment, which is over by then (many short completions of a long prompt may need more).
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Saving(Protocol):
     @property
     def gradient_checkpointing(self) -> bool: ...
     @property
-    def flex(self) -> bool: ...
+    def long_rows(self) -> bool: ...
     @property
     def on_gpu(self) -> bool: ...
 
@@ -97,7 +101,7 @@ def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
     kept_by_norm = e == 4 or how.use_liger_kernel or how.fuses
     if how.gradient_checkpointing:
         # a layer is made again in front of its backward, from its input, and its mask from the one of all layers
-        mask = 0 if batch.plain or how.flex else batch.rows * batch.row_length**2
+        mask = 0 if batch.plain or how.long_rows else batch.rows * batch.row_length**2
         saved = common + size.layers * stream + last_norm + mask
         again = layer - (stream if kept_by_norm else 0)
         return Activations(saved, _in_backward(size, how, tokens, last_norm, again), layer, stream)
@@ -122,7 +126,7 @@ def _norm_of(count: int, width: int, size: Geometry, how: Saving) -> int:
 def _attention(size: Geometry, how: Saving, batch: Batch) -> int:
     """Queries, keys, values, output and row sums of one layer, and its mask."""
     e = how.element
-    masked = not batch.plain and not how.flex
+    masked = not batch.plain and not how.long_rows
     keys = size.queries if masked else size.keys
     total = batch.tokens * ((2 * size.queries + 2 * keys) * e + 4 * size.heads)
     if masked:

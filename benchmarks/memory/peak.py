@@ -39,8 +39,9 @@ EMPTY_ADAPTER = 1e-8  # coefficient from which a past adapter is left out of a r
 class Setup:
     """What decides a step's memory beside model and micro-batch, under the names of `logratio train`.
 
-    loss: its options, if not the method's defaults. attn_implementation: None is FlexAttention on a GPU, as in
-    training. accumulates: a step has several micro-batches, so that gradients are there while the next is computed.
+    loss: its options, if not the method's defaults. attn_implementation: None is, as in training, on a GPU
+    FlashAttention by sequences, or of float32 FlexAttention. accumulates: a step has several micro-batches, so that
+    gradients are there while the next is computed.
     """
 
     method: str = "dpo"
@@ -89,7 +90,8 @@ class Setup:
         return self.gpu is not None
 
     @property
-    def flex(self) -> bool:
+    def long_rows(self) -> bool:
+        """Whether what nobody sees is skipped, without a dense mask: by FlashAttention, or FlexAttention."""
         return self.on_gpu and self.attn_implementation in (None, "flex_attention")
 
     @property

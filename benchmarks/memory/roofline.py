@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from logratio.losses import Kind
+from logratio.trainers.batches.sequences import Sequences
 
 from .activations import Batch, activations
 from .geometry import Geometry
@@ -21,8 +22,8 @@ EFFICIENCY = 0.6
 TRAFFIC = 4
 # Of one float32 logit: written by the product, read twice by the row kernel, written and read in half precision.
 TILE_TRAFFIC = 16
+FLEX_BLOCK = 128  # tokens, of FlexAttention's kernels
 LIST = 4  # completions of a list, as UltraFeedback has them
-BLOCK = 128  # FlexAttention's rows are a multiple of it
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         fitting = min(per_example, max(1, (micro_batch_tokens - prompt) // completion))
         per_example, examples = fitting, math.ceil(examples * per_example / fitting)
     used = prompt + per_example * completion
-    if setup.flex:  # one long row
-        in_one = min(max(1, micro_batch_tokens // BLOCK * BLOCK // used), examples)
-        rows, row = 1, _in_blocks(in_one * used)
-        computed = examples // in_one * row + _in_blocks(examples % in_one * used)
+    if setup.long_rows:
+        block = row_multiple(setup)
+        in_one = min(max(1, micro_batch_tokens // block * block // used), examples)
+        rows, row = 1, _up_to(block, in_one * used)
+        computed = examples // in_one * row + _up_to(block, examples % in_one * used)
     else:
         in_one = rows = min(max(1, micro_batch_tokens // used), examples)
         row, computed = used, examples * used
@@ -82,12 +84,17 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         micro_batches=math.ceil(examples / in_one),
         tokens=computed,
         scored=examples * scored,
-        pairs=examples * seen if setup.flex else examples * used**2,
+        pairs=examples * seen if setup.long_rows else examples * used**2,
     )
 
 
-def _in_blocks(tokens: int) -> int:
-    return math.ceil(tokens / BLOCK) * BLOCK
+def row_multiple(setup: Setup) -> int:
+    """Long rows are padded to a multiple of so many tokens."""
+    return Sequences().size if setup.attn_implementation is None and setup.element == 2 else FLEX_BLOCK
+
+
+def _up_to(multiple: int, tokens: int) -> int:
+    return math.ceil(tokens / multiple) * multiple
 
 
 def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str, float]:

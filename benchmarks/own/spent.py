@@ -144,7 +144,7 @@ def setup_of(subject: Subject, accumulates: bool) -> Setup:
         use_liger_kernel=model.use_liger_kernel,
         load_in_4bit=model.load_in_4bit,
         gradient_checkpointing=model.gradient_checkpointing,
-        attn_implementation=None if policy.uses_flex else policy.attention,
+        attn_implementation=None if policy.blocks else policy.attention,
         optim=config.train.optim,
         ref_model_name_or_path=model.ref_model_name_or_path,
         precompute_ref_log_probs=model.precompute_ref_log_probs,
@@ -158,7 +158,7 @@ def setup_of(subject: Subject, accumulates: bool) -> Setup:
 def plan_of(batches: Sequence[Batch], examples: Sequence[Example], setup: Setup) -> Plan:
     """The step as it was packed, as the roofline takes it."""
     pairs = sum(batch.rows * batch.row_length**2 for batch in batches)
-    if setup.flex:  # which skips what nobody sees
+    if setup.long_rows:  # by kernels that skip what nobody sees
         pairs = sum(seen(example) for example in examples)
     return Plan(
         largest=max(batches, key=lambda batch: batch.tokens),

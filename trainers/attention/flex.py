@@ -17,10 +17,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..batches.blocks import BlockLists, Blocks, block_lists
-from ..batches.packing import PackedBatch, pack
-from ..data.examples import Completion, Example
-from ..errors import UserError, first_line
-from .masks import Sight, attention_mask, may_see, sights
+from ..batches.packing import PackedBatch, lists_to
+from ..errors import UserError
+from .masks import Sight, may_see, sights
+from .trial import WINDOWS, dropout_of, softcap_of, why_refused
 
 # transformers' name for its own FlexAttention, and ours for `flex_or_sdpa`.
 THEIRS, OURS = "flex_attention", "logratio_flex"
@@ -33,20 +33,14 @@ RECOMPILE_LIMIT = 64
 NOT_DONE = ("dropout", "softcap", "s_aux", "position_bias")
 # Where it has a backward pass that was tried.
 DEVICES = ("cuda",)
-# (prompt, completions) in tokens: in 13 blocks, of which the last ends in padding and most hold parts of two groups
-TRIAL = ((150, 90, 200, 75), (40, 333), (260, 61, 128), (5, 1, 1, 80), (100, 30))
-TRIAL_BLOCKS, TRIAL_WINDOWS = 13, (None, 100)
-# of one token; bfloat16's rounding is some 1e-2
-TRIAL_TOLERANCE = 5e-2
-DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def block_mask(batch: PackedBatch, window: int | None = None) -> BlockMask:
     """`masks.attention_mask` for FlexAttention, of the blocks that packing has listed."""
     lists = batch.blocks.get(window)
-    if lists is None:  # packed for another model, whose reference has a window or an attention of its own
+    if not isinstance(lists, BlockLists):  # packed for another model, with a window or an attention of its own
         made = block_lists(batch.group.cpu(), batch.segment.cpu(), BLOCK, window)
-        lists = BlockLists(*(x.to(batch.group.device) for x in made))
+        lists = lists_to(made, batch.group.device)
     return _block_mask(sights(batch, window), lists)
 
 
@@ -155,71 +149,11 @@ def adopt(model: Any, asked: str | None = None) -> list[str]:
     return []
 
 
-def softcap_of(model: Any) -> float | None:
-    """c of the scores c tanh(s / c), where the model caps them."""
-    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-
-
 def why_not(model: Any) -> str:
     """Why FlexAttention does not work for this model on its device, or "": what it cannot do, then a trial."""
     if model.device.type not in DEVICES:
         return f"it does not train on a {model.device.type}"
-    config = model.config.get_text_config()
-    dropouts = [name for name in DROPOUTS if getattr(config, name, None)]
-    if dropouts:
-        return f"it has no dropout, and the model's {dropouts[0]} is {getattr(config, dropouts[0])}"
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    try:
-        with torch.enable_grad():
-            return differs(model, heads, key_heads, size)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's
-        return f"it raises {type(error).__name__}: {first_line(error)}"
-
-
-def differs(model: Any, heads: int, key_heads: int, size: int) -> str:
-    """How the kernels differ from attention under a dense mask, of a row of several groups and padding; or ""."""
-    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out,
-    # queries and keys new out of the rope. A number of blocks that were equal to one of heads would be compiled into
-    # the kernel.
-    examples = [Example([0] * p, [Completion([0] * n) for n in lengths]) for p, *lengths in TRIAL]
-    (batch,) = pack(examples, TRIAL_BLOCKS * BLOCK, blocks=Blocks(BLOCK, TRIAL_WINDOWS))
-    batch, draw = batch.to(model.device), torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(*batch.group.shape, n, size, generator=draw).to(model.device, model.dtype).requires_grad_()
-        for n in (heads, key_heads, key_heads)
-    )
-    slope = torch.randn(*batch.group.shape, heads, size, generator=draw).to(model.device)
-
-    def results(attend: Callable[..., Tensor], mask: Any) -> dict[str, Tensor]:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = attend(q * 1, k * 1, v, mask, size**-0.5).float()
-        grads = torch.autograd.grad((out * slope).sum(), (query, key, value))
-        names = ("queries' gradients", "keys' gradients", "values' gradients")
-        return {"values": out.detach()} | dict(zip(names, grads, strict=True))
-
-    def by_kernels(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
-        return flex_or_sdpa(model, q, k, v, mask, scaling=scale)[0]
-
-    for window in TRIAL_WINDOWS:
-        ours, dense = results(by_kernels, block_mask(batch, window)), results(_dense, attention_mask(batch, window))
-        for name, truth in dense.items():
-            change = largest_change(ours[name].float(), truth.float())
-            if not change <= TRIAL_TOLERANCE:  # nor NaN
-                return f"its {name} differ by {change:.0e} from those under a dense mask, of one token, relative"
-    return ""
-
-
-def largest_change(ours: Tensor, truth: Tensor) -> float:
-    """Of [R, L, heads, D]: of one token, beside its own norm and the mean of all, since a small one is a small sum."""
-    norms = truth.norm(dim=(2, 3))
-    return float(((ours - truth).norm(dim=(2, 3)) / (norms + norms.mean())).max())
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)
+    dropout = dropout_of(model)
+    if dropout:
+        return f"it has no dropout, and the model's {dropout}"
+    return why_refused(model, flex_or_sdpa, block_mask, Blocks(BLOCK, WINDOWS))

@@ -2,7 +2,7 @@
 
 Under a dense mask `scaled_dot_product_attention` computes every pair of a row, seen or not. Here a prompt meets itself,
 and a completion its prompt and itself, under their part of the same mask: of a prompt of 100 tokens and eight
-completions of 130 each a fifth of the pairs. (On a GPU `flex.py` leaves blocks out inside one kernel.)
+completions of 130 each a fifth of the pairs. (On a GPU `varlen.py` does so with one kernel.)
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Examples to packed micro-batches: rows of token ids, the blocks of them that are seen, what a loss is called with."""
+"""Examples to packed micro-batches: rows of token ids, what of them is seen, what a loss is called with."""

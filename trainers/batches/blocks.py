@@ -7,6 +7,7 @@ a block has a closed form.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,10 @@ class Blocks(NamedTuple):
 
     size: int
     windows: tuple[int | None, ...] = (None,)
+
+    def lists(self, group: Tensor, segment: Tensor) -> Mapping[int | None, BlockLists]:
+        """Those that `PackedBatch.blocks` has."""
+        return {window: block_lists(group, segment, self.size, window) for window in self.windows}
 
 
 class BlockLists(NamedTuple):

@@ -20,8 +20,9 @@ from torch import Tensor
 from logratio.losses import Support
 
 from ..data.examples import Example
-from .blocks import BlockLists, Blocks, block_lists
+from .blocks import BlockLists, Blocks
 from .layout import Layout
+from .sequences import KeyLists, Sequences
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
 # of shorter rows. More makes less padding, less makes fewer micro-batches.
@@ -41,8 +42,8 @@ class PackedBatch:
     weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
     support: of the N scored tokens, the words that they were sampled from; None: all.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
-    blocks: sliding window (None: full attention) -> what FlexAttention computes of the rows; of rows that need no mask,
-        or that are packed for another attention, none.
+    blocks: sliding window (None: full attention) -> what FlexAttention computes of the rows; or None -> the sequences
+        of the rows; of rows that need no mask, or that are packed for another attention, none.
     """
 
     input_ids: Tensor
@@ -60,7 +61,7 @@ class PackedBatch:
     is_filler: bool = False
     weights: Tensor | None = None
     support: Support | None = None
-    blocks: Mapping[int | None, BlockLists] = field(default_factory=dict)
+    blocks: Mapping[int | None, BlockLists | KeyLists] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
@@ -69,7 +70,7 @@ class PackedBatch:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        blocks = {w: BlockLists(*(to_device(x, device) for x in lists)) for w, lists in self.blocks.items()}
+        blocks = {window: lists_to(lists, device) for window, lists in self.blocks.items()}
         support = None if self.support is None else Support(*(to_device(x, device) for x in self.support))
         return dataclasses.replace(self, **moved, support=support, blocks=blocks)
 
@@ -102,6 +103,11 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def lists_to(lists: Any, device: torch.device) -> Any:
+    """`BlockLists` or `KeyLists` there."""
+    return type(lists)(*(to_device(x, device) if isinstance(x, Tensor) else x for x in lists))
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Part of an example that lies contiguously in one row: the prompt and these completions."""
@@ -125,7 +131,7 @@ def pack(
     scores_prompt: bool = False,
     pad_id: int = 0,
     micro_batch_cost: int = 0,
-    blocks: Blocks | None = None,
+    blocks: Blocks | Sequences | None = None,
 ) -> list[PackedBatch]:
     """Cut a step's examples into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
@@ -137,8 +143,8 @@ def pack(
     scores_prompt: list the prompt's own tokens too, as paths after the completions.
     micro_batch_cost: what a micro-batch costs beside its tokens, in tokens: of `ROW_FILLS` the one that costs least
     is taken.
-    blocks: for an attention that skips the blocks nobody sees, so that rows need not be short: a micro-batch is one
-    row, padded to whole blocks if it needs a mask, and knows its `blocks`. Of no use where rows are not shared.
+    blocks: for an attention that skips what nobody sees, so that rows need not be short: a micro-batch is one row,
+    padded to whole blocks if it needs a mask, and knows its `blocks`. Of no use where rows are not shared.
     """
     pieces = [_pieces(example, i, shared) for i, example in enumerate(examples)]
     pieces.sort(key=lambda own: -max(p.length for p in own))
@@ -245,7 +251,7 @@ def _build(
     *,
     scores_prompt: bool,
     pad_id: int,
-    blocks: Blocks | None,
+    blocks: Blocks | Sequences | None,
 ) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
     starts = itertools.accumulate((len(examples[i].completions) for i in members), initial=0)
@@ -253,7 +259,7 @@ def _build(
     path = dict(zip(members, paths, strict=True))
     prompt_path = {m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {}
     plain, length = _is_plain(rows), _length(rows)
-    masked = blocks if blocks is not None and not plain else Blocks(1, ())
+    masked: Blocks | Sequences = blocks if blocks is not None and not plain else Blocks(1, ())
     length += -length % masked.size
     layout = Layout(len(rows), length)
     for r, row in enumerate(rows):
@@ -271,5 +277,5 @@ def _build(
         num_completions=num_completions,
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
-        blocks={w: block_lists(tensors["group"], tensors["segment"], masked.size, w) for w in masked.windows},
+        blocks=masked.lists(tensors["group"], tensors["segment"]),
     )

@@ -18,14 +18,21 @@ from logratio.losses import TokenLogps, linear_jsd, linear_logps
 from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
+from ..attention.varlen import VARLEN, varlen_mask
 from ..batches.blocks import Blocks
 from ..batches.packing import PackedBatch
+from ..batches.sequences import Sequences
 from ..layers.nf4 import refuse_repacked, repackable
 from ..layers.switch import NO_ADAPTER, computing_with
 from ..processes.sharding import whole
 
 REFERENCE_ADAPTER = "reference"
-MASKS: dict[str, Callable[..., Any]] = {OURS: block_mask, THEIRS: block_mask, STRETCHES: stretch_mask}
+MASKS: dict[str, Callable[..., Any]] = {
+    VARLEN: varlen_mask,
+    OURS: block_mask,
+    THEIRS: block_mask,
+    STRETCHES: stretch_mask,
+}
 """Attention implementation -> who sees whom in the form that it takes; others take a dense mask."""
 
 
@@ -68,8 +75,11 @@ class Policy(nn.Module):
         return self.attention in (OURS, THEIRS)
 
     @property
-    def blocks(self) -> Blocks | None:
-        """What FlexAttention asks of rows that need a mask."""
+    def blocks(self) -> Blocks | Sequences | None:
+        """What FlexAttention asks of rows that need a mask, or attention by sequences; other attention gets short
+        rows."""
+        if self.attention == VARLEN:
+            return Sequences()
         return Blocks(BLOCK, self.windows) if self.uses_flex else None
 
     @property

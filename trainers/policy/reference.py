@@ -252,8 +252,10 @@ def other_model(
     if obstacle and policy.shared:  # both compute the same micro-batches
         policy.shared = other.shared = False
         notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
-    elif policy.uses_flex != other.uses_flex:  # whose rows are too long for a dense mask
-        (policy if policy.uses_flex else other).causal_lm.set_attn_implementation("sdpa")
+    elif type(policy.blocks) is not type(other.blocks):  # rows of the one are too long for the other, or odd
+        for either in (policy, other):
+            if either.blocks is not None:
+                either.causal_lm.set_attn_implementation("sdpa")
     other = Policy(model, temperature=other.temperature, stats=stats, shared=other.shared)
     return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from ..attention.flex import OURS, THEIRS, adopt, softcap_of
+from ..attention import varlen
+from ..attention.flex import OURS, THEIRS, adopt
 from ..attention.stretches import STRETCHES, adopt_stretches
+from ..attention.trial import softcap_of
 from ..batches.packing import PackedBatch, pack
 from ..data.examples import Completion, Example
 from ..errors import UserError, first_line
@@ -22,8 +24,8 @@ PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 # Tokens of the prompt that is shared on trial.
 PROBE_PROMPT = 6
-# Attention implementations that take a mask of ours, boolean or of blocks.
-MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS)
+# Attention implementations that take a mask of ours, boolean, of blocks or of sequences.
+MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS, varlen.VARLEN)
 # Their angles depend on the longest row of the batch.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -40,19 +42,22 @@ def choose_attention(
 ) -> tuple[str, list[str]]:
     """Let the model take the attention that suits packed rows, and decide with it whether prompts may be shared.
 
-    asked: `attn_implementation` of the user. autocast: the dtype of its mixed precision, in which FlexAttention, whose
-    kernels differ by dtype, is tried. Returns why prompts may not be shared (or ""), and what to tell the user.
+    asked: `attn_implementation` of the user. autocast: the dtype of its mixed precision, in which a GPU's kernels are
+    tried, which differ by dtype. Returns why prompts may not be shared (or ""), and what to tell the user.
     """
     model = policy.causal_lm
     keep_softcap(model, asked)
     with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-        notes = adopt(model, asked)
-    obstacle = why_not_shared(policy, autocast if policy.uses_flex else None)
-    if obstacle and model.config._attn_implementation == OURS and asked is None:
-        model.set_attn_implementation("sdpa")  # a model that has no use for a BlockMask may do with a dense mask
+        refused = varlen.adopt(model) if asked is None else ""
+        notes = [f"rows are not computed by FlashAttention: {refused}"] if refused else []
+        notes += adopt(model, asked)
+    obstacle = why_not_shared(policy, autocast if policy.blocks else None)
+    if obstacle and model.config._attn_implementation in (OURS, varlen.VARLEN) and asked is None:
+        kernels = "FlexAttention" if policy.uses_flex else "FlashAttention"
+        model.set_attn_implementation("sdpa")  # a model that has no use for these masks may do with a dense one
         flexible, obstacle = obstacle, why_not_shared(policy)
         if not obstacle:
-            notes = [f"rows are masked densely, not with FlexAttention: {flexible}"]
+            notes = [f"rows are masked densely, not with {kernels}: {flexible}"]
     if asked is None and not obstacle and adopt_stretches(model) and probe(policy, always=True):
         model.set_attn_implementation("sdpa")
     return obstacle, notes

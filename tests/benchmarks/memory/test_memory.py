@@ -306,14 +306,14 @@ def test_models_methods_and_adapters_make_sense(name, load_in_4bit, method):
 def test_time_by_hand():
     size, setup = find("Qwen2.5-0.5B"), Setup(method="dpo")
     step = plan(setup, Workload(100, 50, batch_size=10), 1000)
-    assert (step.largest.rows, step.largest.row_length, step.micro_batches, step.tokens) == (1, 896, 3, 2304)
+    assert (step.largest.rows, step.largest.row_length, step.micro_batches, step.tokens) == (1, 800, 3, 2000)
     assert (step.scored, step.largest.scored_tokens, step.largest.num_paths) == (1000, 400, 8)
     assert step.pairs == 10 * (5000 + 2 * (5000 + 1250))
     linears = 2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864
-    flops = 24 * (2 * linears * 2304 + 4 * step.pairs * 896)
+    flops = 24 * (2 * linears * 2000 + 4 * step.pairs * 896)
     times = step_seconds(size, setup, step, GPUS["H100"])
     assert times["forward"] == pytest.approx(flops / (989.5e12 * 0.6))
-    assert times["backward"] == pytest.approx(24 * (4 * linears * 2304 + 10 * step.pairs * 896) / (989.5e12 * 0.6))
+    assert times["backward"] == pytest.approx(24 * (4 * linears * 2000 + 10 * step.pairs * 896) / (989.5e12 * 0.6))
     assert "adapters" not in times and "recomputation" not in times
 
     def reference(**options):

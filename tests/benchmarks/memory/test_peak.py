@@ -18,10 +18,19 @@ from logratio.benchmarks.memory.peak import (
     predict,
     weight_bytes,
 )
-from logratio.benchmarks.memory.roofline import BLOCK, EFFICIENCY, Plan, Workload, plan, step_seconds
+from logratio.benchmarks.memory.roofline import (
+    EFFICIENCY,
+    FLEX_BLOCK,
+    Plan,
+    Workload,
+    plan,
+    row_multiple,
+    step_seconds,
+)
 from logratio.losses.head import logps
 from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack, split_groups
+from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.optimizer import adamw
@@ -188,13 +197,14 @@ def test_a_qlora_step_by_hand():
     assert prediction.needed == int(1.05 * prediction.peak.total - 0.05 * stays) + 600 * 2**20
 
 
-def test_without_a_word_a_gpu_attends_with_flex_attention():
+def test_without_a_word_a_gpu_attends_without_a_dense_mask():
     size, batch = find("Qwen2.5-0.5B"), Batch(8, 1024, 1000)
     default, flex, dense = (
         predict(size, Setup(attn_implementation=name), batch).peak.parts["activations"]
         for name in (None, "flex_attention", "sdpa")
     )
     # the mask of a layer, and keys and values repeated for 14 heads of 64, not 2
+    assert (row_multiple(Setup()), row_multiple(Setup(dtype="float32"))) == (16, 128)
     assert default == flex == dense - 24 * (8 * 1024 * 1024 * 2 + 8 * 1024 * 2 * 12 * 64 * 2)
 
 
@@ -231,9 +241,9 @@ def test_a_gpu_is_known_by_its_drivers_name(name):
 # ---- the plan
 
 
-# A row of one completion alone needs no mask, and is not padded to FlexAttention's blocks; of real lengths few are.
+# A row of one completion alone needs no mask, and is not padded; of real lengths few are.
 CUT = [(method, None) for method in ("sft", "dpo", "kto", "orpo", "tpo", "grpo")]
-CUT += [(method, Blocks(BLOCK)) for method in ("dpo", "orpo", "tpo")]
+CUT += [(method, blocks) for method in ("dpo", "orpo", "tpo") for blocks in (Blocks(FLEX_BLOCK), Sequences())]
 
 
 @pytest.mark.parametrize("method, blocks", CUT)
@@ -241,7 +251,8 @@ CUT += [(method, Blocks(BLOCK)) for method in ("dpo", "orpo", "tpo")]
     "work", [Workload(100, 50, 10), Workload(200, 300, 8, 4), Workload(9, 700, 3, 2), Workload(10, 20, 40)]
 )
 def test_examples_of_one_length_are_cut_as_they_are_packed(work, method, blocks):
-    setup = Setup(method=method, attn_implementation="sdpa" if blocks is None else None)
+    attention = "sdpa" if blocks is None else "flex_attention" if isinstance(blocks, Blocks) else None
+    setup = Setup(method=method, attn_implementation=attention)
     completions = [Completion([2] * work.completion_tokens)] * work.completions(setup)
     examples = [Example([1] * work.prompt_tokens, completions, advantages=(1.0,) * len(completions))] * work.batch_size
     for budget in (1000, 2500, 8192):

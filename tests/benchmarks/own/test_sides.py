@@ -231,9 +231,9 @@ def test_the_plan_is_of_the_step_as_it_was_packed():
     pair = Example([1] * 4, [Completion([2] * 3), Completion([2] * 5)])
     assert seen(pair) == 8 + (12 + 4) + (20 + 12)
     packed = [Batch(2, 12, 10), Batch(1, 6, 4)]
-    plan = plan_of(packed, [pair], SimpleNamespace(flex=False))
+    plan = plan_of(packed, [pair], SimpleNamespace(long_rows=False))
     assert (plan.largest, plan.micro_batches, plan.tokens, plan.scored) == (packed[0], 2, 30, 14)
-    assert plan.pairs == 2 * 144 + 36 and plan_of(packed, [pair], SimpleNamespace(flex=True)).pairs == seen(pair)
+    assert plan.pairs == 2 * 144 + 36 and plan_of(packed, [pair], SimpleNamespace(long_rows=True)).pairs == seen(pair)
 
 
 @pytest.mark.parametrize(

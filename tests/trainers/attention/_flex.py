@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from logratio.trainers.attention.flex import OURS
 from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack
+from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.policy import Policy
 
@@ -34,7 +35,7 @@ def batches(draw: st.DrawFn):
         Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
         for row in range(draw(st.integers(1, 5)))
     ]
-    blocks = draw(st.sampled_from([None, Blocks(4, (None, 3)), Blocks(16, (5,))]))
+    blocks = draw(st.sampled_from([None, Blocks(4, (None, 3)), Blocks(16, (5,)), Sequences(4)]))
     return pack(examples, draw(st.integers(1, 120)), blocks=blocks, shared=draw(st.booleans()))
 
 

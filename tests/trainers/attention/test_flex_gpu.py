@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 
-from logratio.trainers.attention.flex import OURS
+from logratio.trainers.attention.flex import OURS, THEIRS
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.policy import Policy
@@ -18,12 +18,6 @@ from logratio.trainers.rollout.generation import generate
 from ._flex import assert_close, groups, results, with_flex
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
@@ -64,9 +58,9 @@ def test_adapters_in_mixed_precision_as_they_are_trained(exact_float32, random_m
     examples = groups(longest=200)
     truth = results(Policy(model, shared=False), examples, "cuda", budget=4096)
     found = []
-    for asked in (None, "sdpa"):
+    for asked in (THEIRS, "sdpa"):
         policy = Policy(copy.deepcopy(model), shared=True)
-        assert choose_attention(policy, asked, torch.bfloat16) == ("", []) and policy.uses_flex == (asked is None)
+        assert choose_attention(policy, asked, torch.bfloat16) == ("", []) and policy.uses_flex == (asked == THEIRS)
         if checkpointing:
             policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with torch.autocast("cuda", torch.bfloat16):

@@ -1,5 +1,5 @@
-"""The kernels of these layers in Triton's interpreter, on CPU tensors: a process of its own, which decides that at its
-first import of Triton."""
+"""The kernels of these layers, and of attention, in Triton's interpreter, on CPU tensors: a process of its own, which
+decides that at its first import of Triton."""
 
 import subprocess
 import sys
@@ -9,6 +9,8 @@ import pytest
 CODE = """
 import torch
 from torch.nn.functional import silu
+from logratio.trainers.attention._triton import sum_copies
+from logratio.trainers.batches.sequences import key_lists
 from logratio.trainers.layers import _triton
 
 torch.manual_seed(0)
@@ -42,6 +44,15 @@ for count in (0, 1, 1000, 3000):
     theirs = torch.autograd.grad(silu(gate) * up, (gate, up), dy)
     for mine, true in zip(_triton.swiglu_gradients(dy, gate.detach(), up.detach()), theirs, strict=True):
         close(mine, true)
+group = torch.tensor([[0] * 9 + [1] * 4, [0] * 11 + [-1] * 2])
+segment = torch.tensor([[0] * 3 + [1] * 2 + [2] + [3] * 3 + [0] * 2 + [1] * 2, [0] + [1] * 5 + [2] * 5 + [0] * 2])
+lists = key_lists(group, segment)
+index = lists.source.long()
+for heads, size in ((2, 8), (1, 24), (5, 40)):
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = [torch.randn(len(index), heads, size).to(dtype) for _ in range(2)]
+        for grad, mine in zip(grads, sum_copies(*grads, lists), strict=True):
+            close(mine, torch.zeros(26, heads, size).index_add(0, index, grad.float()).to(dtype))
 print("all")
 """
 

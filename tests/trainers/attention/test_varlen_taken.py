@@ -1,0 +1,93 @@
+"""Which models take attention by sequences: where there are kernels for them, and a trial finds no fault in these."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from logratio.trainers.attention import varlen
+from logratio.trainers.attention.varlen import VARLEN
+from logratio.trainers.batches.sequences import Sequences
+from logratio.trainers.policy import sharing
+from logratio.trainers.policy.policy import Policy
+from logratio.trainers.policy.sharing import choose_attention, probe
+
+from . import _varlen
+from ._varlen import never, with_varlen
+
+pytestmark = pytest.mark.usefixtures("varlen_on_cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "taken"),
+    [
+        ("llama", {}, True),
+        ("qwen2-window", {}, True),
+        ("llama-eager", {}, False),
+        ("gemma2", {}, False),
+        ("llama", {"head_dim": 20}, False),
+        ("llama", {"head_dim": 264}, False),
+        ("llama", {"attention_dropout": 0.1}, False),
+    ],
+)
+def test_a_model_takes_it_where_it_fits(random_model, name, options, taken):
+    model = random_model(name, **options)
+    before = model.config._attn_implementation
+    assert varlen.adopt(model) == ""
+    assert model.config._attn_implementation == (VARLEN if taken else before)
+
+
+def test_in_another_dtype_it_is_not_taken(monkeypatch, random_model):
+    monkeypatch.setattr(varlen, "DTYPES", (torch.bfloat16,))
+    model = random_model("llama")
+    assert not varlen.fits(model) and varlen.fits(copy.deepcopy(model).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert varlen.fits(model)
+
+
+def scaled(grads):
+    """The gradients of keys 10 % too large."""
+    return grads[0], 1.1 * grads[1], grads[2]
+
+
+FAULTS = {
+    "values": ("flash_forward", lambda out: (out[0].index_fill(0, torch.tensor(700), math.nan), *out[1:]), "values"),
+    "a token": ("flash_forward", lambda out: (out[0].index_fill(0, torch.tensor(700), 0), *out[1:]), "values"),
+    "gradients": ("flash_backward", scaled, "keys' gradients"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kernels_that_compute_something_else_are_not_taken(monkeypatch, random_model, fault):
+    """The user is told, and the model goes on as without them."""
+    of, spoil, said = FAULTS[fault]
+    right = getattr(_varlen, of)
+    monkeypatch.setattr(varlen, of, lambda *args, **options: spoil(right(*args, **options)))
+    policy = Policy(random_model("llama"))
+    obstacle, (note,) = choose_attention(policy)
+    assert obstacle == "" and policy.attention != VARLEN and policy.blocks is None
+    assert note.startswith(f"rows are not computed by FlashAttention: its {said} differ by")
+
+
+def test_it_goes_before_flex_attention_and_the_trial_of_sharing_goes_the_same_way(monkeypatch, random_model):
+    policy = Policy(random_model("llama"))
+    assert choose_attention(policy) == ("", []) and policy.attention == VARLEN
+    assert policy.blocks == Sequences() and not policy.uses_flex
+    monkeypatch.setattr(_varlen, "sees", lambda queries, keys, *window: torch.ones(queries, keys, dtype=torch.bool))
+    assert probe(policy).startswith("a shared prompt changes its hidden states")
+
+
+def test_asked_for_another_it_is_not_tried(monkeypatch, random_model):
+    monkeypatch.setattr(varlen, "flash_forward", never)
+    policy = Policy(random_model("llama"))
+    assert choose_attention(policy, "sdpa") == ("", []) and policy.attention == "sdpa"
+
+
+def test_a_model_that_has_no_use_for_its_mask_gets_a_dense_one(monkeypatch, random_model):
+    policy = with_varlen(random_model("llama"))
+    monkeypatch.setattr(varlen, "adopt", lambda model: "")
+    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.blocks else "")
+    monkeypatch.setattr(sharing, "adopt_stretches", lambda model: False)
+    told = ["rows are masked densely, not with FlashAttention: it raises"]
+    assert choose_attention(policy) == ("", told) and policy.attention == "sdpa"
