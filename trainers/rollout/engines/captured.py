@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -25,12 +26,17 @@ from ...errors import first_line
 from ...layers.lora_layers import FusedLora, part_of
 from .slots import SlotCache
 
+GRAPHS = ("cuda",)
+"""Devices that have them."""
 LEAST_ROWS = 8
 LEAST_SEEN = 256
 """Shapes smaller than these are not worth a graph of their own."""
 AT_ONCE = 1 / 20
 KEPT = 1 / 10
 """Of a GPU's memory: what room may be made of before tokens need it, and what may stay between calls."""
+
+BROKEN: list[Any] = []
+"""Graphs whose capture failed: the allocator may go on asking them which stream is theirs."""
 
 
 class NotCaptured(Exception):
@@ -48,6 +54,11 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device=device)
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 class Captured:
     """The buffers of up to `slots` rows, and the graphs that work on them.
 
@@ -57,19 +68,19 @@ class Captured:
 
     def __init__(self, policy: Any, slots: int, device: torch.device) -> None:
         self.made_of, self.device = fingerprint(policy), device
-        at_once = int(torch.cuda.get_device_properties(device).total_memory * AT_ONCE) if device.type == "cuda" else 0
-        self.cache = SlotCache(slots, device, at_once=at_once)
+        self.launches = device.type in GRAPHS
+        self.cache = SlotCache(slots, device, at_once=int(AT_ONCE * memory_of(device)) if self.launches else 0)
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self.numbers = torch.zeros(slots, dtype=torch.float64, device=device)
         self.said = torch.zeros(slots, 2, dtype=torch.float64, device=device)
-        self.upload = torch.zeros(slots, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self.upload = torch.zeros(slots, dtype=torch.float64, pin_memory=self.launches)
         self.copies = Copies(policy)
         self.forget()
 
     def forget(self) -> None:
         """The graphs; a pool that all have left may not be entered again."""
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if self.launches else None
         self.pool_bytes, self.room = 0, self.cache.room
 
     def fits(self, policy: Any, slots: int) -> bool:
@@ -84,10 +95,8 @@ class Captured:
     @property
     def kept(self) -> bool:
         """Whether it is so small that it may wait for the next call."""
-        if self.device.type != "cuda":
-            return True
         held = self.cache.token_bytes * self.cache.room + self.pool_bytes
-        return held <= KEPT * torch.cuda.get_device_properties(self.device).total_memory
+        return not self.launches or held <= KEPT * memory_of(self.device)
 
     def spans(self, rows: int, seen: int) -> tuple[int, int]:
         """Rows and places of a step for so many."""
@@ -102,7 +111,7 @@ class Captured:
     def run(self, key: Hashable, step: Callable[[], Tensor | None]) -> Tensor | None:
         """What step() returns, which stays as it is until the next call. key: all that it depends on, beside buffers
         and what `fingerprint` has."""
-        if self.device.type != "cuda":
+        if not self.launches:
             with self.copies.in_place():
                 return step()
         if self.room != self.cache.room:  # which has moved
@@ -127,11 +136,7 @@ class Captured:
                         step()
                     self.restore(state)
                 before = torch.cuda.memory_reserved(self.device)
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                try:
-                    out = step()
-                finally:
-                    graph.capture_end()
+                out = self.captured(graph, step)
                 self.pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
         except torch.OutOfMemoryError:
             raise
@@ -141,6 +146,21 @@ class Captured:
         finally:
             current.wait_stream(side)
         return graph, out
+
+    def captured(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor | None]) -> Tensor | None:
+        """What step() returns, on a side stream with nothing executed. An error leaves no capture under way."""
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            out = step()
+            graph.capture_end()
+        except BaseException:
+            BROKEN.append(graph)
+            with contextlib.suppress(Exception):
+                graph.capture_end()
+            with contextlib.suppress(Exception):  # which an end that raises leaves out
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)  # type: ignore[arg-type]
+            raise
+        return out
 
     def restore(self, state: list[Tensor]) -> None:
         for buffer, before in zip((self.tokens, self.cache.lengths), state, strict=True):
@@ -161,7 +181,9 @@ def uncached(device: torch.device) -> Iterator[None]:
 def waiting_refused() -> Iterator[None]:
     """Inside, what makes the host wait for the device raises: in a capture it would break that instead."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # that it does not find everything
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -174,15 +196,16 @@ class Copies:
 
     @torch.no_grad()
     def __init__(self, policy: Any) -> None:
-        self.own: list[tuple[nn.Module, nn.Parameter, Tensor]] = []
+        self.own: list[tuple[nn.Module, Any, Tensor]] = []
         x = torch.empty(0, dtype=policy.causal_lm.dtype, device=policy.causal_lm.device)
         for layer in policy.causal_lm.modules():
             part = part_of(layer, x) if isinstance(layer, FusedLora) else None
-            for factors in (layer.lora_A, layer.lora_B) if part is not None else ():
-                for module in factors.values():
-                    weight: Any = module.weight
-                    if (weight is part.a or weight is part.b) and weight.dtype is not part.dtype:
-                        self.own.append((module, weight, torch.empty_like(weight, dtype=part.dtype)))
+            if part is None:
+                continue
+            for module in (*layer.lora_A.values(), *layer.lora_B.values()):
+                weight: Any = module.weight
+                if (weight is part.a or weight is part.b) and weight.dtype is not part.dtype:
+                    self.own.append((module, weight, torch.empty_like(weight, dtype=part.dtype)))
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -138,19 +138,17 @@ class Decoder:
         """One token more for every row."""
         rows = len(self.live)
         self.cache.make_room(self.cache.longest + 1)
-        if self.captured is None:
-            logits = self.forward(rows, self.cache.longest + 1)
-        else:
-            logits = self.launch(self.captured, rows)
-        self.cache.longest += 1
-        if logits is None:  # all is done
-            self.hear(self.live, self.captured.said[:rows].cpu(), [None] * rows, 0)  # type: ignore[union-attr]
-        else:
+        captured, seen = self.captured, self.cache.longest + 1
+        logits = self.forward(rows, seen) if captured is None else self.launch(captured, rows, seen)
+        self.cache.longest = seen
+        if logits is not None:
             self.say(self.live, logits[:rows], 0)
+        elif captured is not None:  # tokens are drawn already
+            self.hear(self.live, captured.said[:rows].cpu(), [None] * rows, 0)
 
-    def launch(self, captured: Captured, live: int) -> Tensor | None:
-        """The same by one launch, for a few more rows than live: logits, or None where tokens are drawn already."""
-        rows, seen = captured.spans(live, self.cache.longest + 1)
+    def launch(self, captured: Captured, live: int, longest: int) -> Tensor | None:
+        """`forward` in one launch, for some more rows and places; None where it draws the tokens too."""
+        rows, seen = captured.spans(live, longest)
         drawn = self.draw.plain
         if drawn:
             captured.draw_by([row.numbers[len(row.ids)] for row in self.live])

@@ -134,7 +134,7 @@ def inverse(probabilities: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     blocks = probabilities.view(rows, -1, BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     block, wanted = first_above(sums, numbers * sums[:, -1])
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    before = sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0].masked_fill(block == 0, 0.0)
     inside = blocks[torch.arange(rows, device=block.device), block].cumsum(-1, dtype=torch.float64)
     place, _ = first_above(inside, wanted - before)
     return (block * BLOCK + place).clamp(max=width - 1), sums[:, -1]
