@@ -55,8 +55,8 @@ class SlotCache(Cache):
         self.longest = self.seen = 0
 
     def begin(self, rows: int, seen: int) -> Tensor:
-        """The first `rows` rows, in use or not, get a token each, and see `seen` places. Returns where each has it, [R]:
-        behind its last one, or at the first place of a row that is not in use."""
+        """The first `rows` rows, in use or not, get a token each, and see `seen` places. Returns the place of it, [R]:
+        behind a row's last one, or the first of a row that is not in use."""
         place = self.lengths[:rows]
         self.at, self.seen = (self.index[:rows], place), seen
         return place
