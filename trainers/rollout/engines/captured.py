@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ...errors import first_line
@@ -63,11 +64,11 @@ class Captured:
     """The buffers of up to `slots` rows, and the graphs that work on them.
 
     tokens, numbers: of each row, what was said last, and what the next is drawn by. said: [slots, 2] float64, the drawn
-    token and its log-probability.
+    token and its log-probability. trial: steps are asked first whether the host has to wait for them.
     """
 
-    def __init__(self, policy: Any, slots: int, device: torch.device) -> None:
-        self.made_of, self.device = fingerprint(policy), device
+    def __init__(self, policy: Any, slots: int, device: torch.device, *, trial: bool = False) -> None:
+        self.made_of, self.device, self.trial = fingerprint(policy), device, trial
         self.launches = device.type in GRAPHS
         self.cache = SlotCache(slots, device, at_once=int(AT_ONCE * memory_of(device)) if self.launches else 0)
         self.tokens = torch.zeros(slots, dtype=torch.long, device=device)
@@ -82,6 +83,11 @@ class Captured:
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.launches else None
         self.pool_bytes, self.room = 0, self.cache.room
+
+    def release(self) -> None:
+        """It will not be used again: what refers to itself in a ring would wait for the garbage collector."""
+        self.graphs.clear()
+        self.cache.layers = []
 
     def fits(self, policy: Any, slots: int) -> bool:
         return self.cache.slots >= slots and self.made_of == fingerprint(policy)
@@ -131,8 +137,10 @@ class Captured:
         side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
-                for strict in (False, True) if not self.graphs else (False,):
-                    with waiting_refused() if strict else contextlib.nullcontext():
+                step()
+                self.restore(state)
+                if self.trial:
+                    with waiting_refused():
                         step()
                     self.restore(state)
                 before = torch.cuda.memory_reserved(self.device)
@@ -148,19 +156,32 @@ class Captured:
         return graph, out
 
     def captured(self, graph: torch.cuda.CUDAGraph, step: Callable[[], Tensor | None]) -> Tensor | None:
-        """What step() returns, on a side stream with nothing executed. An error leaves no capture under way."""
+        """What step() returns, on a side stream, where nothing is executed. An error leaves no capture under way."""
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
         try:
             out = step()
             graph.capture_end()
         except BaseException:
-            BROKEN.append(graph)
-            with contextlib.suppress(Exception):
-                graph.capture_end()
-            with contextlib.suppress(Exception):  # which an end that raises leaves out
-                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)  # type: ignore[arg-type]
+            self.recover(graph)
             raise
         return out
+
+    def recover(self, broken: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed. Where the device refuses to end it, torch leaves out the allocator's part, and the
+        random generator's, which the end of any other capture sets free."""
+        try:
+            broken.capture_end()
+            broken.reset()
+            return
+        except Exception:
+            BROKEN.append(broken)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)  # type: ignore[arg-type]
+        with contextlib.suppress(Exception):
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            self.said.add(1)
+            other.capture_end()
 
     def restore(self, state: list[Tensor]) -> None:
         for buffer, before in zip((self.tokens, self.cache.lengths), state, strict=True):
@@ -230,13 +251,13 @@ def fingerprint(policy: Any) -> tuple[Any, ...]:
     for module in policy.modules():
         state = module.__dict__
         found.append((id(type(module)), tuple(state["_forward_hooks"]), tuple(state["_forward_pre_hooks"])))
-        if isinstance(module, BaseTunerLayer):
-            scaling = str(getattr(module, "scaling", None))
-            found.append((scaling, str(module.active_adapters), module.disable_adapters, module.merged))
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            does = [str(getattr(module, name, None)) for name in ("scaling", "active_adapters", "merged_adapters")]
+            found.append((*does, module.disable_adapters))
         for x in (*state["_parameters"].values(), *state["_buffers"].values()):
             if x is not None:
                 found.append((x.data_ptr(), x.dtype, x.shape, id(getattr(x, "quant_state", None))))
     kind = policy.causal_lm.device.type
     mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     scales = {k: v for k, v in policy.head_options().items() if k != "bias"}
-    return (mixed, policy.attention, str(scales), torch.get_float32_matmul_precision(), *found)
+    return (mixed, policy.attention, str(scales), *found)

@@ -76,6 +76,8 @@ class InProcess:
 
     def let_go(self) -> None:
         """The memory of graphs and of what they work on, which the next call would make again."""
+        if self.captured is not None:
+            self.captured.release()
         self.captured = None
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
@@ -159,7 +161,8 @@ class InProcess:
             yield None
             return
         if captured is None or not captured.fits(self.policy, rows):
-            captured = None  # before there is another
+            if captured is not None:
+                captured.release()
             captured = Captured(self.policy, rows, model.device)
         try:
             yield captured
@@ -168,6 +171,8 @@ class InProcess:
             return
         if captured.kept:
             self.captured = captured
+        else:
+            captured.release()
 
     def _uncapturable(self, reason: str) -> None:
         """Tokens are computed kernel by kernel from here on, if there is a reason."""
@@ -198,7 +203,7 @@ def why_not(policy: Policy, tokenizer: Any, *, capturing: bool = False) -> str:
     requests = [Request([i % rows for i in ids], [None, 1] if capturing else [None]) for ids in TRIAL]
     done: dict[tuple[int, int], Sample] = {}
     try:
-        captured = Captured(policy, LEAST_ROWS, model.device) if capturing else None
+        captured = Captured(policy, LEAST_ROWS, model.device, trial=True) if capturing else None
         sampling = Sampling(max_new_tokens=TRIAL_TOKENS)
         Decoder(policy, tokenizer, sampling, rows=2, version=0, captured=captured).run(requests, done)
     except torch.OutOfMemoryError:  # which says nothing of the loop

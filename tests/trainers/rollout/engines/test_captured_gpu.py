@@ -79,7 +79,7 @@ def test_bfloat16_says_what_a_forward_pass_says(random_model, engine_of, mixed):
     policy, engine, told = engine_of(with_lora(model) if mixed else adapters(model, torch.bfloat16))
     with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
         for _ in range(2):
-            near(policy, engine.sample(REQUESTS, LONG), REQUESTS, 0.1)
+            near(policy, engine.sample(REQUESTS, LONG), REQUESTS, 0.03)
     assert told == {} and engine.captured is not None and bool(engine.captured.copies.own)
 
 
@@ -116,7 +116,7 @@ def test_nf4_weights_are_captured(tokenizer):
     fuse_lora(model)
     policy, told = Policy(model.eval()), {}
     engine = InProcess(policy, tokenizer, rows=5, tell=told.setdefault)
-    near(policy, engine.sample(REQUESTS, LONG), REQUESTS, 0.1)
+    near(policy, engine.sample(REQUESTS, LONG), REQUESTS, 0.03)
     assert told == {} and engine.captured is not None
 
 
@@ -146,6 +146,7 @@ def test_a_model_that_waits_runs_kernel_by_kernel(random_model, tokenizer, engin
     assert "without CUDA graphs" in told["captured"] and engine.captured is None
     assert (len(BROKEN) > broken) == (when == "captured")
     free()
+    torch.randn(3, device="cuda")  # the generator is no longer the capture's
     again, engine, told = engine_of(model)
     close(engine.sample(REQUESTS, LONG), plainly(again, tokenizer, LONG), 1e-4)
     assert told == {} and engine.captured is not None
