@@ -46,8 +46,17 @@ def engine_of(policy, tokenizer, rows=5):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)])
-def test_it_says_what_is_said_kernel_by_kernel(random_model, tokenizer, small, keys, family):
-    """In rows that end at different times, under others that enter later, with rows that are not in use."""
+def test_it_says_what_is_said_kernel_by_kernel(random_model, tokenizer, small, keys, family, monkeypatch):
+    """In rows that end at different times, under others that enter later, with rows that are not in use: these stay at
+    the first place, or learned positions would end before them."""
+    begin = module.SlotCache.begin
+
+    def begun(self, rows, seen):
+        place = begin(self, rows, seen)
+        assert not place[self.rows :].any() and (place[: self.rows] < seen).all()
+        return place
+
+    monkeypatch.setattr(module.SlotCache, "begin", begun)
     policy = Policy(random_model(family).double().eval())
     sampling = Sampling(max_new_tokens=11 if family == "gpt2" else 30, stop_ids=ENDS, temperature=0.9)
     wanted = plainly(policy, tokenizer, sampling)
@@ -285,6 +294,13 @@ def test_adapters_are_cast_once_a_call(random_model, tokenizer, small):
     assert all(isinstance(p, torch.nn.Parameter) and p.dtype == torch.float32 for p in
                (p for n, p in model.named_parameters() if "lora_" in n))  # fmt: skip
     assert Copies(Policy(with_lora(random_model("llama")))).own == []
+    engine, _ = engine_of(policy, tokenizer)
+    for _ in range(2):
+        engine.sample(REQUESTS, Sampling(max_new_tokens=2))
+        assert all(torch.equal(weight.bfloat16(), copied) for _, weight, copied in engine.captured.copies.own)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.mul_(1.5)
 
 
 def test_what_a_graph_depends_on_is_in_its_fingerprint(random_model):

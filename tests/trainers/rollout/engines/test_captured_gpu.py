@@ -74,12 +74,15 @@ def test_float32_says_the_same(random_model, tokenizer, engine_of, family):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_bfloat16_says_what_a_forward_pass_says(random_model, engine_of, mixed):
-    """Adapters of float32 over bfloat16 weights; and weights of float32 under autocast."""
+    """Adapters of float32 over bfloat16 weights; and weights of float32 under autocast, all of which change in place."""
     model = random_model("qwen2", num_attention_heads=14, num_key_value_heads=2, head_dim=64, hidden_size=64)
     policy, engine, told = engine_of(with_lora(model) if mixed else adapters(model, torch.bfloat16))
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        for _ in range(2):
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
             near(policy, engine.sample(REQUESTS, LONG), REQUESTS, 0.03)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.mul_(1.05)
     assert told == {} and engine.captured is not None and bool(engine.captured.copies.own)
 
 
