@@ -74,7 +74,7 @@ def test_float32_says_the_same(random_model, tokenizer, engine_of, family):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_bfloat16_says_what_a_forward_pass_says(random_model, engine_of, mixed):
-    """Adapters of float32 over bfloat16 weights; and weights of float32 under autocast, all of which change in place."""
+    """Adapters of float32 over bfloat16 weights; and float32 under autocast; all weights change in place."""
     model = random_model("qwen2", num_attention_heads=14, num_key_value_heads=2, head_dim=64, hidden_size=64)
     policy, engine, told = engine_of(with_lora(model) if mixed else adapters(model, torch.bfloat16))
     for _ in range(2):
