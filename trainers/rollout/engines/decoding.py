@@ -136,9 +136,8 @@ class Decoder:
 
     def advance(self) -> None:
         """One token more for every row."""
-        rows = len(self.live)
-        self.cache.make_room(self.cache.longest + 1)
-        captured, seen = self.captured, self.cache.longest + 1
+        captured, rows, seen = self.captured, len(self.live), self.cache.longest + 1
+        self.cache.make_room(seen)
         logits = self.forward(rows, seen) if captured is None else self.launch(captured, rows, seen)
         self.cache.longest = seen
         if logits is not None:

@@ -164,15 +164,17 @@ class InProcess:
             if captured is not None:
                 captured.release()
             captured = Captured(self.policy, rows, model.device)
+        kept = False
         try:
             yield captured
+            kept = captured.kept
         except NotCaptured as error:  # a shape that the trial had not; who has not ended is said again
             self._uncapturable(str(error))
-            return
-        if captured.kept:
-            self.captured = captured
-        else:
-            captured.release()
+        finally:
+            if kept:
+                self.captured = captured
+            else:
+                captured.release()
 
     def _uncapturable(self, reason: str) -> None:
         """Tokens are computed kernel by kernel from here on, if there is a reason."""

@@ -96,8 +96,7 @@ class SlotCache(Cache):
                 break
             last = order.pop()
             order[hole] = last
-            for held in tensors(self):
-                held[hole, :, : self.longest] = held[last, :, : self.longest]
+            torch._foreach_copy_([held[hole] for held in tensors(self)], [held[last] for held in tensors(self)])
             self.lengths[hole] = self.lengths[last]
         self._count(len(order))
         return order
