@@ -182,6 +182,8 @@ def summary(figures: dict[str, Any]) -> str:
     if "accuracy" in figures:
         return f"{figures['accuracy']:.3f} ± {figures['accuracy_se']:.3f} right, {figures['cpu_s']:.0f} s of CPU time"
     parts = [f"{figures['rollout_ms_p50']:.1f} ms of rollouts"] if "rollout_ms_p50" in figures else []
+    if "token_ms_p50" in figures:
+        parts.append(f"{figures['token_ms_p50']:.2f} ms a token")
     time_ms = figures.get("time_ms_p50", figures.get("step_ms_p50"))
     if time_ms is not None:
         parts.append(f"{time_ms:.1f} ms")

@@ -19,7 +19,8 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,8 @@ from .processes.sharding import meet_inside
 from .processes.summing import least_of_all, sum_gradients
 
 T = TypeVar("T")
+KEEPERS: WeakSet[Any] = WeakSet()
+"""Who keeps memory for speed alone: their `let_go` gives it back."""
 REMEDIES = "train adapters (--lora_r 16) of 4-bit weights (--load_in_4bit), or take a GPU with more memory"
 
 
@@ -162,7 +165,9 @@ class Memory:
 
 
 def free() -> None:
-    """Give back what nothing refers to any more."""
+    """Give back what nothing refers to any more, and what is kept for speed alone."""
+    for keeper in list(KEEPERS):
+        keeper.let_go()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,11 +1,13 @@
 """The suite `rollout`: completions of prompts, and the whole GRPO steps that learn from them, beside TRL's trainer.
 
-A step is what a run does with its prompts: rollouts, rewards, advantages, packing or padding, forward, backward and the
-update. Of it `rollout_ms` is the time in which completions are sampled, on the host's clock: at its end all have their
-tokens there. Contestants take turns, each on a copy of the same weights under the same adapters, with the same prompts,
-options and number of completions; what they sample are tokens of their own. With `ends` a completion ends at every
-token with the same probability, so that lengths are geometric with a mean of half the limit; else only the limit ends
-one.
+A step is what a run does with its prompts: rollouts, rewards, advantages, packing or padding, forward, backward and
+the update. Of it `rollout_ms` is the time in which completions are sampled, on the host's clock: at its end all have
+their tokens there. Where only the limit ends completions, `token_ms_p50` is that by token of one completion, to be
+put beside `bandwidth_limit_ms`, in which a GPU of this kind reads the weights and what is kept of the tokens so far.
+Of our graphs `graph_ms_p50` is what one takes, and `host_ms_per_token` how long the GPU waits between two.
+Contestants take turns, each on a copy of the same weights under the same adapters, with the same prompts, options and
+number of completions; what they sample are tokens of their own. With `ends` a completion ends at every token with the
+same probability, so that lengths are geometric with a mean of half the limit; else only the limit ends one.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from .clock import interleaved
 from .models import build
 from .steps.contestants import LEARNING_RATE, apply_update
 from .steps.step import Figures, attempt
+from .token import figures_of_a_token, launched
 
 CONTESTANTS = ("logratio", "trl", "transformers")
 LENGTHS = (125, 92, 93, 83)
@@ -246,6 +249,9 @@ def run(
         times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
         for name, values in times.items():
             rows[name] |= figures(turns[name], values if running[name].learns else None)
+            rows[name] |= figures_of_a_token(case, whole, device, rows[name])
+        if "logratio" in times and device.type == "cuda":
+            rows["logratio"] |= launched(running["logratio"].turn)
     return rows
 
 

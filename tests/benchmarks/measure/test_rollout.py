@@ -1,15 +1,18 @@
 """The suite `rollout` on the tiny model: what is timed is what is said to be."""
 
 import dataclasses
+import types
 from contextlib import ExitStack
 
 import pytest
 import torch
+import transformers
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import clock, rollout
+from logratio.benchmarks.measure import clock, rollout, token
 from logratio.benchmarks.measure.models import build
 from logratio.benchmarks.measure.rollout import RolloutCase, ending, run
+from logratio.benchmarks.memory.shapes import shape
 
 CASE = RolloutCase("tiny", prompts=2, group=2, tokens=5)
 CPU = torch.device("cpu")
@@ -20,6 +23,7 @@ def test_every_contestant_samples_as_much_and_steps():
     assert found.keys() == {"logratio", "trl", "transformers"}
     for name, figures in found.items():
         assert figures["sampled_tokens"] == [20, 20] and figures["status"] == "ok" and figures["rollout_ms_p50"] > 0
+        assert figures["token_ms_p50"] == figures["rollout_ms_p50"] / 5 and "bandwidth_limit_ms" not in figures
         assert ("step_ms_p50" in figures) == (name != "transformers")
         if name != "transformers":
             assert all(a < b for a, b in zip(figures["rollout_times_ms"], figures["times_ms"], strict=True))
@@ -106,6 +110,21 @@ def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
         handle = ending(model, None)
         assert model(input_ids=ids).logits[..., eos].eq(-torch.inf).all()
     handle.remove()
+
+
+def test_a_token_reads_weights_and_what_is_kept(monkeypatch):
+    """Qwen2.5-0.5B in bfloat16, whose embedding is its head; of 8 x 8 completions, in the middle of 256 tokens."""
+    (case, _) = rollout.cases(gpu=True)
+    with torch.device("meta"):
+        config = shape(case.model)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weights = 2 * (151_936 * 896 + 24 * 14_912_384 + 896)
+    kept = 64 * ((125 + 92 + 93 + 83) / 4 + 128) * 24 * 2 * 2 * 64 * 2
+    assert token.token_bytes(case, model) == pytest.approx(weights + kept)
+    h200 = types.SimpleNamespace(name="NVIDIA H200", total_memory=150 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    limit = token.bandwidth_limit_ms(case, model, torch.device("cuda"))
+    assert limit == pytest.approx((weights + kept) / 4.8e12 * 1e3) and 0.2 < limit < 0.3
 
 
 def test_the_command_names_its_cases(capsys):

@@ -20,8 +20,10 @@ from transformers.cache_utils import DynamicCache
 
 from logratio.losses import Support, Transform
 
+from ...attention.decoding import DECODING, bias_of, decoding
 from ...policy.policy import Policy
 from ..ends import holds_string
+from .captured import Captured
 from .drawing import Drawing, check_finite, support_of_each, uniforms
 from .protocol import Request, Sample, Sampling
 from .slots import SlotCache
@@ -50,7 +52,16 @@ class Row:
 class Decoder:
     """One call of `sample`: what waits, what is prefilled, and what is being said."""
 
-    def __init__(self, policy: Policy, tokenizer: Any, sampling: Sampling, *, rows: int, version: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        rows: int,
+        version: int,
+        captured: Captured | None = None,
+    ) -> None:
         self.policy, self.tokenizer, self.sampling, self.version = policy, tokenizer, sampling, version
         self.decoder = policy.causal_lm.get_decoder()
         # transformers 5.24 has another name for what it keeps
@@ -60,9 +71,10 @@ class Decoder:
         self.windows = policy.windows
         options = policy.head_options()
         self.transform = Transform(1.0, options["logit_scale"], options["softcap"])
-        self.cache = SlotCache(rows, self.device)
+        self.rows, self.captured = rows, captured
+        self.cache = SlotCache(rows, self.device) if captured is None else captured.cache
+        self.tokens = captured.tokens if captured else torch.zeros(rows, dtype=torch.long, device=self.device)
         self.live: list[Row] = []
-        self.tokens = torch.zeros(rows, dtype=torch.long, device=self.device)
 
     def run(self, requests: Sequence[Request], done: dict[tuple[int, int], Sample]) -> None:
         """Say what is not done yet, and enter it there, by (request, number).
@@ -70,13 +82,16 @@ class Decoder:
         Long prompts first: those computed together are of about one length, and memory shows its peak early.
         """
         self.done = done
+        self.some_greedy = any(seed is None for request in requests for seed in request.seeds)
+        if self.captured is not None:
+            self.captured.begin(max(len(r.prompt_ids) + r.limit(self.sampling) for r in requests))
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         every = [(i, k) for i in order for k in range(len(requests[i].seeds))]
         waiting = deque(place for place in every if place not in done)
         prefilled: Prefilled | None = None
         while waiting or self.live:
-            while waiting and len(self.live) < self.cache.slots:
-                free = self.cache.slots - len(self.live)
+            while waiting and len(self.live) < self.rows:
+                free = self.rows - len(self.live)
                 if prefilled is None or waiting[0][0] not in prefilled.at:
                     prefilled = self.prefill(requests, waiting, free)
                 entering: list[tuple[int, int]] = []
@@ -121,21 +136,50 @@ class Decoder:
 
     def advance(self) -> None:
         """One token more for every row."""
-        rows = len(self.live)
-        lengths = self.cache.lengths[:rows]
+        captured, rows, seen = self.captured, len(self.live), self.cache.longest + 1
+        self.cache.make_room(seen)
+        logits = self.forward(rows, seen) if captured is None else self.launch(captured, rows, seen)
+        self.cache.longest = seen
+        if logits is not None:
+            self.say(self.live, logits[:rows], 0)
+        elif captured is not None:  # tokens are drawn already
+            self.hear(self.live, captured.said[:rows].cpu(), [None] * rows, 0)
+
+    def launch(self, captured: Captured, live: int, longest: int) -> Tensor | None:
+        """`forward` in one launch, for some more rows and places; None where it draws the tokens too."""
+        rows, seen = captured.spans(live, longest)
+        drawn = self.draw.plain
+        if drawn:
+            captured.draw_by([row.numbers[len(row.ids)] for row in self.live])
+
+        def step() -> Tensor | None:
+            with decoding(self.policy.causal_lm):
+                logits = self.forward(rows, seen)
+            if not drawn:
+                return logits
+            tokens, logps, _ = self.draw(logits, captured.numbers[:rows], some_greedy=self.some_greedy)
+            self.tokens[:rows] = tokens
+            captured.said[:rows] = torch.stack((tokens.double(), logps), 1)
+            return None
+
+        return captured.run((rows, seen, drawn and (self.sampling.temperature, self.some_greedy)), step)
+
+    def forward(self, rows: int, seen: int) -> Tensor:
+        """[rows, V], the logits behind the last token of each row, of which `seen` places are looked at."""
+        place = self.cache.begin(rows, seen)
         out = self.decoder(
             input_ids=self.tokens[:rows, None],
-            position_ids=lengths[:, None],
-            attention_mask=self.mask(lengths),
+            position_ids=place[:, None],
+            attention_mask=self.mask(place),
             use_cache=True,
             **{self.keeps: self.cache},
         )
-        self.cache.wrote()
-        self.say(self.live, self.logits(out.last_hidden_state[:, -1]), 0)
+        self.cache.end()
+        return self.logits(out.last_hidden_state[:, -1])
 
     def mask(self, lengths: Tensor) -> Any:
         """Who sees whom, in the form that `Policy.mask` has: a token its row up to itself, within the window."""
-        place = torch.arange(self.cache.longest + 1, device=self.device)
+        place = torch.arange(self.cache.seen, device=self.device)
         seen = place <= lengths[:, None]
         masks = []
         for window in self.windows:
@@ -144,10 +188,12 @@ class Decoder:
         return dict(zip(("full_attention", "sliding_attention"), masks, strict=True)) if len(masks) > 1 else masks[0]
 
     def as_taken(self, seen: Tensor) -> Tensor:
-        """A boolean mask as the attention takes it: "eager" adds it to the scores."""
+        """A boolean mask as the attention takes it: "eager" adds it to the scores, and so does `decoding`."""
+        dtype, kind = self.policy.causal_lm.dtype, self.device.type
+        if self.policy.attention == DECODING:
+            return bias_of(seen, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype)
         if self.policy.attention != "eager":
             return seen
-        dtype = self.policy.causal_lm.dtype
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -156,22 +202,25 @@ class Decoder:
         return self.transform(raw.to(torch.promote_types(raw.dtype, torch.float32)))
 
     def say(self, rows: Sequence[Row], logits: Tensor, start: int) -> None:
-        """Draw the next token of each of these rows, the last of the live ones from `start` on; drop who has ended."""
+        """Draw the next token of each of these rows, the last of the live ones from `start` on."""
         numbers = torch.tensor([row.numbers[len(row.ids)] for row in rows], dtype=torch.float64)
         history = self.history(rows) if self.draw.wants_history else None
-        tokens, logps, kept = self.draw(logits, numbers.to(self.device), history)
-        supports = [None] * len(rows) if kept is None else support_of_each(kept)
+        tokens, logps, kept = self.draw(logits, numbers.to(self.device), history, some_greedy=self.some_greedy)
         self.tokens[start : start + len(rows)] = tokens
-        ended = []
-        check_finite(logps)
-        drawn = zip(rows, tokens.tolist(), logps.tolist(), supports, strict=True)
+        supports = [None] * len(rows) if kept is None else support_of_each(kept)
+        self.hear(rows, torch.stack((tokens.double(), logps), 1).cpu(), supports, start)
+
+    def hear(self, rows: Sequence[Row], said: Tensor, supports: Sequence[Support | None], start: int) -> None:
+        """Enter what was drawn for these rows, [R, 2], tokens and logps, on the CPU; drop who has ended."""
+        check_finite(said[:, 1])
+        ended, ends, strings = [], self.sampling.stop_ids, self.sampling.stop_strings
+        drawn = zip(rows, said[:, 0].long().tolist(), said[:, 1].tolist(), supports, strict=True)
         for at, (row, token, logp, support) in enumerate(drawn, start):
             row.ids.append(token)
             row.logps.append(logp)
-            row.supports += [] if support is None else [support]
-            stopped = token in self.sampling.stop_ids or holds_string(
-                self.tokenizer, row.ids, self.sampling.stop_strings
-            )
+            if support is not None:
+                row.supports.append(support)
+            stopped = token in ends or (strings != () and holds_string(self.tokenizer, row.ids, strings))
             if stopped or len(row.ids) == len(row.numbers):
                 self.done[row.place] = row.sample(stopped, self.version)
                 ended.append(at)

@@ -83,21 +83,31 @@ class Drawing:
             self.cuts.append(MinPLogitsWarper(sampling.min_p))
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing is looked at but logits and numbers, and nothing to be told but tokens and logps."""
+        return not self.sampling.cut and self.penalty is None
+
+    @property
     def wants_history(self) -> bool:
         return self.penalty is not None
 
-    def __call__(self, logits: Tensor, numbers: Tensor, history: Tensor | None = None) -> Draws:
+    def __call__(
+        self, logits: Tensor, numbers: Tensor, history: Tensor | None = None, *, some_greedy: bool | None = None
+    ) -> Draws:
         """Tokens and their log-probabilities.
 
         logits: [R, V], in at least float32, not yet divided by the temperature. numbers: [R] float64 in [0, 1); NaN for
         a row that is greedy. history: [R, L], ids that rows hold already, repeated as one likes; for the penalty.
+        some_greedy: whether there may be such a row, where that is known; else the host waits to see.
         """
         if self.penalty is not None:
             logits = self.penalty(history, logits)
         if self.sampling.temperature != 1:
             logits = logits / self.sampling.temperature
         greedy = numbers.isnan()
-        some_greedy, cut = bool(greedy.any()), self.sampling.cut
+        cut = self.sampling.cut
+        if some_greedy is None:
+            some_greedy = bool(greedy.any())
         kept = self.cuts(history, logits) if cut else logits  # type: ignore[arg-type]
         if cut and some_greedy:
             kept = torch.where(greedy[:, None], logits, kept)
@@ -124,7 +134,7 @@ def inverse(probabilities: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     blocks = probabilities.view(rows, -1, BLOCK)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     block, wanted = first_above(sums, numbers * sums[:, -1])
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    before = sums.gather(-1, (block - 1).clamp(min=0)[:, None])[:, 0].masked_fill(block == 0, 0.0)
     inside = blocks[torch.arange(rows, device=block.device), block].cumsum(-1, dtype=torch.float64)
     place, _ = first_above(inside, wanted - before)
     return (block * BLOCK + place).clamp(max=width - 1), sums[:, -1]

@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 
 from ...attention.flex import THEIRS
 from ...errors import UserError, first_line
 from ...layers.packed_lora import packed_layers
-from ...memory import REMEDIES, free
+from ...memory import KEEPERS, REMEDIES, free
 from ...policy.policy import Policy
 from ...policy.reference import inference
 from ...policy.sharing import MASKED_ATTENTION, configured_obstacle
 from ...processes.sharding import gathered
+from .captured import LEAST_ROWS, Captured, NotCaptured
 from .decoding import Decoder
 from .generating import generated
 from .protocol import Request, Sample, Sampling, Say
 
 ROWS = 256
 """Completions said at a time at first."""
+CAPTURING = ("cuda",)
+"""Devices on which a token is one launch."""
 WORTH_PACKING = 8
 """Tokens of a completion from which on reordered weights are worth their making."""
 MASKED = ("eager", *(name for name in MASKED_ATTENTION if name != THEIRS))
@@ -56,6 +60,9 @@ class InProcess:
         self.accelerator = accelerator
         self.tell = tell or (lambda key, text: None)
         self.obstacle: str | None = None  # to the own loop, "": there is none; None: not tried yet
+        self.uncaptured: str | None = None  # the same, to one launch a token
+        self.captured: Captured | None = None
+        KEEPERS.add(self)
 
     @property
     def name(self) -> str:
@@ -65,7 +72,13 @@ class InProcess:
         self.version = version
 
     def close(self) -> None:
-        pass
+        self.let_go()
+
+    def let_go(self) -> None:
+        """The memory of graphs and of what they work on, which the next call would make again."""
+        if self.captured is not None:
+            self.captured.release()
+        self.captured = None
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
@@ -120,8 +133,11 @@ class InProcess:
         sampling = dataclasses.replace(sampling, max_new_tokens=longest)
         if not self.obstacle:
             few = rows if sampling.max_new_tokens >= WORTH_PACKING else 0
-            with packed_layers(self.policy, few):
-                Decoder(self.policy, self.tokenizer, sampling, rows=rows, version=self.version).run(requests, done)
+            with packed_layers(self.policy, few), self._capturing(rows) as captured:
+                decoder = Decoder(
+                    self.policy, self.tokenizer, sampling, rows=rows, version=self.version, captured=captured
+                )
+                decoder.run(requests, done)
             return
         places = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds)) if (i, k) not in done]
         for start in range(0, len(places), rows):
@@ -131,20 +147,67 @@ class InProcess:
             cut = [s.first(requests[i].limit(sampling)) for (i, _), s in zip(here, said, strict=True)]
             done.update(zip(here, cut, strict=True))
 
+    @contextlib.contextmanager
+    def _capturing(self, rows: int) -> Iterator[Captured | None]:
+        """What a call of so many rows works on, kept for the next one where it is small and nothing went wrong; None
+        where tokens are computed kernel by kernel."""
+        model = self.policy.causal_lm
+        if self.uncaptured is None:
+            self.uncaptured = "" if model.device.type in CAPTURING else f"on a {model.device.type}"
+            if not self.uncaptured:
+                self._uncapturable(moved(self.policy) or why_not(self.policy, self.tokenizer, capturing=True))
+        captured, self.captured = self.captured, None
+        if self.uncaptured:
+            yield None
+            return
+        if captured is None or not captured.fits(self.policy, rows):
+            if captured is not None:
+                captured.release()
+            captured = Captured(self.policy, rows, model.device)
+        kept = False
+        try:
+            yield captured
+            kept = captured.kept
+        except NotCaptured as error:  # a shape that the trial had not; who has not ended is said again
+            self._uncapturable(str(error))
+        finally:
+            if kept:
+                self.captured = captured
+            else:
+                captured.release()
+
+    def _uncapturable(self, reason: str) -> None:
+        """Tokens are computed kernel by kernel from here on, if there is a reason."""
+        self.uncaptured = reason
+        if reason:
+            self.tell("captured", f"completions are sampled without CUDA graphs, which is slower: {reason}")
+
+
+def moved(policy: Policy) -> str:
+    """Why weights are not where they are for as long as a graph is kept, or ""."""
+    if any(isinstance(module, FSDPModule) for module in policy.modules()):
+        return "the weights are sharded"
+    if any("_hf_hook" in module.__dict__ for module in policy.modules()):
+        return "the weights are moved while the model computes"
+    return ""
+
 
 @torch.no_grad()
-def why_not(policy: Policy, tokenizer: Any) -> str:
+def why_not(policy: Policy, tokenizer: Any, *, capturing: bool = False) -> str:
     """Why the own loop does not work for this model, or "": what its configuration says, then a trial, in which the
-    log-probabilities of what it says are compared with those of a plain forward pass."""
+    log-probabilities of what it says are compared with those of a plain forward pass. capturing: as one launch a
+    token, with rows that are not in use, one that enters later, and sampled completions beside greedy ones."""
     model = policy.causal_lm
     obstacle = configured_obstacle(model.config, MASKED)
     if obstacle:
         return obstacle
     rows = model.get_input_embeddings().weight.shape[0]
-    requests = [Request([i % rows for i in ids], [None]) for ids in TRIAL]
+    requests = [Request([i % rows for i in ids], [None, 1] if capturing else [None]) for ids in TRIAL]
     done: dict[tuple[int, int], Sample] = {}
     try:
-        Decoder(policy, tokenizer, Sampling(max_new_tokens=TRIAL_TOKENS), rows=2, version=0).run(requests, done)
+        captured = Captured(policy, LEAST_ROWS, model.device, trial=True) if capturing else None
+        sampling = Sampling(max_new_tokens=TRIAL_TOKENS)
+        Decoder(policy, tokenizer, sampling, rows=2, version=0, captured=captured).run(requests, done)
     except torch.OutOfMemoryError:  # which says nothing of the loop
         raise
     except Exception as error:
