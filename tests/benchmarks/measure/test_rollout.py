@@ -127,6 +127,34 @@ def test_a_token_reads_weights_and_what_is_kept(monkeypatch):
     assert limit == pytest.approx((weights + kept) / 4.8e12 * 1e3) and 0.2 < limit < 0.3
 
 
+def test_graphs_and_the_time_between_them_are_on_the_gpus_clock(monkeypatch):
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    class Graph:
+        def replay(self):
+            now[0] += 10
+
+    def turn():
+        for wait in (2, 3, 400, 2):
+            Graph().replay()
+            now[0] += wait
+
+    for name, fake in (("Event", Event), ("CUDAGraph", Graph), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert token.launched(turn) == {"graph_ms_p50": 10, "host_ms_per_token": 3}
+    assert token.launched(lambda: None) == {}
+
+
 def test_the_command_names_its_cases(capsys):
     assert bench.main(["rollout", "--device", "cpu", "--dry_run"]) == 0
     assert capsys.readouterr().out.split() == [

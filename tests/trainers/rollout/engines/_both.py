@@ -24,6 +24,13 @@ def plainly(policy: Policy, tokenizer: Any, sampling: Any, requests: Any = REQUE
     return engine.sample(requests, sampling)
 
 
+def engine_of(policy: Policy, tokenizer: Any, rows: int = 5) -> Any:
+    """One that may capture, and what it tells."""
+    told: dict[str, str] = {}
+    engine = InProcess(policy, tokenizer, rows=rows, tell=told.setdefault)
+    return engine, told
+
+
 def with_lora(model: Any) -> Any:
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
