@@ -267,7 +267,8 @@ def optimizer_bytes(trained: list[int], setup: Setup) -> int:
 
 
 def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
-    """The logits that are alive at a time, and their product with the head's weight, both in float32."""
+    """The logits that are alive at a time, and their product with the head's weight, both in float32; on a GPU their
+    gradient in bfloat16 besides, if the head is frozen."""
     import torch
 
     from logratio.losses.head._tile import SCRATCH
@@ -275,7 +276,8 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
 
     device = "meta" if setup.on_gpu else "cpu"  # a GPU's rule without its memory, which stands in the table
     with torch.device(device):
-        chunk = default_chunk_tokens(torch.empty(0, size.hidden), torch.empty(size.vocab, 0))
+        weight = torch.empty(size.vocab, 0, requires_grad=not setup.lora_r)
+        chunk = default_chunk_tokens(torch.empty(0, size.hidden), weight)
     if setup.device is not None:
         chunk = min(chunk, max(256, int(TILE_MEMORY * setup.device.memory / (4 * size.vocab)) // 128 * 128))
     rows = min(chunk, batch.scored_tokens)
@@ -283,7 +285,8 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
         rows = min(max(128, chunk // 2), batch.scored_tokens) * 2
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
-        return rows * 4 * (across + size.hidden)
+        lazy = 2 * across if setup.lora_r and setup.dtype == "bfloat16" and setup.the_loss.divergence is None else 0
+        return rows * (4 * (across + size.hidden) + lazy)
     copied = 4 * size.vocab * size.hidden if setup.element == 2 else 0  # a CPU multiplies in float32
     scratch = min(rows, max(1, SCRATCH["cpu"] // size.vocab)) * 4 * size.vocab
     return rows * 4 * (size.vocab + size.hidden) + scratch + copied

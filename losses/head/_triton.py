@@ -5,8 +5,8 @@ Only `logps.py` imports this file, and only when it is about to use it: everythi
 One program takes one row. Its first pass over the raw logits x keeps a running max and the sums over e^(z - max) that
 the statistics need; its second pass, where a gradient is asked for, reads the row again and writes the gradient over
 it. The transform from x to z is applied on the way in both, so that the tile is read at most twice and written once,
-and nothing of the tile's size is made beside it. Where a factor of each row may be left out of the gradient, one pass
-does (`_triton_once.py`).
+and nothing of the tile's size is made beside it. Without a gradient, or where a factor of each row may be left out of
+one in bfloat16, one pass does, which takes half the tile's memory besides (`_triton_once.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import _triton_once
 from ._tile import STAT_DTYPES, STATS, Coefficients, Rows, Transform, product_dtype
 from ._triton_logits import logits
-from ._triton_once import once_kernel
 from .support import Kept
 
 BLOCK = 4096
@@ -128,7 +128,8 @@ class TritonTile:
     """A `Tile` in one float32 buffer, whatever is asked of it; the gradient comes in the dtype of the head's weight.
 
     In half precision that is the front half of each row, a view [n, V] of row stride 2V, which the next product takes
-    as it is. Needs CUDA tensors, or Triton's interpreter (TRITON_INTERPRET=1 before the first import) on a CPU.
+    as it is; if it may be lazy a buffer of its own. Needs CUDA tensors, or Triton's interpreter (TRITON_INTERPRET=1
+    before the first import) on a CPU.
     """
 
     sum_dtype = torch.float32
@@ -155,6 +156,7 @@ class TritonTile:
         self.words, self.stride = len(weight), -(-len(weight) // ALIGNMENT) * ALIGNMENT
         self._logits = weight.new_empty(rows, self.stride, dtype=torch.float32)
         self._gradient = self._logits.view(weight.dtype)
+        self._lazy: Tensor | None = None
 
     def rows(
         self,
@@ -175,29 +177,25 @@ class TritonTile:
             torch._assert_async(((y >= 0) & (y < self.words)).all())  # the kernel would find no target, and say nothing
         dtypes = dict.fromkeys(("logps", *stats), torch.float32) | {k: v for k, v in STAT_DTYPES.items() if k in stats}
         values = {name: h.new_empty(n, dtype=dtype) for name, dtype in dtypes.items()}
-        once = lazy and coefficients is not None and self._gradient.dtype == torch.bfloat16
-        factor = h.new_empty(n, dtype=torch.float32) if once else None
-        given = [None] * 4 if coefficients is None else [None if x is None else x.contiguous() for x in coefficients]
+        shape = (self.words, self.stride, self.inner, self.outer, self.slope)
+        flags = {"SOFTCAP": self.softcap, "SUPPORT": kept is not None}
+        told = (self.bias, y.contiguous(), values["logps"], *(values.get(name) for name in STATS))
+        gradient, factor = None, None
         with torch.cuda.device_of(self._logits):  # where Triton launches; a CPU tensor changes nothing
-            (once_kernel if once else _row_kernel)[(n,)](
-                self._logits,
-                self.bias,
-                y.contiguous(),
-                values["logps"],
-                *(values.get(name) for name in STATS),
-                *((given[0], factor) if once else given),
-                self.words,
-                self.stride,
-                self.inner,
-                self.outer,
-                self.slope,
-                SOFTCAP=self.softcap,
-                SUPPORT=kept is not None,
-                OUT=HALF.get(self._gradient.dtype, tl.float32),
-                BLOCK=BLOCK,
-                **LAUNCH,
-            )
-        gradient = None if coefficients is None else self._gradient[:n, : self.words]
+            if coefficients is None or (lazy and self._gradient.dtype == torch.bfloat16):
+                c = None if coefficients is None else coefficients.c.contiguous()
+                if c is not None:
+                    factor = torch.empty_like(c, dtype=torch.float32)
+                    if self._lazy is None:
+                        self._lazy = torch.empty_like(self._logits, dtype=self._gradient.dtype)
+                    gradient = self._lazy[:n, : self.words]
+                options = flags | {"BLOCK": _triton_once.BLOCK} | _triton_once.LAUNCH
+                _triton_once.once_kernel[(n,)](self._logits, gradient, *told, c, factor, *shape, **options)
+            else:
+                given = [None if x is None else x.contiguous() for x in coefficients]
+                options = flags | {"OUT": HALF.get(self._gradient.dtype, tl.float32), "BLOCK": BLOCK} | LAUNCH
+                _row_kernel[(n,)](self._logits, *told, *given, *shape, **options)
+                gradient = self._gradient[:n, : self.words]
         return Rows(values.pop("logps"), values, gradient, factor)
 
     def _multiply(self, h: Tensor, out: Tensor) -> None:

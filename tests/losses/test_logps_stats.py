@@ -135,9 +135,11 @@ def test_an_unknown_name_is_refused():
 
 @pytest.mark.parametrize(("width", "rows"), [(1000, 4096), (1050, 3968), (16_000, 256), (20_000, 256), (0, 4_199_936)])
 def test_chunks_on_a_gpu_are_multiples_of_128_rows(width, rows):
-    """About 4.2 million / H, at least 256; a tensor without a device stands for one on a GPU of any memory."""
-    weight = torch.empty(151_936, width, device="meta")
-    assert default_chunk_tokens(torch.empty(1, width, device="meta"), weight) == rows
+    """About 4.2 million / H of a head that trains, at least 256; a tensor without a device stands for one on a GPU of
+    any memory."""
+    hidden, weight = (torch.empty(n, width, device="meta") for n in (1, 151_936))
+    assert default_chunk_tokens(hidden, weight) == 1024
+    assert default_chunk_tokens(hidden, weight.requires_grad_()) == rows
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,8 @@ def test_chunks_on_a_gpu_are_multiples_of_128_rows(width, rows):
 def test_chunks_on_a_gpu_take_a_32nd_of_its_memory(gib, words, rows, monkeypatch):
     monkeypatch.setattr(logps, "_device_memory", lambda device: gib * 2**30)
     hidden, weight = (torch.empty(n, 1000, device="meta") for n in (1, words))
-    assert default_chunk_tokens(hidden, weight) == rows
+    assert default_chunk_tokens(hidden, weight) == min(rows, 1024)
+    assert default_chunk_tokens(hidden, weight.requires_grad_()) == rows
     assert rows == 256 or 4 * rows * words <= gib * 2**30 / 32
 
 

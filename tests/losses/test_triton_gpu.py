@@ -32,7 +32,7 @@ def test_a_tile_of_more_than_two_to_the_31_logits():
 
 @pytest.mark.parametrize("kwargs", [{}, {"softcap": 30.0, "stats": STATS}], ids=str)
 def test_one_tile_of_memory(kwargs):
-    """Whatever is asked for, frozen head: a chunk's float32 logits, and little beside them."""
+    """Whatever is asked for, frozen head: the logits of a chunk, their gradient, and little besides."""
     n, h, v, chunk = 2048, 256, 50_000, 512
     hidden, weight = (torch.randn(k, h, device="cuda", dtype=torch.bfloat16) for k in (n, v))
     targets = torch.randint(v, (n,), device="cuda")
@@ -45,7 +45,7 @@ def test_one_tile_of_memory(kwargs):
         peak = torch.cuda.max_memory_allocated() - before
         del out
         hidden.grad = None
-    tile = 4 * chunk * v
+    tile = (4 + 2) * chunk * v
     assert tile <= peak < 1.1 * tile
 
 

@@ -167,15 +167,19 @@ def test_eight_bit_states_are_those_that_bitsandbytes_makes():
 
 @pytest.mark.parametrize("gpu", ["H100", "L4"])
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.1-8B"])
-def test_a_tile_has_the_rows_that_the_head_takes_by_default(monkeypatch, gpu, name):
+@pytest.mark.parametrize("lora_r", [0, 16])
+def test_a_tile_has_the_rows_that_the_head_takes_by_default(monkeypatch, lora_r, gpu, name):
     size = find(name)
     monkeypatch.setattr(logps, "_device_memory", lambda device: GPUS[gpu].memory)
     hidden, weight = (torch.empty(n, size.hidden, device="meta") for n in (1, size.vocab))
-    rows = logps.default_chunk_tokens(hidden, weight)
+    rows = logps.default_chunk_tokens(hidden, weight.requires_grad_(not lora_r))
     per_row = 4 * (size.vocab + size.hidden)  # logits, and their product with the weight
+    per_row += 2 * size.vocab if lora_r else 0  # and their gradient, in one pass
     assert size.vocab % 16 == 0
     for scored in (rows - 1, rows, 3 * rows):
-        assert head_tile(size, Setup(gpu=gpu), Batch(1, 2 * scored, scored)) == min(scored, rows) * per_row
+        assert (
+            head_tile(size, Setup(gpu=gpu, lora_r=lora_r), Batch(1, 2 * scored, scored)) == min(scored, rows) * per_row
+        )
 
 
 def test_a_qlora_step_by_hand():
@@ -189,7 +193,8 @@ def test_a_qlora_step_by_hand():
     assert parts["weights"] == pytest.approx(linears * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * others, rel=1e-3)
     assert (parts["adapters"], parts["gradients"], parts["optimizer"]) == (4 * 8798208, 4 * 8798208, 8 * 8798208)
     assert parts["workspace"] == 64 * 2**20 and parts["reference"] == 0
-    assert parts["head"] == 1000 * 4 * (151936 + 896) + 2 * 1000 * 896 * 2  # the tile, h and its gradient
+    tile = 1000 * (4 * (151936 + 896) + 2 * 151936)
+    assert parts["head"] == tile + 2 * 1000 * 896 * 2  # h and its gradient
     # that, scaled in float32, and rounded; and h, which the entropy keeps
     assert moments["head backward"]["head"] == 1000 * 896 * (2 + 4 + 2 + 2)
     assert moments["backbone backward"]["temporary"] == 896 * 4864 * 2
