@@ -91,7 +91,7 @@ def cases(gpu: bool) -> list[RolloutCase]:
     """With lengths that end and with lengths that do not."""
     shape: dict[str, Any] = {"model": "SmolLM2-135M"}
     if gpu:
-        shape = {"model": "Qwen2.5-0.5B", "prompts": 8, "tokens": 256, "dtype": "bfloat16"}
+        shape = {"model": "Qwen2.5-0.5B", "prompts": 8, "tokens": 128, "dtype": "bfloat16"}
     return [RolloutCase(**shape, ends=ends) for ends in (False, True)]
 
 
