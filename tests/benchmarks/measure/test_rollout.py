@@ -113,13 +113,13 @@ def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
 
 
 def test_a_token_reads_weights_and_what_is_kept(monkeypatch):
-    """Qwen2.5-0.5B in bfloat16, whose embedding is its head; of 8 x 8 completions, in the middle of 256 tokens."""
+    """Qwen2.5-0.5B in bfloat16, whose embedding is its head; of 8 x 8 completions, in the middle of 128 tokens."""
     (case, _) = rollout.cases(gpu=True)
     with torch.device("meta"):
         config = shape(case.model)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     weights = 2 * (151_936 * 896 + 24 * 14_912_384 + 896)
-    kept = 64 * ((125 + 92 + 93 + 83) / 4 + 128) * 24 * 2 * 2 * 64 * 2
+    kept = 64 * ((125 + 92 + 93 + 83) / 4 + 64) * 24 * 2 * 2 * 64 * 2
     assert token.token_bytes(case, model) == pytest.approx(weights + kept)
     h200 = types.SimpleNamespace(name="NVIDIA H200", total_memory=150 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
