@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logratio.trainers.layers.casts import casts_kept, stacked
 from logratio.trainers.layers.lora_layers import fuse_lora
+
 from .test_lora_linear import Attention, make_x, results, with_lora
 
 
