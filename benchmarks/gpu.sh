@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in the order of what it is worth, so that it may be cut at any time. The plan of nine
-# minutes on an H100:
+# minutes on an H100 or H200:
 #
-#     1 min    the tests of the head's Triton kernel (pytest -m gpu)
-#     5 min    bench: the head; steps of a 0.5B model, and the 8B with QLoRA, beside TRL; what time is left for the rest
-#     2 min    the tests of attention and of the LoRA layers
-#     1 min    bench goes on; the report
+#     1.5 min  the tests on a GPU (pytest -m gpu), but for those of FlexAttention
+#     5.5 min  bench: a step of every method and model with LoRA and QLoRA, beside TRL
+#     1 min    bench: completions of a GRPO step, beside transformers' generate
+#     1 min    the tests of FlexAttention, which compile; the head, and what time is left for the rest; the report
 #
 #     benchmarks/gpu.sh [RESULTS] [SECONDS]      with a Python that has logratio[test,bench] in front of the PATH
 #
@@ -37,22 +37,22 @@ tests() { # SHARE FILES...: those that have not passed yet
   esac
 }
 
-bench() { # SHARE OPTIONS...: cases that have no line yet
+bench() { # SHARE SUITE OPTIONS...: cases that have no line yet
   local left
   left=$(until_share "$1")
   # a case that has begun could go on for minutes; what has ended is on the disk
-  timeout -k 10 "$left" python3 -m logratio.benchmarks.bench all --device cuda --results "$results" --repeats 3 \
-    --budget_s "$((left * 9 / 10))" "${@:2}"
+  timeout -k 10 "$left" python3 -m logratio.benchmarks.bench "$2" --device cuda --results "$results" --repeats 3 \
+    --budget_s "$((left * 9 / 10))" "${@:3}"
   case $? in 0 | 124 | 137) ;; *) status=1 ;; esac
 }
 
 mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-mapfile -t of_head < <(printf '%s\n' "${files[@]}" | grep tests/losses/)
-mapfile -t others < <(printf '%s\n' "${files[@]}" | grep -v tests/losses/)
-quick=(logratio eager trl trl+liger "liger (cross entropy)") # others compile for half a minute
-tests 15 "${of_head[@]}"
-bench 68 --contestants "${quick[@]}"
-tests 88 "${others[@]}"
-bench 97 --contestants "${quick[@]}"
+mapfile -t compiling < <(printf '%s\n' "${files[@]}" | grep flex)
+mapfile -t quick < <(printf '%s\n' "${files[@]}" | grep -v flex)
+tests 18 "${quick[@]}"
+bench 80 step --no-truth --contestants logratio trl
+bench 90 rollout --only limit --contestants logratio transformers
+tests 95 "${compiling[@]}"
+bench 99 all --contestants logratio eager trl trl+liger "liger (cross entropy)" # others compile for half a minute
 python3 -m logratio.benchmarks.report --results "$results" --out "$results" || status=1
 exit $status

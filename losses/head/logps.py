@@ -145,10 +145,10 @@ def linear_logps(
 def default_chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
     """Rows of logits alive at a time, for hidden [N, H] and weight [V, H]: the fewest that keep the products busy.
 
-    On a CPU 256 (measured). On a GPU `FROZEN_ROWS` (measured on an H200: with H from 896 to 4,096 within 8 % of the
-    best); of a weight that trains, which every chunk adds a gradient of its size to, 4.2 million / H. No more than take
-    `TILE_MEMORY` in float32; a multiple of 128, at least 256. It is a share of all memory, not of what is free: the
-    same chunks, and sums, at every step.
+    On a CPU 256 (measured). On a GPU `FROZEN_ROWS` (on an H200, with H from 896 to 4,096, no slower than 4,096 rows by
+    more than measurements differ); of a weight that trains, which every chunk adds a gradient of its size to, 4.2
+    million / H. No more than take `TILE_MEMORY` in float32; a multiple of 128, at least 256. It is a share of all
+    memory, not of what is free: the same chunks, and sums, at every step.
     """
     if hidden.device.type == "cpu":
         return 256
