@@ -272,21 +272,20 @@ def head_tile(size: Geometry, setup: Setup, batch: Batch) -> int:
     import torch
 
     from logratio.losses.head._tile import SCRATCH
-    from logratio.losses.head.logps import TILE_MEMORY, default_chunk_tokens
+    from logratio.losses.head.logps import default_chunk_tokens, tile_bytes
 
-    device = "meta" if setup.on_gpu else "cpu"  # a GPU's rule without its memory, which stands in the table
-    with torch.device(device):
-        weight = torch.empty(size.vocab, 0, requires_grad=not setup.lora_r)
-        chunk = default_chunk_tokens(torch.empty(0, size.hidden), weight)
-    if setup.device is not None:
-        chunk = min(chunk, max(256, int(TILE_MEMORY * setup.device.memory / (4 * size.vocab)) // 128 * 128))
+    # a GPU's rule without its memory, which stands in the table
+    with torch.device("meta" if setup.on_gpu else "cpu"):
+        weight = torch.empty(size.vocab, 0, dtype=getattr(torch, setup.dtype), requires_grad=not setup.lora_r)
+        memory = None if setup.device is None else setup.device.memory
+        chunk = default_chunk_tokens(torch.empty(0, size.hidden), weight, memory)
     rows = min(chunk, batch.scored_tokens)
     if setup.the_loss.divergence is not None:  # two tiles of half the rows, the teacher's no narrower
         rows = min(max(128, chunk // 2), batch.scored_tokens) * 2
     if setup.on_gpu:
         across = -(-size.vocab // TILE_ALIGNMENT) * TILE_ALIGNMENT
-        lazy = 2 * across if setup.lora_r and setup.dtype == "bfloat16" and setup.the_loss.divergence is None else 0
-        return rows * (4 * (across + size.hidden) + lazy)
+        per_logit = 4 if setup.the_loss.divergence is not None else tile_bytes(weight)
+        return rows * (per_logit * across + 4 * size.hidden)
     copied = 4 * size.vocab * size.hidden if setup.element == 2 else 0  # a CPU multiplies in float32
     scratch = min(rows, max(1, SCRATCH["cpu"] // size.vocab)) * 4 * size.vocab
     return rows * 4 * (size.vocab + size.hidden) + scratch + copied

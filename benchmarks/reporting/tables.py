@@ -242,11 +242,16 @@ def rollout_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
 
         return cell
 
+    def a_token(row: Row, base: Row | None) -> str:
+        """Of completions that end, which nobody has as many tokens of as another, their times would not do."""
+        ratio = times(None if base is None else quotient(base, row, "rollout_tokens_per_s"))
+        return ", ".join(filter(None, [number(row.get("rollout_ms_p50")) if absolute else "", ratio]))
+
     unit = "ms (p50), and " if absolute else ""
     return titled(
         rows,
         {
-            f"Rollouts, {unit}as multiple of ours": matrix(rows, keys, of("rollout_ms"), base="(1×)"),
+            f"Rollouts, {unit}a token's time as multiple of ours": matrix(rows, keys, a_token, base="(1×)"),
             f"Whole GRPO steps, {unit}as multiple of ours": matrix(rows, keys, of("step_ms"), base="(1×)"),
         },
     )

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
 }
 FROZEN_ROWS = 1024
 TILE_MEMORY = 1 / 32
-"""Share of a GPU's memory that the default chunk's float32 logits may take: 2.5 GiB of 80."""
+"""Share of a GPU's memory that the default chunk's logits, and their gradients, may take: 2.5 GiB of 80."""
 
 
 class TokenLogps(NamedTuple):
@@ -142,19 +142,26 @@ def linear_logps(
     return logps if stats is None else TokenLogps(logps, **dict(zip(asked, values, strict=True)))
 
 
-def default_chunk_tokens(hidden: Tensor, weight: Tensor) -> int:
+def default_chunk_tokens(hidden: Tensor, weight: Tensor, memory: float | None = None) -> int:
     """Rows of logits alive at a time, for hidden [N, H] and weight [V, H]: the fewest that keep the products busy.
+    memory: of the device in bytes, which is asked where it is not given.
 
     On a CPU 256 (measured). On a GPU `FROZEN_ROWS` (on an H200, with H from 896 to 4,096, no slower than 4,096 rows by
     more than measurements differ); of a weight that trains, which every chunk adds a gradient of its size to, 4.2
-    million / H. No more than take `TILE_MEMORY` in float32; a multiple of 128, at least 256. It is a share of all
-    memory, not of what is free: the same chunks, and sums, at every step.
+    million / H. No more than take `TILE_MEMORY`; a multiple of 128, at least 256. It is a share of all memory, not of
+    what is free: the same chunks, and sums, at every step.
     """
     if hidden.device.type == "cpu":
         return 256
     busy = 4.2e6 / max(hidden.shape[1], 1) if weight.requires_grad else FROZEN_ROWS
-    room = TILE_MEMORY * _device_memory(hidden.device) / (4 * max(len(weight), 1))
+    room = TILE_MEMORY * (_device_memory(hidden.device) if memory is None else memory)
+    room /= max(len(weight), 1) * tile_bytes(weight)
     return max(256, int(min(busy, room)) // 128 * 128)
+
+
+def tile_bytes(weight: Tensor) -> int:
+    """Of a logit on a GPU: its float32, and of a frozen head in bfloat16 its gradient beside it."""
+    return 6 if weight.dtype == torch.bfloat16 and not weight.requires_grad else 4
 
 
 def _device_memory(device: torch.device) -> float:

@@ -160,5 +160,13 @@ def test_chunks_on_a_gpu_take_a_32nd_of_its_memory(gib, words, rows, monkeypatch
     assert rows == 256 or 4 * rows * words <= gib * 2**30 / 32
 
 
+def test_a_frozen_heads_gradient_in_bfloat16_counts_as_well(monkeypatch):
+    monkeypatch.setattr(logps, "_device_memory", lambda device: 24 * 2**30)
+    hidden, weight = (torch.empty(n, 1000, device="meta", dtype=torch.bfloat16) for n in (1, 151_936))
+    assert default_chunk_tokens(hidden, weight) == 768  # 6 bytes a logit, 883 rows
+    assert default_chunk_tokens(hidden, weight, 80 * 2**30) == 1024
+    assert default_chunk_tokens(hidden, weight.requires_grad_()) == 1280
+
+
 def test_chunks_on_a_cpu_have_256_rows():
     assert default_chunk_tokens(torch.empty(1, 64), torch.empty(1_000_000, 64)) == 256

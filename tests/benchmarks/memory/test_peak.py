@@ -171,7 +171,7 @@ def test_eight_bit_states_are_those_that_bitsandbytes_makes():
 def test_a_tile_has_the_rows_that_the_head_takes_by_default(monkeypatch, lora_r, gpu, name):
     size = find(name)
     monkeypatch.setattr(logps, "_device_memory", lambda device: GPUS[gpu].memory)
-    hidden, weight = (torch.empty(n, size.hidden, device="meta") for n in (1, size.vocab))
+    hidden, weight = (torch.empty(n, size.hidden, dtype=torch.bfloat16, device="meta") for n in (1, size.vocab))
     rows = logps.default_chunk_tokens(hidden, weight.requires_grad_(not lora_r))
     per_row = 4 * (size.vocab + size.hidden)  # logits, and their product with the weight
     per_row += 2 * size.vocab if lora_r else 0  # and their gradient, in one pass
