@@ -35,7 +35,9 @@ def batch_of(kind: str, size: float = 2.0, spread: float = 0.25, seed: int = 0) 
     stats = {"entropy": 4.0, "log_z": 1.0, "log_sum_p2": -1.0}  # of the policy, for losses that ask for them
     for name, scale in stats.items():
         tokens[name] = {part: scale * uniform(x.shape) for part, x in policy.items()}
-    rows = {"advantages": torch.tensor(ADVANTAGES, dtype=torch.float64)} if kind == "grouped" else {}
+    rows = {}
+    if kind == "grouped":  # the first two of one prompt
+        rows = {"advantages": torch.tensor(ADVANTAGES, dtype=torch.float64), "prompts": torch.tensor([0, 0, 1])}
     if kind == "paired":
         rows["margin"] = torch.ones(3, dtype=torch.float64)
     return Batch(kind, masks, tokens, rows, torch.zeros(0, dtype=torch.float64))

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from logratio.benchmarks.projects import of_trl, trl_runs
-from logratio.benchmarks.projects.examples import examples
+from logratio.benchmarks.projects import of_ours, of_trl, trl_runs
+from logratio.benchmarks.projects.examples import batch_of, examples
 from logratio.benchmarks.projects.installed import PROJECTS, StandIn, module_of
 from logratio.benchmarks.projects.measured import SUBJECTS, hold_loss, measure_subject, rounding, seen, shortened
 from logratio.benchmarks.projects.reasons import project_problems
 from logratio.benchmarks.projects.subjects import FLOAT32, GIVEN_SUMS, of, pairs, rollouts, sequences, share
 from logratio.benchmarks.projects.text import project_tables
 from logratio.losses import DPOLoss, GRPOLoss
+from logratio.reference._law_runs import arguments
 from logratio.reference.laws import check_advantage, check_loss
 
 STORED = json.loads((Path(__file__).parents[2] / "docs" / "atlas.json").read_text())
@@ -228,3 +229,14 @@ def test_float32_is_what_makes_equal_rewards_teach():
 
     with pytest.raises(AssertionError, match="^equal_rewards"):
         check_advantage(textbook, laws=["equal_rewards"], dtype=torch.float32)
+
+
+def test_every_loss_of_ours_can_be_asked_on_the_fixed_batches():
+    """A type that needs more of a batch than they have would end the measurement."""
+    asked = 0
+    for subject in of_ours.subjects():
+        if subject.what == "loss":
+            with subject.opened() as loss:
+                assert loss(**arguments(loss, batch_of(loss.kind))).loss.isfinite(), subject.name
+            asked += 1
+    assert asked > 60

@@ -138,16 +138,19 @@ def test_trainable_head_makes_no_logits(entropy, one_row_of_scratch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "width", "parts"),
+    ("rows", "words", "width", "processors", "parts"),
     [
-        (4096, 151_936, 896, 1),  # 32 x 4 blocks of an H200's 132 processors
-        (2048, 151_936, 896, 2),
-        (1024, 151_936, 896, 4),
-        (1024, 128_256, 4096, 1),
-        (128, 32_768, 64, 8),
-        (128, 50_257, 64, 1),  # an odd number of words
-        (128, 50_258, 64, 2),
+        (4096, 151_936, 896, 132, 1),  # 32 x 4 blocks of an H200's processors
+        (2048, 151_936, 896, 132, 2),
+        (1024, 151_936, 896, 132, 4),
+        (1024, 128_256, 4096, 132, 1),
+        (128, 32_768, 64, 132, 8),
+        (128, 50_257, 64, 132, 1),  # an odd number of words
+        (128, 50_258, 64, 132, 2),
+        (129, 32_768, 257, 9, 2),  # 2 x 2 blocks
+        (129, 32_768, 257, 8, 2),
+        (129, 32_768, 257, 7, 1),
     ],
 )
-def test_parts_of_a_sum_over_the_words_fill_a_gpu_and_leave_nothing_out(rows, words, width, parts):
-    assert _parts(rows, words, width, processors=132) == parts
+def test_parts_of_a_sum_over_the_words_fill_a_gpu_and_leave_nothing_out(rows, words, width, processors, parts):
+    assert _parts(rows, words, width, processors) == parts
