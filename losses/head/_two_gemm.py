@@ -30,11 +30,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if not (a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)):
         return a @ b
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
-    count = _parts(len(a), b.shape[0], b.shape[1], processors)
+    return _in_parts(a, b, _parts(len(a), b.shape[0], b.shape[1], processors), out_dtype=torch.float32)
+
+
+def _in_parts(a: Tensor, b: Tensor, count: int, **options: Any) -> Tensor:
+    """a @ b, whose sum is cut into so many parts that are added up behind it. options: of torch's product."""
     if count == 1:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, **options)
     parts = a.unflatten(1, (count, -1)).transpose(0, 1)
-    return torch.bmm(parts, b.unflatten(0, (count, -1)), out_dtype=torch.float32).sum(0)
+    return torch.bmm(parts, b.unflatten(0, (count, -1)), **options).sum(0)
 
 
 def _parts(rows: int, words: int, width: int, processors: int) -> int:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from logratio.losses import linear_logps
 from logratio.losses.head import _tile
 from logratio.losses.head._tile import STATS
-from logratio.losses.head._two_gemm import _parts
+from logratio.losses.head._two_gemm import _in_parts, _parts
 
 from ._heads import head
 
@@ -154,3 +154,22 @@ def test_trainable_head_makes_no_logits(entropy, one_row_of_scratch):
 )
 def test_parts_of_a_sum_over_the_words_fill_a_gpu_and_leave_nothing_out(rows, words, width, processors, parts):
     assert _parts(rows, words, width, processors) == parts
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_product_in_parts_is_the_product(count):
+    """Of the front of wider rows, as a tile may have them; and without parts there is no sum of them."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 16, generator=g, dtype=torch.float64)[:, :8]
+    b = torch.randn(8, 5, generator=g, dtype=torch.float64)
+    calls = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Sums():
+        got = _in_parts(a, b, count)
+    torch.testing.assert_close(got, a @ b, rtol=1e-12, atol=1e-12)
+    assert ("sum" in calls) == (count > 1) and ("bmm" in calls) == (count > 1)
