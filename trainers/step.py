@@ -271,6 +271,7 @@ class Step:
         # sharded gradients are averaged over processes, and the totals have divided already
         factor = self.accelerator.num_processes if meet_inside(self.accelerator) else 1
 
+        @casts_kept()  # but not around `meanwhile`: graphs that it captures would outlive what is kept here
         def passes() -> None:
             self.fill_reference(micros)
             for micro in micros:
@@ -284,8 +285,7 @@ class Step:
                 losses.append(output.loss.detach())
                 result.add(output.loss, output.metrics)
 
-        with casts_kept():
-            self.memory.together(passes, backward=backward, meanwhile=meanwhile)
+        self.memory.together(passes, backward=backward, meanwhile=meanwhile)
         for micro, finite in zip(micros, torch.stack(losses).isfinite().tolist(), strict=True):
             if not finite:
                 rows = rows_of(micro.batch.examples)

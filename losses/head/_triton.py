@@ -3,10 +3,10 @@
 Only `logps.py` imports this file, and only when it is about to use it: everything else in `losses/` needs torch alone.
 
 One program takes one row. Its first pass over the raw logits x keeps a running max and the sums over e^(z - max) that
-the statistics need; its second pass, where a gradient is asked for, reads the row again and writes the gradient over
-it. The transform from x to z is applied on the way in both, so that the tile is read at most twice and written once,
-and nothing of the tile's size is made beside it. Without a gradient, or where a factor of each row may be left out of
-one in bfloat16, one pass does, which takes half the tile's memory besides (`_triton_once.py`).
+the statistics need; its second pass reads the row again and writes the gradient over it. The transform from x to z is
+applied on the way in both, so that the tile is read twice and written once, and nothing of the tile's size is made
+beside it. One pass does without a gradient, or where a factor of each row may be left out of one in bfloat16, which
+takes half the tile's memory besides (`_triton_once.py`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     log_z,
     log_sum_p2,
     is_top1,  # [n] bool or None
-    c,  # [n] float32 or None, and the next three too: see `Coefficients`
-    log_z_c,
+    c,  # [n] float32: see `Coefficients`
+    log_z_c,  # the same or None, and the next two too
     entropy_c,
     entropy_given,
     words,
@@ -57,7 +57,7 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,  # dtype of the gradient
     BLOCK: tl.constexpr,
 ):
-    """Statistics of one row; and with `c` its gradient, in OUT, from the beginning of the row's own memory on."""
+    """Statistics of one row, and its gradient, in OUT, from the beginning of the row's own memory on."""
     t = tl.program_id(0).to(tl.int64)  # t * stride may exceed 2^31
     row = tile + t * stride
     y = tl.load(targets + t)
@@ -93,35 +93,34 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     if is_top1 is not None:  # the first of the largest
         tl.store(is_top1 + t, (z_y == biggest) & (z_y > before_y))
 
-    if c is not None:
-        of_y = tl.load(c + t) * slope
-        of_p = of_y
-        if log_z_c is not None:
-            of_p -= tl.load(log_z_c + t) * slope
+    of_y = tl.load(c + t) * slope
+    of_p = of_y
+    if log_z_c is not None:
+        of_p -= tl.load(log_z_c + t) * slope
+    if entropy_c is not None:
+        of_entropy = tl.load(entropy_c + t) * slope
+        h_minus_log_total = tl.load(entropy_given + t) - log_total
+    gradient = row.to(tl.pointer_type(OUT), bitcast=True)
+    for start in range(0, words, BLOCK):
+        at = start + lane
+        z, bend = logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
+        shifted = z - biggest
+        p_weight = of_p
         if entropy_c is not None:
-            of_entropy = tl.load(entropy_c + t) * slope
-            h_minus_log_total = tl.load(entropy_given + t) - log_total
-        gradient = row.to(tl.pointer_type(OUT), bitcast=True)
-        for start in range(0, words, BLOCK):
-            at = start + lane
-            z, bend = logits(row, bias, words, stride, at, inner, outer, SOFTCAP, SUPPORT)
-            shifted = z - biggest
-            p_weight = of_p
-            if entropy_c is not None:
-                p_weight += of_entropy * (shifted + h_minus_log_total)
-            # e_y - p in float32, before the cast: rounded one by one they would cancel where p_y is near 1
-            g = tl.where(at == y, of_y, 0.0) - tl.exp(shifted) * over_total * p_weight
-            if SOFTCAP:
-                g *= bend
-            # In half precision block k goes to bytes [2kB, 2(k+1)B) of the row: over raw block k // 2, which iteration
-            # k // 2 <= k has read. But each warp reads and writes its own part of a block in its own time: without
-            # this barrier one that runs ahead would write over what another has still to read, of block 0 in
-            # iteration 0 or of block k // 2 when it is iterations behind. Past the barrier of iteration k all warps
-            # have read blocks 0 to k (and have done with the first pass), and nothing later than k is written. A load
-            # that is moved up, as a pipeline does, finds the same raw values: a block is written over only after the
-            # barrier that follows its load; a store that is moved down meets no load of its place.
-            tl.debug_barrier()
-            tl.store(gradient + at, g.to(OUT), mask=at < stride)
+            p_weight += of_entropy * (shifted + h_minus_log_total)
+        # e_y - p in float32, before the cast: rounded one by one they would cancel where p_y is near 1
+        g = tl.where(at == y, of_y, 0.0) - tl.exp(shifted) * over_total * p_weight
+        if SOFTCAP:
+            g *= bend
+        # In half precision block k goes to bytes [2kB, 2(k+1)B) of the row: over raw block k // 2, which iteration
+        # k // 2 <= k has read. But each warp reads and writes its own part of a block in its own time: without
+        # this barrier one that runs ahead would write over what another has still to read, of block 0 in
+        # iteration 0 or of block k // 2 when it is iterations behind. Past the barrier of iteration k all warps
+        # have read blocks 0 to k (and have done with the first pass), and nothing later than k is written. A load
+        # that is moved up, as a pipeline does, finds the same raw values: a block is written over only after the
+        # barrier that follows its load; a store that is moved down meets no load of its place.
+        tl.debug_barrier()
+        tl.store(gradient + at, g.to(OUT), mask=at < stride)
 
 
 class TritonTile:

@@ -91,7 +91,7 @@ def once_kernel(  # type: ignore[no-untyped-def]
     SUPPORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `_row_kernel`, of `c` alone."""
+    """Statistics of one row, and with `c` its T and factor."""
     t = tl.program_id(0).to(tl.int64)  # t * stride may exceed 2^31
     row = tile + t * stride
     gradient = None if gradients is None else gradients + t * stride

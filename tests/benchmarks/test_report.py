@@ -355,3 +355,17 @@ def test_what_the_host_costs_is_told_in_passes_of_the_plain_model(tmp_path):
     assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "next to nothing to compute" in page and "| dpo | 2.50 | 5.10 |" in page and "| dpo | 1.25 | 2.55 |" in page
+
+
+def test_rollouts_are_told_by_a_tokens_time(tmp_path):
+    """Half the time for a quarter of the tokens is half the speed."""
+    fields = {"suite": "rollout", "case": "rollout-ends", "model": "SmolLM2-135M", "gpu": "cpu", "ends": True}
+    turns = (("logratio", 200.0, 80.0, 300.0), ("trl", 100.0, 40.0, 900.0))
+    rows = [
+        step(name, ms, rollout_ms_p50=rollout, rollout_tokens_per_s=rate, **fields) for name, rollout, rate, ms in turns
+    ]
+    (tmp_path / "cpu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    rollouts, steps = page.split("**Rollouts, a token's time as multiple of ours**")[1].split("**Whole GRPO steps")
+    assert "| 1.00× | 2.00× |" in rollouts and "| 1.00× | 3.00× |" in steps

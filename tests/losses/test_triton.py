@@ -5,7 +5,6 @@ Triton decides at its first import whether to interpret, so a process of its own
 """
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from logratio.losses import Support, linear_logps
-from logratio.losses.head import logps
 from logratio.losses.head._tile import STATS, Coefficients, TorchTile, Transform
 
 from .._cases import pairwise
@@ -37,10 +34,14 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 options = pytest.mark.parametrize("kwargs", [OPTIONS[k] for k in ("plain", "softcap", "all")], ids=str)
 dtypes = pytest.mark.parametrize("dtype", LOW, ids=str)
+kernels = pytest.mark.parametrize(
+    ("dtype", "learns"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["two passes", "one pass", "no gradient"],
+)
 # The interpreter takes its time: there every two of them meet, on a GPU all.
 meeting = pairwise if INTERPRETED else lambda *axes: list(product(*axes))
 budgets = pytest.mark.parametrize("name, dtype, make", meeting(("plain", "softcap", "all"), LOW, (head, near_certain)))
-compiled = pytest.mark.skipif(INTERPRETED, reason="of the compiled kernel")
 
 
 @triton.jit
@@ -271,22 +272,23 @@ def test_no_tokens(dtype):
 
 
 @on_device
+@kernels
 @pytest.mark.parametrize("kwargs", [{}, {"softcap": 2.0}])
-def test_nan_is_not_hidden(kwargs):
-    hidden, weight, _, targets = (t.to(DEVICE) for t in head(dtype=torch.float32))
+def test_nan_is_not_hidden(kwargs, dtype, learns):
+    hidden, weight, _, targets = (t.to(DEVICE) for t in head(dtype=dtype))
     hidden[1, 0] = float("nan")
-    out = linear_logps(hidden, weight, targets, impl="triton", **kwargs)
+    out = linear_logps(hidden.requires_grad_(learns), weight, targets, impl="triton", **kwargs)
     assert out.isnan().tolist() == [False, True, False, False, False]
 
 
 @on_device
+@kernels
 @pytest.mark.parametrize("block", [2, 4096])
-@pytest.mark.parametrize("learns", [False, True], ids=["two passes", "one pass"])
-def test_of_equal_logits_the_first_is_the_top(learns, block, monkeypatch):
+def test_of_equal_logits_the_first_is_the_top(dtype, learns, block, monkeypatch):
     """In its block or over several, and in a support the first of those that are in it."""
     set_blocks(monkeypatch, block)
-    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE).to(torch.bfloat16)
-    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE).to(torch.bfloat16)
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]], device=DEVICE).to(dtype)
+    hidden = torch.tensor([[1.0]] * 5 + [[-1.0], [-1.0], [0.0], [0.0]], device=DEVICE).to(dtype)
     hidden.requires_grad_(learns)
     targets = torch.tensor([0, 1, 2, 3, 4, 0, 1, 0, 1], device=DEVICE)
     call = {"impl": "triton", "stats": ("is_top1",), "chunk_tokens": 4}
@@ -372,80 +374,3 @@ def test_under_the_interpreter(chosen):
     if out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         pytest.skip(out.stdout[out.stdout.index("the interpreter of triton") :].splitlines()[0])
     assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
-
-
-@compiled
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("out", "once"), [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_compiles_without_a_gpu(arch, out, once, monkeypatch, tmp_path):
-    """With all that can be asked for. Between a block's load and its store all warps meet; the logarithm is exact, as
-    is 1 / total; where a row begins is computed in 64 bits."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = _triton_once.once_kernel if once else _triton._row_kernel
-    constants = {"SOFTCAP": True, "SUPPORT": True, "BLOCK": (_triton_once if once else _triton).BLOCK}
-    constants |= {} if once else {"OUT": triton.language.dtype(out)}
-    types = {
-        "targets": "*i64",
-        "is_top1": "*i1",
-        "bias": f"*{out}",
-        "gradients": f"*{out}",
-        "words": "i32",
-        "stride": "i32",
-    }
-    types |= dict.fromkeys(("inner", "outer", "slope"), "fp32") | dict.fromkeys(constants, "constexpr")
-    names = kernel.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("tile", "words", "stride")}
-    signature = {name: types.get(name, "*fp32") for name in names}
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    asm = triton.compile(source, target, _triton.LAUNCH).asm
-    ptx = asm["ptx"]
-    assert re.findall(r"arith\.muli %\S+, %\S+ : (i\d+)", asm["ttir"])[0] == "i64"
-    assert "div.rn.f32" in ptx
-    if once:  # between the stores of a block, in either pass, and that of y
-        *_, of_y, _ = re.split(r"tt\.store [^\n]*ptr<bf16>", asm["ttir"])
-        assert "barrier" in of_y
-    else:
-        *_, between = re.split(r"ld\.global\S*v4", ptx)
-        between, *stores = re.split(r"st\.global\S*v4", between)
-        assert stores and "bar.sync" in between
-    assert "lg2.approx" not in ptx and "ld.global.nc" not in ptx
-
-
-def test_auto_takes_triton_on_a_gpu_but_for_float64(monkeypatch):
-    gpu, cpu = ({dtype: SimpleNamespace(is_cuda=on, dtype=dtype) for dtype in (torch.float64, *LOW)} for on in (1, 0))
-    for dtype in LOW:
-        assert logps._tile("auto", gpu[dtype]) is _triton.TritonTile
-        assert logps._tile("auto", cpu[dtype]) is logps._tile("two_gemm", gpu[dtype]) is TorchTile
-        assert logps._tile("triton", cpu[dtype]) is _triton.TritonTile
-    assert logps._tile("auto", gpu[torch.float64]) is TorchTile
-    logps._triton_tile.cache_clear()
-    monkeypatch.setitem(sys.modules, _triton.__name__, None)  # as where triton is not installed
-    assert logps._tile("auto", gpu[torch.float32]) is TorchTile
-    with pytest.raises(ImportError):
-        logps._tile("triton", gpu[torch.float32])
-
-
-@compiled
-def test_what_triton_does_not_take():
-    hidden, weight, _, targets = head()
-    with pytest.raises(TypeError, match="impl='triton' computes in float32, for float64 use impl='two_gemm'"):
-        linear_logps(hidden, weight, targets, impl="triton")
-    with pytest.raises(ValueError, match="impl='triton' needs CUDA tensors, got cpu"):
-        linear_logps(hidden.float(), weight.float(), targets, impl="triton")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("trains", ["h", "hw"])
-@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.7, "softcap": 30.0}], ids=str)
-@compiled
-def test_real_sizes_are_within_the_error_budget(trains, kwargs):
-    """N=1024, H=896, V=151936, in bfloat16, the words' logits of a few nats."""
-
-    def make(dtype: torch.dtype, **_: int) -> list[Tensor]:
-        g = torch.Generator().manual_seed(0)
-        hidden, weight = (torch.randn(n, 896, generator=g) for n in (1024, 151_936))
-        targets = torch.randint(151_936, (1024,), generator=g)
-        return [hidden.to(dtype), (0.1 * weight).to(dtype), torch.zeros(151_936, dtype=dtype), targets]
-
-    within_budget(make, torch.bfloat16, ("log_z",) if "w" in trains else (), trains, n=1024, **kwargs)

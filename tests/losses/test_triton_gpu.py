@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from logratio.losses import linear_logps
 from logratio.losses.head._tile import STATS
 from logratio.losses.head._two_gemm import _parts, _product
 
-pytest.importorskip("triton")
+from .test_triton import within_budget
+
 pytestmark = pytest.mark.gpu
 
 
@@ -73,3 +75,17 @@ def test_a_product_in_parts_is_as_exact_as_one(dtype):
     exact = a.double() @ b.double()
     errors = [(x.double() - exact).norm() for x in (_product(a, b), torch.mm(a, b, out_dtype=torch.float32))]
     assert errors[0] <= 2 * errors[1] + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("trains", ["h", "hw"])
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.7, "softcap": 30.0}], ids=str)
+def test_real_sizes_are_within_the_error_budget(trains, kwargs):
+    """N=1024, H=896, V=151936, in bfloat16, the words' logits of a few nats."""
+
+    def make(dtype: torch.dtype, **_: int) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 896, generator=g) for n in (1024, 151_936))
+        targets = torch.randint(151_936, (1024,), generator=g)
+        return [hidden.to(dtype), (0.1 * weight).to(dtype), torch.zeros(151_936, dtype=dtype), targets]
+
+    within_budget(make, torch.bfloat16, ("log_z",) if "w" in trains else (), trains, n=1024, **kwargs)

@@ -10,6 +10,7 @@ from logratio.benchmarks.measure.steps.step import build_of, step_of
 from logratio.benchmarks.measure.steps.step_cases import StepCase
 from logratio.benchmarks.measure.steps.workloads import Lengths
 from logratio.trainers import cli
+from logratio.trainers.layers.casts import stacked
 from logratio.trainers.loop import Ahead
 from logratio.trainers.step import Step
 
@@ -72,3 +73,20 @@ def test_what_packing_raises_is_raised_when_it_is_asked_for():
         next(windows)
     with pytest.raises(StopIteration):
         next(windows)
+
+
+def test_casts_are_kept_while_a_step_computes_and_not_while_the_next_is_prepared():
+    """What is sampled for the next one may be captured in graphs, which read the tensors that they were captured on."""
+    case = StepCase("dpo", "lora", "tiny", "short", 2, 64, dtype="float32", lengths=Lengths(6, 9, 0.4, 0.4))
+    cpu = torch.device("cpu")
+    ours = Ours(case, build_of(case, cpu, 0), None, cpu)
+    weight, seen = torch.ones(2, 2), []
+
+    def keeps(*_):
+        seen.append(stacked([weight], torch.bfloat16) is stacked([weight], torch.bfloat16))
+
+    ours.policy.register_forward_pre_hook(keeps)
+    window = case.window(259, 0)
+    micros = ours.step.micro_batches(window)
+    ours.step(micros, ours.step.totals(window, micros), meanwhile=keeps)
+    assert len(seen) > 2 and all(seen[:-1]) and not seen[-1]
