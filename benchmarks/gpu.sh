@@ -2,10 +2,10 @@
 # Everything that needs a GPU, in the order of what it is worth, so that it may be cut at any time. The plan of nine
 # minutes on an H100 or H200:
 #
-#     1.5 min  the tests on a GPU (pytest -m gpu), but for those of FlexAttention
+#     1.5 min  the tests on a GPU (pytest -m gpu)
 #     5.5 min  bench: a step of every method and model with LoRA and QLoRA, beside TRL
 #     1 min    bench: completions of a GRPO step, beside transformers' generate
-#     1 min    the tests of FlexAttention, which compile; the head, and what time is left for the rest; the report
+#     1 min    the head, and what time is left for the rest; the report
 #
 #     benchmarks/gpu.sh [RESULTS] [SECONDS]      with a Python that has logratio[test,bench] in front of the PATH
 #
@@ -47,12 +47,9 @@ bench() { # SHARE SUITE OPTIONS...: cases that have no line yet
 }
 
 mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-mapfile -t compiling < <(printf '%s\n' "${files[@]}" | grep flex)
-mapfile -t quick < <(printf '%s\n' "${files[@]}" | grep -v flex)
-tests 18 "${quick[@]}"
+tests 18 "${files[@]}"
 bench 80 step --no-truth --contestants logratio trl
 bench 90 rollout --only limit --contestants logratio transformers
-tests 95 "${compiling[@]}"
 bench 99 all --contestants logratio eager trl trl+liger "liger (cross entropy)" # others compile for half a minute
 python3 -m logratio.benchmarks.report --results "$results" --out "$results" || status=1
 exit $status

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from logratio.losses import LOSSES, Kind, Loss
+from logratio.trainers.batches.sequences import VARLEN
 from logratio.trainers.errors import UserError
 
 from .memory.geometry import Geometry, find
@@ -47,8 +48,8 @@ class Options:
     """QLoRA: frozen weights in nf4."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    attn_implementation: Literal["flex_attention", "sdpa"] | None = None
-    """sdpa has a dense mask in every layer; others skip what nobody sees."""
+    attn_implementation: Literal["sdpa", "logratio_varlen"] | None = None
+    """sdpa has a dense mask in every layer, as float32 has by default; half precision's skips what nobody sees."""
     optim: str = "adamw_torch"
     """adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit."""
     ref_model_name_or_path: str | None = None
@@ -135,6 +136,8 @@ def options_of(settings: Mapping[str, Any], *, gpu: str, prompt_tokens: int, com
         taken["micro_batch_tokens"] = 8192
     if given.get("lora_dropout"):  # PEFT's own forward runs then
         taken["fused_lora"] = False
+    if given.get("mixed_precision", "no") != "no":  # in which float32 weights attend as half precision does
+        taken.setdefault("attn_implementation", VARLEN)
     method = str(settings.get("method", ""))
     lengths = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     return Options(**{**taken, **lengths, "method": method, "loss": loss_of(settings), "gpu": gpu})

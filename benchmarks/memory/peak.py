@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from logratio.losses import LOSSES, Loss
+from logratio.trainers.batches.sequences import VARLEN
 from logratio.trainers.errors import UserError
 
 from .activations import Batch, activations
@@ -40,8 +41,8 @@ class Setup:
     """What decides a step's memory beside model and micro-batch, under the names of `logratio train`.
 
     loss: its options, if not the method's defaults. attn_implementation: None is, as in training, on a GPU
-    FlashAttention by sequences, or of float32 FlexAttention. accumulates: a step has several micro-batches, so that
-    gradients are there while the next is computed.
+    `VARLEN` in half precision. accumulates: a step has several micro-batches, so that gradients are there while the
+    next is computed.
     """
 
     method: str = "dpo"
@@ -91,8 +92,9 @@ class Setup:
 
     @property
     def long_rows(self) -> bool:
-        """Whether what nobody sees is skipped, without a dense mask: by FlashAttention, or FlexAttention."""
-        return self.on_gpu and self.attn_implementation in (None, "flex_attention")
+        """Whether what nobody sees is skipped, without a dense mask."""
+        taken = self.attn_implementation == VARLEN or (self.attn_implementation is None and self.element == 2)
+        return self.on_gpu and taken
 
     @property
     def fuses(self) -> bool:

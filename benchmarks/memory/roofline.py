@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from logratio.losses import Kind
-from logratio.trainers.batches.sequences import Sequences
+from logratio.trainers.batches.sequences import ROW_MULTIPLE
 
 from .activations import Batch, activations
 from .geometry import Geometry
@@ -22,7 +22,6 @@ EFFICIENCY = 0.6
 TRAFFIC = 4
 # Of one float32 logit: written by the product, read twice by the row kernel, written and read in half precision.
 TILE_TRAFFIC = 16
-FLEX_BLOCK = 128  # tokens, of FlexAttention's kernels
 LIST = 4  # completions of a list, as UltraFeedback has them
 
 
@@ -69,10 +68,9 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
         per_example, examples = fitting, math.ceil(examples * per_example / fitting)
     used = prompt + per_example * completion
     if setup.long_rows:
-        block = row_multiple(setup)
-        in_one = min(max(1, micro_batch_tokens // block * block // used), examples)
-        rows, row = 1, _up_to(block, in_one * used)
-        computed = examples // in_one * row + _up_to(block, examples % in_one * used)
+        in_one = min(max(1, micro_batch_tokens // ROW_MULTIPLE * ROW_MULTIPLE // used), examples)
+        rows, row = 1, _row_length(in_one * used)
+        computed = examples // in_one * row + _row_length(examples % in_one * used)
     else:
         in_one = rows = min(max(1, micro_batch_tokens // used), examples)
         row, computed = used, examples * used
@@ -88,13 +86,8 @@ def plan(setup: Setup, work: Workload, micro_batch_tokens: int) -> Plan:
     )
 
 
-def row_multiple(setup: Setup) -> int:
-    """Long rows are padded to a multiple of so many tokens."""
-    return Sequences().size if setup.attn_implementation is None and setup.element == 2 else FLEX_BLOCK
-
-
-def _up_to(multiple: int, tokens: int) -> int:
-    return math.ceil(tokens / multiple) * multiple
+def _row_length(tokens: int) -> int:
+    return math.ceil(tokens / ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def step_seconds(size: Geometry, setup: Setup, step: Plan, gpu: Gpu) -> dict[str, float]:

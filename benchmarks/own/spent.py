@@ -144,7 +144,7 @@ def setup_of(subject: Subject, accumulates: bool) -> Setup:
         use_liger_kernel=model.use_liger_kernel,
         load_in_4bit=model.load_in_4bit,
         gradient_checkpointing=model.gradient_checkpointing,
-        attn_implementation=None if policy.blocks else policy.attention,
+        attn_implementation=policy.attention,
         optim=config.train.optim,
         ref_model_name_or_path=model.ref_model_name_or_path,
         precompute_ref_log_probs=model.precompute_ref_log_probs,

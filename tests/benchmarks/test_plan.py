@@ -117,6 +117,16 @@ def test_a_file_of_ours_says_the_same_as_its_options(tmp_path, capsys):
     assert told(capsys, "orpo", "--config", str(file), "--batch_size", "1")["step_tokens"] < found["step_tokens"]
 
 
+def test_float32_attends_without_a_dense_mask_in_mixed_precision_alone(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    activations = {}
+    for said in ("no", "bf16"):
+        file.write_text(yaml.safe_dump({"model_name_or_path": "Qwen2.5-0.5B", "mixed_precision": said}))
+        found = told(capsys, "dpo", "--config", str(file), "--prompt_tokens", "400")
+        activations[said] = found["parts_mib"]["activations"] / found["step_tokens"]
+    assert activations["bf16"] < 0.9 * activations["no"], activations
+
+
 def test_a_file_of_trls_is_planned_as_it_would_train(tmp_path, capsys):
     file = tmp_path / "trl.yaml"
     theirs = {"model_name_or_path": "Qwen2.5-0.5B", "torch_dtype": "bfloat16", "use_peft": True, "load_in_4bit": True}

@@ -1,4 +1,4 @@
-"""Who sees whom in a packed batch: one rule, asked of all pairs for a dense mask or inside a kernel (`flex.py`)."""
+"""Who sees whom in a packed batch, as a dense mask."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class Sight(NamedTuple):
 def may_see(query: Any, key: Any, sight: Sight) -> Tensor:
     """Whether the token at the place `query`, with this sight, sees the one at `key` in its row.
 
-    Every token sees itself, padding too: a row of a softmax that sees nothing is NaN. The key is asked for its place
-    alone, so that a kernel loads nothing of it.
+    Every token sees itself, padding too: a row of a softmax that sees nothing is NaN.
     """
     return ((key >= sight.own) & (key <= query)) | ((key >= sight.prompt) & (key < sight.end))
 

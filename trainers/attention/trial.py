@@ -13,8 +13,7 @@ from ..data.examples import Completion, Example
 from ..errors import first_line
 from .masks import attention_mask
 
-# (prompt, completions) in tokens: in blocks of 128 they are 13, of which the last ends in padding and most hold parts
-# of two groups; in multiples of 16 they end in padding too
+# (prompt, completions) in tokens, which end in padding; of the kernels' blocks some hold parts of two groups
 GROUPS = ((150, 90, 200, 75), (40, 333), (260, 61, 128), (5, 1, 1, 80), (100, 30))
 TOKENS, WINDOWS = 13 * 128, (None, 100)
 # of one token; bfloat16's rounding is some 1e-2
@@ -41,26 +40,24 @@ def heads_of(model: Any) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, size
 
 
-def why_refused(model: Any, attend: Callable[..., Any], mask: Callable[..., Any], blocks: Any) -> str:
+def why_refused(model: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> str:
     """Why kernels do not do for this model on its device, or "". attend: as transformers calls it, with what `mask`
-    makes of a batch and a window. blocks: as `pack` takes them."""
+    makes of a batch and a window."""
     try:
         with torch.enable_grad():
-            return differs(model, attend, mask, blocks)
+            return differs(model, attend, mask)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, too old a GPU, a fault of torch's or Triton's
         return f"it raises {type(error).__name__}: {first_line(error)}"
 
 
-def differs(model: Any, attend: Callable[..., Any], mask: Callable[..., Any], blocks: Any) -> str:
+def differs(model: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> str:
     """How the kernels differ from attention under a dense mask, of a row of several groups and padding; or ""."""
-    # As in training, or what is compiled here would be of no use there: one row, heads as the projections lay them out,
-    # queries and keys new out of the rope. A number of blocks that were equal to one of heads would be compiled into
-    # the kernel.
+    # As in training: one row, heads as the projections lay them out, queries and keys new out of the rope.
     heads, key_heads, size = heads_of(model)
     examples = [Example([0] * p, [Completion([0] * n) for n in lengths]) for p, *lengths in GROUPS]
-    (batch,) = pack(examples, TOKENS, blocks=blocks)
+    (batch,) = pack(examples, TOKENS, sequences=True)
     batch, draw = batch.to(model.device), torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(*batch.group.shape, n, size, generator=draw).to(model.device, model.dtype).requires_grad_()

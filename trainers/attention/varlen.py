@@ -20,10 +20,9 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..batches.packing import PackedBatch, lists_to
-from ..batches.sequences import KeyLists, Sequences, key_lists
+from ..batches.sequences import VARLEN, KeyLists, key_lists
 from .trial import dropout_of, heads_of, softcap_of, why_refused
 
-VARLEN = "logratio_varlen"
 # Where, and of what, there are kernels.
 DEVICES, DTYPES = ("cuda",), (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -54,8 +53,8 @@ class Seen:
 def varlen_mask(batch: PackedBatch, window: int | None = None) -> Tensor:
     """`masks.attention_mask` for these kernels: an empty mask, which models hand on as it is, with `Seen` as an
     attribute. To what does not know it, no scores have its shape."""
-    lists = batch.blocks.get(None)
-    if not isinstance(lists, KeyLists):  # packed for another attention
+    lists = batch.sequences
+    if lists is None:  # packed for another attention
         lists = lists_to(key_lists(batch.group.cpu(), batch.segment.cpu()), batch.group.device)
     mask = torch.empty(1, 1, 1, 0, dtype=torch.bool, device=batch.group.device)
     mask.seen = Seen(lists, window)  # type: ignore[attr-defined]
@@ -161,7 +160,7 @@ def adopt(model: Any) -> str:
     """Let `model` attend so in place of "sdpa", where that fits and a trial agrees; returns what the trial found."""
     if not fits(model):
         return ""
-    reason = why_refused(model, varlen_or_sdpa, varlen_mask, Sequences())
+    reason = why_refused(model, varlen_or_sdpa, varlen_mask)
     if not reason:
         model.set_attn_implementation(VARLEN)
     return reason

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ from torch import Tensor
 from logratio.losses import Support
 
 from ..data.examples import Example
-from .blocks import BlockLists, Blocks
 from .layout import Layout
-from .sequences import KeyLists, Sequences
+from .sequences import ROW_MULTIPLE, KeyLists, key_lists
 
 # A row is begun by an example that fills this much of it at least; shorter ones fill rows up, or wait for a micro-batch
 # of shorter rows. More makes less padding, less makes fewer micro-batches.
@@ -42,8 +41,7 @@ class PackedBatch:
     weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
     support: of the N scored tokens, the words that they were sampled from; None: all.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
-    blocks: sliding window (None: full attention) -> what FlexAttention computes of the rows; or None -> the sequences
-        of the rows; of rows that need no mask, or that are packed for another attention, none.
+    sequences: those of the rows; None of rows that need no mask, or that are packed for another attention.
     """
 
     input_ids: Tensor
@@ -61,7 +59,7 @@ class PackedBatch:
     is_filler: bool = False
     weights: Tensor | None = None
     support: Support | None = None
-    blocks: Mapping[int | None, BlockLists | KeyLists] = field(default_factory=dict)
+    sequences: KeyLists | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
@@ -70,9 +68,9 @@ class PackedBatch:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        blocks = {window: lists_to(lists, device) for window, lists in self.blocks.items()}
         support = None if self.support is None else Support(*(to_device(x, device) for x in self.support))
-        return dataclasses.replace(self, **moved, support=support, blocks=blocks)
+        sequences = None if self.sequences is None else lists_to(self.sequences, device)
+        return dataclasses.replace(self, **moved, support=support, sequences=sequences)
 
     def unscored(self) -> PackedBatch:
         """The same computation with nothing scored, for a process that has run out of examples."""
@@ -103,9 +101,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
-def lists_to(lists: Any, device: torch.device) -> Any:
-    """`BlockLists` or `KeyLists` there."""
-    return type(lists)(*(to_device(x, device) if isinstance(x, Tensor) else x for x in lists))
+def lists_to(lists: KeyLists, device: torch.device) -> KeyLists:
+    """The same there."""
+    moved: dict[str, Any] = {name: to_device(x, device) for name, x in lists._asdict().items() if isinstance(x, Tensor)}
+    return lists._replace(**moved)
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def pack(
     scores_prompt: bool = False,
     pad_id: int = 0,
     micro_batch_cost: int = 0,
-    blocks: Blocks | Sequences | None = None,
+    sequences: bool = False,
 ) -> list[PackedBatch]:
     """Cut a step's examples into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
@@ -143,18 +142,18 @@ def pack(
     scores_prompt: list the prompt's own tokens too, as paths after the completions.
     micro_batch_cost: what a micro-batch costs beside its tokens, in tokens: of `ROW_FILLS` the one that costs least
     is taken.
-    blocks: for an attention that skips what nobody sees, so that rows need not be short: a micro-batch is one row,
-    padded to whole blocks if it needs a mask, and knows its `blocks`. Of no use where rows are not shared.
+    sequences: for an attention that skips what nobody sees, so that rows need not be short: a micro-batch is one row,
+    padded to `ROW_MULTIPLE` if it needs a mask, and knows its `sequences`. Of no use where rows are not shared.
     """
     pieces = [_pieces(example, i, shared) for i, example in enumerate(examples)]
     pieces.sort(key=lambda own: -max(p.length for p in own))
-    if blocks is not None and shared:
-        best = _cut_long(pieces, micro_batch_tokens // blocks.size * blocks.size)
+    if sequences and shared:
+        best = _cut_long(pieces, micro_batch_tokens // ROW_MULTIPLE * ROW_MULTIPLE)
     else:
         cuts = [_cut(pieces, micro_batch_tokens, fill, shared) for fill in ROW_FILLS]
         costs = [sum(len(rows) * _length(rows) + micro_batch_cost for rows in cut) for cut in cuts]
         best = cuts[costs.index(min(costs))]
-    return [_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, blocks=blocks) for rows in best]
+    return [_build(examples, rows, scores_prompt=scores_prompt, pad_id=pad_id, sequences=sequences) for rows in best]
 
 
 def split_groups(examples: Iterable[Example], micro_batch_tokens: int, shared: bool = True) -> list[Example]:
@@ -251,7 +250,7 @@ def _build(
     *,
     scores_prompt: bool,
     pad_id: int,
-    blocks: Blocks | Sequences | None,
+    sequences: bool,
 ) -> PackedBatch:
     members = sorted({piece.example for row in rows for piece in row})
     starts = itertools.accumulate((len(examples[i].completions) for i in members), initial=0)
@@ -259,8 +258,8 @@ def _build(
     path = dict(zip(members, paths, strict=True))
     prompt_path = {m: num_completions + k for k, m in enumerate(members)} if scores_prompt else {}
     plain, length = _is_plain(rows), _length(rows)
-    masked: Blocks | Sequences = blocks if blocks is not None and not plain else Blocks(1, ())
-    length += -length % masked.size
+    listed = sequences and not plain
+    length += -length % (ROW_MULTIPLE if listed else 1)
     layout = Layout(len(rows), length)
     for r, row in enumerate(rows):
         place = r * length
@@ -277,5 +276,5 @@ def _build(
         num_completions=num_completions,
         num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
-        blocks=masked.lists(tensors["group"], tensors["segment"]),
+        sequences=key_lists(tensors["group"], tensors["segment"]) if listed else None,
     )

@@ -7,7 +7,6 @@ prompt once more: so causal attention in which the last query sees the last key 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,10 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
+VARLEN = "logratio_varlen"
+"""transformers' name for the attention that takes them (`attention/varlen.py`)."""
+ROW_MULTIPLE = 16
+"""A row's length is a multiple of it, for the sake of the matrix products."""
 
 
 class KeyLists(NamedTuple):
@@ -35,19 +38,8 @@ class KeyLists(NamedTuple):
     copies_of: Tensor | None
 
 
-class Sequences(NamedTuple):
-    """What a policy with such kernels asks of packing. size: a row's length is a multiple of it, for the sake of the
-    matrix products."""
-
-    size: int = 16
-
-    def lists(self, group: Tensor, segment: Tensor) -> Mapping[int | None, KeyLists]:
-        """Those that `PackedBatch.blocks` has; a sliding window is nothing to the lists."""
-        return {None: key_lists(group, segment)}
-
-
 def key_lists(group: Tensor, segment: Tensor) -> KeyLists:
-    """group, segment: [R, L] as in `PackedBatch`, on the CPU."""
+    """group, segment: [R, L] as in `PackedBatch`, on the CPU. A sliding window is nothing to the lists."""
     groups, segments = group.numpy(), segment.numpy()
     begins = np.ones(groups.shape, bool)
     begins[:, 1:] = (np.diff(groups) != 0) | (np.diff(segments) != 0)

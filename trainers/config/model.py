@@ -31,7 +31,7 @@ class ModelConfig:
     """Of the model's weights. Adapters are float32 in any case."""
     attn_implementation: str | None = None
     """Attention implementation of transformers (default on a GPU: FlashAttention for packed rows, which needs half
-    precision, or flex_attention, where they fit; else its choice)."""
+    precision, where it fits; else its choice)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora_r: NotNegativeCount = 0

@@ -15,24 +15,17 @@ from torch import Tensor, nn
 
 from logratio.losses import TokenLogps, linear_jsd, linear_logps
 
-from ..attention.flex import BLOCK, OURS, THEIRS, block_mask
 from ..attention.masks import attention_mask
 from ..attention.stretches import STRETCHES, stretch_mask
-from ..attention.varlen import VARLEN, varlen_mask
-from ..batches.blocks import Blocks
+from ..attention.varlen import varlen_mask
 from ..batches.packing import PackedBatch
-from ..batches.sequences import Sequences
+from ..batches.sequences import VARLEN
 from ..layers.nf4 import refuse_repacked, repackable
 from ..layers.switch import NO_ADAPTER, computing_with
 from ..processes.sharding import whole
 
 REFERENCE_ADAPTER = "reference"
-MASKS: dict[str, Callable[..., Any]] = {
-    VARLEN: varlen_mask,
-    OURS: block_mask,
-    THEIRS: block_mask,
-    STRETCHES: stretch_mask,
-}
+MASKS: dict[str, Callable[..., Any]] = {VARLEN: varlen_mask, STRETCHES: stretch_mask}
 """Attention implementation -> who sees whom in the form that it takes; others take a dense mask."""
 
 
@@ -71,22 +64,15 @@ class Policy(nn.Module):
         return str(self.causal_lm.config.get_text_config()._attn_implementation)
 
     @property
-    def uses_flex(self) -> bool:
-        return self.attention in (OURS, THEIRS)
-
-    @property
-    def blocks(self) -> Blocks | Sequences | None:
-        """What FlexAttention asks of rows that need a mask, or attention by sequences; other attention gets short
-        rows."""
-        if self.attention == VARLEN:
-            return Sequences()
-        return Blocks(BLOCK, self.windows) if self.uses_flex else None
+    def by_sequences(self) -> bool:
+        """Whether its attention skips what nobody sees of long rows; other attention gets short ones."""
+        return self.attention == VARLEN
 
     @property
     def packing(self) -> dict[str, Any]:
         """The arguments of `pack` that suit it. A GPU that waits for launches could compute a thousand tokens."""
         cost = 64 if self.causal_lm.device.type == "cpu" else 1024
-        return {"shared": self.shared, "micro_batch_cost": cost, "blocks": self.blocks}
+        return {"shared": self.shared, "micro_batch_cost": cost, "sequences": self.by_sequences}
 
     @property
     def has_adapters(self) -> bool:

@@ -252,9 +252,9 @@ def other_model(
     if obstacle and policy.shared:  # both compute the same micro-batches
         policy.shared = other.shared = False
         notes = [f"prompts are not shared between completions: of {what}, {obstacle}"]
-    elif type(policy.blocks) is not type(other.blocks):  # rows of the one are too long for the other, or odd
+    elif policy.by_sequences != other.by_sequences:  # rows of the one are too long for the other
         for either in (policy, other):
-            if either.blocks is not None:
+            if either.by_sequences:
                 either.causal_lm.set_attn_implementation("sdpa")
     other = Policy(model, temperature=other.temperature, stats=stats, shared=other.shared)
     return ModelReference(shard_frozen(other, accelerator), autocast_of(config)), notes

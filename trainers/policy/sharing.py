@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..attention import varlen
-from ..attention.flex import OURS, THEIRS, adopt
 from ..attention.stretches import STRETCHES, adopt_stretches
 from ..attention.trial import softcap_of
 from ..batches.packing import PackedBatch, pack
+from ..batches.sequences import VARLEN
 from ..data.examples import Completion, Example
 from ..errors import UserError, first_line
 from .policy import Policy
@@ -24,8 +24,8 @@ PROBE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
 # Tokens of the prompt that is shared on trial.
 PROBE_PROMPT = 6
-# Attention implementations that take a mask of ours, boolean, of blocks or of sequences.
-MASKED_ATTENTION = ("sdpa", STRETCHES, OURS, THEIRS, varlen.VARLEN)
+# Attention implementations that take a mask of ours, boolean or of sequences.
+MASKED_ATTENTION = ("sdpa", STRETCHES, VARLEN)
 # Their angles depend on the longest row of the batch.
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -46,18 +46,16 @@ def choose_attention(
     tried, which differ by dtype. Returns why prompts may not be shared (or ""), and what to tell the user.
     """
     model = policy.causal_lm
+    if asked == "flex_attention":  # whose kernels are compiled anew for rows of other lengths
+        raise UserError(f"--attn_implementation {asked} does not take packed rows; leave it out")
     keep_softcap(model, asked)
     with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
         refused = varlen.adopt(model) if asked is None else ""
-        notes = [f"rows are not computed by FlashAttention: {refused}"] if refused else []
-        notes += adopt(model, asked)
-    obstacle = why_not_shared(policy, autocast if policy.blocks else None)
-    if obstacle and model.config._attn_implementation in (OURS, varlen.VARLEN) and asked is None:
-        kernels = "FlexAttention" if policy.uses_flex else "FlashAttention"
+    obstacle = why_not_shared(policy, autocast if policy.by_sequences else None)
+    if obstacle and policy.by_sequences:
         model.set_attn_implementation("sdpa")  # a model that has no use for these masks may do with a dense one
-        flexible, obstacle = obstacle, why_not_shared(policy)
-        if not obstacle:
-            notes = [f"rows are masked densely, not with {kernels}: {flexible}"]
+        refused, obstacle = obstacle, why_not_shared(policy)
+    notes = [] if obstacle or not refused else [f"rows are masked densely, not with FlashAttention: {refused}"]
     if asked is None and not obstacle and adopt_stretches(model) and probe(policy, always=True):
         model.set_attn_implementation("sdpa")
     return obstacle, notes
@@ -130,7 +128,7 @@ def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> s
             )
         _check_causal(policy, apart)
         _check_head(policy, apart, model(input_ids=apart.input_ids, use_cache=False).logits)
-        (together,) = pack([example], 1000, blocks=policy.blocks)
+        (together,) = pack([example], 1000, sequences=policy.by_sequences)
         together = together.to(head.device)
         try:
             with torch.autocast(head.device.type, autocast, enabled=autocast is not None):

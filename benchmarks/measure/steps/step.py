@@ -265,7 +265,7 @@ def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None
         lora_r=0 if case.adapter == "full" else case.lora_r,
         load_in_4bit=case.adapter == "qlora",
         gradient_checkpointing=case.gradient_checkpointing,
-        attn_implementation=None if ours.policy.blocks else ours.attention,
+        attn_implementation=ours.attention,
         accumulates=len(packed) > 1,
         gpu=gpu,
     )

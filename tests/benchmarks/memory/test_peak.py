@@ -20,17 +20,14 @@ from logratio.benchmarks.memory.peak import (
 )
 from logratio.benchmarks.memory.roofline import (
     EFFICIENCY,
-    FLEX_BLOCK,
     Plan,
     Workload,
     plan,
-    row_multiple,
     step_seconds,
 )
 from logratio.losses.head import logps
-from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack, split_groups
-from logratio.trainers.batches.sequences import Sequences
+from logratio.trainers.batches.sequences import VARLEN
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.optimizer import adamw
@@ -204,13 +201,14 @@ def test_a_qlora_step_by_hand():
 
 def test_without_a_word_a_gpu_attends_without_a_dense_mask():
     size, batch = find("Qwen2.5-0.5B"), Batch(8, 1024, 1000)
-    default, flex, dense = (
+    default, named, dense = (
         predict(size, Setup(attn_implementation=name), batch).peak.parts["activations"]
-        for name in (None, "flex_attention", "sdpa")
+        for name in (None, VARLEN, "sdpa")
     )
     # the mask of a layer, and keys and values repeated for 14 heads of 64, not 2
-    assert (row_multiple(Setup()), row_multiple(Setup(dtype="float32"))) == (16, 128)
-    assert default == flex == dense - 24 * (8 * 1024 * 1024 * 2 + 8 * 1024 * 2 * 12 * 64 * 2)
+    assert default == named == dense - 24 * (8 * 1024 * 1024 * 2 + 8 * 1024 * 2 * 12 * 64 * 2)
+    assert [Setup(dtype="float32", attn_implementation=name).long_rows for name in (None, VARLEN)] == [False, True]
+    assert not Setup(gpu=None).long_rows
 
 
 # Of 2^30 bytes: what torch tells in messages of missing memory ("has a total capacity of 79.11 GiB").
@@ -247,22 +245,21 @@ def test_a_gpu_is_known_by_its_drivers_name(name):
 
 
 # A row of one completion alone needs no mask, and is not padded; of real lengths few are.
-CUT = [(method, None) for method in ("sft", "dpo", "kto", "orpo", "tpo", "grpo")]
-CUT += [(method, blocks) for method in ("dpo", "orpo", "tpo") for blocks in (Blocks(FLEX_BLOCK), Sequences())]
+CUT = [(method, False) for method in ("sft", "dpo", "kto", "orpo", "tpo", "grpo")]
+CUT += [(method, True) for method in ("dpo", "orpo", "tpo")]
 
 
-@pytest.mark.parametrize("method, blocks", CUT)
+@pytest.mark.parametrize("method, sequences", CUT)
 @pytest.mark.parametrize(
     "work", [Workload(100, 50, 10), Workload(200, 300, 8, 4), Workload(9, 700, 3, 2), Workload(10, 20, 40)]
 )
-def test_examples_of_one_length_are_cut_as_they_are_packed(work, method, blocks):
-    attention = "sdpa" if blocks is None else "flex_attention" if isinstance(blocks, Blocks) else None
-    setup = Setup(method=method, attn_implementation=attention)
+def test_examples_of_one_length_are_cut_as_they_are_packed(work, method, sequences):
+    setup = Setup(method=method, attn_implementation=None if sequences else "sdpa")
     completions = [Completion([2] * work.completion_tokens)] * work.completions(setup)
     examples = [Example([1] * work.prompt_tokens, completions, advantages=(1.0,) * len(completions))] * work.batch_size
     for budget in (1000, 2500, 8192):
         cut = split_groups(examples, budget, True) if method == "grpo" else examples
-        batches = pack(cut, budget, scores_prompt=setup.the_loss.scores_prompt, blocks=blocks)
+        batches = pack(cut, budget, scores_prompt=setup.the_loss.scores_prompt, sequences=sequences)
         told = plan(setup, work, budget)
         assert told.micro_batches == len(batches)
         assert told.scored == sum(len(b.targets) for b in batches)

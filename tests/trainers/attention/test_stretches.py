@@ -17,7 +17,7 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
 
-from ._flex import assert_close, batches, groups, results
+from ._rows import assert_close, batches, groups, results
 
 
 @settings(max_examples=50, deadline=None)

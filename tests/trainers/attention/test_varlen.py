@@ -3,6 +3,7 @@
 What only the kernels can get wrong is in `test_varlen_gpu.py`.
 """
 
+import dataclasses
 import types
 
 import pytest
@@ -14,14 +15,12 @@ from peft import LoraConfig, get_peft_model
 from logratio.trainers.attention import varlen
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.attention.varlen import VARLEN, varlen_mask, varlen_or_sdpa
-from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.rollout.generation import generate
 
-from ._flex import assert_close, batches, groups, results
+from ._rows import assert_close, batches, groups, results
 from ._varlen import never, with_varlen
 
 pytestmark = pytest.mark.usefixtures("varlen_on_cpu")
@@ -78,8 +77,8 @@ def test_sequences_by_hand():
         Example([5] * 3, [Completion([6] * 2), Completion([7] * 4), Completion([8])]),
         Example([5], [Completion([6])]),
     ]
-    (batch,) = pack(examples, 16, blocks=Sequences())
-    lists = batch.blocks[None]
+    (batch,) = pack(examples, 16, sequences=True)
+    lists = batch.sequences
     assert batch.input_ids.shape == (1, 16)
     assert lists.query_ends.tolist() == [0, 5, 9, 10, 12, 16]
     assert lists.key_ends.tolist() == [0, 5, 12, 16, 18, 22]
@@ -90,14 +89,14 @@ def test_sequences_by_hand():
     assert [copies[a:b] for a, b in zip(of, of[1:], strict=False)] == [
         [i for i, key in enumerate(keys) if key == token] for token in range(16)
     ]
-    moved = batch.to(torch.device("meta")).blocks[None]
+    moved = batch.to(torch.device("meta")).sequences
     assert {x.device.type for x in moved if torch.is_tensor(x)} == {"meta"} and moved.longest_key == 7
 
 
 def test_prompts_of_one_completion_are_copied_nowhere():
     """Nothing is gathered, and no gradient is summed."""
-    (batch,) = pack([Example([5] * 3, [Completion([6] * n)]) for n in (2, 4, 9)], 64, blocks=Sequences())
-    lists = batch.blocks[None]
+    (batch,) = pack([Example([5] * 3, [Completion([6] * n)]) for n in (2, 4, 9)], 64, sequences=True)
+    lists = batch.sequences
     assert (lists.source, lists.copies, lists.copies_of) == (None, None, None)
     x = torch.randn(1, 2, batch.input_ids.shape[1], 8)
     assert varlen.copied(x, lists).data_ptr() == x.data_ptr()
@@ -106,7 +105,7 @@ def test_prompts_of_one_completion_are_copied_nowhere():
 
 def test_rows_are_as_long_as_the_budget_allows_in_multiples_of_16():
     examples = [Example([5] * 10, [Completion([6] * 9), Completion([7] * 8)]) for _ in range(9)]
-    shapes = [tuple(batch.input_ids.shape) for batch in pack(examples, 100, blocks=Sequences())]
+    shapes = [tuple(batch.input_ids.shape) for batch in pack(examples, 100, sequences=True)]
     assert shapes == [(1, 96 - 96 % 27 + -(96 // 27 * 27) % 16)] * 3
 
 
@@ -141,7 +140,7 @@ def test_under_autocast(random_model):
 
 def test_a_layer_keeps_what_attention_keeps(pack_one):
     """Queries, keys, values, what comes out, a float a head; and no copy of a prompt's keys."""
-    batch = pack_one([Example([5] * 20, [Completion([6] * 4)] * 8)], blocks=Sequences())
+    batch = pack_one([Example([5] * 20, [Completion([6] * 4)] * 8)], sequences=True)
     length = batch.input_ids.shape[1]
     tensors = [torch.randn(1, length, n, 8).transpose(1, 2).requires_grad_() for n in (4, 2, 2)]
     kept = []
@@ -158,7 +157,7 @@ def test_a_layer_keeps_what_attention_keeps(pack_one):
 
 def test_gradients_of_copies_are_summed_in_float32(pack_one):
     """1 and 256 times 1/256 in bfloat16, one by one: 1, in float32: 2."""
-    lists = pack_one([Example([5], [Completion([6])] * 257)], blocks=Sequences()).blocks[None]
+    lists = pack_one([Example([5], [Completion([6])] * 257)], sequences=True).sequences
     grads = torch.full((len(lists.source), 1, 1), 2**-8, dtype=torch.bfloat16)
     grads[0] = 1
     for of in varlen.sum_copies(grads, grads, lists):
@@ -170,7 +169,7 @@ def test_the_operators_of_this_torch_take_these_arguments(monkeypatch, pack_one,
     """Of their shapes and dtypes, on the meta device."""
     for name, own in (("forward", "flash_forward"), ("backward", "flash_backward")):
         monkeypatch.setattr(varlen, own, getattr(torch.ops.aten, f"_flash_attention_{name}").default)
-    batch = pack_one(groups(), blocks=Sequences()).to(torch.device("meta"))
+    batch = pack_one(groups(), sequences=True).to(torch.device("meta"))
     rows, length = batch.input_ids.shape
     tensors = [
         torch.empty(rows, length, n, 16, dtype=torch.bfloat16, device="meta").transpose(1, 2).requires_grad_()
@@ -201,7 +200,7 @@ def test_without_our_mask_the_model_runs_as_with_sdpa(monkeypatch, random_model,
 
 def test_attention_that_does_not_know_the_mask_refuses_it(random_model, pack_one):
     """An implementation of another name would see everything, or nothing."""
-    batch = pack_one(groups(), blocks=Sequences())
+    batch = pack_one(groups(), sequences=True)
     for name in ("sdpa", "eager"):
         model = random_model("llama")
         model.set_attn_implementation(name)
@@ -211,7 +210,7 @@ def test_attention_that_does_not_know_the_mask_refuses_it(random_model, pack_one
 
 @pytest.mark.parametrize("option", varlen.NOT_DONE)
 def test_what_it_leaves_out_is_refused(pack_one, option):
-    mask = varlen_mask(pack_one(groups(longest=9), blocks=Sequences()))
+    mask = varlen_mask(pack_one(groups(longest=9), sequences=True))
     q = torch.zeros(1, 2, int(mask.seen.lists.query_ends[-1]), 16)
     options = {"dropout": 0.0, "softcap": None, "scaling": 0.25}
     assert varlen_or_sdpa(None, q, q, q, mask, **options)[0].shape == (1, q.shape[2], 2, 16)
@@ -222,6 +221,6 @@ def test_what_it_leaves_out_is_refused(pack_one, option):
 
 
 def test_packed_for_another_attention_the_lists_are_made(pack_one):
-    batch = pack_one(groups(), blocks=Blocks(16))
-    made, own = varlen_mask(batch).seen.lists, pack_one(groups(), blocks=Sequences()).blocks[None]
+    batch = pack_one(groups(), sequences=True)
+    made, own = varlen_mask(dataclasses.replace(batch, sequences=None)).seen.lists, batch.sequences
     assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(made, own, strict=True))

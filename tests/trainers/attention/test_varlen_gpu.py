@@ -12,13 +12,12 @@ from logratio.trainers.attention import varlen
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.attention.varlen import VARLEN, varlen_mask, varlen_or_sdpa
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.data.examples import Completion, Example, Prompt
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention
 from logratio.trainers.rollout.generation import generate
 
-from ._flex import groups, results
+from ._rows import groups, results
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +27,7 @@ LENGTHS = ((150, 90, 200, 75), (40, 333), (260, 61, 128, 2), (5, 1, 1, 80), (1, 
 
 def on_gpu():
     examples = [Example([5] * p, [Completion([6] * n) for n in lengths]) for p, *lengths in LENGTHS]
-    (batch,) = pack(examples, 4096, blocks=Sequences())
+    (batch,) = pack(examples, 4096, sequences=True)
     assert batch.input_ids.numel() % 16 == 0 and (batch.group < 0).any()
     return batch.to(torch.device("cuda"))
 
@@ -69,7 +68,7 @@ def test_values_and_gradients(dtype, heads, size, window):
 def test_gradients_of_keys_are_the_same_to_the_bit_each_time():
     """And of the sum, the same as on a CPU, but for the order in which it has rounded."""
     batch, draw = on_gpu(), torch.Generator("cuda").manual_seed(0)
-    lists = batch.blocks[None]
+    lists = batch.sequences
     shape = (len(lists.source), 2, 64)
     grads = [torch.randn(shape, generator=draw, device="cuda").bfloat16() for _ in range(2)]
     once, again = (varlen.sum_copies(*grads, lists) for _ in range(2))

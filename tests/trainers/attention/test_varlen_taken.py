@@ -2,16 +2,18 @@
 
 import copy
 import math
+import types
 
 import pytest
 import torch
 
 from logratio.trainers.attention import varlen
 from logratio.trainers.attention.varlen import VARLEN
-from logratio.trainers.batches.sequences import Sequences
+from logratio.trainers.errors import UserError
 from logratio.trainers.policy import sharing
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.sharing import choose_attention, probe
+from logratio.trainers.step import Step
 
 from . import _varlen
 from ._varlen import never, with_varlen
@@ -66,16 +68,22 @@ def test_kernels_that_compute_something_else_are_not_taken(monkeypatch, random_m
     monkeypatch.setattr(varlen, of, lambda *args, **options: spoil(right(*args, **options)))
     policy = Policy(random_model("llama"))
     obstacle, (note,) = choose_attention(policy)
-    assert obstacle == "" and policy.attention != VARLEN and policy.blocks is None
-    assert note.startswith(f"rows are not computed by FlashAttention: its {said} differ by")
+    assert obstacle == "" and policy.attention != VARLEN and not policy.by_sequences
+    assert note.startswith(f"rows are masked densely, not with FlashAttention: its {said} differ by")
 
 
-def test_it_goes_before_flex_attention_and_the_trial_of_sharing_goes_the_same_way(monkeypatch, random_model):
+def test_the_trial_of_sharing_goes_the_same_way(monkeypatch, random_model):
     policy = Policy(random_model("llama"))
     assert choose_attention(policy) == ("", []) and policy.attention == VARLEN
-    assert policy.blocks == Sequences() and not policy.uses_flex
+    assert policy.by_sequences
     monkeypatch.setattr(_varlen, "sees", lambda queries, keys, *window: torch.ones(queries, keys, dtype=torch.bool))
     assert probe(policy).startswith("a shared prompt changes its hidden states")
+
+
+def test_a_step_packs_as_its_policy_attends(random_model):
+    for policy in (with_varlen(random_model("llama")), Policy(random_model("llama"), shared=True)):
+        step = Step(None, policy, types.SimpleNamespace(), None, micro_batch_tokens=1, max_length=1)
+        assert step.packing["sequences"] == policy.by_sequences and step.packing["shared"]
 
 
 def test_asked_for_another_it_is_not_tried(monkeypatch, random_model):
@@ -87,7 +95,13 @@ def test_asked_for_another_it_is_not_tried(monkeypatch, random_model):
 def test_a_model_that_has_no_use_for_its_mask_gets_a_dense_one(monkeypatch, random_model):
     policy = with_varlen(random_model("llama"))
     monkeypatch.setattr(varlen, "adopt", lambda model: "")
-    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.blocks else "")
+    monkeypatch.setattr(sharing, "why_not_shared", lambda policy, *autocast: "it raises" if policy.by_sequences else "")
     monkeypatch.setattr(sharing, "adopt_stretches", lambda model: False)
     told = ["rows are masked densely, not with FlashAttention: it raises"]
     assert choose_attention(policy) == ("", told) and policy.attention == "sdpa"
+
+
+def test_flex_attention_is_refused(random_model):
+    said = "--attn_implementation flex_attention does not take packed rows; leave it out"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        choose_attention(Policy(random_model("llama")), "flex_attention")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from logratio.benchmarks.measure.steps import workloads
 from logratio.losses import DPOLoss
 from logratio.trainers.attention.masks import attention_mask
-from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import PackedBatch, example_tokens, pack, split_groups
 from logratio.trainers.data.examples import Completion, Example
 
@@ -206,10 +205,10 @@ def test_fewer_micro_batches_are_worth_some_padding():
         assert [b.input_ids.shape for b in pack(examples, 36, micro_batch_cost=cost)] == shapes
 
 
-def test_blocks_let_a_micro_batch_be_one_long_row():
-    """First fit, longest first; padded to whole blocks, and no longer than its groups need."""
+def test_by_sequences_a_micro_batch_is_one_long_row():
+    """First fit, longest first; padded to a multiple of 16, and no longer than its groups need."""
     examples = [sized(length, row, 2) for row, length in enumerate((30, 9, 25, 14, 7, 20))]
-    batches = pack(examples, 64, blocks=Blocks(8))
+    batches = pack(examples, 64, sequences=True)
     assert [sorted(e.row for e in b.examples) for b in batches] == [[0, 1, 2], [3, 4, 5]]
     assert [b.input_ids.shape for b in batches] == [(1, 64), (1, 48)]
     assert [b.num_tokens for b in batches] == [64, 41]
@@ -217,14 +216,14 @@ def test_blocks_let_a_micro_batch_be_one_long_row():
 
 
 def test_a_long_row_leaves_room_for_its_padding():
-    """62 tokens have room for 56 in blocks of 8; what is longer is alone, and what needs no mask is not padded."""
+    """62 tokens have room for 48; what is longer is alone, and what needs no mask is not padded."""
 
     def shapes(budget: int, *examples: Example) -> list[tuple[int, ...]]:
-        return [tuple(batch.input_ids.shape) for batch in pack(examples, budget, blocks=Blocks(8))]
+        return [tuple(batch.input_ids.shape) for batch in pack(examples, budget, sequences=True)]
 
     assert shapes(64, sized(30, 0, 2), sized(27, 1, 2)) == [(1, 64)]
     assert shapes(62, sized(30, 0, 2), sized(27, 1, 2)) == [(1, 32), (1, 32)]
-    assert shapes(62, sized(70, 0, 2), sized(3, 1, 2)) == [(1, 72), (1, 8)]
+    assert shapes(62, sized(70, 0, 2), sized(3, 1, 2)) == [(1, 80), (1, 16)]
     assert shapes(62, sized(30, 0)) == [(1, 30)]
 
 
@@ -234,7 +233,7 @@ def test_long_rows_are_hardly_padded(budget):
     computed = real = 0
     for seed in range(5):
         pairs = workloads.examples(DPOLoss(), workloads.WORKLOADS["ultrafeedback"], 64, vocab_size=9, seed=seed)
-        batches = pack(pairs, budget, blocks=Blocks(128, ()))
+        batches = pack(pairs, budget, sequences=True)
         assert len(batches) == -(-sum(map(example_tokens, pairs)) // budget)
         computed += sum(b.input_ids.numel() for b in batches)
         real += sum(b.num_tokens for b in batches)

@@ -255,6 +255,6 @@ def test_windows_are_those_of_some_layer(random_model, name, windows):
 
 def test_a_gpu_gets_fewer_and_larger_micro_batches(monkeypatch, random_model):
     policy = Policy(random_model("llama"), shared=True)
-    assert policy.packing == {"shared": True, "micro_batch_cost": 64, "blocks": None}
+    assert policy.packing == {"shared": True, "micro_batch_cost": 64, "sequences": False}
     monkeypatch.setattr(type(policy.causal_lm), "device", torch.device("cuda"))
     assert policy.packing["micro_batch_cost"] == 1024

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
-from ...attention.flex import THEIRS
 from ...errors import UserError, first_line
 from ...layers.packed_lora import packed_layers
 from ...memory import KEEPERS, REMEDIES, free
@@ -30,7 +29,7 @@ CAPTURING = ("cuda",)
 """Devices on which a token is one launch."""
 WORTH_PACKING = 8
 """Tokens of a completion from which on reordered weights are worth their making."""
-MASKED = ("eager", *(name for name in MASKED_ATTENTION if name != THEIRS))
+MASKED = ("eager", *MASKED_ATTENTION)
 """Attention implementations that take the masks of `Decoder`."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Of a log-probability on trial; eager attention has its softmax in float32 in any case."""

@@ -1,15 +1,11 @@
 """What the tests of attention in packed rows share: groups, and what a policy makes of them."""
 
-import copy
 import random
 
 import torch
 from hypothesis import strategies as st
 
-from logratio.trainers.attention.flex import OURS
-from logratio.trainers.batches.blocks import Blocks
 from logratio.trainers.batches.packing import pack
-from logratio.trainers.batches.sequences import Sequences
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.policy.policy import Policy
 
@@ -35,8 +31,7 @@ def batches(draw: st.DrawFn):
         Example([5] * draw(lengths), [Completion([6] * draw(lengths)) for _ in range(draw(st.integers(1, 3)))], row=row)
         for row in range(draw(st.integers(1, 5)))
     ]
-    blocks = draw(st.sampled_from([None, Blocks(4, (None, 3)), Blocks(16, (5,)), Sequences(4)]))
-    return pack(examples, draw(st.integers(1, 120)), blocks=blocks, shared=draw(st.booleans()))
+    return pack(examples, draw(st.integers(1, 120)), sequences=draw(st.booleans()), shared=draw(st.booleans()))
 
 
 def results(policy: Policy, examples: list[Example], device="cpu", budget: int = 1000) -> tuple[torch.Tensor, ...]:
@@ -58,10 +53,3 @@ def results(policy: Policy, examples: list[Example], device="cpu", budget: int =
 def assert_close(ours: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...], bound: float) -> None:
     for mine, theirs in zip(ours, truth, strict=True):
         assert (mine - theirs).norm() <= bound * theirs.norm()
-
-
-def with_flex(model) -> Policy:
-    """As `adopt` leaves a model for which the trial, which takes seconds, finds nothing."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation(OURS)
-    return Policy(model, shared=True)
