@@ -35,7 +35,7 @@ from .measure.clock import free_memory
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.learning import LearningCase
-from .measure.rollout import RolloutCase
+from .measure.rollout_case import RolloutCase
 from .measure.steps import step
 from .measure.steps.contestants import LEARNING_RATE
 from .measure.steps.step_cases import FIRST, StepCase

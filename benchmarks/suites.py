@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from .measure import data, head, learning, rollout
+from .measure import data, head, learning, rollout, rollout_case
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.learning import LearningCase
-from .measure.rollout import RolloutCase
+from .measure.rollout_case import RolloutCase
 from .measure.steps import host, step
 from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, published_cases, quick_cases, scale_cases
 
@@ -95,7 +95,7 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
         for case in host.cases():
             yield step_job("host", case, options, device)
     if "rollout" in suites:
-        for rollouts in rollout.cases(gpu):
+        for rollouts in rollout_case.cases(gpu):
             yield rollout_job(rollouts, options, device)
     if "learning" in suites:
         for learned in learning.cases(options.seed):

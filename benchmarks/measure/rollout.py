@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -47,52 +45,15 @@ from logratio.trainers.step import Step
 
 from .clock import interleaved
 from .models import build
+from .rollout_case import RolloutCase
 from .steps.contestants import LEARNING_RATE, apply_update
 from .steps.step import Figures, attempt
 from .token import figures_of_a_token, launched
 
 CONTESTANTS = ("logratio", "trl", "transformers")
-LENGTHS = (125, 92, 93, 83)
-"""Tokens of the prompts, in turn: of the first rows of GSM8K in SmolLM2's tokens."""
 ENDS = 1.6
 """Of the limit: the rate at which completions end, which makes their mean half of it."""
 MICRO_BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class RolloutCase:
-    """Prompts x completions of up to `tokens` tokens."""
-
-    model: str
-    prompts: int = 4
-    group: int = 8
-    tokens: int = 64
-    ends: bool = False
-    dtype: str = "float32"
-    adapter: str = "lora"
-
-    @property
-    def case(self) -> str:
-        how = "ends" if self.ends else "limit"
-        return f"rollout-{self.adapter}-{self.model}-{self.prompts}x{self.group}x{self.tokens}-{how}"
-
-    def fields(self) -> dict[str, Any]:
-        shape = {"prompts": self.prompts, "group": self.group, "tokens": self.tokens, "ends": self.ends}
-        return {"model": self.model, "adapter": self.adapter, "dtype": self.dtype, **shape}
-
-    def texts(self) -> list[str]:
-        """A byte is a token of the tokenizer."""
-        draw = random.Random(0)
-        letters = "abcdefghijklmnopqrstuvwxyz "
-        return ["".join(draw.choices(letters, k=LENGTHS[i % len(LENGTHS)])) for i in range(self.prompts)]
-
-
-def cases(gpu: bool) -> list[RolloutCase]:
-    """With lengths that end and with lengths that do not."""
-    shape: dict[str, Any] = {"model": "SmolLM2-135M"}
-    if gpu:
-        shape = {"model": "Qwen2.5-0.5B", "prompts": 8, "tokens": 128, "dtype": "bfloat16"}
-    return [RolloutCase(**shape, ends=ends) for ends in (False, True)]
 
 
 class Sampled(NamedTuple):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from ..memory.gpus import GPUS, known_as
+from .rollout_case import RolloutCase
 from .steps.step import Figures
-
-if TYPE_CHECKING:
-    from .rollout import RolloutCase
 
 
 def figures_of_a_token(case: RolloutCase, model: Any, device: torch.device, found: Figures) -> Figures:

@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from logratio.benchmarks import bench
-from logratio.benchmarks.measure import clock, rollout, token
+from logratio.benchmarks.measure import clock, rollout, rollout_case, token
 from logratio.benchmarks.measure.models import build
-from logratio.benchmarks.measure.rollout import RolloutCase, ending, run
+from logratio.benchmarks.measure.rollout import ending, run
+from logratio.benchmarks.measure.rollout_case import RolloutCase
 from logratio.benchmarks.memory.shapes import shape
 
 CASE = RolloutCase("tiny", prompts=2, group=2, tokens=5)
@@ -114,7 +115,7 @@ def test_completions_end_at_the_rate_that_makes_their_mean_half_the_limit():
 
 def test_a_token_reads_weights_and_what_is_kept(monkeypatch):
     """Qwen2.5-0.5B in bfloat16, whose embedding is its head; of 8 x 8 completions, in the middle of 128 tokens."""
-    (case, _) = rollout.cases(gpu=True)
+    (case, _) = rollout_case.cases(gpu=True)
     with torch.device("meta"):
         config = shape(case.model)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
