@@ -142,7 +142,7 @@ def computes_the_same(module: Any, fused: type) -> bool:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(TRIAL_ROWS, width, generator=draw).add_(1)
     own_class, was_training, errors = type(module), module.training, []
-    module.eval()
+    module.train()  # or dropout would not be seen
     try:
         for size in TRIAL_SIZES:
             rows = (size * x).to(weight.device, dtype)

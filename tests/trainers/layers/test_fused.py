@@ -134,6 +134,11 @@ class MLP(torch.nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
+class Dropping(MLP):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("module", "fuses"),
@@ -143,8 +148,9 @@ class MLP(torch.nn.Module):
         (lambda: Gated(64), False),  # Mamba's, which calls it with two
         (lambda: MLP(64, torch.inf), True),
         (lambda: MLP(64, 10.0), False),  # of rows that are not large it clamps nothing
+        (lambda: Dropping(64, torch.inf).eval(), False),  # Seed-OSS's, in training
     ],
-    ids=["norm", "centred", "gated", "mlp", "clamped"],
+    ids=["norm", "centred", "gated", "mlp", "clamped", "dropping"],
 )
 def test_a_layer_that_computes_more_than_the_fused_one_keeps_its_own(module, fuses, dtype):
     torch.manual_seed(0)
