@@ -213,7 +213,8 @@ def run(
             rows[name] |= figures_of_a_token(case, whole, device, rows[name])
         if "logratio" in times and device.type == "cuda":
             rows["logratio"] |= launched(running["logratio"].turn)
-            rows["logratio"]["without_graphs"] = running["logratio"].rollouts.engine.uncaptured  # why; "": with them
+            engine = running["logratio"].rollouts.engine
+            rows["logratio"]["without_graphs"] = engine.obstacle or engine.uncaptured  # why; "": with them
     return rows
 
 

@@ -174,6 +174,9 @@ def fits(model: Any) -> bool:
     if device not in DEVICES or model.config._attn_implementation != "sdpa" or not settable:
         return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    size = heads_of(model)[2]
+    try:
+        size = heads_of(model)[2]
+    except Exception:  # transformers' for heads of several sizes (Gemma 4)
+        return False
     plain = softcap_of(model) is None and not dropout_of(model)
     return plain and dtype in DTYPES and size % 8 == 0 and size <= LARGEST_HEAD

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+import transformers as hf
 
 from logratio.trainers.attention import varlen
 from logratio.trainers.attention.varlen import VARLEN
@@ -38,6 +39,16 @@ def test_a_model_takes_it_where_it_fits(random_model, name, options, taken):
     before = model.config._attn_implementation
     assert varlen.adopt(model) == ""
     assert model.config._attn_implementation == (VARLEN if taken else before)
+
+
+def test_heads_of_several_sizes_go_on_with_sdpa():
+    """Of which transformers' configuration says no one size, but raises."""
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "hidden_size_per_layer_input": 0}
+    config = hf.Gemma4TextConfig(vocab_size=97, pad_token_id=0, bos_token_id=1, **sizes, **heads, **windows)
+    model = hf.AutoModelForCausalLM.from_config(config).float()
+    assert varlen.adopt(model) == "" and model.config._attn_implementation == "sdpa"
 
 
 def test_in_another_dtype_it_is_not_taken(monkeypatch, random_model):

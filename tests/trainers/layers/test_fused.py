@@ -101,6 +101,73 @@ def test_with_adapters_gradients_are_the_same_and_no_product_is_kept(random_mode
         assert kept == [2 * 2, 4 * 2], "gate and up; beside them silu(gate) and the product"
 
 
+class Norm(torch.nn.Module):
+    """As transformers' RMSNorms, but for what a subclass computes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x):
+        x32 = x.float()
+        return self.weight * (x32 * (x32.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()).to(x.dtype)
+
+
+class Centred(Norm):
+    def forward(self, x):
+        return super().forward(x - x.float().mean(-1, keepdim=True).to(x.dtype))
+
+
+class Gated(Norm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * torch.nn.functional.silu(gate))
+
+
+class MLP(torch.nn.Module):
+    def __init__(self, width, limit):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(width, width, bias=False) for _ in range(3))
+        self.act_fn, self.limit = torch.nn.SiLU(), limit
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.limit), self.up_proj(x).clamp(-self.limit, self.limit)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Dropping(MLP):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("module", "fuses"),
+    [
+        (lambda: Norm(8192), True),
+        (lambda: Centred(8192), False),  # of random rows the mean is 1 % (Cohere's Command R)
+        (lambda: Gated(64), False),  # Mamba's, which calls it with two
+        (lambda: MLP(64, torch.inf), True),
+        (lambda: MLP(64, 10.0), False),  # of rows that are not large it clamps nothing
+        (lambda: Dropping(64, torch.inf).eval(), False),  # Seed-OSS's, in training
+    ],
+    ids=["norm", "centred", "gated", "mlp", "clamped", "dropping"],
+)
+def test_a_layer_that_computes_more_than_the_fused_one_keeps_its_own(module, fuses, dtype):
+    torch.manual_seed(0)
+    layer = module().to(dtype)
+    own = type(layer)
+    assert fuse_layers(torch.nn.ModuleList([layer])) == fuses == (type(layer) is not own)
+
+
+def test_large_rows_that_overflow_in_float16_say_nothing():
+    torch.manual_seed(0)
+    layer = MLP(64, torch.inf).half()
+    layer.gate_proj.weight.data *= 50
+    layer.up_proj.weight.data *= 50
+    assert not layer(torch.full((1, 64), 64.0).half()).isfinite().all()
+    assert fuse_layers(torch.nn.ModuleList([layer])) == 1
+
+
 def test_a_model_is_loaded_fused_unless_it_is_asked_not_to(random_model, tmp_path):
     random_model("llama").save_pretrained(tmp_path)
     for on, count in ((True, 7), (False, 0)):

@@ -179,3 +179,19 @@ def test_low_precision_models_are_judged_by_their_precision(random_model):
     assert why_not_shared(policy) == ""
     wrong = Policy(random_model("llama-eager").to(torch.bfloat16))
     assert probe(wrong).startswith("a shared prompt changes its hidden states")
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_an_offset_that_bfloat16_rounds_away_is_no_other_head(random_model, softcap):
+    """Of all words' logits, as GPT-2's and BLOOM's have: around -300 theirs are rounded to 2. A cap that is not told
+    is still seen."""
+    model = random_model("gpt2").bfloat16()
+    model.transformer.ln_f.bias.data += 4.0
+    model.transformer.wte.weight.data -= 300 / 128
+    if softcap is not None:
+        model.lm_head.register_forward_hook(lambda module, given, out: softcap * torch.tanh(out / softcap))
+        with pytest.raises(UserError, match="turns hidden states into logits in a way"):
+            why_not_shared(Policy(model))
+        return
+    assert model(torch.arange(6)[None]).logits.mean() < -250
+    assert why_not_shared(Policy(model)) == ""

@@ -135,3 +135,20 @@ def test_the_trial_finds_steps_that_are_wrong(random_model, tokenizer, small, mo
 
     monkeypatch.setattr(Captured, "run", raises)
     assert why_not(policy, tokenizer, capturing=True) == "in the own loop it raises NotCaptured: RuntimeError: no"
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.bfloat16).min])
+def test_a_word_that_the_model_leaves_out_is_no_part_of_the_spread(random_model, tokenizer, small, monkeypatch, low):
+    """In low precision, where an error is measured by that: beside -inf any would be too large, beside -1e38 none."""
+    policy = Policy(random_model("llama").bfloat16())
+
+    def leave_out(module, given, logits):
+        logits = logits.clone()
+        logits[..., 5] = low
+        return logits
+
+    policy.causal_lm.get_output_embeddings().register_forward_hook(leave_out)
+    assert why_not(policy, tokenizer) == why_not(policy, tokenizer, capturing=True) == ""
+    begin = module.SlotCache.begin
+    monkeypatch.setattr(module.SlotCache, "begin", lambda *args: begin(*args) + 9)  # all positions are wrong
+    assert "its log-probabilities change by" in why_not(policy, tokenizer)
