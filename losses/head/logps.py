@@ -244,10 +244,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str = ""
 
 
 def check_targets(targets: Tensor, words: int) -> None:
-    """Raise TypeError where they are not int64, and on a CPU ValueError where one is no word."""
+    """Raise TypeError where they are not int64, and on a CPU ValueError where one is no word; on a GPU an assertion
+    of the device's fails then, since a kernel would find no target and say nothing."""
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
-    if targets.device.type == "cpu" and len(targets):
+    if targets.is_cuda:
+        torch._assert_async(((targets >= 0) & (targets < words)).all())
+    elif targets.device.type == "cpu" and len(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= words:
             raise ValueError(f"targets must be in [0, {words}), got values from {low} to {high}")
