@@ -237,6 +237,17 @@ def test_evaluation_needs_something_to_evaluate_on():
     assert RunConfig(**rollouts, data=DataConfig(eval_size=1)).rollout.num_generations_eval == 4
 
 
+@pytest.mark.parametrize("option", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}])
+def test_evaluations_of_rollouts_have_no_loss_to_compare(option):
+    parts = {"method": "grpo", "loss": LOSSES["grpo"](), "rollout": RolloutConfig()}
+    parts |= {"train": TrainConfig(eval_steps=5), "data": DataConfig(eval_size=1)}
+    message = "^evaluations of rollouts have no loss to compare: add --metric_for_best_model reward, or another metric"
+    for metric in (None, "loss", "eval_loss"):
+        with pytest.raises(UserError, match=message):
+            RunConfig(**parts, save=SaveConfig(**option, metric_for_best_model=metric))
+    assert RunConfig(**parts, save=SaveConfig(**option, metric_for_best_model="reward")).save.metric == "eval_reward"
+
+
 def test_adapters_of_either_kind_allow_4_bit():
     assert ModelConfig(load_in_4bit=True, lora_r=8).load_in_4bit
     assert ModelConfig(load_in_4bit=True, adapter_name_or_path="somewhere").load_in_4bit

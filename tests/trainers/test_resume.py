@@ -12,7 +12,7 @@ import torch
 
 from logratio.trainers import health, resume
 from logratio.trainers.checkpoints import checkpoint
-from logratio.trainers.checkpoints.folder import checkpoints_in, damage
+from logratio.trainers.checkpoints.folder import checkpoints_in, damage, write_whole
 from logratio.trainers.policy.policy import Policy
 
 from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, completions, log, train, weights
@@ -232,6 +232,10 @@ OTHER = {
     ),
     "log": ([], "out/metrics.jsonl is not the log of the run that goes on: up to step 6 it has other lines"),
     "folder": (["--resume_from_checkpoint", "out/no"], "--resume_from_checkpoint out/no: there is no such folder"),
+    "no state": (
+        ["--resume_from_checkpoint", "out/base_model"],
+        "--resume_from_checkpoint out/base_model is no checkpoint: it has no trainer_state.json; give a checkpoint-N",
+    ),
     "format": ([], "out/checkpoint-6 has the format 0, this version reads 3"),
 }
 
@@ -244,6 +248,8 @@ def test_another_run_is_refused_and_told_apart(what, capsys, monkeypatch):
         monkeypatch.setitem(ROWS[0], "chosen", "7")
     if what == "log":
         Path("out/metrics.jsonl").write_text(Path("out/metrics.jsonl").read_text().replace('"step": 2', '"step": 3'))
+    if what == "no state":
+        write_whole(Path("out/base_model"), lambda partial: (partial / "config.json").write_text("{}"))
     if what == "format":
         monkeypatch.setattr("logratio.trainers.resume.FORMAT", 0)
         shutil.rmtree("out")

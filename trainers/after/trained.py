@@ -30,7 +30,7 @@ def base_of(path: str) -> str | None:
         return None
     try:
         named = json.loads(config.read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config} cannot be read: {error}") from error
     if not named:
         raise UserError(f"{config} names no base model (base_model_name_or_path)")
@@ -38,13 +38,19 @@ def base_of(path: str) -> str | None:
 
 
 def was_quantized(path: str) -> dict[str, bool]:
-    """How the run that left the folder had the weights under its adapter: the option that says so; empty: plainly."""
+    """How the run that left the folder had the weights under its adapter: the option that says so; empty: plainly, or
+    no run has left it. Raises UserError where that cannot be read: on other weights the adapter is another model."""
     settings = Path(path) / "run_config.json"
-    try:
-        said = json.loads(settings.read_text())["model"]
-        return {name: True for name in ("load_in_4bit", "load_in_8bit") if said.get(name)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    if not settings.exists():
         return {}
+    try:
+        said = json.loads(settings.read_text()).get("model")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{settings} cannot be read, which says on which weights the adapter was trained (load_in_4bit): put the "
+            "file of this run back, or remove it where they were not quantized"
+        ) from error
+    return {name: True for name in ("load_in_4bit", "load_in_8bit") if isinstance(said, dict) and said.get(name)}
 
 
 def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: bool = False) -> tuple[Any, Any]:

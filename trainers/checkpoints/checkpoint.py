@@ -77,6 +77,8 @@ def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkp
     folder, notes = on_main(accelerator, found)
     if folder is None:
         return None, notes
+    if not (folder / STATE).exists():  # whole, but another thing that was saved whole
+        raise UserError(f"--resume_from_checkpoint {asked} is no checkpoint: it has no {STATE}; give a checkpoint-N")
     state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
         raise UserError(f"{folder} has the format {state['format']}, this version reads {FORMAT}: use the one it is of")

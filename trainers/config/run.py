@@ -63,6 +63,11 @@ class RunConfig:
         if save.compares and not train.eval_steps:
             option = "load_best_model_at_end" if save.load_best_model_at_end else "early_stopping_patience"
             raise UserError(f"--{option} compares evaluations: add --eval_steps")
+        if save.compares and self.rollout is not None and save.metric == "eval_loss":
+            raise UserError(
+                "evaluations of rollouts have no loss to compare: add --metric_for_best_model reward, or another "
+                "metric of them"
+            )
         if train.overwrite_output_dir and save.resume_from_checkpoint:
             raise UserError(
                 "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"

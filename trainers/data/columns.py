@@ -11,7 +11,7 @@ from typing import Any
 from logratio.losses import Kind
 
 from ..errors import RowError, UserError, shown
-from .chat.conversations import as_messages, check_value, is_written_out, template_options, with_system
+from .chat.conversations import as_messages, check_media, check_value, is_written_out, template_options, with_system
 from .layout import GOLD, Layout, columns_of
 from .lists import REWARDS, taken_apart
 from .report import BadRows
@@ -71,6 +71,7 @@ def _read(row: Mapping[str, Any], where: str, index: int, layout: Layout) -> Sou
             f"{where} has {' and '.join(map(repr, more))}, which the first row lacks and which would not be read: "
             "give all rows the same columns"
         )
+    check_media(row, where)
     rewards = None
     if layout.kind is Kind.LISTED:
         row, names, rewards = taken_apart(row, where)

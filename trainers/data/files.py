@@ -255,7 +255,11 @@ class ParquetRows(_OneFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with self._said():
-            self._count: int = self._open().metadata.num_rows
+            found = self._open()
+            self._count: int = found.metadata.num_rows
+            names = found.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:  # of which a row would have the last
+            raise UserError(f"{path} has the column {twice[0]!r} twice: remove or rename one")
 
     @cached_property
     def digest(self) -> str:

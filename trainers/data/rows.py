@@ -170,6 +170,8 @@ def load_rows(
         is_file, is_dir, exists = path.is_file(), path.is_dir(), path.exists()
     except OSError as error:
         raise UserError(f"{dataset_name} cannot be opened: {error.strerror}") from None
+    if config is not None and (dataset_name in EMBEDDED or is_file or is_saved(path)):
+        raise UserError(f"--dataset_config {config}: {dataset_name} has no configurations; leave it out")
     if dataset_name in EMBEDDED:
         rows = Rows(dataset_name, EMBEDDED[dataset_name](kind, split, seed))
     elif is_file:
@@ -198,7 +200,7 @@ def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool, che
             names = " and ".join(found.name for found in named)
             raise UserError(f"{path} holds {names}, each of which may be the split {split!r}: name the file itself")
         return _file_rows(named[0], keep_bad, check, streaming)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
         return Rows(f"{path} ({split})", _load_from_disk(path, split))
     return Rows(f"{path} ({split})", _load(str(path), split, config, streaming))
 
@@ -209,6 +211,11 @@ def _file_rows(path: Path, keep_bad: bool, check: bool, streaming: bool) -> Rows
         return Rows(str(path), found)
     rows = Rows(str(path), found, found.lines)
     return rows.check() if check else rows
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _load_from_disk(path: Path, split: str) -> Any:

@@ -79,8 +79,7 @@ class RunLog:
         self.parts = CompletionParts(self.folder, after[0] if after else None)
         settings = self.folder / "run_config.json"
         if not settings.exists() or settings.read_text() != text:
-            keep_earlier(settings)
-            settings.write_text(text)
+            write_text(settings, text, aside=True)
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
         self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
@@ -133,7 +132,7 @@ class RunLog:
         """One line of skipped_rows.jsonl for each; no file where there are none."""
         if self.main and rows:
             path = self.folder / SKIPPED
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
             self.say(f"skipped rows are listed in {path}")
 
     def keep_card(self, card: dict[str, Any]) -> None:
@@ -211,6 +210,23 @@ def keep_earlier(path: Path) -> None:
     while (moved := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(moved)
+
+
+def write_text(path: Path, text: str, *, aside: bool = False) -> None:
+    """Whole or not at all. aside: the file that was there is moved there, not replaced. Raises UserError where the disk
+    does not take it."""
+    partial = path.with_name(f".{path.name}")
+    try:
+        partial.write_text(text)
+        if aside:
+            keep_earlier(path)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} could not be written: {error.strerror}; make room, or choose another folder"
+        ) from error
 
 
 def reset_peak_mem(device: torch.device) -> None:

@@ -21,6 +21,8 @@ from .dropout import switch_off
 from .policy import REFERENCE_ADAPTER
 from .tiny import TINY
 
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
 
 def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
     """`model` with the adapters that are trained, in float32, or itself where the whole model is.
@@ -169,6 +171,8 @@ def check_adapter(path: str) -> None:
     with foreign(f"no adapter could be loaded from {path!r}"):
         if Path(path).is_dir() and not (Path(path) / "adapter_config.json").exists():
             raise UserError(f"no adapter could be loaded from {path!r}: the folder has no adapter_config.json")
+        if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ADAPTER_WEIGHTS):
+            raise UserError(f"no adapter could be loaded from {path!r}: the folder has no {ADAPTER_WEIGHTS[0]}")
         config: Any = PeftConfig.from_pretrained(path)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):

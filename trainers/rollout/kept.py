@@ -43,15 +43,23 @@ def check_extra(column: Any, values: Any, completions: int) -> tuple[str, list[s
 
     Raises UserError where it is no list with a value for each completion, or the column has a name of the table's own.
     """
+    if isinstance(column, str):
+        column = in_table(column)
     if not isinstance(column, str) or column in COLUMNS or column.startswith("rewards/"):
         raise UserError(f"log_extra cannot take the name {column!r}, a column of the table itself: choose another")
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise UserError(f"log_extra({column!r}, ...) takes a list with a value for each completion")
-    given = [value if value is None or isinstance(value, str) else json.dumps(value, default=str) for value in values]
+    given = [value if value is None else in_table(value) for value in values]
     if len(given) != completions:
         raise UserError(f"log_extra({column!r}, ...) got {len(given)} values for {completions} completions")
     return column, given
+
+
+def in_table(value: Any) -> str:
+    """The value as a text that Parquet takes: half of a surrogate pair, which no UTF-8 has, as it is escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def kept_rows(

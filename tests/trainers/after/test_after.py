@@ -118,6 +118,20 @@ def test_there_must_be_an_adapter(runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_an_adapter_was_trained_on_is_not_guessed(tmp_path, capsys):
+    """On other weights it is another model, and a figure of it or a merged one would be of neither."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    for broken in ("", "[1]", '{"model": {"load_in'):
+        (tmp_path / "run_config.json").write_text(broken)
+        for words in (["eval"], ["chat"], ["merge", "--output_dir", tmp_path / "out"]):
+            said = run(capsys, words[0], tmp_path, *words[1:], status=1)
+            assert said.startswith(
+                f"logratio: {tmp_path / 'run_config.json'} cannot be read, which says on which weights"
+            )
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert "adapter_config.json cannot be read: " in run(capsys, "eval", tmp_path, status=1)
+
+
 def likeliest(folder, said, tokens=4):
     """What the model goes on with, a token at a time. said: text, or messages."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

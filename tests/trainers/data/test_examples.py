@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from logratio.losses import Kind
@@ -72,6 +73,23 @@ def test_a_saved_data_set_gives_its_splits(tmp_path):
         load_rows(str(tmp_path / "two"), Kind.PAIRED, split="dev")
     with pytest.raises(UserError, match="'train' only, not 'test'"):
         load_rows(str(tmp_path / "one"), Kind.PAIRED, split="test")
+
+
+def test_a_configuration_that_nothing_reads_is_refused(tmp_path):
+    write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "one"))
+    for name in ("arithmetic", str(tmp_path / "pairs.jsonl"), str(tmp_path / "one")):
+        with pytest.raises(UserError, match=f"^--dataset_config main: {name} has no configurations; leave it out$"):
+            load_rows(name, Kind.PAIRED, config="main")
+
+
+@pytest.mark.parametrize("media", [{"images": ["a.png"]}, {"image": np.zeros((2, 2))}, {"audio": {"path": "a"}}])
+def test_rows_of_text_with_pictures_are_refused_too(media):
+    """The text speaks of what the model would not get."""
+    rows = Rows("data", [{"prompt": "a", "completion": "b", "images": []}, {"prompt": "a", "completion": "b", **media}])
+    message = f"^data, row 1 .counted from 0. has '{next(iter(media))}', but models are trained on text alone"
+    with pytest.raises(UserError, match=message):
+        prepare(rows, Kind.SEQUENCE, TOKENIZER)
 
 
 @pytest.mark.parametrize(

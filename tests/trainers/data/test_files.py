@@ -93,6 +93,13 @@ def test_a_file_that_cannot_be_read_is_one_sentence(name, tmp_path):
     assert "\n" not in text
 
 
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet has the column 'text' twice: remove or rename one$"):
+        load(tmp_path / "twice.parquet")
+
+
 def test_a_damaged_parquet_file_is_one_sentence(tmp_path):
     datasets.Dataset.from_list(ROWS * 500).to_parquet(tmp_path / "whole.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()

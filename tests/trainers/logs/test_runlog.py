@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from logratio.trainers.errors import UserError
 from logratio.trainers.logs.runlog import RunLog, keep_earlier, peak_mem_mib
 
 
@@ -30,6 +31,23 @@ def test_every_step_is_a_line_that_can_be_read_at_once(tmp_path, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 0.5" in shown and "step 3/3" in shown and "extra" not in shown
+
+
+def test_a_full_disk_leaves_the_settings_of_the_run_that_goes_on(tmp_path, monkeypatch):
+    with RunLog(str(tmp_path), {"method": "dpo"}, total_steps=1) as log:
+        log.step({"step": 1})
+    before = (tmp_path / "run_config.json").read_bytes()
+
+    def full(path, text, **_):
+        path.write_bytes(text[:3].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    message = "run_config.json could not be written: No space left on device; make room, or choose another folder$"
+    with pytest.raises(UserError, match=message):
+        RunLog(str(tmp_path), {"method": "kto"}, total_steps=1, after=(1, log.journal.hash))
+    assert (tmp_path / "run_config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.glob("*run_config*")] == ["run_config.json"]
 
 
 def test_a_long_run_shows_about_twenty_lines(tmp_path, capsys):

@@ -59,7 +59,10 @@ LOADED = "no adapter could be loaded from '{}': "
 FITS = "the adapter in '{}' does not fit the model 'some/base' (it was made for 'other/base'): "
 BROKEN = {
     "not there": (lambda f: (f / "adapter_config.json").unlink(), LOADED + "the folder has no adapter_config.json"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), LOADED),
+    "no weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        LOADED + "the folder has no adapter_model.safetensors",
+    ),
     "weights cut": (bytes_of("adapter_model.safetensors", lambda b: b[:-100]), LOADED + "SafetensorError: "),
     "configuration cut": (bytes_of("adapter_config.json", lambda b: b[:50]), LOADED),
     "an unknown type": (configured(peft_type="TELEPATHY"), LOADED),

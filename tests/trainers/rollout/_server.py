@@ -58,6 +58,7 @@ class SmallServer:
     def __init__(self, base, tokenizer):
         self.base, self.tokenizer = base, tokenizer
         self.before, self.runtime_lora, self.max_rank = (lambda path, body: None), True, 16
+        self.dribbles = lambda path: False
         self.without, self.raw_logprobs, self.asked, self.keys = set(), False, [], set()
         self.lock, self.port, self.http = threading.Lock(), 0, None
         self.start()
@@ -162,9 +163,12 @@ def handler(server):
                 return
             sent = json.dumps(answer).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(sent)))
+            self.send_header("Content-Length", str(len(sent) + server.dribbles(self.path)))
             self.end_headers()
             with contextlib.suppress(OSError):  # who asked has gone
+                while server.dribbles(self.path) and server.http is self.server:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
                 self.wfile.write(sent)
 
         def log_message(self, *_):

@@ -108,6 +108,18 @@ def another_adapter(small, engine):
     small.before = lambda path, body: (200, answer) if path == "/v1/completions" else None
 
 
+def aborting(small, engine):
+    choice = {"token_ids": [1], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "abort"}
+    small.before = lambda path, body: (200, {"choices": [choice]}) if path == "/v1/completions" else None
+    impatient(engine)
+
+
+def dribbling(small, engine):
+    """An answer of which a byte comes now and then, and never the last."""
+    small.dribbles = lambda path: path == "/v1/completions"
+    impatient(engine)
+
+
 SENTENCES = [
     (
         gone,
@@ -116,8 +128,8 @@ SENTENCES = [
     ),
     (
         silent,
-        "the vLLM server URL has not answered for 0.6 s (it took the request, but nothing came back): start it, "
-        "correct --vllm_server_base_url, or wait longer with --vllm_server_timeout",
+        "the vLLM server URL has not answered for 0.6 s (it took the request, but no whole answer came back): start "
+        "it, correct --vllm_server_base_url, or wait longer with --vllm_server_timeout",
     ),
     (
         failing,
@@ -163,8 +175,18 @@ SENTENCES = [
     ),
     (
         not_numbers,
-        "the vLLM server URL gave 2 log-probabilities, not all of them numbers, for 2 tokens: look at its log, and "
-        "take float32 or bfloat16",
+        "the vLLM server URL gave 2 log-probabilities, not all of them numbers up to 0, for 2 tokens: look at its log, "
+        "and take float32 or bfloat16",
+    ),
+    (
+        aborting,
+        "the vLLM server URL has not answered for 0.6 s (it ended a completion by 'abort'): start it, correct "
+        "--vllm_server_base_url, or wait longer with --vllm_server_timeout",
+    ),
+    (
+        dribbling,
+        "the vLLM server URL has not answered for 0.6 s (it took the request, but no whole answer came back): start "
+        "it, correct --vllm_server_base_url, or wait longer with --vllm_server_timeout",
     ),
 ]
 
@@ -173,6 +195,42 @@ SENTENCES = [
 def test_one_sentence_says_what_is_wrong_and_what_to_do(small, engine, flaw, sentence):
     flaw(small, engine)
     assert said(engine, small) == sentence
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "sentence"),
+    [
+        ([1, None], [-1.0, -2.0], "gave the token None, and the model that is trained has those from 0 to 258"),
+        ([1, 259], [-1.0, -2.0], "gave the token 259, and the model that is trained has those from 0 to 258"),
+        ([-1], [-1.0], "gave the token -1, and the model that is trained has those from 0 to 258"),
+        ([True], [-1.0], "gave the token True, and the model that is trained has those from 0 to 258"),
+        ([1] * 5, [-1.0] * 5, "gave 5 tokens where 4 were asked for at most: look at its log"),
+        ([1], [0.5], "gave 1 log-probabilities, not all of them numbers up to 0, for 1 tokens"),
+        ([1], [None], "gave 1 log-probabilities, not all of them numbers up to 0, for 1 tokens"),
+        ([1], ["-1"], "gave 1 log-probabilities, not all of them numbers up to 0, for 1 tokens"),
+        ([1], None, "answers without logprobs"),
+        ("1", [-1.0], "answers without token_ids"),
+    ],
+)
+def test_what_no_model_of_this_vocabulary_says_is_refused(small, engine, ids, logprobs, sentence):
+    choice = {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "length"}
+    small.before = lambda path, body: (200, {"choices": [choice]}) if path == "/v1/completions" else None
+    assert sentence in said(engine, small)
+
+
+def test_what_is_no_completion_is_refused(small, engine):
+    small.before = lambda path, body: (200, {"choices": ["hello"]}) if path == "/v1/completions" else None
+    assert "answers without token_ids and logprobs and finish_reason" in said(engine, small)
+
+
+def test_an_answer_that_is_not_wanted_any_more_is_let_go_in_its_middle(small, engine):
+    engine.sync(1)
+    small.dribbles = lambda path: path == "/v1/completions"
+    begun = engine.begin(REQUESTS, SAMPLING)
+    time.sleep(0.3)
+    started = time.monotonic()
+    begun.close()
+    assert not begun.alive and time.monotonic() - started < 3
 
 
 def test_prompts_that_are_too_long_for_the_server(small, engine):

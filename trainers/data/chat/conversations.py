@@ -79,11 +79,16 @@ def with_system(messages: Any, system: Any, place: str) -> Any:
     return [turn, *messages]
 
 
+def check_media(row: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a row with pictures or sounds, of text too: the model would not get what it speaks of."""
+    for column in MEDIA:
+        value = row.get(column)
+        if value is not None and (not hasattr(value, "__len__") or len(value)):  # arrays have no truth
+            raise UserError(f"{where} has {column!r}, but models are trained on text alone: remove the column")
+
+
 def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the row's `tools` and `chat_template_kwargs` give its chat template; without nulls, as messages."""
-    for column in MEDIA:
-        if row.get(column):
-            raise UserError(f"{where} has {column!r}, but models are trained on text alone: remove the column")
     tools = _option(row, "tools", list, "a list of tools", where)
     for tool in tools:
         if not isinstance(tool, dict):

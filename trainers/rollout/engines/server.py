@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import selectors
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -120,38 +122,65 @@ class Server:
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
         )
-        left = max(TICK_S, self._until(began, timeout) - time.monotonic())
-        connection = self.connect(*self.place, timeout=left)
+        least = time.monotonic() + TICK_S  # which the last attempt has, too
+        connection = self.connect(*self.place, timeout=max(least, self._until(began, timeout)) - time.monotonic())
+
+        def wait() -> None:
+            if stop.is_set():
+                raise Cancelled
+            if time.monotonic() > max(least, self._until(began, timeout)):
+                raise TimeoutError("it took the request, but no whole answer came back")
+
+        connection.response_class = lambda sock, **more: http.client.HTTPResponse(patient(sock, wait), **more)  # type: ignore[assignment]
         try:
             sent = None if body is None else json.dumps(body)
             connection.request("GET" if body is None else "POST", self.prefix + path, sent, headers)
-            self._wait(connection, began, timeout, stop)
             response = connection.getresponse()
             status, text = response.status, response.read().decode(errors="replace")
         finally:
             connection.close()
         if status >= 500 or status in (408, 425, 429):
             raise Failed(status, reason_of(text))
-        self.heard = time.monotonic()
         if status >= 400:
+            self.heard = time.monotonic()
             raise Refused(status, reason_of(text))
         try:
             answer = json.loads(text or "null")
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = text  # of what only says that it was done
-        return read(answer)
+        found = read(answer)
+        self.heard = time.monotonic()  # not where it is Unavailable in so many words, which may be for ever
+        return found
 
-    def _wait(
-        self, connection: http.client.HTTPConnection, began: float, timeout: float, stop: threading.Event
-    ) -> None:
-        """Until there is something to read."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection.sock, selectors.EVENT_READ)
-            while not selector.select(TICK_S):
-                if stop.is_set():
-                    raise Cancelled
-                if time.monotonic() > self._until(began, timeout):
-                    raise TimeoutError("it took the request, but nothing came back")
+
+class Patient(io.RawIOBase):
+    """What comes in through a socket. wait: called before each piece of it, and now and then while none comes; raises
+    where it is not waited for any more."""
+
+    def __init__(self, sock: Any, wait: Callable[[], None]) -> None:
+        self.raw, self.wait = sock.makefile("rb", buffering=0), wait
+        self.pending: Callable[[], int] = getattr(sock, "pending", int)  # bytes that TLS has taken in already
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        self.wait()
+        if not self.pending():
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.raw, selectors.EVENT_READ)
+                while not selector.select(TICK_S):
+                    self.wait()
+        return self.raw.readinto(buffer)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def patient(sock: Any, wait: Callable[[], None]) -> Any:
+    """As much of a socket as an `HTTPResponse` uses, read by `Patient`."""
+    return SimpleNamespace(makefile=lambda mode: io.BufferedReader(Patient(sock, wait)))
 
 
 def reason_of(text: str) -> str:

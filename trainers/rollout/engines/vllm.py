@@ -20,7 +20,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,14 @@ FORGETS = 3
 """Times in one request that a server may have lost the adapter that it was given."""
 CERTAIN = 100
 """A bias that makes a token certain, whatever its logit: the largest that the protocol has."""
-FIELDS = ("token_ids", "logprobs", "finish_reason")
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "token_ids": lambda given: isinstance(given, list),
+    "logprobs": lambda given: isinstance(given, dict) and isinstance(given.get("token_logprobs"), list),
+    "finish_reason": lambda given: given is not None,
+}
+"""Of a completion, and whether one has it."""
+ROUNDING = 1e-3
+"""Nats by which the log-probability of a certain token may be above 0."""
 
 
 class VLLM:
@@ -143,11 +150,11 @@ class VLLM:
 
     def _completed(self, server: Server, options: dict[str, Any], stop: threading.Event) -> Sample:
         name = options["model"]
+        body = {"n": 1, "logprobs": 0, "return_token_ids": True, **options}
 
         def read(answer: Any) -> Sample:
-            return self._sample_of(server, answer, name)
+            return self._sample_of(server, answer, name, body["max_tokens"])
 
-        body = {"n": 1, "logprobs": 0, "return_token_ids": True, **options}
         for _ in range(FORGETS):
             began = time.monotonic()
             try:
@@ -165,7 +172,7 @@ class VLLM:
             f"--max-loras {self.adapters.kept}, and let no other run use it"
         )
 
-    def _sample_of(self, server: Server, answer: Any, name: str) -> Sample:
+    def _sample_of(self, server: Server, answer: Any, name: str, limit: int) -> Sample:
         choice = choice_of(server, answer)
         if (said_by := answer.get("model", name)) != name:
             raise UserError(
@@ -174,11 +181,21 @@ class VLLM:
             )
         if choice["finish_reason"] not in ("stop", "length"):
             raise Unavailable(f"it ended a completion by {choice['finish_reason']!r}")
-        ids, logps = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-        if len(ids) != len(logps) or not ids or not all(map(math.isfinite, logps)):
+        ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if len(ids) != len(logps) or not ids or not all(map(is_logp, logps)):
             raise UserError(
-                f"the vLLM server {server.url} gave {len(logps)} log-probabilities, not all of them numbers, for "
-                f"{len(ids)} tokens: look at its log, and take float32 or bfloat16"
+                f"the vLLM server {server.url} gave {len(logps)} log-probabilities, not all of them numbers up to 0, "
+                f"for {len(ids)} tokens: look at its log, and take float32 or bfloat16"
+            )
+        if len(ids) > limit:
+            raise UserError(
+                f"the vLLM server {server.url} gave {len(ids)} tokens where {limit} were asked for at most: look at "
+                "its log, and at what stands between it and the run"
+            )
+        if foreign := [i for i in ids if type(i) is not int or not 0 <= i < self.vocabulary]:
+            raise UserError(
+                f"the vLLM server {server.url} gave the token {foreign[0]!r}, and the model that is trained has those "
+                f"from 0 to {self.vocabulary - 1}: start it with that model"
             )
         return Sample(ids, choice["finish_reason"], logps, version_of(name))
 
@@ -224,10 +241,15 @@ def choice_of(server: Server, answer: Any) -> dict[str, Any]:
             f"what answers at {server.url} is no vLLM server (an answer without choices): correct "
             "--vllm_server_base_url"
         )
-    choice: dict[str, Any] = choices[0]
-    if missing := [name for name in FIELDS if choice.get(name) is None]:
+    choice: dict[str, Any] = choices[0] if isinstance(choices[0], dict) else {}
+    if missing := [name for name, has in FIELDS.items() if not has(choice.get(name))]:
         raise UserError(
             f"the vLLM server {server.url} answers without {' and '.join(missing)}: it is too old, take vLLM 0.10.2 or "
             "newer"
         )
     return choice
+
+
+def is_logp(value: Any) -> bool:
+    """A finite number, not above 0."""
+    return type(value) in (int, float) and math.isfinite(value) and value <= ROUNDING

@@ -86,6 +86,13 @@ def test_a_reward_logs_metrics():
     assert log.metrics == {"judge/tokens": [3.0, 5.0]} and log.columns == {"verdict": ["a", None, "2.0"]}
 
 
+def test_what_is_no_text_is_escaped_in_the_table():
+    """Parquet's texts are UTF-8, which has no half of a surrogate pair, as JSON from a judge may."""
+    log = RewardLog(completions=3)
+    called(lambda log_extra, **_: log_extra("said\ud800", ["a\udfff", "b", None]) or [0.0] * 3, log=log)
+    assert log.columns == {"said\\ud800": ["a\\udfff", "b", None]}
+
+
 @pytest.mark.parametrize(
     "column, values, message",
     [
