@@ -17,6 +17,7 @@ from logratio.losses.advantages import AGGREGATIONS, advantages_of, sum_then_nor
 from ..config import RolloutConfig
 from ..data.examples import Completion, Example, Prompt
 from ..errors import UserError, counted
+from ..ground.folder import staying
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
 from .calling import Asked, Calls, Reward, RewardLog, TrainerState
@@ -30,6 +31,8 @@ from .own.function import Function, OwnRollouts
 from .sets.flights import Flights
 from .sets.rolled import Rolled, Scored
 from .watch import Watch
+
+MOVED = "a reward, or what samples, changed the working directory of the process: it was set back behind the call"
 
 
 class Rollouts:
@@ -99,6 +102,10 @@ class Rollouts:
 
         prompts: this process's part of the step's `numbered` ones. said: what was sampled of them already.
         """
+        with staying(lambda: self.watch.note("folder", MOVED)):
+            return self._rolled(prompts, purpose, said)
+
+    def _rolled(self, prompts: Sequence[Prompt], purpose: Purpose, said: Said | None) -> Rolled:
         group, greedy = self.group(purpose), self.greedy(purpose)
         if said is None:
             said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)

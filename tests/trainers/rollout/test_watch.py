@@ -1,11 +1,13 @@
 """What a user is told of the rewards."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from logratio.trainers import cli, setup
+from logratio.trainers.rollout.rollouts import MOVED
 from logratio.trainers.rollout.watch import FIRST, Watch
 
 NAN = float("nan")
@@ -145,3 +147,25 @@ def test_where_only_right_answers_count_it_is_said_that_the_embedded_model_has_n
     assert cli.main(words.split()) == 0
     assert setup.UNTRAINED.endswith("as --model_name_or_path, one with adapters as --adapter_name_or_path")
     assert setup.UNTRAINED in capsys.readouterr().out
+
+
+WANDERING = """
+import os, tempfile
+
+def wandering(completions, **_):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_a_reward_that_changes_the_working_directory_takes_no_part_of_the_run_there(tmp_path, monkeypatch, capsys):
+    """Into a folder that is gone when it returns, as of a `with`; what is saved is where the log is."""
+    (tmp_path / "wandering_rewards.py").write_text(WANDERING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = "train grpo --num_generations 2 --max_completion_length 2 --max_steps 2 --batch_size 1 --output_dir out"
+    assert cli.main([*words.split(), "--save_steps", "1", "--reward_funcs", "wandering_rewards:wandering"]) == 0
+    assert capsys.readouterr().out.count(MOVED) == 1 and os.getcwd() == str(tmp_path)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"metrics.jsonl", "checkpoint-1", "checkpoint-2", "model.safetensors"} <= found
