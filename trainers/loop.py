@@ -36,7 +36,7 @@ from .policy.load import describe
 from .processes.dealing import largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
-from .resume import Progress, about, best_step, load_best, restore, save_checkpoint
+from .resume import Progress, about, best_step, compared, load_best, restore, save_checkpoint
 from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
@@ -149,19 +149,6 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
     row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))
     return row, stopped
-
-
-def compared(run: Run, progress: Progress, row: Mapping[str, float], log: RunLog) -> bool:
-    """Compare an evaluation with those before, where the options ask for it; returns whether training ends with it."""
-    options = run.config.save
-    if not options.compares:
-        return False
-    progress.best.look(options, progress.step, row)
-    if not progress.best.ends(options):
-        return False
-    without = f"{counted(progress.best.since, 'evaluation')} without a better {options.metric}"
-    log.note(f"step {progress.step}: {without}: training ends")
-    return True
 
 
 def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, asked: bool) -> None:

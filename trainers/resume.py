@@ -31,8 +31,10 @@ from .checkpoints.checkpoint import (
 from .checkpoints.folder import keep_latest, name_of, write_whole
 from .checkpoints.model import base_model, load_weights, write_model
 from .checkpoints.tensors import flat, nested
+from .errors import UserError, counted
 from .ground.provenance import commit, versions
 from .ground.randomness import as_json, from_json, random_states, set_random_states
+from .logs.runlog import RunLog
 from .processes.once import on_main
 from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
@@ -191,6 +193,27 @@ def restore(run: Run) -> Progress:
     if rank < len(randoms):  # others began with the seed, as processes that are there from the beginning do
         set_random_states(from_json(randoms[rank]), device)
     return progress
+
+
+def compared(run: Run, progress: Progress, row: dict[str, float], log: RunLog) -> bool:
+    """Compare an evaluation with those before, where the options ask for it; returns whether training ends with it."""
+    options = run.config.save
+    if not options.compares:
+        return False
+    try:
+        progress.best.look(options, progress.step, row)
+    except UserError as error:  # only now is it known which metrics there are
+        log.step(row)
+        save_checkpoint(run, progress, log.flush)
+        raise UserError(
+            f"{error}; give one of these with --resume_from_checkpoint latest, which goes on behind step "
+            f"{progress.step}"
+        ) from error
+    if not progress.best.ends(options):
+        return False
+    without = f"{counted(progress.best.since, 'evaluation')} without a better {options.metric}"
+    log.note(f"step {progress.step}: {without}: training ends")
+    return True
 
 
 def load_best(run: Run, progress: Progress) -> list[str]:

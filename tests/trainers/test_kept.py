@@ -1,7 +1,6 @@
 """What a run keeps: the best weights, what a disk takes, and options that give the same run again."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -34,20 +33,23 @@ def test_training_ends_when_evaluations_get_no_better(capsys, monkeypatch):
     train("dpo", *LORA, "--eval_size", "2", "--eval_steps", "1", *early)
     assert [row["step"] for row in log("out")] == [1, 2, 3, 4]
     assert "step 4: 2 evaluations without a better eval_rewards/margins: training ends" in capsys.readouterr().out
-    shutil.rmtree("out")
-    train(
-        "dpo",
-        "--eval_size",
-        "2",
-        "--eval_steps",
-        "1",
-        "--early_stopping_patience",
-        "2",
-        "--metric_for_best_model",
-        "x",
-        status=1,
-    )
-    assert "--metric_for_best_model eval_x: the evaluation has only eval_loss" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_evaluation_has_costs_no_step(capsys):
+    """It is known with the first evaluation: a run that has compared none goes on with another metric, and ends as one
+    that had it from the beginning."""
+    words = ["dpo", *LORA, "--eval_size", "2", "--eval_steps", "2", "--load_best_model_at_end"]
+    train(*words, "--metric_for_best_model", "x", status=1)
+    said = capsys.readouterr().err
+    assert "--metric_for_best_model eval_x: the evaluation has only eval_" in said
+    assert said.endswith("; give one of these with --resume_from_checkpoint latest, which goes on behind step 2\n")
+    assert [row["step"] for row in log("out")] == [1, 2] and "eval_loss" in log("out")[1]
+    other = ["--metric_for_best_model", "rewards/margins"]
+    train(*words, *other, "--resume_from_checkpoint", "latest")
+    train(*words, *other, output="whole")
+    assert_same("out", "whole")
+    train(*words, "--metric_for_best_model", "rewards/accuracies", "--resume_from_checkpoint", "latest", status=1)
+    assert "metric_for_best_model rewards/accuracies, was rewards/margins" in capsys.readouterr().err
 
 
 def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):

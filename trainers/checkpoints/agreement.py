@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ MAY_CHANGE = frozenset(
     }
 )
 """Options that a run may go on with changed."""
+COMPARED = frozenset({"metric_for_best_model", "greater_is_better"})
+"""The same of one that has compared no evaluation yet."""
 FINGERPRINTS = {"data": "on other data than are there now", "frozen": "from other weights than are there now"}
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two `RunConfig.as_dict`, but for `MAY_CHANGE`: "--learning_rate 0.1, was 0.01"."""
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
+    """What else differs between two `RunConfig.as_dict`: "--learning_rate 0.1, was 0.01"."""
     one, other = flat(saved), flat(now)
     found = []
     for name in sorted(one.keys() | other.keys()):
-        if name in MAY_CHANGE or one.get(name) == other.get(name):
+        if name in may_change or one.get(name) == other.get(name):
             continue
         was = f"was {shown(one[name])}" if name in one else "which the checkpoint does not know"
         found.append(f"{name} {shown(other[name])}, {was}" if name in other else f"no {name}, {was}")
@@ -43,9 +45,10 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_options(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UserError where the options are others than those of the checkpoint's run."""
-    found = differences(saved, now)
+def check_options(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], *, compared: bool) -> None:
+    """Raise UserError where the options are others than those of the checkpoint's run. compared: whether that has
+    compared evaluations."""
+    found = differences(saved, now, MAY_CHANGE if compared else MAY_CHANGE | COMPARED)
     if found:
         raise UserError(
             f"{folder} is of a run with other options ({'; '.join(found)}): go on with the same ones, or start a new "

@@ -82,7 +82,7 @@ def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkp
     state = json.loads((folder / STATE).read_text())
     if state["format"] != FORMAT:
         raise UserError(f"{folder} has the format {state['format']}, this version reads {FORMAT}: use the one it is of")
-    check_options(folder, state["config"], config.as_dict())
+    check_options(folder, state["config"], config.as_dict(), compared=state["best"]["value"] is not None)
     return Checkpoint(folder, state), [*notes, *changed_versions(folder, state["about"]["versions"])]
 
 
