@@ -3,9 +3,10 @@
 # minutes on an H100 or H200:
 #
 #     1.5 min  the tests on a GPU (pytest -m gpu)
-#     5.5 min  bench: a step of every method and model with LoRA and QLoRA, beside TRL
+#     0.5 min  bench: the head of the smallest model, beside TRL
+#     5 min    bench: a step of every method and model with LoRA and QLoRA, beside TRL
 #     1 min    bench: completions of a GRPO step, beside transformers' generate
-#     1 min    the head, and what time is left for the rest; the report
+#     0.5 min  the rest of the head, and what time is left for; the report
 #
 #     benchmarks/gpu.sh [RESULTS] [SECONDS]      with a Python that has logratio[test,bench] in front of the PATH
 #
@@ -48,8 +49,9 @@ bench() { # SHARE SUITE OPTIONS...: cases that have no line yet
 
 mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
 tests 18 "${files[@]}"
-bench 80 step --no-truth --contestants logratio trl
-bench 90 rollout --only limit --contestants logratio transformers
+bench 23 head --only 896x151936-8192-bfloat16-frozen --contestants logratio trl
+bench 83 step --no-truth --contestants logratio trl
+bench 93 rollout --only limit --contestants logratio transformers --repeats 2
 bench 99 all --contestants logratio eager trl trl+liger "liger (cross entropy)" # others compile for half a minute
 python3 -m logratio.benchmarks.report --results "$results" --out "$results" || status=1
 exit $status
