@@ -16,7 +16,8 @@ class Support(NamedTuple):
     """Of N tokens: that of token t is ids[offsets[t] : offsets[t + 1]], in any order; of one without ids, every word.
 
     ids: [M] int32 or int64. offsets: [N + 1] int64, from 0 to M. A list and not a bit for each word: of 50 words it is
-    200 bytes a token in int32, where a bit each of 151,936 is 19 KB; at V / 32 words they are equal.
+    200 bytes a token in int32, where a bit each of 151,936 is 19 KB; at V / 32 words they are equal. Offsets are
+    read on the CPU: there, no GPU is waited for.
     """
 
     ids: Tensor
@@ -59,6 +60,11 @@ class Support(NamedTuple):
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _there(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, which waits for nothing that it is still doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Kept(NamedTuple):
@@ -134,9 +140,9 @@ def checked(support: Support, targets: Tensor, words: int) -> Kept | None:
         return None
     if ids.device.type == "cpu" and (int(ids.min()) < 0 or int(ids.max()) >= words):
         raise ValueError(f"the support's ids must be in [0, {words}), got values from {ids.min()} to {ids.max()}")
-    counts = ends.diff()
-    token = torch.arange(len(targets)).repeat_interleave(counts).to(targets.device)
-    word, limited = ids.to(targets.device, torch.int64), (counts > 0).to(targets.device)
+    counts = _there(ends.diff(), targets.device)
+    token = torch.arange(len(targets), device=counts.device).repeat_interleave(counts, output_size=len(ids))
+    word, limited = ids.to(targets.device, torch.int64), counts > 0
     missing = limited.clone()
     missing[token[word == targets[token]]] = False
     if targets.device.type != "cpu":

@@ -68,7 +68,7 @@ class PackedBatch:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        support = None if self.support is None else Support(*(to_device(x, device) for x in self.support))
+        support = self.support and Support(to_device(self.support.ids, device), self.support.offsets)
         sequences = None if self.sequences is None else lists_to(self.sequences, device)
         return dataclasses.replace(self, **moved, support=support, sequences=sequences)
 

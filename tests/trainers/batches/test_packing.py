@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logratio.benchmarks.measure.steps import workloads
-from logratio.losses import DPOLoss
+from logratio.losses import DPOLoss, Support
 from logratio.trainers.attention.masks import attention_mask
 from logratio.trainers.batches.packing import PackedBatch, example_tokens, pack, split_groups
 from logratio.trainers.data.examples import Completion, Example
@@ -203,6 +203,13 @@ def test_fewer_micro_batches_are_worth_some_padding():
     examples = [sized(12, 0), sized(4, 1), sized(4, 2)]
     for cost, shapes in ((3, [(1, 12), (2, 4)]), (5, [(2, 12)])):
         assert [b.input_ids.shape for b in pack(examples, 36, micro_batch_cost=cost)] == shapes
+
+
+def test_a_supports_offsets_stay_on_the_cpu_where_they_are_read():
+    example = Example([5] * 3, [Completion([6, 7], behavior=[-1.0, -1.0], support=Support.of(torch.eye(2, 9).bool()))])
+    (batch,) = pack([example], 16)
+    moved = batch.to(torch.device("meta"))
+    assert (moved.support.ids.device.type, moved.support.offsets.tolist()) == ("meta", [0, 1, 2])
 
 
 def test_by_sequences_a_micro_batch_is_one_long_row():
