@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, printable
 from .ground.signals import STATUS
 from .logs.streams import Lasting, lasting_streams
 from .options import TRAIN_HELP, parse_train
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Lasting(sys.stdout).give_up()
             return 141  # as where SIGPIPE ends a process
         except UserError as error:
-            sys.stderr.write(f"logratio: {error}\n")  # in one piece: other processes write too
+            sys.stderr.write(printable(f"logratio: {error}\n"))  # in one piece: other processes write too
             return 1
         except Stopped as stopped:
             sys.stderr.write(f"logratio: {stopped}\n")

@@ -47,6 +47,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """The text with what would steer a terminal written out: a reward's or a server's words may be in it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(value: Any) -> str:
     """The value's type and its beginning, for messages; whatever the value, this does not fail."""
     try:

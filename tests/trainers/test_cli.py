@@ -337,3 +337,14 @@ def test_user_errors_from_sub_commands_and_interrupts_have_a_status(monkeypatch,
     for raised, status, text in ((interrupted, 130, "logratio: interrupted\n"), (refused, 1, "logratio: no\n")):
         monkeypatch.setattr(cli, "dispatch", raised)
         assert cli.main([]) == status and capsys.readouterr().err == text
+
+
+def test_what_a_message_quotes_steers_no_terminal(monkeypatch, capsys):
+    """Of a reward's error, or of a server's answer."""
+
+    def fails(argv):
+        raise UserError("the reward 'x' said \x1b[2Jé\u202e\ud800, \tnaïvely\n日本")
+
+    monkeypatch.setattr(cli, "dispatch", fails)
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == ("logratio: the reward 'x' said \\x1b[2Jé\\u202e\\ud800, \tnaïvely\n日本\n")
