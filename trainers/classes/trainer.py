@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,19 +36,23 @@ from . import arguments
 from .arguments import Arguments, arguments_of
 from .events import Events
 from .objects import NOT_TAKEN, Objects
+from .theirs import Theirs, check_subclass
 
+CARD = frozenset("model_name dataset_name dataset dataset_tags tags language license finetuned_from tasks".split())
+"""What `push_to_hub` is told for a model card."""
 SHARED = (
     *("model", "args", "train_dataset", "eval_dataset", "processing_class", "tokenizer"),
     *("callbacks", "peft_config", "quantization_config"),
 )
 
 
-class Trainer:
+class Trainer(Theirs):
     """What TRL's trainers have in common here. Its classes differ in what they are given and in `kind`.
 
     model: a name, a folder, or a model of transformers, which is trained in place. args: of the class's own kind.
     train_dataset, eval_dataset: of `datasets`, lists of rows, or a name. processing_class: the tokenizer. peft_config:
-    a LoraConfig; without one the whole model is trained. Raises UserError for what cannot be done.
+    a LoraConfig; without one the whole model is trained. Raises UserError for what cannot be done, and for methods of a
+    subclass that TRL's loop would call.
     """
 
     kind: type[Arguments]
@@ -56,6 +61,7 @@ class Trainer:
     more: tuple[str, ...] = ()
 
     def __init__(self, *positional: Any, **objects: Any) -> None:
+        check_subclass(type(self), Trainer)
         given = self._named(positional, objects)
         self.args = arguments_of(self.kind, given.pop("args", None))
         self.events = Events(given.pop("callbacks", None) or (), self.args)
@@ -133,7 +139,8 @@ class Trainer:
         return [line_of(one).strip() for one in self.args.judged.verdicts if one.kind in told and one.key in given]
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
-        """Train, evaluate and save as the arguments say; returns transformers' TrainOutput.
+        """Train, evaluate and save as the arguments say; returns transformers' TrainOutput, whose metrics are the last
+        step's, the evaluation's, `train_loss` and `train_runtime` (seconds).
 
         resume_from_checkpoint: a folder, or True for the last one in output_dir. Raises UserError for bad input and
         where the loss has exploded, Stopped where a signal ended the run behind a checkpoint.
@@ -147,7 +154,7 @@ class Trainer:
                 raise UserError("resume_from_checkpoint is for a trainer whose model has not been asked for yet")
             path = "latest" if resume_from_checkpoint is True else str(resume_from_checkpoint)
             self.config = self._configured(resume_from_checkpoint=path)
-        main = os.environ.get("RANK", "0") == "0"
+        main, began = self.is_world_process_zero(), time.monotonic()
         with without_bars(), ending_together(), locked(self.config.train.output_dir, main=main):
             run = self.run
             self._trained = True
@@ -159,7 +166,9 @@ class Trainer:
                 )
         self.events.call("on_train_end")
         losses = [one["loss"] for one in self.state.log_history]
-        return TrainOutput(self.state.global_step, sum(losses) / max(1, len(losses)), row)
+        loss = sum(losses) / max(1, len(losses))
+        theirs = {"train_loss": loss, "train_runtime": time.monotonic() - began}
+        return TrainOutput(self.state.global_step, loss, row | theirs)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and metrics of eval_dataset, as eval_loss and so on; UserError where there is none."""
@@ -177,16 +186,18 @@ class Trainer:
             with without_bars(), base_model(run.config, run.policy):
                 save(run.policy, run.tokenizer, folder, weights)
 
-    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+    def push_to_hub(self, commit_message: str = "End of training", **card: Any) -> str | None:
         """Publish what is saved in output_dir, where to as the arguments say; the address, on the main process alone.
-        UserError where nothing is saved, or the Hub does not take it."""
-        if os.environ.get("RANK", "0") != "0":
+        card: what TRL would write into a model card (dataset_name, tags, ...); `logratio report` writes one here.
+        UserError where nothing is saved, the Hub does not take it, or for anything else."""
+        if unknown := card.keys() - CARD:
+            raise UserError(f"push_to_hub takes no {min(unknown)}: log in, and give hub_private_repo, by the arguments")
+        if not self.is_world_process_zero():
             return None
         folder, options = Path(self.config.train.output_dir), self.config.save
         if not model_files(folder):
             raise UserError(f"{folder} holds no model yet: call train() or save_model() before push_to_hub()")
-        name = options.hub_model_id or folder.resolve().name
-        return push(folder, name, private=options.hub_private_repo, commit_message=commit_message)
+        return push(folder, self.hub_model_id, private=options.hub_private_repo, commit_message=commit_message)
 
     @property
     def state(self) -> Any:

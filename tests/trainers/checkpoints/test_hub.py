@@ -103,4 +103,17 @@ def test_trls_classes_push_too(hub, monkeypatch, capsys):
         trainer.push_to_hub()
     trainer.train()
     assert [sent["repo_id"] for sent in hub.sent] == ["eve/mine"] and "model.safetensors" in hub.files
-    assert trainer.push_to_hub() == "https://huggingface.co/eve/mine/commit/1" and len(hub.sent) == 2
+    pushed = trainer.push_to_hub(dataset_name="a/b")  # as TRL's own scripts call it
+    assert pushed == "https://huggingface.co/eve/mine/commit/1" and len(hub.sent) == 2
+    with pytest.raises(UserError, match="^push_to_hub takes no revision: log in, and give hub_private_repo"):
+        trainer.push_to_hub(revision="main")
+
+
+def test_a_script_that_pushes_itself_names_where_to(hub):
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
+    args = SFTConfig("out", max_steps=1, batch_size=2, save_strategy="no", hub_model_id="eve/mine")
+    trainer = SFTTrainer(model="tiny", args=args, train_dataset=rows)
+    trainer.train()
+    assert not hub.sent
+    trainer.push_to_hub()
+    assert [sent["repo_id"] for sent in hub.sent] == ["eve/mine"]

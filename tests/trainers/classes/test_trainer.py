@@ -21,7 +21,6 @@ from transformers import (
 from transformers.utils import logging
 
 import logratio.trainers
-from logratio.benchmarks.peers import randoms
 from logratio.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -36,22 +35,11 @@ from logratio.trainers import (
     UserError,
     cli,
 )
-from logratio.trainers.policy.tiny import tiny_config, tiny_model, tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_config, tiny_tokenizer
 
-PLAIN = {"gradient_checkpointing": False, "save_strategy": "no", "max_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+from ._rows import PLAIN, rows
+
 ADAPTERS = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny_model(3).save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    return tmp_path
-
-
-def rows(method="dpo", n=12):
-    return randoms.random_rows(method, 7, n)
 
 
 def trained(folder):
