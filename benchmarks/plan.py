@@ -13,7 +13,7 @@ from rich.table import Table
 from logratio.losses.options import Count
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.numbers import check_numbers
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, counted
 from logratio.trainers.options import parse
 
 from .memory.peak import MARGIN
@@ -75,9 +75,12 @@ def show(answer: dict[str, Any]) -> None:
     trained = f"{answer['trained_parameters'] / 1e6:,.1f} M of {answer['parameters'] / 1e6:,.1f} M parameters trained"
     console.print(f"{answer['model']}: {answer['geometry']}; {answer['method']}, {trained}")
     batch = answer["micro_batch"]
+    several = "es" if answer["micro_batches"] > 1 else ""
     console.print(
-        f"{answer['micro_batches']} micro-batches a step, the largest {batch['rows']} rows of {batch['row_length']} "
-        f"tokens, {batch['scored_tokens']} scored"
+        f"{answer['micro_batches']} micro-batch{several} a step, the largest {counted(batch['rows'], 'row')} of "
+        f"{batch['row_length']:,} tokens, {batch['scored_tokens']:,} scored; a prompt of {answer['prompt_tokens']} "
+        f"tokens and {counted(answer['completions'], 'completion')} of {answer['completion_tokens']} (--prompt_tokens, "
+        "--completion_tokens)"
     )
     memory = Table("part", "MiB", title=f"predicted peak memory, in the {answer['peak_moment']}")
     memory.columns[1].justify = "right"

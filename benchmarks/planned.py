@@ -15,6 +15,7 @@ from logratio.losses import LOSSES, Kind, Loss
 from logratio.trainers.batches.sequences import VARLEN
 from logratio.trainers.errors import UserError
 
+from .memory.activations import Batch
 from .memory.geometry import Geometry, find
 from .memory.gpus import GPUS, known_as
 from .memory.peak import CONTEXT, MIB, Prediction, Setup, largest_fitting, predict
@@ -91,6 +92,8 @@ def planned(options: Options) -> dict[str, Any]:
     def at(tokens: int) -> tuple[Prediction, Plan, Setup]:
         step = plan(setup, work, tokens)
         cut = dataclasses.replace(setup, accumulates=step.micro_batches > 1)
+        if cut.accumulates:
+            step = dataclasses.replace(step, largest=filled(step.largest, tokens))
         return predict(size, cut, step.largest), step, cut
 
     prediction, step, cut = at(options.micro_batch_tokens)
@@ -105,6 +108,9 @@ def planned(options: Options) -> dict[str, Any]:
         "trained_parameters": prediction.trained,
         "gpu": gpu.name,
         "gpu_memory_mib": gpu.memory / MIB,
+        "prompt_tokens": work.prompt_tokens,
+        "completion_tokens": work.completion_tokens,
+        "completions": work.completions(setup),
         "micro_batch": dataclasses.asdict(step.largest),
         "micro_batches": step.micro_batches,
         "predicted_peak_mem_mib": prediction.peak_mem_mib,
@@ -121,6 +127,14 @@ def planned(options: Options) -> dict[str, Any]:
         "step_parts_ms": {name: value * 1e3 for name, value in seconds.items()},
         "geometry": summary(size),
     }
+
+
+def filled(batch: Batch, tokens: int) -> Batch:
+    """The largest micro-batch that a budget allows: rows of many lengths fill it, where those of one length stop at the
+    last that fits whole."""
+    length = max(batch.row_length, tokens // batch.rows)
+    scored = round(batch.scored_tokens * length / batch.row_length)
+    return dataclasses.replace(batch, row_length=length, scored_tokens=scored)
 
 
 def summary(size: Geometry) -> str:

@@ -51,6 +51,18 @@ def test_the_largest_micro_batch_is_at_the_boundary(capsys):
     assert f"the largest --micro_batch_tokens that does is {largest}" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_budget_that_fits_does_whatever_the_lengths_are(capsys):
+    """Two long examples leave half of a micro-batch empty, many short ones nothing."""
+    line = "--lora_r 16 --gpu L4 --batch_size 32 --max_length 8192 --micro_batch_tokens"
+    long, short = "--prompt_tokens 2000 --completion_tokens 3000", "--prompt_tokens 20 --completion_tokens 30"
+    largest = answer(capsys, f"{line} 8192 {long}")["largest_micro_batch_tokens"]
+    many = line.replace("32", "2000")
+    assert answer(capsys, f"{many} {largest // 16 * 16} {short}")["predicted_peak_mem_mib"] == pytest.approx(
+        answer(capsys, f"{line} {largest} {long}")["predicted_peak_mem_mib"], rel=0.01
+    )
+    assert answer(capsys, f"{many} {largest * 49 // 50} {short}")["fits"]
+
+
 def test_a_model_that_does_not_fit_at_all_gets_advice(capsys):
     main(["dpo", "--model_name_or_path", "Llama-3.1-8B", "--gpu", "T4"])
     said = " ".join(capsys.readouterr().out.split())

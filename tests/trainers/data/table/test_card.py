@@ -66,8 +66,8 @@ def test_a_new_run_in_the_folder_moves_it_aside_and_a_full_disk_costs_no_run(mon
     def full(self, *args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runlog.Path, "replace", full)
     log = runlog.RunLog("other", {}, total_steps=1)
+    monkeypatch.setattr(runlog.Path, "replace", full)
     log.keep_card({})
     assert "other/data_card.json could not be written: No space left on device" in capsys.readouterr().out
     assert {p.name for p in Path("other").iterdir()} == {"metrics.jsonl", "run_config.json"}
