@@ -1,9 +1,12 @@
-"""`logratio profile CASE`: where the time of one optimizer step goes on a GPU, of ours or of a peer.
+"""`logratio profile CASE`: where the time of one optimizer step goes, of ours or of a peer.
 
     kernels        the kernels that take longest in sum, with their calls
     gpu_idle       share of the step in which no kernel runs
     host_ms        the step's time less what the host waits for the device: what Python and launches take
     step_ms        without the profiler, which slows the host down
+
+On a CPU there are no kernels but torch's operators, each with the time that it takes itself, and host_ms is what lies
+outside of them.
 
 CASE is a name as `logratio bench step --dry_run` prints them. Writes JSON, and prints it as a table in Markdown.
 """
@@ -26,7 +29,7 @@ from logratio.trainers.errors import UserError
 
 from .bench import chosen_device
 from .measure.clock import time_ms
-from .measure.profiled import figures, profiled_once
+from .measure.profiled import figures, figures_of_cpu, profiled_once
 from .measure.steps import step
 from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
 from .reporting.records import certificate
@@ -43,7 +46,7 @@ class Options:
     out: Path | None = None
     """A JSON file."""
     top: int = 10
-    """Kernels that are listed."""
+    """Kernels, or operators, that are listed."""
     repeats: int = 3
     """Steps that are timed without the profiler."""
     seed: int = 0
@@ -81,18 +84,20 @@ def profiled(case: StepCase, contestant: str, device: torch.device, options: Opt
         elapsed, events = profiled_once(lambda: work(0), device)
     settings = case.settings() | {"seed": options.seed, "repeats": options.repeats}
     told = {"case": case.case, "contestant": contestant, "step_ms": statistics.median(times), "profiled_ms": elapsed}
-    return told | figures(events, elapsed, options.top) | {"certificate": certificate(device, settings)}
+    told |= (figures if device.type == "cuda" else figures_of_cpu)(events, elapsed, options.top)
+    return told | {"certificate": certificate(device, settings)}
 
 
 def table(found: dict[str, Any]) -> str:
     """The figures in Markdown."""
+    what = "kernel" if "kernels" in found else "operator"
+    idle = f"GPU idle {found['gpu_idle']:.1%}, " if "gpu_idle" in found else ""
     head = (
         f"{found['case']}, {found['contestant']}: {found['step_ms']:.1f} ms a step; under the profiler "
-        f"{found['profiled_ms']:.1f} ms, GPU idle {found['gpu_idle']:.1%}, host {found['host_ms']:.1f} ms, "
-        f"{found['launches']} kernels"
+        f"{found['profiled_ms']:.1f} ms, {idle}host {found['host_ms']:.1f} ms, {found['launches']} {what}s"
     )
-    rows = [f"| {k['ms']:.2f} | {k['share']:.1%} | {k['calls']} | `{k['name'][:100]}` |" for k in found["kernels"]]
-    return "\n".join([head, "", "| ms | share | calls | kernel |", "|---|---|---|---|", *rows])
+    rows = [f"| {k['ms']:.2f} | {k['share']:.1%} | {k['calls']} | `{k['name'][:100]}` |" for k in found[f"{what}s"]]
+    return "\n".join([head, "", f"| ms | share | calls | {what} |", "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

@@ -50,10 +50,13 @@ class Laws:
     def _held(self, check: Callable[..., Any], *args: Any, **options: Any) -> Any:
         from ._verdicts import LawViolation
 
+        broken = None
         try:
             report = check(*args, **options)
         except LawViolation as violation:
-            pytest.fail(f"LawViolation: {violation}", pytrace=False)
+            broken = violation
+        if broken is not None:  # behind the except, or pytest shows both
+            pytest.fail(f"LawViolation: {broken}", pytrace=False)
         for name, reason in (report.not_asked if report is not None else {}).items():
             self._node.user_properties.append((NOT_ASKED, f"{name}: {reason}"))
         return report

@@ -69,6 +69,25 @@ def figures(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[str, Any
     }
 
 
+def figures_of_cpu(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[str, Any]:
+    """The same of a CPU: the operators by what they take themselves, and what lies outside of all."""
+    kept = list(events)
+    total, calls = Counter[str](), Counter[str]()
+    for event in kept:
+        if OPERATOR.match(event.name):
+            total[event.name] += event.self_cpu_time_total
+            calls[event.name] += 1
+    operators = [
+        {"name": name, "ms": us / 1e3, "share": us / 1e3 / elapsed_ms, "calls": calls[name]}
+        for name, us in total.most_common(top)
+    ]
+    return {
+        "host_ms": elapsed_ms - operators_ms(kept),
+        "launches": sum(calls.values()),
+        "operators": operators,
+    }
+
+
 def union(spans: Iterable[tuple[float, float]]) -> float:
     """The length that intervals cover together."""
     covered, until = 0.0, float("-inf")

@@ -51,6 +51,7 @@ def test_the_fixture(pytester):
         ]
     )
     result.stdout.no_fnmatch_line("*kept to itself*")
+    result.stdout.no_fnmatch_line("*During handling of*")
     assert "Traceback" not in result.stdout.str() and "function_laws/" not in result.stdout.str()
 
 
