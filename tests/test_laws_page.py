@@ -1,6 +1,8 @@
 """What docs/laws.md shows works as it stands: what is right keeps the laws, broken forms are found out."""
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
 import re
@@ -10,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from logratio.losses import CompletionLogps, PairLogps, Totals
 from logratio.reference import trainer_laws
 from logratio.reference.function_laws import advantage, kernel
 from logratio.reference.laws import LAWS, LawViolation, check_loss
-from logratio.trainers import cli
+from logratio.trainers import RunConfig, cli
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "laws.md").read_text()
 
@@ -94,6 +97,30 @@ def test_its_trainer_keeps_the_laws_and_its_broken_form_does_not():
 
 def test_its_advantages_and_heads_keep_the_laws():
     exec(blocks("python")[3], {})
+
+
+def test_its_own_properties_hold_and_a_wrong_one_does_not(workspace):
+    module: dict = {"__name__": "properties"}
+    exec(blocks("python")[-1], module)
+    module["test_it_is_not_negative"]()
+    module["test_it_is_1_where_the_policy_is_the_reference"]()
+    wrong: dict = {"__name__": "properties"}
+    exec(blocks("python")[-1].replace("batch, 1.0)", "batch, 2.0)").replace(">= 0", ">= 0.5"), wrong)
+    for name in ("test_it_is_not_negative", "test_it_is_1_where_the_policy_is_the_reference"):
+        with pytest.raises(AssertionError):
+            wrong[name]()
+
+
+def test_from_python_it_is_a_run_as_well(workspace):
+    """As the page has it; and what it is called with has the names of its table."""
+    loss = importlib.import_module("my_loss").SquaredHinge()
+    assert 'RunConfig(method="custom", loss=SquaredHinge(), ...)' in DOCUMENT
+    assert RunConfig(method="custom", loss=loss).as_dict()["loss"] == {"beta": 0.1}
+    table = DOCUMENT.split("What it\nis called with has")[1].split("Hold it to the laws")[0]
+    named = set(re.findall(r"`(?:policy|totals)?\.(\w+)`", table))
+    classes = (PairLogps, CompletionLogps, Totals)
+    known = {name for one in classes for name in (*vars(one), *(f.name for f in dataclasses.fields(one)))}
+    assert {"chosen", "sums", "num_tokens"} <= named <= known, named - known
 
 
 TABLES = {
