@@ -186,7 +186,7 @@ def test_a_loss_from_outside_trains(workspace, capsys):
     for spec, message in {
         "outside_loss:NoLoss": "is not a dataclass derived from logratio.losses.Loss with a `kind`",
         "outside_loss:Missing": "has no 'Missing'",
-        "no_such_module_here:X": "there is no module 'no_such_module_here' here or installed",
+        "no_such_module_here:X": "there is no module 'no_such_module_here' here, on the PYTHONPATH or installed",
         "nonsense": f"--loss 'nonsense' is neither module:Class nor one of: {METHODS}",
     }.items():
         assert cli.main(["train", "--loss", spec, *SHORT]) == 1

@@ -19,6 +19,12 @@ def import_object(spec: str, option: str) -> Any:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise UserError(f"{option}={spec!r} must be written as module:name")
+    if module_name.endswith(".py"):
+        file = Path(module_name)
+        raise UserError(
+            f"{option}={spec!r} must name a module, not its file: {file.stem}:{name}, with PYTHONPATH={file.parent} "
+            "where that is another folder than this"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -27,7 +33,9 @@ def import_object(spec: str, option: str) -> Any:
         # A missing import inside the module is a fault of its own.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise UserError(f"{option}={spec!r}: there is no module {error.name!r} here or installed") from None
+        raise UserError(
+            f"{option}={spec!r}: there is no module {error.name!r} here, on the PYTHONPATH or installed"
+        ) from None
     if not hasattr(module, name):
         raise UserError(f"{option}={spec!r}: the module {module_name!r} ({module.__file__}) has no {name!r}")
     return getattr(module, name)

@@ -75,7 +75,10 @@ REFUSED = [
     (["dpo", "dpo --seed 3"], "contestant 'dpo --seed 3': --seed is decided by --seeds; leave it out"),
     (["dpo", "dpo --no-shuffle"], "contestant 'dpo --no-shuffle': --shuffle is decided by the order of each seed"),
     (["dpo", "dpo '"], 'contestant "dpo \'" cannot be read: No closing quotation'),
-    (["dpo", "nowhere:Mine"], "--loss='nowhere:Mine': there is no module 'nowhere' here or installed"),
+    (
+        ["dpo", "nowhere:Mine"],
+        "--loss='nowhere:Mine': there is no module 'nowhere' here, on the PYTHONPATH",
+    ),
 ]
 
 

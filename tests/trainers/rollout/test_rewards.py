@@ -87,6 +87,10 @@ def test_rewards_are_found_by_name_and_by_module(modules):
         ),
         ("my_rewards:", "must be written as module:name"),
         ("nowhere:flat", "there is no module 'nowhere'"),
+        (
+            "../my/mine.py:flat",
+            "must name a module, not its file: mine:flat, with PYTHONPATH=../my where",
+        ),
         ("nowhere.deep:flat", "there is no module 'nowhere'"),
         ("my_rewards:sharp", "the module 'my_rewards' .*my_rewards.py. has no 'sharp'"),
         ("my_rewards:number", "must be a function, but is int"),
