@@ -36,7 +36,7 @@ from .policy.load import describe
 from .processes.dealing import largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
-from .resume import Progress, about, best_step, compared, load_best, restore, save_checkpoint
+from .resume import Progress, about, best_step, compared, kept_behind, load_best, restore, save_checkpoint
 from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
@@ -95,7 +95,8 @@ def train_run(
             try:
                 row, asked = take(run, windows, progress, stop)
             except UserError as error:
-                raise UserError(f"step {step}: {error}") from error
+                kept = kept_behind(run, progress, log) if windows.failed else ""
+                raise UserError(f"step {step}: {error}{kept}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.alarm(note)
             ends = (until is not None and until(run, row)) or step == total
@@ -198,6 +199,7 @@ class Ahead(Iterator[Window]):
     def __init__(self, source: Iterator[Window]) -> None:
         self.source = source
         self.prepared: list[Window | Exception] = []
+        self.failed = False
         self.examples: Sequence[Example] = ()  # of the last one that was asked for
 
     def sample(self, tokenizer: Any, turn: int) -> list[tuple[str, str]]:
@@ -217,6 +219,7 @@ class Ahead(Iterator[Window]):
         self.prepare()
         window = self.prepared.pop()
         if isinstance(window, Exception):
+            self.failed = True
             raise window
         self.examples = window.examples
         return window

@@ -216,6 +216,20 @@ def compared(run: Run, progress: Progress, row: dict[str, float], log: RunLog) -
     return True
 
 
+def kept_behind(run: Run, progress: Progress, log: RunLog) -> str:
+    """Leave a checkpoint of the last step where the rollouts of the next have failed (a reward raises, a server has
+    gone), which have changed nothing of it; what to tell. Of one process alone: another may not have failed."""
+    rollouts, step = run.rollouts, progress.step
+    if rollouts is None or rollouts.config.max_staleness or run.accelerator.num_processes > 1 or not step:
+        return ""
+    if progress.saved != step:
+        try:
+            save_checkpoint(run, progress, log.flush)
+        except UserError:  # what has failed before is the user's to see
+            return ""
+    return f"; step {step} is kept: the same command with --resume_from_checkpoint latest goes on from it"
+
+
 def load_best(run: Run, progress: Progress) -> list[str]:
     """Give the policy the weights of the best checkpoint, where the options ask for it; returns what to tell."""
     step = best_step(run, progress)

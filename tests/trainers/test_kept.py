@@ -10,7 +10,7 @@ from logratio.trainers import cli, loop, resume
 from logratio.trainers.checkpoints.folder import checkpoints_in
 from logratio.trainers.logs import journal
 
-from ._runs import LORA, ROWS, assert_same, log, train, weights
+from ._runs import LATEST, LORA, ROWS, assert_same, log, train, weights
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -120,3 +120,29 @@ def test_run_config_of_a_loss_from_outside(capsys):
     assert log("out")[-1]["hash"] == log("again")[-1]["hash"]
     assert cli.main(["train", "sft", "--config", "out/run_config.json"]) == 1
     assert "is of the method custom with the loss mine:Mine; leave yours out" in capsys.readouterr().err
+
+
+FAILING = """
+from pathlib import Path
+from own import odd
+
+def failing(completions, trainer_state, **columns):
+    if trainer_state.global_step >= 4 and not Path("mended").exists():
+        raise ConnectionError("503")
+    return odd(completions, **columns)
+"""
+
+
+@pytest.mark.parametrize("of_a_set", [[], ["--steps_per_generation", "2"], ["--dynamic_sampling", "3"]])
+def test_a_reward_that_fails_costs_no_step_behind_it(of_a_set, capsys):
+    """The run goes on from what is kept, to the bits of one in which the reward never failed."""
+    Path("failing.py").write_text(FAILING)
+    roll = ["--num_generations", "3", "--max_completion_length", "5", "--reward_funcs", "failing:failing", *of_a_set]
+    train("grpo", *roll, "--save_steps", "100", status=1)
+    error = capsys.readouterr().err
+    assert "logratio: step 5: the reward 'failing' raised ConnectionError: 503" in error
+    assert error.endswith("; step 4 is kept: the same command with --resume_from_checkpoint latest goes on from it\n")
+    Path("mended").touch()
+    train("grpo", *roll, "--save_steps", "100", *LATEST)
+    train("grpo", *roll, "--save_steps", "100", output="whole")
+    assert_same("out", "whole")
