@@ -59,6 +59,7 @@ def module(tmp_path, monkeypatch):
     for table in (ADVANTAGES, ADVANTAGES.reads, ADVANTAGES.ignores):
         table.pop("alone", None)
     advantage_called.cache_clear()
+    sys.modules.pop("my_advantage", None)
 
 
 def called(policy, tokenizer, name, **options):

@@ -228,7 +228,7 @@ def test_a_run_is_rewarded_by_it(folder, tmp_path, monkeypatch):
     assert len(lines) == 2 and {"rewards/judge-1.5/mean", "rewards/overlong/mean"} <= lines[0].keys()
 
 
-def test_what_hangs_ends_a_run_with_nothing_saved(tmp_path, monkeypatch, capsys):
+def test_what_hangs_ends_a_run_with_the_step_before_it_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "hanging.py").write_text(
@@ -241,5 +241,6 @@ def test_what_hangs_ends_a_run_with_nothing_saved(tmp_path, monkeypatch, capsys)
     )
     said = capsys.readouterr().err
     assert "logratio: step 2: the reward 'never' has not answered within 0.5 s (--reward_timeout)" in said
-    assert not list((tmp_path / "out").glob("*.safetensors")) and not list((tmp_path / "out").glob("checkpoint*"))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-1"]
     sys.modules.pop("hanging")
