@@ -91,6 +91,8 @@ class Theirs:
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def __getattr__(self, name: str) -> Any:
+        if hasattr(type(self), name):  # a property has raised an AttributeError of its own, which is the one to see
+            return object.__getattribute__(self, name)
         if name in TRLS or (not name.startswith("_") and name in theirs()):
             raise AttributeError(f"{type(self).__name__} has no {name!r}, as TRL's has: {TRLS.get(name, LOOP)}")
         raise AttributeError(f"{type(self).__name__} has no {name!r}")

@@ -82,3 +82,10 @@ def test_what_scripts_do_behind_training(here, capsys):
     with pytest.raises(AttributeError, match="^SFTTrainer has no 'nothing'$"):
         trainer.nothing  # noqa: B018
     assert not hasattr(trainer, "_nothing")
+
+
+def test_what_a_property_raises_is_not_taken_for_one_that_is_missing(here, monkeypatch):
+    trainer = SFTTrainer("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft"))
+    monkeypatch.setattr(SFTTrainer, "_built", lambda self: self.config.nothing)
+    with pytest.raises(AttributeError, match="'RunConfig' object has no attribute 'nothing'"):
+        trainer.model  # noqa: B018
