@@ -39,6 +39,11 @@ TRLS = {
     "ref_model": "it is in run.step.reference",
 }
 """What TRL 1.16's trainers have and ours not -> what does in its place."""
+CALLED = {
+    "evaluate": "an evaluation's metrics go to a callback's on_evaluate",
+    "save_model": "a checkpoint is told to a callback's on_save",
+}
+"""What ours have too, where TRL's loop calls a subclass's and this one none -> what does in its place."""
 OF_NO_EFFECT = ("_name", "_paper", "_tag_names", "_template_file")
 """What TRL's classes tell of themselves in model cards, which a subclass may tell too."""
 
@@ -110,9 +115,8 @@ def check_subclass(cls: type, own: type) -> None:
     it is one."""
     for one in cls.__mro__[: cls.__mro__.index(own)]:
         for name in vars(one):
-            if name in OF_NO_EFFECT or name.startswith("__") or hasattr(own, name):
+            if name in OF_NO_EFFECT or name.startswith("__") or (hasattr(own, name) and name not in CALLED):
                 continue
-            if name in TRLS or name in theirs():
-                raise UserError(
-                    f"{one.__name__} has a {name!r} of its own, which nothing here calls: {TRLS.get(name, LOOP)}"
-                )
+            if name in CALLED or name in TRLS or name in theirs():
+                instead = (CALLED | TRLS).get(name, LOOP)
+                raise UserError(f"{one.__name__} has its own {name!r}, which nothing here calls: {instead}")

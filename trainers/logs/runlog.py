@@ -140,13 +140,10 @@ class RunLog:
         not take it costs no run."""
         if not self.main:
             return
-        path, partial = self.folder / DATA_CARD, self.folder / f".{DATA_CARD}"
         try:
-            partial.write_text(json.dumps(card, indent=2) + "\n")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            self.say(f"{path} could not be written: {error.strerror}")
+            write_text(self.folder / DATA_CARD, json.dumps(card, indent=2) + "\n")
+        except UserError as error:
+            self.say(str(error))
 
     def flush(self) -> str:
         """Let all lines be on the disk; returns the hash of the last. Raises UserError where it does not take them."""

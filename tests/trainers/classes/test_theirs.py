@@ -31,20 +31,23 @@ class Helping(SFTTrainer):
     def summary(self):
         return f"{self.state.global_step} steps"
 
-    def evaluate(self):
-        return {"mine": 1.0}
+    def train(self):
+        return super().train().global_step
 
 
 def test_what_a_subclass_would_change_in_trls_loop_is_refused(here):
-    said = (
-        "^Overriding has a 'compute_loss' of its own, which nothing here calls: a loss of your own is a class that is "
-    )
+    said = "^Overriding has its own 'compute_loss', which nothing here calls: a loss of your own is a class that is "
     with pytest.raises(UserError, match=said):
         Overriding("model", args=DPOConfig("out", **PLAIN), train_dataset=rows())
-    with pytest.raises(UserError, match="Optimizing has a 'create_optimizer' .*: a loop of your own calls `Step`"):
+    with pytest.raises(
+        UserError, match="Optimizing has its own 'create_optimizer', .*: a loop of your own calls `Step`"
+    ):
         Optimizing("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft"))
     trainer = Helping("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft"))
-    assert (trainer.summary(), trainer.evaluate()) == ("0 steps", {"mine": 1.0})
+    assert (trainer.summary(), trainer.train(), trainer.summary()) == ("0 steps", 3, "3 steps")
+    own = type("Evaluating", (SFTTrainer,), {"evaluate": lambda self: {}})
+    with pytest.raises(UserError, match="^Evaluating has its own 'evaluate', .*: an evaluation's metrics go "):
+        own("model", SFTConfig("out", **PLAIN), train_dataset=rows("sft"))
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
