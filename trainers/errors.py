@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -40,6 +41,12 @@ class RowError(UserError):
 def counted(number: int, name: str) -> str:
     """ "1 step", "2,000 steps": the number with its noun, whose last word takes an s unless it is one."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """ "1, 2, 5", of many the first 16 and how many more there are."""
+    shown = ", ".join(map(str, numbers[:16]))
+    return shown if len(numbers) <= 16 else f"{shown} and {len(numbers) - 16:,} more"
 
 
 def first_line(error: BaseException) -> str:

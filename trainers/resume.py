@@ -217,10 +217,11 @@ def compared(run: Run, progress: Progress, row: dict[str, float], log: RunLog) -
 
 
 def kept_behind(run: Run, progress: Progress, log: RunLog) -> str:
-    """Leave a checkpoint of the last step where the rollouts of the next have failed (a reward raises, a server has
-    gone), which have changed nothing of it; what to tell. Of one process alone: another may not have failed."""
-    rollouts, step = run.rollouts, progress.step
-    if rollouts is None or rollouts.config.max_staleness or run.accelerator.num_processes > 1 or not step:
+    """Leave a checkpoint of the last step where what the next learns from has failed (a reward raises, a server has
+    gone, a streamed row cannot be used), which has changed nothing of it; what to tell. Of one process alone: another
+    may not have failed."""
+    step, ahead = progress.step, run.rollouts is not None and run.rollouts.config.max_staleness
+    if ahead or run.accelerator.num_processes > 1 or not step:
         return ""
     if progress.saved != step:
         try:

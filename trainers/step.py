@@ -23,7 +23,7 @@ from .batches.inputs import count_totals, loss_inputs
 from .batches.packing import PackedBatch, example_tokens, pack
 from .batches.values import behavior_of
 from .data.examples import Example
-from .errors import UserError
+from .errors import UserError, listed
 from .layers.casts import casts_kept
 from .memory import Memory
 from .optimizer import trained_parameters
@@ -297,6 +297,4 @@ class Step:
 
 def rows_of(examples: Sequence[Example]) -> str:
     """The examples' rows in the data set, for a message."""
-    rows = sorted({e.row for e in examples})
-    shown = ", ".join(map(str, rows[:16]))
-    return shown if len(rows) <= 16 else f"{shown} and {len(rows) - 16} more"
+    return listed(sorted({e.row for e in examples}))

@@ -1,4 +1,4 @@
-"""`logratio eval MODEL_OR_RUN --dataset_name FILE`: what a model makes of rows, without training on them.
+"""`logratio eval MODEL_OR_RUN [--dataset_name FILE]`: what a model makes of rows, without training on them.
 
 Rows of text, messages, or prompt and completion: nats a scored token and the perplexity, exp of it. Rows with chosen
 and rejected: how often the chosen one is more likely, by the sum over its tokens and by their mean. Prompts with
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,9 @@ from ..batches.inputs import loss_inputs
 from ..batches.packing import pack
 from ..config import RolloutConfig
 from ..data.examples import prepare, prepare_prompts
-from ..data.rows import load_rows
-from ..errors import UserError
+from ..data.files import file_type
+from ..data.rows import EMBEDDED, Rows, load_rows
+from ..errors import UserError, first_line
 from ..policy.policy import Policy
 from ..policy.reference import inference
 from ..policy.sharing import share_prompts
@@ -44,10 +46,10 @@ class Options:
 
     model: tyro.conf.Positional[str]
     """Hub name, folder of a model, or output_dir of a run."""
-    dataset_name: str = "arithmetic"
-    """As `logratio train` takes it."""
-    dataset_test_split: str = "test"
-    """Its split; of a single file "train", its only one."""
+    dataset_name: str | None = None
+    """As `logratio train` takes it (default: what the run was trained on, the split that it was evaluated on)."""
+    dataset_test_split: str | None = None
+    """Its split (default: test; of a single file "train", its only one)."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
     reward_funcs: tuple[str, ...] = ()
@@ -93,27 +95,54 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluated(options: Options) -> dict[str, Any]:
     """All that is printed. Raises UserError for rows or a model that do not fit."""
+    rows = rows_of(options, Kind.GROUPED if options.reward_funcs else Kind.SEQUENCE)
     model, tokenizer = load_trained(options.model, options.dtype, device_of(options.device))
     policy = Policy(model, temperature=options.temperature if options.reward_funcs else 1.0)
     share_prompts(policy)
     by = sampled if options.reward_funcs else scored
-    return by(options, policy, tokenizer)
+    return by(options, rows, policy, tokenizer)
 
 
-def rows_of(options: Options, kind: Kind) -> Any:
+def rows_of(options: Options, kind: Kind) -> Rows:
     """The rows, the first of them where so many are asked for."""
-    single = options.dataset_test_split
-    if single == Options.dataset_test_split and options.dataset_name.endswith((".jsonl", ".json", ".parquet", ".gz")):
-        single = "train"
-    rows = load_rows(options.dataset_name, kind, split=single, config=options.dataset_config, seed=options.seed)
+    name, config, usual = options.dataset_name, options.dataset_config, "test"
+    if name is None:
+        name, own_config, usual = of_the_run(options.model, options.dataset_test_split)
+        config = config or own_config
+    elif file_type(name):
+        usual = "train"
+    rows = load_rows(name, kind, split=options.dataset_test_split or usual, config=config, seed=options.seed)
     if options.max_rows is None:
         return rows
     return dataclasses.replace(rows, rows=[row for _, row in rows.between(0, options.max_rows)])
 
 
-def scored(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str]:
+    """The data set that the run was trained on, its configuration, and the split to evaluate on, unless one is given.
+
+    Raises UserError where the folder is not a run's, or the run knows of no such split."""
+    settings = Path(folder) / "run_config.json"
+    if not settings.is_file():
+        raise UserError(f"{folder} is not a run, whose data would be known: name what to evaluate on (--dataset_name)")
+    try:
+        data = json.loads(settings.read_text())["data"]
+        name, *more = data["dataset_name"]
+        own_split, config = data["dataset_test_split"], data["dataset_config"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{settings} names no data set ({first_line(error)}): name one (--dataset_name)") from error
+    if more or data.get("datasets"):
+        raise UserError(f"{folder} was trained on several data sets: name one to evaluate on (--dataset_name)")
+    split = split or own_split or ("test" if name in EMBEDDED else None)
+    if split is None:
+        raise UserError(
+            f"{folder} was trained on {name} and has no split of it to evaluate on: name rows (--dataset_name), or a "
+            "split (--dataset_test_split)"
+        )
+    return name, config, split
+
+
+def scored(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     """Of completions that the rows have."""
-    rows = rows_of(options, Kind.SEQUENCE)
     first = next(iter(rows))
     pairs = isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
     loss: Loss = CPOLoss() if pairs else SFTLoss()
@@ -152,9 +181,9 @@ def preferred(policy: Any) -> dict[str, Mean]:
     }
 
 
-def sampled(options: Options, policy: Policy, tokenizer: Any) -> dict[str, Any]:
+def sampled(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     """Of completions that the model samples."""
-    prompts, report = prepare_prompts(rows_of(options, Kind.GROUPED), tokenizer, max_length=options.max_length)
+    prompts, report = prepare_prompts(rows, tokenizer, max_length=options.max_length)
     kept = {"device": policy.causal_lm.device, "dtype": options.dtype}
     rewards = load_rewards(options.reward_funcs, prompts[0].columns, **kept)
     if options.num_generations < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from logratio.losses import Kind
 
 from ..errors import RowError, UserError, first_line
 from ..ground.given import given
-from .files import FILE_TYPES, file_type, open_file
+from .files import FILE_TYPES, LineRows, file_type, open_file
 from .tasks.arithmetic import arithmetic_rows
 from .tasks.shopping import shopping_rows
 
@@ -55,6 +57,14 @@ class Rows:
                 raise UserError(f"{self.where(index)} cannot be read: {_said(error)}") from error
             yield index, self._cut(row)
             index += 1
+
+    def keeping_bad(self) -> Rows:
+        """The same, but a line that is no row is its RowError, as `load_rows` has it with `keep_bad`."""
+        if not isinstance(self.rows, LineRows):
+            return self
+        rows = copy.copy(self.rows)
+        rows.keep_bad = True
+        return dataclasses.replace(self, rows=rows)
 
     def numbered(self) -> Iterator[tuple[int | None, Any]]:
         """The rows with the numbers of their lines, if they have such; nothing is looked through before."""

@@ -65,6 +65,30 @@ def test_preferences_are_counted(runs, tmp_path, capsys):
     assert answer["logps/chosen"] > answer["logps/rejected"]
 
 
+def test_a_run_is_evaluated_on_what_it_was_evaluated_on(runs, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for split, count in {"train": 2, "valid": 3, "test": 5}.items():
+        rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(count)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "sft", "--max_steps", "1", "--lora_r", "2", "--output_dir"]
+    held = ["--dataset_name", tmp_path / "data", "--dataset_test_split", "valid"]
+    run(capsys, *train, tmp_path / "out", *held)
+    assert json.loads(run(capsys, "eval", tmp_path / "out", "--json"))["rows"] == 3
+    assert json.loads(run(capsys, "eval", tmp_path / "out", "--dataset_test_split", "test", "--json"))["rows"] == 5
+    run(capsys, *train, tmp_path / "embedded")
+    said = json.loads(run(capsys, "eval", tmp_path / "embedded", "--max_rows", "2", "--json"))
+    assert (said["rows"], said["data"]) == (2, "arithmetic: 2 examples")
+    assert run(capsys, "eval", runs / "lora", status=1) == (
+        f"logratio: {runs / 'lora'} was trained on {runs / 'rows.jsonl'} and has no split of it to evaluate on: name "
+        "rows (--dataset_name), or a split (--dataset_test_split)"
+    )
+    run(capsys, *train, tmp_path / "several", "--dataset_name", "arithmetic", "shopping")
+    assert "was trained on several data sets: name one " in run(capsys, "eval", tmp_path / "several", status=1)
+    assert "is not a run, whose data would be known" in run(capsys, "eval", tmp_path, status=1)
+    (tmp_path / "run_config.json").write_text("[1]")
+    assert "run_config.json names no data set (" in run(capsys, "eval", tmp_path, status=1)
+
+
 def test_rewards_of_what_is_sampled(runs, tmp_path, capsys):
     rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,13 +147,13 @@ def test_what_an_adapter_was_trained_on_is_not_guessed(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     for broken in ("", "[1]", '{"model": {"load_in'):
         (tmp_path / "run_config.json").write_text(broken)
-        for words in (["eval"], ["chat"], ["merge", "--output_dir", tmp_path / "out"]):
+        for words in (["eval", "--dataset_name", "arithmetic"], ["chat"], ["merge", "--output_dir", tmp_path / "out"]):
             said = run(capsys, words[0], tmp_path, *words[1:], status=1)
             assert said.startswith(
                 f"logratio: {tmp_path / 'run_config.json'} cannot be read, which says on which weights"
             )
     (tmp_path / "adapter_config.json").write_text("[]")
-    assert "adapter_config.json cannot be read: " in run(capsys, "eval", tmp_path, status=1)
+    assert "adapter_config.json cannot be read: " in run(capsys, "chat", tmp_path, status=1)
 
 
 def likeliest(folder, said, tokens=4):

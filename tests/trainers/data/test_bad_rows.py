@@ -134,7 +134,12 @@ def test_a_run_lists_what_it_skipped_beside_its_log(tmp_path, monkeypatch, capsy
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     words = ["train", "dpo", "--dataset_name", "rows.jsonl", "--max_steps", "1", "--output_dir", "out", "--lora_r", "2"]
     assert main(words) == 1
-    assert capsys.readouterr().err.startswith("logratio: rows.jsonl, line 2, column 10 is not valid JSON")
+    error = capsys.readouterr().err
+    assert error.startswith("logratio: rows.jsonl, line 2, column 10 is not valid JSON: ")
+    assert error.endswith(
+        "; 1 of the 2 rows behind it cannot be used either (line 4: 1 x 'chosen' has no text to learn from): mend them "
+        "all, or leave such rows out with --on_bad_row skip\n"
+    )
     assert not (tmp_path / "out").exists()
     assert main([*words, "--on_bad_row", "skip", "--eval_size", "1"]) == 0
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]

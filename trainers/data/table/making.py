@@ -13,15 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from logratio.losses import Kind
 
+from ...errors import RowError, UserError, counted, listed
 from ...logs.streams import Lasting
 from ..examples import Preparation
-from ..report import Report
+from ..report import Report, count_reasons
 from ..rows import Rows
 from . import cache
 from .workers import Part, in_processes
 from .writer import TableWriter
 
 TICK = 200  # rows
+LOOKED_AT = 1000  # rows behind one that cannot be used, so that all of a kind are mended at once
 
 
 def make_table(rows: Rows, kind: Kind, tokenizer: Any, *, num_proc: int = 1, **options: Any) -> tuple[Path, Report]:
@@ -33,7 +35,16 @@ def make_table(rows: Rows, kind: Kind, tokenizer: Any, *, num_proc: int = 1, **o
     table = cache.find(path)
     if table is not None:
         return path, Report.from_dict(table.about["report"], rows)
-    preparation = Preparation(rows, kind, tokenizer, **options)
+    try:
+        return path, _make(path, Preparation(rows, kind, tokenizer, **options), num_proc)
+    except RowError as error:
+        said = str(error)[len(error.place) :] + _bad_behind(error.row, rows, kind, tokenizer, options)
+        raise RowError(error.place, said, error.row) from error
+
+
+def _make(path: Path, preparation: Preparation, num_proc: int) -> Report:
+    """Write the table; what became of the rows."""
+    rows = preparation.rows
     with cache.place(path) as own, TableWriter(own) as writer, progress(rows.name, len(rows)) as done:
         late = own.with_name(f"{own.name}.late")
         if num_proc == 1:
@@ -48,7 +59,27 @@ def make_table(rows: Rows, kind: Kind, tokenizer: Any, *, num_proc: int = 1, **o
         preparation.report.check_left(preparation.max_length)
         rows.check_unchanged()
         writer.close({"report": preparation.report.as_dict(), "rows": len(rows)})
-    return path, preparation.report
+    return preparation.report
+
+
+def _bad_behind(row: int, rows: Rows, kind: Kind, tokenizer: Any, options: dict[str, Any]) -> str:
+    """How many of the rows behind a bad one cannot be used either, of those looked at; nothing where all can."""
+    looked = min(LOOKED_AT, len(rows) - row - 1)
+    try:
+        preparation = Preparation(rows.keeping_bad(), kind, tokenizer, **{**options, "on_bad_row": "skip"})
+        for _ in preparation.made(row + 1, row + 1 + looked):
+            pass
+    except UserError:  # what is wrong there is said when its turn comes
+        return ""
+    errors = [error for error in preparation.bad.errors() if error.row > row]
+    if not errors:
+        return ""
+    numbers = [error.row if rows.lines is None else rows.lines[error.row] for error in errors]
+    where = f"{'row' if rows.lines is None else 'line'}{'s' * (len(numbers) > 1)} {listed(numbers)}"
+    return (
+        f"; {len(errors)} of the {counted(looked, 'row')} behind it cannot be used either ({where}: "
+        f"{count_reasons(errors)}): mend them all, or leave such rows out with --on_bad_row skip"
+    )
 
 
 def write_part(

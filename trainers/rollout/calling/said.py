@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...data.tokenization import shown
-from ...errors import UserError
+from ...errors import UserError, listed, shown
 from .asked import Asked, CompletionError, finite
 
 AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
@@ -42,12 +41,8 @@ def late(name: str, seconds: float, asked: Asked) -> UserError:
 
 
 def called_with(asked: Asked) -> str:
-    rows = sorted(set(asked.rows))
-    more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
-    return (
-        f"it was called with {len(asked.completions)} completions (rows {', '.join(map(str, rows[:16]))}{more} of the "
-        "data set)"
-    )
+    rows = listed(sorted(set(asked.rows)))
+    return f"it was called with {len(asked.completions)} completions (rows {rows} of the data set)"
 
 
 def _line(error: BaseException) -> str:

@@ -256,6 +256,25 @@ def test_the_first_bad_row_is_told_whoever_met_one_first(at, bad, kept):
     assert not list(kept.iterdir())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_rows_behind_the_first_bad_one_are_looked_at_too(processes, kept, monkeypatch):
+    monkeypatch.setattr(making, "LOOKED_AT", 30)
+    empty, number = {**PAIRS[0], "chosen": ""}, {**PAIRS[0], "rejected": 3}
+    rows = [PAIRS[0], empty, *[PAIRS[0], empty] * 9, number, *[empty] * 40]
+    with pytest.raises(UserError) as caught:
+        made(rows, num_proc=processes)
+    assert str(caught.value).startswith("data, row 1 (counted from 0): 'chosen' has no text to learn from")
+    assert str(caught.value).endswith(
+        "; 21 of the 30 rows behind it cannot be used either (rows 3, 5, 7, 9, 11, 13, 15, 17, 19, 20, 21, 22, 23, 24, "
+        "25, 26 and 5 more: 20 x 'chosen' has no text to learn from, 1 x 'rejected' must be text or a list of "
+        "messages, and the same in all rows): mend them all, or leave such rows out with --on_bad_row skip"
+    )
+    for behind in ([], [PAIRS[0]] * 3):
+        with pytest.raises(UserError, match=r"fill it in or remove the row$"):
+            made([PAIRS[0], empty, *behind], num_proc=processes)
+    assert not list(kept.iterdir())
+
+
 def test_the_first_bad_row_is_told_whatever_is_wrong_with_a_later_one(monkeypatch):
     """A row is found bad as it is read, rendered, tokenized, or cut; a thousand are read before any is rendered."""
     chat = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]} for _ in range(6)]
