@@ -8,6 +8,7 @@ import torch
 
 from logratio.trainers import cli, loop, resume
 from logratio.trainers.checkpoints.folder import checkpoints_in
+from logratio.trainers.data.table import streaming
 from logratio.trainers.logs import journal
 
 from ._runs import LATEST, LORA, ROWS, assert_same, log, train, weights
@@ -145,4 +146,24 @@ def test_a_reward_that_fails_costs_no_step_behind_it(of_a_set, capsys):
     Path("mended").touch()
     train("grpo", *roll, "--save_steps", "100", *LATEST)
     train("grpo", *roll, "--save_steps", "100", output="whole")
+    assert_same("out", "whole")
+
+
+def test_a_streamed_row_that_cannot_be_used_costs_no_step_before_it(capsys, monkeypatch):
+    monkeypatch.setattr(streaming, "LOOKED_AT", 4)
+    monkeypatch.setattr(streaming, "TOGETHER", 2)
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ROWS]
+
+    def written(last):
+        Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:9], last]))
+
+    words = ["sft", *LORA, "--streaming", "--no-shuffle", "--dataset_name", "mine.jsonl", "--batch_size", "2"]
+    written({**rows[9], "completion": ""})
+    train(*words, "--save_steps", "100", status=1)
+    error = capsys.readouterr().err
+    assert "logratio: step 5: mine.jsonl, line 10: 'completion' has no text to learn from" in error
+    assert error.endswith("; step 4 is kept: the same command with --resume_from_checkpoint latest goes on from it\n")
+    written(rows[9])
+    train(*words, "--save_steps", "100", *LATEST)
+    train(*words, "--save_steps", "100", output="whole")
     assert_same("out", "whole")
