@@ -167,9 +167,7 @@ class TritonTile:
         lazy: bool = False,
     ) -> Rows:
         """See `Tile`; the gradient is in the dtype of the weight that the tile was made with."""
-        n = len(h)
-        raw = self._logits[:n, : self.words]
-        self._multiply(h, raw)
+        n, raw = len(h), self.multiply(h)
         if kept is not None:
             kept.leave_out(raw, -float("inf"))
         dtypes = dict.fromkeys(("logps", *stats), torch.float32) | {k: v for k, v in STAT_DTYPES.items() if k in stats}
@@ -190,16 +188,27 @@ class TritonTile:
                 _triton_once.once_kernel[(n,)](self._logits, gradient, *told, c, factor, *shape, **options)
             else:
                 given = [None if x is None else x.contiguous() for x in coefficients]
-                options = flags | {"OUT": HALF.get(self._gradient.dtype, tl.float32), "BLOCK": BLOCK} | LAUNCH
+                options = flags | {"OUT": self.out, "BLOCK": BLOCK} | LAUNCH
                 _row_kernel[(n,)](self._logits, *told, *given, *shape, **options)
-                gradient = self._gradient[:n, : self.words]
+                gradient = self.gradient(n)
         return Rows(values.pop("logps"), values, gradient, factor)
 
-    def _multiply(self, h: Tensor, out: Tensor) -> None:
-        """The raw logits h [n, H] W^T into out [n, V] float32; on a GPU not rounded to half precision on the way."""
+    @property
+    def out(self) -> tl.dtype:
+        """Of the gradient, as kernels are told."""
+        return HALF.get(self._gradient.dtype, tl.float32)
+
+    def gradient(self, n: int) -> Tensor:
+        """[n, V], what a kernel has written over the logits."""
+        return self._gradient[:n, : self.words]
+
+    def multiply(self, h: Tensor) -> Tensor:
+        """[n, V] float32, the raw logits h [n, H] W^T; on a GPU not rounded to half precision on the way."""
+        out = self._logits[: len(h), : self.words]
         if not h.is_cuda:
             out.copy_(linear(h, self.weight))
         elif h.dtype == torch.float32:
             torch.mm(h, self.weight.t(), out=out)
         else:  # cuBLAS accumulates in float32 and writes that: no half-precision tile beside this one
             torch.mm(h, self.weight.t(), out_dtype=torch.float32, out=out)
+        return out

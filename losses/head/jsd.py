@@ -1,13 +1,14 @@
 """How far a student's next-token distribution is from a teacher's, over the whole vocabulary, without keeping logits.
 
 `linear_jsd` is the front door, `_eager` the plain definition; the chunked form is `_two_gemm.TwoGemm` over the tile of
-`_jsd_tile.py`.
+`_jsd_tile.py`, on a GPU over that of `_triton_jsd.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from torch.nn.functional import linear
 
 from ..options import check_choice, check_positive
 from ._jsd_tile import JsdTile, Teacher
-from ._tile import Transform
+from ._tile import Tile, Transform
 from ._two_gemm import TwoGemm
-from .logps import autocast, check_head, default_chunk_tokens
+from .logps import autocast, check_head, chosen_tile, default_chunk_tokens
 
 IMPLEMENTATIONS = {
-    "auto": "two_gemm",
+    "auto": "the fastest that applies",
     "eager": "plain autograd over full logits",
     "two_gemm": "chunked, no logits kept",
+    "triton": "two_gemm with its tile in one Triton kernel, on a GPU, not for float64",
 }
 
 
@@ -55,11 +57,13 @@ def linear_jsd(
     Returns [N] nats, float32 (float64 for float64 inputs), with gradients to hidden, weight and bias, none to the
     teacher; the temperature divides the gradient and nothing makes up for it (Hinton's factor of its square).
 
-    impl, chunk_tokens: as in `linear_logps`, with two tiles [chunk_tokens, V] alive: half as many rows by default.
+    impl, chunk_tokens: as in `linear_logps` (triton where neither model is in float64), with two tiles
+    [chunk_tokens, V] alive: half as many rows by default.
     With H of one size for both, in units of a product of N H V: 3 with a frozen head, 6 with a trainable one.
 
-    Raises ValueError for shapes and values that do not fit, TypeError for dtypes, and in the backward of two_gemm
-    RuntimeError for a second derivative (create_graph=True), which only eager has.
+    Raises ValueError for shapes, values and devices that do not fit, TypeError for dtypes, ImportError for triton where
+    it is not installed, and in the backward of two_gemm and triton RuntimeError for a second derivative
+    (create_graph=True), which only eager has.
     Differs from TRL 1.16's generalized_jsd_loss: no sum over tokens; float32 at least, where TRL is in the logits'
     dtype; finite, and of a right gradient, where a probability underflows.
     """
@@ -80,12 +84,22 @@ def linear_jsd(
         return _eager(hidden, weight, bias, teacher, transform, beta)
     rows = default_chunk_tokens(hidden, weight) // 2 if chunk_tokens is None else chunk_tokens
     check_positive("chunk_tokens", rows)
-    make_tile = functools.partial(JsdTile, teacher=teacher, beta=beta)
+    make_tile = functools.partial(_tile(impl, hidden, teacher.hidden), teacher=teacher, beta=beta)
     numbers = torch.arange(len(hidden), device=hidden.device)
     grad = torch.is_grad_enabled()
     values: Tensor
     (values,) = TwoGemm.apply(hidden, weight, bias, numbers, None, transform, make_tile, rows, (), grad)
     return values
+
+
+def _tile(impl: str, hidden: Tensor, teacher_hidden: Tensor) -> Callable[..., Tile]:
+    return chosen_tile(impl, (hidden, teacher_hidden), JsdTile, _triton_tile)
+
+
+def _triton_tile() -> Callable[..., Tile]:
+    from ._triton_jsd import TritonJsdTile  # not before it is needed
+
+    return TritonJsdTile
 
 
 def _eager(

@@ -7,7 +7,7 @@ The chunked form that never recomputes the head is in `_two_gemm.py`, its tile o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -170,14 +170,21 @@ def _device_memory(device: torch.device) -> float:
 
 
 def _tile(impl: str, hidden: Tensor) -> Callable[..., Tile]:
+    return chosen_tile(impl, (hidden,), TorchTile, _triton_tile)
+
+
+def chosen_tile(
+    impl: str, hidden: Sequence[Tensor], plain: Callable[..., Tile], compiled: Callable[[], Callable[..., Tile]]
+) -> Callable[..., Tile]:
+    """The tile that `impl` means. plain: of torch operations. compiled: imports the one of Triton."""
     if impl == "triton":
-        return _triton_tile()
-    if impl == "two_gemm" or not hidden.is_cuda or hidden.dtype == torch.float64:
-        return TorchTile
+        return compiled()
+    if impl == "two_gemm" or not hidden[0].is_cuda or any(h.dtype == torch.float64 for h in hidden):
+        return plain
     try:
-        return _triton_tile()
+        return compiled()
     except ImportError:
-        return TorchTile
+        return plain
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The Triton tile: on a GPU (`pytest -m gpu`), and everywhere else in Triton's interpreter, on CPU tensors.
 
-Triton decides at its first import whether to interpret, so a process of its own runs this file under the interpreter
-(`test_under_the_interpreter`); there the tests marked `gpu` here run, small ones that is, without the mark.
+Triton decides at its first import whether to interpret, so a process of its own runs this file and `test_triton_jsd.py`
+under the interpreter (`test_under_the_interpreter`); there the tests marked `gpu` in both run, small ones that is,
+without the mark.
 """
 
 import os
@@ -348,11 +349,11 @@ def test_products(trains, products):
     assert flops.get_total_flops() == products * 2 * 5 * 3 * 7
 
 
-FIRST = "not everything_trained and not over_a_support"
+FIRST = "not everything_trained and not over_a_support and not (test_triton_jsd and (hwb or however_far))"
 """What the default form runs there; the rest of both kinds takes longer than all of it."""
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs this file")
+@pytest.mark.skipif(INTERPRETED, reason="runs these files")
 @pytest.mark.parametrize("chosen", [FIRST + " or near_certain and hwb", pytest.param("", marks=pytest.mark.slow)])
 def test_under_the_interpreter(chosen):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -369,6 +370,7 @@ def test_under_the_interpreter(chosen):
         "-k",
         chosen,
         __file__,
+        str(Path(__file__).with_name("test_triton_jsd.py")),
     ]
     out = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     if out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
