@@ -81,6 +81,17 @@ def test_near_the_teacher_float32_keeps_its_digits(beta):
         assert error <= 0.05 * truth.norm() and error <= (0.1 if key == "values" else 2) * allowed, key
 
 
+@on_device
+@pytest.mark.parametrize("beta", BETAS[1:3])
+def test_rounding_makes_none_negative(beta):
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(100, 2, generator=g)
+    student, teacher, eye = (
+        x.to(DEVICE) for x in (teacher + 1e-7 * torch.randn(100, 2, generator=g), teacher, torch.eye(2))
+    )
+    assert (linear_jsd(student, eye, teacher, eye, beta=beta, impl="triton") >= 0).all()
+
+
 logits = st.lists(st.floats(-200, 200, width=32), min_size=5, max_size=5)
 
 
