@@ -61,8 +61,8 @@ def _word(log_p, log_q, beta, KIND: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _log_total(row, bias, words, stride, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The log-sum-exp of a row's logits."""
+def _totals(row, bias, words, stride, inner, outer, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(largest, log of the sum of e^(z - largest)) of a row's logits: one number would be rounded by the largest."""
     lane = tl.arange(0, BLOCK)
     biggest, total = -1e38, 0.0
     for start in range(0, words, BLOCK):
@@ -70,7 +70,7 @@ def _log_total(row, bias, words, stride, inner, outer, SOFTCAP: tl.constexpr, BL
         before = biggest
         biggest = tl.maximum(before, tl.max(z, 0))
         total = tl.exp(before - biggest) * total + tl.sum(tl.exp(z - biggest), 0)
-    return biggest + tl.log(total)
+    return biggest, tl.log(total)
 
 
 @triton.jit
@@ -99,15 +99,17 @@ def jsd_kernel(  # type: ignore[no-untyped-def]
     t = tl.program_id(0).to(tl.int64)  # t * stride may exceed 2^31
     row, other = tile + t * stride, of_teacher + t * stride
     lane = tl.arange(0, BLOCK)
-    total = _log_total(row, bias, words, stride, inner, outer, SOFTCAP, BLOCK)
-    teacher_total = _log_total(other, teacher_bias, words, stride, teacher_inner, teacher_outer, TEACHER_SOFTCAP, BLOCK)
+    top, total = _totals(row, bias, words, stride, inner, outer, SOFTCAP, BLOCK)
+    teacher_top, teacher_total = _totals(
+        other, teacher_bias, words, stride, teacher_inner, teacher_outer, TEACHER_SOFTCAP, BLOCK
+    )
     value, mean = 0.0, 0.0
     for start in range(0, words, BLOCK):
         z, _ = logits(row, bias, words, stride, start + lane, inner, outer, SOFTCAP, False)
         w, _ = logits(
             other, teacher_bias, words, stride, start + lane, teacher_inner, teacher_outer, TEACHER_SOFTCAP, False
         )
-        p, part, of_p = _word(z - total, w - teacher_total, beta, KIND)
+        p, part, of_p = _word(z - top - total, w - teacher_top - teacher_total, beta, KIND)
         value += tl.sum(part, 0)
         mean += tl.sum(p * of_p, 0)
     tl.store(values + t, tl.maximum(value, 0.0))
@@ -118,7 +120,7 @@ def jsd_kernel(  # type: ignore[no-untyped-def]
             at = start + lane
             z, bend = logits(row, bias, words, stride, at, inner, outer, SOFTCAP, False)
             w, _ = logits(other, teacher_bias, words, stride, at, teacher_inner, teacher_outer, TEACHER_SOFTCAP, False)
-            p, _, of_p = _word(z - total, w - teacher_total, beta, KIND)
+            p, _, of_p = _word(z - top - total, w - teacher_top - teacher_total, beta, KIND)
             g = of_p if KIND == 0 else p * (of_p - mean)
             g *= factor
             if SOFTCAP:

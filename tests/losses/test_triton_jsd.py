@@ -82,6 +82,21 @@ def test_near_the_teacher_float32_keeps_its_digits(beta):
 
 
 @on_device
+@pytest.mark.parametrize("beta", BETAS)
+def test_logits_far_off_zero_are_within_the_error_budget(beta):
+    """What a largest logit of 1000 is rounded by is no part of a log-probability."""
+    low = models(1.0, torch.float32)
+    for bias in (low[2], low[5]):
+        bias += 1000.0
+    low[0], low[3] = (x.round(decimals=1) for x in (low[0], low[3]))
+    exact = call([t.double() for t in low], beta=beta, impl="eager")
+    ours, eager = (call(low, beta=beta, impl=impl) for impl in ("triton", "eager"))
+    for key, truth in exact.items():
+        error, allowed = ((x[key].double() - truth).norm() for x in (ours, eager))
+        assert error <= 1.4 * allowed, key
+
+
+@on_device
 @pytest.mark.parametrize("beta", BETAS[1:3])
 def test_rounding_makes_none_negative(beta):
     g = torch.Generator().manual_seed(0)
