@@ -47,7 +47,7 @@ bench() { # SHARE SUITE OPTIONS...: cases that have no line yet
   case $? in 0 | 124 | 137) ;; *) status=1 ;; esac
 }
 
-mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu|@on_device' tests | sort)
 tests 18 "${files[@]}"
 bench 23 head --only 896x151936-8192-bfloat16-frozen --contestants logratio trl
 bench 83 step --no-truth --contestants logratio trl
