@@ -30,12 +30,8 @@ from rich.console import Console
 
 from logratio.trainers.errors import UserError, first_line
 
-from .measure import head, learning, rollout
+from .measure import divergence, head, learning, rollout
 from .measure.clock import free_memory
-from .measure.data import DataCase
-from .measure.head import HeadCase
-from .measure.learning import LearningCase
-from .measure.rollout_case import RolloutCase
 from .measure.steps import step
 from .measure.steps.contestants import LEARNING_RATE
 from .measure.steps.step_cases import FIRST, StepCase
@@ -54,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threads := options.threads or (1 if options.suite == "learning" else None):
         torch.set_num_threads(threads)
     device = chosen_device("cpu" if options.suite in ("host", "learning", "data") else options.device)
-    names = (*head.CONTESTANTS, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
+    names = (*head.CONTESTANTS, *divergence.NAMES, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
     known = {word for name in names for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -93,7 +89,7 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     with Progress(Console(), "bench", len(jobs)) as progress:
         for number, job in enumerate(jobs, 1):
             stub = record_of(job, options, device)
-            able = [name for name in job.names if not why_not(job, name, device)]
+            able = [name for name in job.names if not job.why_not(name)]
             heading = f"{number}/{len(jobs)} {job.case.case}"
             if able and all(records.has(stub | {"contestant": name}) for name in able):
                 progress.step(f"{heading}: measured already")
@@ -116,13 +112,6 @@ def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
         print(f"{left} cases are left; the same command goes on with them")
     print(f"results in {records.path}")
     return 1 if failed else 0
-
-
-def why_not(job: Job, name: str, device: torch.device) -> str | None:
-    """Why a contestant cannot run here, or None."""
-    if isinstance(job.case, DataCase | RolloutCase | LearningCase):
-        return None
-    return (head if isinstance(job.case, HeadCase) else step).why_not(name, device)
 
 
 def attempted(job: Job) -> dict[str, dict[str, Any]]:

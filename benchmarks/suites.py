@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from .measure import data, head, learning, rollout, rollout_case
+from .measure import data, divergence, head, learning, rollout, rollout_case
 from .measure.data import DataCase
 from .measure.head import HeadCase
 from .measure.learning import LearningCase
@@ -26,6 +26,8 @@ HEADS = {
 }
 """model -> hidden size, vocabulary, tokens; the last in the size that github.com/RL-Align/RL-Kernel publishes."""
 SMALL_HEADS = {"SmolLM2-135M": (576, 49152, 1024)}
+BETAS = (0.0, 0.5)
+"""Of the divergences from a teacher: the forward one, and GKD's default."""
 
 Suite = Literal["quick", "head", "step", "scale", "host", "rollout", "learning", "data", "all"]
 
@@ -73,6 +75,8 @@ class Job(NamedTuple):
     case: HeadCase | StepCase | RolloutCase | LearningCase | DataCase
     names: list[str]
     run: Callable[[], dict[str, dict[str, Any]]]
+    why_not: Callable[[str], str | None] = lambda name: None
+    """Why a contestant cannot run here, or None."""
 
 
 def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
@@ -84,6 +88,8 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
         for name, (hidden, vocab, tokens) in (HEADS if gpu else SMALL_HEADS).items():
             for trainable in (False, True):
                 yield head_job(HeadCase(name, hidden, vocab, tokens, dtype, trainable), options, device)
+            for beta in BETAS:
+                yield head_job(HeadCase(name, hidden, vocab, tokens, dtype, False, beta), options, device)
     if "quick" in suites:
         yield head_job(HeadCase("tiny", 128, 8192, 512, "float32", False), options, device)
         for case in quick_cases():
@@ -110,18 +116,25 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
 
 
 def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
-    only = asked(head.CONTESTANTS, options)
+    known = head.CONTESTANTS if case.beta is None else divergence.contestants(case.beta)
+    only = {name: known[name] for name in asked(known, options)}
+    shared: dict[str, Any] = {"exact": known["logratio (two_gemm)"], "repeats": options.repeats, "seed": options.seed}
     return Job(
-        "head", case, only, lambda: head.run(case, device, repeats=options.repeats, seed=options.seed, only=only)
+        "head",
+        case,
+        list(only),
+        lambda: head.run(case, device, only, **shared),
+        lambda name: head.why_not(known[name], device),
     )
 
 
 def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
     only = asked(step.CONTESTANTS, options)
     shared: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed, "only": only}
+    why_not = lambda name: step.why_not(name, device)  # noqa: E731
     if suite == "host":
-        return Job(suite, case, only, lambda: host.run(case, device, **shared))
-    return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared))
+        return Job(suite, case, only, lambda: host.run(case, device, **shared), why_not)
+    return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared), why_not)
 
 
 def rollout_job(case: RolloutCase, options: Options, device: torch.device) -> Job:

@@ -1,13 +1,14 @@
 """The suite `head`: LM head and log-probabilities, forward and backward, ours beside everybody's.
 
-A case is (hidden size H, vocabulary V, N tokens, dtype, head frozen or trainable). Work is counted as what a frozen
-head needs at least, 2 products of 2 N H V operations (3 with a trainable head), whatever a contestant really computes,
-and its rate is held against the rate that the plain product of the same shapes reaches here: `share_of_gemm`.
+A case is (hidden size H, vocabulary V, N tokens, dtype, head frozen or trainable, perhaps the divergence from a teacher
+of the same shape, `divergence.py`). Work is counted as what a frozen head needs at least, 2 products of 2 N H V
+operations (one more with a trainable head, and for a teacher), whatever a contestant really computes, and its rate is
+held against the rate that the plain product of the same shapes reaches here: `share_of_gemm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentile
 
 @dataclass(frozen=True)
 class HeadCase:
-    """One shape. name: of the model that it is taken from."""
+    """One shape. name: of the model that it is taken from. beta: of the divergence in place of log-probabilities."""
 
     name: str
     hidden_size: int
@@ -30,30 +31,40 @@ class HeadCase:
     num_tokens: int
     dtype: str
     trainable: bool
+    beta: float | None = None
+
+    @property
+    def products(self) -> int:
+        """That are needed at least."""
+        return 2 + self.trainable + (self.beta is not None)
 
     @property
     def case(self) -> str:
         head = "trainable" if self.trainable else "frozen"
-        return f"head-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{head}"
+        what = "head" if self.beta is None else f"jsd{self.beta:g}"
+        return f"{what}-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{head}"
 
     def fields(self) -> dict[str, Any]:
+        head = "trainable" if self.trainable else "frozen"
         return {
             "model": self.name,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "num_tokens": self.num_tokens,
             "dtype": self.dtype,
-            "head": "trainable" if self.trainable else "frozen",
+            "head": head if self.beta is None else f"{head}, JSD({self.beta:g})",
         }
 
 
 class Inputs(NamedTuple):
-    """hidden [N, H] and weight [V, H], leaves; targets [N]; coefficients [N] float32: the loss is -sum(c log p)."""
+    """hidden [N, H] and weight [V, H], leaves; targets [N]; coefficients [N] float32: the loss is -sum(c log p), or
+    sum(c D) of divergences. teacher: hidden and weight of one that is not trained."""
 
     hidden: Tensor
     weight: Tensor
     targets: Tensor
     coefficients: Tensor
+    teacher: tuple[Tensor, Tensor] | None = None
 
     def cleared(self) -> Inputs:
         self.hidden.grad = self.weight.grad = None
@@ -65,20 +76,37 @@ def inputs(case: HeadCase, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     n, h, v = case.num_tokens, case.hidden_size, case.vocab_size
-    hidden = torch.randn(n, h, generator=generator, device=device, dtype=torch.float32)
-    weight = torch.randn(v, h, generator=generator, device=device, dtype=torch.float32).mul_(2.5 / h**0.5)
+
+    def model() -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(n, h, generator=generator, device=device, dtype=torch.float32)
+        weight = torch.randn(v, h, generator=generator, device=device, dtype=torch.float32)
+        return hidden.to(dtype), weight.mul_(2.5 / h**0.5).to(dtype)
+
+    hidden, weight = model()
     targets = torch.randint(v, (n,), generator=generator, device=device)
     c = torch.rand(n, generator=generator, device=device, dtype=torch.float32).add_(0.5).div_(n)
-    return Inputs(
-        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(case.trainable), targets, c
-    ).cleared()
+    teacher = None if case.beta is None else model()
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(case.trainable), targets, c, teacher).cleared()
 
 
-def ours(impl: str) -> Callable[[Inputs], Tensor]:
-    def loss(x: Inputs) -> Tensor:
-        return -(x.coefficients * linear_logps(x.hidden, x.weight, x.targets, impl=impl)).sum()
+class Contestant(NamedTuple):
+    """loss: what is run, forward and (by the caller) backward. mean: its coefficients are all 1 / N. values: [N], of
+    what returns them."""
 
-    return loss
+    loss: Callable[[Inputs], Tensor]
+    mean: bool = False
+    gpu_only: bool = False
+    package: str | None = None
+    values: Callable[[Inputs], Tensor] | None = None
+
+
+def weighed(values: Callable[[Inputs], Tensor], sign: int, **more: Any) -> Contestant:
+    """One that returns values, whose loss is their sum with the coefficients."""
+    return Contestant(lambda x: sign * (x.coefficients * values(x)).sum(), values=values, **more)
+
+
+def ours(impl: str, **more: Any) -> Contestant:
+    return weighed(lambda x: linear_logps(x.hidden, x.weight, x.targets, impl=impl), -1, **more)
 
 
 def trl(x: Inputs) -> Tensor:
@@ -117,19 +145,10 @@ def torch_cross_entropy(x: Inputs) -> Tensor:
     return linear_cross_entropy(x.hidden, x.weight, x.targets, options=LinearCrossEntropyOptions())
 
 
-class Contestant(NamedTuple):
-    """loss: what is run, forward and (by the caller) backward. mean: its coefficients are all 1 / N."""
-
-    loss: Callable[[Inputs], Tensor]
-    mean: bool = False
-    gpu_only: bool = False
-    package: str | None = None
-
-
 CONTESTANTS = {
-    "logratio (two_gemm)": Contestant(ours("two_gemm")),
-    "logratio (triton)": Contestant(ours("triton"), gpu_only=True, package="triton"),
-    "eager": Contestant(ours("eager")),
+    "logratio (two_gemm)": ours("two_gemm"),
+    "logratio (triton)": ours("triton", gpu_only=True, package="triton"),
+    "eager": ours("eager"),
     "trl": Contestant(trl, package="trl"),
     "liger (cross entropy)": Contestant(liger_cross_entropy, mean=True, gpu_only=True, package="liger-kernel"),
     "torch": Contestant(torch_cross_entropy, mean=True),
@@ -137,9 +156,8 @@ CONTESTANTS = {
 }
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def why_not(contestant: Contestant, device: torch.device) -> str | None:
     """Why a contestant cannot run here, or None."""
-    contestant = CONTESTANTS[name]
     if contestant.gpu_only and device.type != "cuda":
         return "needs a GPU"
     if contestant.package and not installed(contestant.package):
@@ -156,15 +174,16 @@ def gradients(contestant: Contestant, x: Inputs) -> tuple[Tensor, Tensor | None]
     return x.hidden.grad, x.weight.grad
 
 
-def truth(x: Inputs, mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probs, and the gradients of hidden and weight, in float64 chunk by chunk."""
-    hidden = x.hidden.detach().double().requires_grad_()
-    weight = x.weight.detach().double().requires_grad_(x.weight.requires_grad)
+def truth(x: Inputs, mean: bool, values: Contestant) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, and the gradients of hidden and weight, in float64. values: of a contestant that goes in chunks."""
     c = torch.full_like(x.coefficients, 1 / len(x.coefficients)) if mean else x.coefficients
-    logps = linear_logps(hidden, weight, x.targets, impl="two_gemm", chunk_tokens=512)
-    (-(c.double() * logps).sum()).backward()
-    assert hidden.grad is not None
-    return logps.detach(), hidden.grad, weight.grad
+    teacher = x.teacher and (x.teacher[0].double(), x.teacher[1].double())
+    hidden, weight = (t.detach().double().requires_grad_(t.requires_grad) for t in (x.hidden, x.weight))
+    exact = Inputs(hidden, weight, x.targets, c.double(), teacher)
+    assert values.values is not None
+    found = values.values(exact)
+    of_hidden, of_weight = gradients(values, exact)
+    return found.detach(), of_hidden, of_weight
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -172,23 +191,21 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def errors(names: list[str], x: Inputs) -> dict[str, dict[str, float | None]]:
-    """Errors against float64 of log-probs (ours alone return them) and gradients, relative."""
+def errors(contestants: Mapping[str, Contestant], x: Inputs, exact: Contestant) -> dict[str, dict[str, float | None]]:
+    """Errors against float64 of values (ours and eager's alone return them) and gradients, relative."""
     found: dict[str, dict[str, float | None]] = {}
     for mean in (False, True):
-        mine = [name for name in names if CONTESTANTS[name].mean is mean]
+        mine = {name: contestant for name, contestant in contestants.items() if contestant.mean is mean}
         if not mine:
             continue
-        logps, of_hidden, of_weight = truth(x, mean)
-        for name in mine:
-            grad, weight_grad = gradients(CONTESTANTS[name], x)
+        values, of_hidden, of_weight = truth(x, mean, exact)
+        for name, contestant in mine.items():
+            grad, weight_grad = gradients(contestant, x)
             row: dict[str, float | None] = {"logps_err": None, "grad_hidden_err": relative(grad, of_hidden)}
             row["grad_weight_err"] = None if weight_grad is None else relative(weight_grad, of_weight)  # type: ignore[arg-type]
-            if name.startswith("logratio") or name == "eager":
-                impl = name.removeprefix("logratio (").removesuffix(")")
+            if contestant.values is not None:
                 with torch.no_grad():
-                    mine_logps = linear_logps(x.hidden, x.weight, x.targets, impl=impl)
-                row["logps_err"] = relative(mine_logps, logps)
+                    row["logps_err"] = relative(contestant.values(x), values)
             found[name] = row
             x.cleared()
     return found
@@ -203,25 +220,33 @@ def gemm_tflops(case: HeadCase, x: Inputs, repeats: int = 5) -> float:
 
 
 def run(
-    case: HeadCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = tuple(CONTESTANTS)
+    case: HeadCase,
+    device: torch.device,
+    contestants: Mapping[str, Contestant] = CONTESTANTS,
+    *,
+    exact: Contestant = CONTESTANTS["logratio (two_gemm)"],
+    repeats: int,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """{contestant: status and figures} of one case. One that runs out of memory, or fails, does not end the others."""
+    """{contestant: status and figures} of one case. One that runs out of memory, or fails, does not end the others.
+
+    exact: what errors are against, computed in float64.
+    """
     x = inputs(case, device, seed)
     rows: dict[str, dict[str, Any]] = {}
-    able = []
-    for name in only:
-        contestant = CONTESTANTS[name]
-        if reason := why_not(name, device):
+    able: dict[str, Contestant] = {}
+    for name, contestant in contestants.items():
+        if reason := why_not(contestant, device):
             rows[name] = {"status": "refused", "error": reason}
             continue
         rows[name] = trial(contestant, x, device)
         if rows[name]["status"] == "ok":
-            able.append(name)
-    for name, row in errors(able, x).items():
+            able[name] = contestant
+    for name, row in errors(able, x, exact).items():
         rows[name] |= row
-    works = {name: lambda _, c=CONTESTANTS[name]: c.loss(x.cleared()).backward() for name in able}  # type: ignore[misc]
+    works = {name: lambda _, c=c: c.loss(x.cleared()).backward() for name, c in able.items()}  # type: ignore[misc]
     ceiling = gemm_tflops(case, x)
-    work = 2 * (3 if case.trainable else 2) * case.num_tokens * case.hidden_size * case.vocab_size
+    work = 2 * case.products * case.num_tokens * case.hidden_size * case.vocab_size
     for name, times in interleaved(works, device, repeats=repeats).items():
         figures = percentiles(times, "time_ms")
         tflops = work / figures["time_ms_p50"] / 1e9

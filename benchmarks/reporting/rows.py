@@ -20,6 +20,7 @@ CONTESTANTS = (
     "liger",
     "liger (cross entropy)",
     "liger (grpo)",
+    "liger (jsd)",
     "torch",
     "eager",
 )

@@ -11,7 +11,7 @@ import torch
 
 from logratio.benchmarks import bench
 from logratio.benchmarks.measure import clock as measure
-from logratio.benchmarks.measure import head
+from logratio.benchmarks.measure import divergence, head
 from logratio.benchmarks.measure.steps import step
 from logratio.benchmarks.measure.steps.step_cases import (
     METHODS,
@@ -144,6 +144,22 @@ def test_a_frozen_head_needs_two_products():
     assert row["share_of_gemm"] == pytest.approx(row["tflops"] / row["gemm_tflops"])
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_divergence_needs_three_products_and_all_compute_the_same(beta):
+    case = head.HeadCase("x", 16, 50, 24, "float32", False, beta)
+    known = divergence.contestants(beta)
+    rows = head.run(case, CPU, known, exact=known["logratio (two_gemm)"], repeats=1, seed=0)
+    assert list(rows) == list(divergence.NAMES)
+    assert all(rows[name]["status"] == "refused" for name in ("logratio (triton)", "liger (jsd)"))
+    for name in ("logratio (two_gemm)", "eager", "trl"):
+        row = rows[name]
+        assert row["status"] == "ok", row
+        assert row["tflops"] == pytest.approx(2 * 3 * 24 * 16 * 50 / row["time_ms_p50"] / 1e9)
+    # TRL's is a mean: of other coefficients, and against a truth of its own
+    assert all(0 < rows[name]["grad_hidden_err"] < 1e-5 for name in ("logratio (two_gemm)", "eager", "trl"))
+    assert 0 < rows["eager"]["logps_err"] < 1e-5 and rows["trl"]["logps_err"] is None
+
+
 def test_a_wrong_head_has_an_error(monkeypatch):
     right = head.CONTESTANTS["eager"]
     monkeypatch.setitem(head.CONTESTANTS, "eager", right._replace(loss=lambda x: 1.01 * right.loss(x)))
@@ -213,11 +229,11 @@ def test_a_failure_makes_the_status(tmp_path, monkeypatch):
 
 
 def test_of_the_head_too_only_those_are_measured_that_are_asked_for(tmp_path, monkeypatch):
-    ran = []
+    ran, of_divergences = [], []
 
-    def fake(case, device, *, only, **more):
-        ran.append(only)
-        return {name: {"status": "ok", "time_ms_p50": 1.0} for name in only}
+    def fake(case, device, contestants, **more):
+        (ran if case.beta is None else of_divergences).append(list(contestants))
+        return {name: {"status": "ok", "time_ms_p50": 1.0} for name in contestants}
 
     monkeypatch.setattr(head, "run", fake)
     words = ["head", "--device", "cpu", "--results", str(tmp_path), "--only", "frozen", "--fresh", "--contestants"]
@@ -226,6 +242,7 @@ def test_of_the_head_too_only_those_are_measured_that_are_asked_for(tmp_path, mo
     assert bench.main([*words, "liger"]) == 0
     ours = ["logratio (two_gemm)", "logratio (triton)"]
     assert ran == [[*ours, "trl"], ["eager", "liger (grpo)"], ["liger (cross entropy)", "liger (grpo)"]]
+    assert of_divergences == [x for x in ([*ours, "trl"], ["eager"], ["liger (jsd)"]) for _ in range(2)]
 
 
 def test_what_is_worth_most_comes_first():

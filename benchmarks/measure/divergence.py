@@ -1,0 +1,46 @@
+"""Contestants of the suite `head` where a case is of the divergence from a teacher, `linear_jsd` and its like."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from logratio.losses import linear_jsd
+
+from .head import Contestant, Inputs, weighed
+
+NAMES = ("logratio (two_gemm)", "logratio (triton)", "eager", "trl", "liger (jsd)")
+
+
+def contestants(beta: float) -> dict[str, Contestant]:
+    """`NAMES`, of JSD(beta)."""
+
+    def values(x: Inputs, impl: str) -> Tensor:
+        assert x.teacher is not None
+        return linear_jsd(x.hidden, x.weight, *x.teacher, beta=beta, impl=impl)
+
+    def trl(x: Inputs) -> Tensor:
+        """TRL's GKD loss, of both models' logits."""
+        from trl.experimental.gkd import GKDTrainer
+
+        assert x.teacher is not None
+        student, teacher = linear(x.hidden, x.weight)[None], linear(*x.teacher)[None]
+        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / len(x.hidden)
+
+    def liger(x: Inputs) -> Tensor:
+        """Liger's fused head and divergence."""
+        from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+        assert x.teacher is not None
+        return LigerFusedLinearJSD(jsd_beta=beta)(x.hidden, x.weight, *x.teacher, None)
+
+    ours = (
+        weighed(lambda x: values(x, "two_gemm"), 1),
+        weighed(lambda x: values(x, "triton"), 1, gpu_only=True, package="triton"),
+        weighed(lambda x: values(x, "eager"), 1),
+    )
+    theirs = (
+        Contestant(trl, mean=True, package="trl"),
+        Contestant(liger, mean=True, gpu_only=True, package="liger-kernel"),
+    )
+    return dict(zip(NAMES, (*ours, *theirs), strict=True))
