@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -21,18 +23,19 @@ def contestants(beta: float) -> dict[str, Contestant]:
 
     def trl(x: Inputs) -> Tensor:
         """TRL's GKD loss, of both models' logits."""
-        from trl.experimental.gkd import GKDTrainer
-
+        trainer = import_module("trl.experimental.gkd").GKDTrainer
         assert x.teacher is not None
         student, teacher = linear(x.hidden, x.weight)[None], linear(*x.teacher)[None]
-        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / len(x.hidden)
+        loss: Tensor = trainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+        return loss / len(x.hidden)
 
     def liger(x: Inputs) -> Tensor:
         """Liger's fused head and divergence."""
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
         assert x.teacher is not None
-        return LigerFusedLinearJSD(jsd_beta=beta)(x.hidden, x.weight, *x.teacher, None)
+        loss: Tensor = LigerFusedLinearJSD(jsd_beta=beta)(x.hidden, x.weight, *x.teacher, None)
+        return loss
 
     ours = (
         weighed(lambda x: values(x, "two_gemm"), 1),
