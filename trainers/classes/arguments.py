@@ -160,19 +160,18 @@ def arguments_of(kind: type[Arguments], args: Any) -> Arguments:
     )
 
 
-DERIVED = ("output_dir", "use_cpu", "bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps")
-"""Options by which TRL fills in others."""
+FILLED_IN_BY = frozenset(
+    "output_dir use_cpu bf16 fp16 per_device_train_batch_size gradient_accumulation_steps num_generations".split()
+)
+"""Options by which TRL fills in, or refuses, others."""
 
 
 def said_by(args: Any, theirs: Any) -> dict[str, Any]:
     """The options of TRL's own object that are other than by default. theirs: the class that it is of, or derived from,
     with fields that are no options."""
-    plain = theirs(**{name: getattr(args, name) for name in DERIVED})
-    said = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(theirs)
-        if field.init and (field.name in DERIVED or getattr(args, field.name) != getattr(plain, field.name))
-    }
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(theirs) if field.init}
+    plain = theirs(**{name: values[name] for name in FILLED_IN_BY & values.keys()})
+    said = {name: value for name, value in values.items() if name in FILLED_IN_BY or value != getattr(plain, name)}
     if "steps_per_generation" in said:
         said.pop("generation_batch_size", None)  # computed from it, or it from this
     return said
