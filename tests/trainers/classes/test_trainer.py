@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -36,6 +37,7 @@ from logratio.trainers import (
     UserError,
     cli,
 )
+from logratio.trainers.classes.events import Events
 from logratio.trainers.policy.tiny import tiny_config, tiny_tokenizer
 
 from ._rows import PLAIN, rows
@@ -261,6 +263,20 @@ def test_it_goes_on_from_its_checkpoint(here):
     assert [row["step"] for row in log] == [1, 2, 3] and result.training_loss == log[-1]["loss"]
     assert result.metrics["train_samples_per_second"] == pytest.approx(4 * result.metrics["train_steps_per_second"])
     assert [event for event in told.events if event[0] == "epoch"] == [("epoch", 3)]
+
+
+def test_an_epoch_that_ended_before_the_checkpoint_does_not_end_again(tmp_path):
+    """At 3 steps an epoch: behind step 4 of a run that has 9, the next end is that of step 6."""
+    told = Told()
+    events = Events([told], SFTConfig("out"))
+    run = SimpleNamespace(
+        **{"steps_per_epoch": 3, "total_steps": 9, "accelerator": SimpleNamespace(is_main_process=True)},
+        **{"policy": SimpleNamespace(model=None), "tokenizer": None, "optimizer": None, "scheduler": None},
+        checkpoint=SimpleNamespace(step=4, folder=tmp_path / "checkpoint-4"),
+    )
+    events.began(run)
+    assert not events.stepped(5) and told.events == [] and events.state.log_history == []  # the log has gone
+    assert not events.stepped(6) and told.events == [("epoch", 6)]
 
 
 def test_rewards_are_functions(here):
