@@ -19,11 +19,16 @@ _WHERE = {
     "train": "loop",
 }
 __all__ = sorted(_WHERE)  # noqa: PLE0605
+_TRLS = ("get_peft_config", "get_quantization_config", "get_kbit_device_map", "get_dataset", "setup_chat_format")
+"""Functions of TRL that scripts import in one line with its classes."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no {name!r}; it has {', '.join(__all__)}")
+        said = f"{__name__} has no {name}; it has {', '.join(__all__)}"
+        if name[:1].isupper() or name in _TRLS:  # `from` says nothing of an AttributeError
+            raise ImportError(f"{said}. What else a script takes from trl goes on to come from there")
+        raise AttributeError(said)
     return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
 
 

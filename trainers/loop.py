@@ -66,7 +66,7 @@ def train_run(
     run: Run,
     *,
     until: Callable[[Run, Mapping[str, float]], bool] | None = None,
-    told: Callable[[dict[str, float], bool], None] | None = None,
+    told: Callable[[dict[str, float], Progress], None] | None = None,
     quiet: bool = False,
     stop: Stop | None = None,
     plan: Planner | None = None,
@@ -111,7 +111,7 @@ def train_run(
                 log.alarm(note)
             leave_checkpoint(run, progress, log, ends=ends, asked=asked)
             if told is not None:
-                told(row, progress.saved == step)
+                told(row, progress)
             if ends:
                 break
         for note in (*load_best(run, progress), *run.data.at_the_end()):

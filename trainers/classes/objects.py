@@ -17,10 +17,13 @@ MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
 ROLLOUT = f"{PREFIX}rollout_func"
 NOT_TAKEN = {
-    "data_collator": "micro-batches are packed by the trainer",
+    "data_collator": "micro-batches are packed by the trainer; what of a row is learned, its columns prompt and "
+    "completion say, or messages with assistant_only_loss",
     "compute_metrics": "evaluations report the method's metrics",
     "compute_loss_func": "a loss of your own is a class (docs/laws.md): `logratio train --loss module:Class`",
     "optimizer_cls_and_kwargs": "the optimizer is AdamW, by the option optim",
+    "optimizers": "the optimizer is AdamW, by the option optim, and the schedule lr_scheduler_type; a loop of your own "
+    "calls `Step` (docs/start/python.md)",
     "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
     "formatting_func": "format the rows with train_dataset.map beforehand",
     "tools": "let a function of yours call them: rollout_func= (docs/rollouts.md)",

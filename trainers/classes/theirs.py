@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..trl_names import names_of
 
 LOSS = (
     "a loss of your own is a class that is given log-probabilities (docs/laws.md): "
@@ -32,11 +33,16 @@ TRLS = {
     **dict.fromkeys(("build_tokenized_answer", "tokenize_row", "get_train_dataloader", "get_eval_dataloader"), ROWS),
     **dict.fromkeys(("_log_completion_extra", "_log_metric", "store_metrics", "log"), METRICS),
     "_calculate_rewards": "rewards are functions or models: reward_funcs=",
-    "create_model_card": "`logratio report RUN` writes one",
     "_send_telemetry": "nothing is sent",
     "optimizer": "it is run.optimizer",
     "lr_scheduler": "it is run.scheduler",
     "ref_model": "it is in run.step.reference",
+    "model_wrapped": "it is run.policy",
+    "callback_handler": "callbacks come by add_callback and go by remove_callback",
+    "control": "a callback sets should_training_stop in the control that it is given",
+    **dict.fromkeys(("reward_funcs", "reward_func_names"), "they are in run.rollouts"),
+    **dict.fromkeys(("data_collator", "label_names"), ROWS),
+    **dict.fromkeys(("compute_loss_func", "label_smoother"), LOSS),
 }
 """What TRL 1.16's trainers have and ours not -> what does in its place."""
 CALLED = {
@@ -48,12 +54,24 @@ OF_NO_EFFECT = ("_name", "_paper", "_tag_names", "_template_file")
 """What TRL's classes tell of themselves in model cards, which a subclass may tell too."""
 
 
-class Theirs:
-    """What a script does behind `train`, as transformers' trainers do it."""
+OWN = frozenset("args arguments config events objects state train_dataset eval_dataset kind order more run".split())
+"""Of our trainers, where theirs have something of the name too, or an option has it."""
 
+
+class Theirs:
+    """What a script does beside `train`, as transformers' trainers do it."""
+
+    accelerator: Any
     args: Any
+    arguments: Any
     config: Any
+    events: Any
+    kind: Any
+    processing_class: Any
     state: Any
+    _configured: Any
+    is_fsdp_enabled = is_deepspeed_enabled = False
+    """Scripts ask for them to gather the weights before `save_model`, which does so by itself."""
 
     def is_world_process_zero(self) -> bool:
         """Whether this is the main process."""
@@ -66,8 +84,40 @@ class Theirs:
     @property
     def hub_model_id(self) -> str:
         """The name under which `push_to_hub` publishes."""
-        named = self.args.given.get("hub_model_id")  # which the run itself reads only where it is to push
+        named = self.arguments.given.get("hub_model_id")  # which the run itself reads only where it is to push
         return self.config.save.hub_model_id or named or Path(self.config.train.output_dir).resolve().name
+
+    @property
+    def tokenizer(self) -> Any:
+        """`processing_class`, by its older name."""
+        return self.processing_class
+
+    def add_callback(self, callback: Any) -> None:
+        """One more callback, before training."""
+        early = len(self.events.early)
+        self.events.add(callback)
+        if len(self.events.early) > early:
+            if "run" in self.__dict__:
+                raise UserError("EarlyStoppingCallback: the model has been asked for already; give callbacks= with it")
+            self.config = self._configured()
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Take out a callback, or the first of a class, and return it; None where there is none."""
+        return self.events.pop(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Take out a callback, or the first of a class, where there is one."""
+        self.events.pop(callback)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Say on the main process what writes a model card here; what TRL's would hold is not read."""
+        if self.is_world_process_zero():
+            print(f"no model card is written: `logratio report {self.config.train.output_dir}` writes one of the run")
+
+    def end(self) -> None:
+        """Leave the other processes, as the last thing of a script. The trackers have been finished by `train`."""
+        if "run" in self.__dict__:
+            self.accelerator.end_training()
 
     def log_metrics(self, split: str, metrics: dict[str, float]) -> None:
         """Print them, on the main process."""
@@ -98,9 +148,22 @@ class Theirs:
     def __getattr__(self, name: str) -> Any:
         if hasattr(type(self), name):  # a property has raised an AttributeError of its own, which is the one to see
             return object.__getattribute__(self, name)
-        if name in TRLS or (not name.startswith("_") and name in theirs()):
-            raise AttributeError(f"{type(self).__name__} has no {name!r}, as TRL's has: {TRLS.get(name, LOOP)}")
+        if why := self._instead(name):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}, as TRL's has: {why}")
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        late = name in ("args", "train_dataset", "eval_dataset") and name in self.__dict__
+        if late or (name not in OWN and (why := self._instead(name))):
+            why = "it is given when the trainer is made" if late else why
+            raise UserError(f"{type(self).__name__}: {name} is set on the trainer, where nothing reads it: {why}")
+        object.__setattr__(self, name, value)
+
+    def _instead(self, name: str) -> str:
+        """What is in the place of what TRL's trainers have under a name; "" where they have nothing."""
+        if name in TRLS or (not name.startswith("_") and name in theirs()):
+            return (TRLS | CALLED).get(name, LOOP)
+        return f"it is args.{name}, an option" if name in names_of(self.kind.method) else ""
 
 
 def theirs() -> frozenset[str]:

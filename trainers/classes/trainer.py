@@ -32,10 +32,12 @@ from ..policy.load import without_bars
 from ..processes.sharding import full_weights
 from ..processes.watching import ending_together
 from ..setup import Run, build
+from ..trl_names import names_of
 from . import arguments
 from .arguments import Arguments, arguments_of
 from .events import Events
 from .objects import NOT_TAKEN, Objects
+from .signatures import takes
 from .theirs import Theirs, check_subclass
 
 CARD = frozenset("model_name dataset_name dataset dataset_tags tags language license finetuned_from tasks".split())
@@ -60,11 +62,18 @@ class Trainer(Theirs):
     """What may be given without a name, in TRL's order."""
     more: tuple[str, ...] = ()
 
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            takes(cls, cls.order, {*SHARED, *cls.more}.difference(cls.order))
+
     def __init__(self, *positional: Any, **objects: Any) -> None:
         check_subclass(type(self), Trainer)
         given = self._named(positional, objects)
-        self.args = arguments_of(self.kind, given.pop("args", None))
+        args = given.pop("args", None)
+        self.arguments = arguments_of(self.kind, args)
+        self.args = args or self.arguments
         self.events = Events(given.pop("callbacks", None) or (), self.args)
+        self.train_dataset, self.eval_dataset = given.get("train_dataset"), given.get("eval_dataset")
         self.objects = Objects()
         tokenizer = given.pop("processing_class", None) or given.get("tokenizer")
         self.objects.add_model(given.get("model"), given.get("ref_model"), tokenizer)
@@ -86,18 +95,17 @@ class Trainer(Theirs):
         for key, value in objects.items():
             if key in given:
                 raise TypeError(f"{name} got {key} twice")
-            if key == "optimizers" and not any(value or ()):
-                continue
-            if key in NOT_TAKEN and value is not None:
+            if key in NOT_TAKEN and value not in (None, (None, None)):
                 raise UserError(f"{name}: {key}= is not taken: {NOT_TAKEN[key]}")
             if key not in (*SHARED, *self.more, *NOT_TAKEN):
-                raise TypeError(f"{name} takes no {key}")
+                option = f": it is an option of {self.kind.__name__}" if key in names_of(self.kind.method) else ""
+                raise TypeError(f"{name} takes no {key}{option}")
             given[key] = value
         return given
 
     def _configured(self, **more: Any) -> RunConfig:
         """By the arguments, the objects, and `more`; UserError for what does not fit."""
-        judged = self.args.judged
+        self._judged = judged = self.arguments.judged
         os.environ.update(judged.env)
         options = {**judged.options, **self.objects.options, **self.events.options(), **more}
         if isinstance(self.objects.options.get("dataset_name"), list) and "datasets" in options:
@@ -117,30 +125,20 @@ class Trainer(Theirs):
             return self._built()
 
     def _built(self) -> Run:
+        if self.arguments.judged is not self._judged:  # an option has been set since
+            self.config = self._configured()
         model = self.config.model
         if self.config.keeps_start and not (model.lora_r or model.adapter_name_or_path):
             self.objects.keep_start()
         with giving(self.objects.found):
             run = build(self.config)
-        run.notes += [*self._said(), *self.events.notes()]
-        self.events.steps_per_epoch = run.steps_per_epoch
-        self.events.state.max_steps = run.total_steps
-        self.events.state.is_world_process_zero = run.accelerator.is_main_process
-        self.events.known = {"model": run.policy.model, "processing_class": run.tokenizer}
+        run.notes += [*self.arguments.told(), *self.events.notes()]
+        self.events.began(run)
         return run
-
-    def _said(self) -> list[str]:
-        """One line for each option that was given and has another form or no effect here."""
-        from ..trl_names.shown import line_of
-        from ..trl_names.verdicts import Kind
-
-        told = (Kind.TRANSLATED, Kind.NO_EFFECT)
-        given = set(self.args.given)
-        return [line_of(one).strip() for one in self.args.judged.verdicts if one.kind in told and one.key in given]
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train, evaluate and save as the arguments say; returns transformers' TrainOutput, whose metrics are the last
-        step's, the evaluation's, `train_loss` and `train_runtime` (seconds).
+        step's, the evaluation's, `train_loss`, `train_runtime` (seconds) and rates by it.
 
         resume_from_checkpoint: a folder, or True for the last one in output_dir. Raises UserError for bad input and
         where the loss has exploded, Stopped where a signal ended the run behind a checkpoint.
@@ -149,6 +147,8 @@ class Trainer(Theirs):
 
         if self._trained:
             raise UserError("this trainer has trained: make a new one, with resume_from_checkpoint to go on")
+        if "run" in self.__dict__ and self.arguments.judged is not self._judged:
+            raise UserError("an option of args was set when the model had been asked for already: set it before")
         if resume_from_checkpoint:
             if "run" in self.__dict__:
                 raise UserError("resume_from_checkpoint is for a trainer whose model has not been asked for yet")
@@ -156,7 +156,7 @@ class Trainer(Theirs):
             self.config = self._configured(resume_from_checkpoint=path)
         main, began = self.is_world_process_zero(), time.monotonic()
         with without_bars(), ending_together(), locked(self.config.train.output_dir, main=main):
-            run = self.run
+            run, before = self.run, len(self.state.log_history)
             self._trained = True
             self.events.call("on_train_begin")
             self.events.call("on_epoch_begin")
@@ -165,16 +165,25 @@ class Trainer(Theirs):
                     run, until=lambda run, row: self.events.stepped(int(row["step"])), told=self.events.told, stop=stop
                 )
         self.events.call("on_train_end")
-        losses = [one["loss"] for one in self.state.log_history]
-        loss = sum(losses) / max(1, len(losses))
-        theirs = {"train_loss": loss, "train_runtime": time.monotonic() - began}
+        losses = [one["loss"] for one in self.state.log_history[before:]]
+        loss, seconds = sum(losses) / max(1, len(losses)), time.monotonic() - began
+        rate = len(losses) / seconds
+        theirs = {"train_loss": loss, "train_runtime": seconds, "train_steps_per_second": rate}
+        theirs["train_samples_per_second"] = rate * (run.config.train.batch_size or 0)
         return TrainOutput(self.state.global_step, loss, row | theirs)
 
-    def evaluate(self) -> dict[str, float]:
-        """Loss and metrics of eval_dataset, as eval_loss and so on; UserError where there is none."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics of the trainer's eval_dataset, as eval_loss and so on; UserError where there is none, or
+        another is given. ignore_keys: of outputs, which there are none of."""
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            raise UserError(
+                "evaluate() is on the trainer's own eval_dataset=; `logratio eval RUN --dataset_name NAME` is on others"
+            )
         if not self.run.data.evaluation:
             raise UserError("there is nothing to evaluate on: give eval_dataset=")
-        metrics = {f"eval_{name}": value for name, value in loop.evaluate(self.run).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in loop.evaluate(self.run).items()}
         self.events.call("on_evaluate", metrics=metrics)
         return metrics
 
@@ -218,10 +227,6 @@ class Trainer(Theirs):
     def accelerator(self) -> Any:
         """accelerate's, of the run."""
         return self.run.accelerator
-
-    def add_callback(self, callback: Any) -> None:
-        """One more callback, before training."""
-        self.events.callbacks += Events([callback], self.args).callbacks
 
 
 class SFTTrainer(Trainer):

@@ -149,6 +149,12 @@ def unknown(key: str, options: Mapping[str, Any]) -> str:
     return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
+def names_of(method: str) -> frozenset[str]:
+    """All names under which an option of TRL's, or of ours, may be given for a method; "rloo" among them."""
+    ours = options_of(LOSSES["grpo" if method == "rloo" else method])
+    return frozenset({*ours, *RULES, *ONLY, *REASONS, *RENAMED, INSIDE})
+
+
 def options_of(loss: type[Loss]) -> dict[str, Any]:
     """Our options with this loss -> their types."""
     return _options_of(loss)  # type: ignore[arg-type]  # a class has a hash

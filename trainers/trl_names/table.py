@@ -29,6 +29,11 @@ RENAMED = {
     "processing_class": "tokenizer",
     "revision": "model_revision",
     "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    "use_liger": "use_liger_kernel",
+    "use_num_logits_to_keep": "use_logits_to_keep",
+    "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
+    "preprocessing_num_workers": "dataset_num_proc",
 }
 """An older or another spelling -> today's, which is judged in its place."""
 
@@ -83,7 +88,7 @@ WITHOUT_EFFECT = {
     "the key-value cache serves generation alone, which has it": "use_cache cache_implementation",
     "a vLLM server is started by itself, with options of its own (docs/rollouts.md has them)": (
         "vllm_model_impl vllm_enable_sleep_mode vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
-        "vllm_tensor_parallel_size"
+        "vllm_tensor_parallel_size vllm_device vllm_dtype vllm_enable_prefix_caching"
     ),
     "sampling is batched by our own loop: a question of speed": (
         "use_transformers_continuous_batching transformers_continuous_batching_config"
@@ -110,6 +115,7 @@ class Only(NamedTuple):
 
 
 NOTHING = (None, False, "", 0, (), "none", "no")
+MIXED = "list them as datasets, each with path, name and split, as TRL has it"
 ONLY = {
     # model
     "model_revision": Only(("main",), "give the folder of a download of that revision as model_name_or_path"),
@@ -117,7 +123,13 @@ ONLY = {
     "lora_task_type": Only(("CAUSAL_LM",), "adapters are those of a causal language model; leave it out"),
     "lora_target_parameters": Only(NOTHING, "adapters go on modules; name them in lora_target_modules"),
     "quantization_config": Only(
-        NOTHING, "say load_in_4bit: true for nf4 with double quantization, or load_in_8bit: true"
+        NOTHING,
+        "say load_in_4bit: true for nf4 with double quantization, or load_in_8bit: true; a trainer takes "
+        "quantization_config=",
+    ),
+    "use_flash_attention_2": Only(NOTHING, "say attn_implementation: flash_attention_2"),
+    "ref_model_init_kwargs": Only(
+        (*NOTHING, {}), "the reference is loaded as the model is; a trainer takes a model as ref_model="
     ),
     "use_kernels": Only(NOTHING, "our own kernels are on (fused_layers), or Liger's: use_liger_kernel: true"),
     "liger_kernel_config": Only(NOTHING, "use_liger_kernel patches RMSNorm, SwiGLU and RoPE; leave this out"),
@@ -129,9 +141,18 @@ ONLY = {
     "dataset_text_field": Only(("text",), "call the column text in the data"),
     "dataset_kwargs": Only((*NOTHING, {}), "rows are always prepared, with the tokenizer's special tokens"),
     "truncation_mode": Only(("keep_start",), "what is longer than max_length is cut at its end; leave it out"),
-    "chat_template_path": Only(NOTHING, "put that template into the tokenizer's folder as chat_template.jinja"),
+    "chat_template_path": Only(
+        NOTHING,
+        "put that template into the tokenizer's folder as chat_template.jinja; a trainer takes processing_class=",
+    ),
+    "chat_template": Only(
+        NOTHING, "put it into the tokenizer's folder as chat_template.jinja; a trainer takes processing_class="
+    ),
     "chat_template_kwargs": Only((*NOTHING, {}), "put their values into the tokenizer's chat template"),
-    "eos_token": Only(NOTHING, "set it in the folder of the tokenizer"),
+    "eos_token": Only(NOTHING, "set it in the folder of the tokenizer; a trainer takes processing_class="),
+    "dataset_mixer": Only(NOTHING, MIXED),
+    "dataset_mixture": Only(NOTHING, MIXED),
+    "dataset_splits": Only(NOTHING, "say dataset_train_split, and dataset_test_split with eval_strategy"),
     "is_encoder_decoder": Only(NOTHING, "only decoder-only models are trained"),
     "data_dir": Only(NOTHING, "name the folder as dataset_name"),
     # training

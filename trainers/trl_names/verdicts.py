@@ -117,4 +117,7 @@ def said(value: Any) -> str:
         return f"[{', '.join(map(said, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {said(one)}" for key, one in value.items()) + "}"
-    return str(value)
+    lines = str(value).splitlines() or [""]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{lines[0]} ..." if isinstance(value, str) else type(value).__name__

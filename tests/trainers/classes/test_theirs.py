@@ -78,6 +78,15 @@ def test_what_scripts_do_behind_training(here, capsys):
     trainer.save_state()
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == 3
     assert trainer.hub_model_id == "me/mine" and trainer.is_world_process_zero() and trainer.is_local_process_zero()
+    assert len(trainer.train_dataset) == 12 and trainer.eval_dataset is None
+    capsys.readouterr()
+    trainer.create_model_card(dataset_name="mine", tags=["a"])
+    assert capsys.readouterr().out == "no model card is written: `logratio report out` writes one of the run\n"
+    with pytest.raises(UserError, match=r"evaluate\(\) is on the trainer's own eval_dataset=; `logratio eval RUN"):
+        trainer.evaluate(rows("sft", 2))
+    trainer.end()
+    with pytest.raises(AttributeError, match="has no 'max_length', as TRL's has: it is args.max_length, an option"):
+        trainer.max_length  # noqa: B018
     with pytest.raises(AttributeError, match="SFTTrainer has no 'predict', as TRL's has: a loop of your own calls"):
         trainer.predict(None)
     with pytest.raises(AttributeError, match="has no 'lr_scheduler', as TRL's has: it is run.scheduler"):

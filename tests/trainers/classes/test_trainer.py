@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     EarlyStoppingCallback,
     LlamaForSequenceClassification,
     TrainerCallback,
+    TrainingArguments,
 )
 from transformers.utils import logging
 
@@ -35,6 +37,7 @@ from logratio.trainers import (
     UserError,
     cli,
 )
+from logratio.trainers.classes.events import Events
 from logratio.trainers.policy.tiny import tiny_config, tiny_tokenizer
 
 from ._rows import PLAIN, rows
@@ -56,8 +59,12 @@ def assert_same(one, other):
 def test_names_are_imported_when_they_are_asked_for():
     assert "DPOTrainer" in dir(logratio.trainers) and "train" in dir(logratio.trainers)
     assert all(inspect.getdoc(getattr(logratio.trainers, name)) for name in dir(logratio.trainers))
-    with pytest.raises(AttributeError, match="has no 'PPOTrainer'; it has CPOConfig, CPOTrainer"):
-        logratio.trainers.PPOTrainer  # noqa: B018
+    with pytest.raises(ImportError, match="has no RewardTrainer; it has CPOConfig, CPOTrainer, .* train. What else a"):
+        from logratio.trainers import RewardTrainer  # noqa: F401
+    with pytest.raises(ImportError, match="has no get_peft_config; .* script takes from trl goes on to come from"):
+        from logratio.trainers import get_peft_config  # noqa: F401
+    with pytest.raises(AttributeError, match="has no nothing; it has CPOConfig"):
+        logratio.trainers.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("adapters", [True, False])
@@ -151,7 +158,7 @@ class Told(TrainerCallback):
     def __init__(self, until=None):
         self.events, self.until = [], until
 
-    def on_train_begin(self, args, state, control, model, processing_class, **_):
+    def on_train_begin(self, args, state, control, model, processing_class, optimizer, lr_scheduler, **_):
         self.events.append(("begin", args.learning_rate, state.max_steps, type(model).__name__))
 
     def on_step_end(self, args, state, control, **_):
@@ -213,13 +220,63 @@ def test_transformers_own_early_stopping(here):
     assert trainer.train().global_step == 2
 
 
+class Wishing(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = state.global_step < 3
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.best = state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+
+def test_a_callback_may_come_later_and_go_and_what_it_wishes_for_in_vain_is_told_once(here, capsys):
+    wishing, told = Wishing(), Told()
+    options = {"learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 9, "save_strategy": "no"}
+    args = SFTConfig("out", **PLAIN | options, load_best_model_at_end=True)
+    trainer = SFTTrainer(
+        "model", args, train_dataset=rows("sft"), eval_dataset=rows("sft", 3), callbacks=[told, Inside]
+    )
+    trainer.remove_callback(Inside)
+    assert trainer.pop_callback(told) is told and trainer.pop_callback(told) is None
+    trainer.add_callback(wishing)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    assert trainer.train().global_step == 3 and told.events == []
+    said = capsys.readouterr()
+    assert "on_substep_end" not in said.out
+    assert said.err.count("the callback Wishing sets should_save, which nothing reads: save_strategy and save_s") == 1
+    first = trainer.state.log_history[0]["eval_loss"]
+    assert wishing.best == (first, 1, "out/checkpoint-1") and Path("out/checkpoint-1").is_dir()
+    assert trainer.state.num_train_epochs == 3 and trainer.evaluate(metric_key_prefix="test")["test_loss"] == first
+    assert not trainer.is_fsdp_enabled and trainer.tokenizer is trainer.processing_class
+    with pytest.raises(UserError, match="EarlyStoppingCallback: the model has been asked for already"):
+        trainer.add_callback(EarlyStoppingCallback())
+
+
 def test_it_goes_on_from_its_checkpoint(here):
     args = PLAIN | {"save_strategy": "steps", "save_steps": 1}
     SFTTrainer("model", SFTConfig("whole", **args), train_dataset=rows("sft")).train()
     short = SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft"), callbacks=[Told(until=2)])
     assert short.train().global_step == 2
-    SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft")).train(resume_from_checkpoint=True)
+    again = SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft"), callbacks=[told := Told()])
+    result = again.train(resume_from_checkpoint=True)
     assert_same(trained("whole"), trained("out"))
+    log = again.state.log_history
+    assert [row["step"] for row in log] == [1, 2, 3] and result.training_loss == log[-1]["loss"]
+    assert result.metrics["train_samples_per_second"] == pytest.approx(4 * result.metrics["train_steps_per_second"])
+    assert [event for event in told.events if event[0] == "epoch"] == [("epoch", 3)]
+
+
+def test_an_epoch_that_ended_before_the_checkpoint_does_not_end_again(tmp_path):
+    """At 3 steps an epoch: behind step 4 of a run that has 9, the next end is that of step 6."""
+    told = Told()
+    events = Events([told], SFTConfig("out"))
+    run = SimpleNamespace(
+        **{"steps_per_epoch": 3, "total_steps": 9, "accelerator": SimpleNamespace(is_main_process=True)},
+        **{"policy": SimpleNamespace(model=None), "tokenizer": None, "optimizer": None, "scheduler": None},
+        checkpoint=SimpleNamespace(step=4, folder=tmp_path / "checkpoint-4"),
+    )
+    events.began(run)
+    assert not events.stepped(5) and told.events == [] and events.state.log_history == []  # the log has gone
+    assert not events.stepped(6) and told.events == [("epoch", 6)]
 
 
 def test_rewards_are_functions(here):
@@ -268,16 +325,47 @@ def test_what_trl_takes_without_a_name_comes_in_its_order(name):
 
 REFUSED = {
     "no model": (lambda: SFTTrainer(train_dataset=[]), UserError, "model= is missing: a name, a folder"),
-    "TRL's arguments": (
-        lambda: SFTTrainer("model", trl.SFTConfig("out", use_cpu=True, bf16=False)),
+    "transformers' arguments": (
+        lambda: SFTTrainer("model", TrainingArguments("out", use_cpu=True)),
         UserError,
-        "args must be a logratio.trainers.SFTConfig, got trl.trainer.sft_config.SFTConfig: import it from where",
+        "args must be a logratio.trainers.SFTConfig, or TRL's, got transformers.training_args.TrainingArguments: give "
+        "its options to SFTConfig",
+    ),
+    "another's arguments": (
+        lambda: SFTTrainer("model", trl.DPOConfig("out", use_cpu=True, bf16=False)),
+        UserError,
+        "got trl.trainer.dpo_config.DPOConfig: give its options to SFTConfig",
+    ),
+    "an option of its arguments": (
+        lambda: SFTTrainer("model", max_seq_length=512),
+        TypeError,
+        "SFTTrainer takes no max_seq_length: it is an option of SFTConfig",
+    ),
+    "an optimizer": (
+        lambda: SFTTrainer("model", optimizers=(len, None)),
+        UserError,
+        "optimizers= is not taken: the optimizer is AdamW, by the option optim, and the schedule lr_scheduler_type; a",
     ),
     "an option": (lambda: SFTConfig(bata=0.1), UserError, "SFTConfig: bata: 0.1: "),
     "two options": (lambda: SFTConfig(neftune_noise_alpha=5, bata=1), UserError, "SFTConfig: 2 options refused"),
     "a type": (lambda: SFTTrainer("model", SFTConfig(learning_rate="quick")), UserError, "learning_rate"),
     "a keyword": (lambda: SFTTrainer("model", traindata=[]), TypeError, "SFTTrainer takes no traindata"),
     "a collator": (lambda: SFTTrainer("model", data_collator=len), UserError, "data_collator= is not taken: micro-"),
+    "what is set on it": (
+        lambda: setattr(GRPOTrainer("model", len), "epsilon_high", 0.3),
+        UserError,
+        "GRPOTrainer: epsilon_high is set on the trainer, where nothing reads it: it is args.epsilon_high, an option",
+    ),
+    "a method that is set": (
+        lambda: setattr(SFTTrainer("model", train_dataset=[]), "compute_loss", len),
+        UserError,
+        "compute_loss is set on the trainer, where nothing reads it: a loss of your own is a class",
+    ),
+    "data that are set": (
+        lambda: setattr(SFTTrainer("model", train_dataset=[]), "train_dataset", []),
+        UserError,
+        "train_dataset is set on the trainer, where nothing reads it: it is given when the trainer is made",
+    ),
     "a reference": (lambda: ORPOTrainer("model", ref_model="m"), TypeError, "ORPOTrainer takes no ref_model"),
     "several sets": (lambda: SFTTrainer("model", train_dataset={"a": []}), UserError, "must be one data set, got 1"),
     "a stream": (

@@ -7,7 +7,38 @@ from logratio.trainers.trl_names import judge
 
 PEFT = {"use_peft": True}
 
+
+class Lines:
+    """An object that says more than a line, as transformers' configurations do."""
+
+    def __str__(self):
+        return "{\n}"
+
+
 REFUSED = [
+    ("sft", {"use_flash_attention_2": True}, "use_flash_attention_2: true: say attn_implementation: flash_attention_2"),
+    (
+        "orpo",
+        {"dataset_mixer": {"a/b": 1.0}},
+        "dataset_mixer: {a/b: 1.0}: list them as datasets, each with path, name and split, as TRL has it",
+    ),
+    (
+        "dpo",
+        {"dataset_splits": ["train_prefs"]},
+        "dataset_splits: [train_prefs]: say dataset_train_split, and dataset_test_split with eval_strategy",
+    ),
+    (
+        "sft",
+        {"chat_template": "{% for m in messages %}\n{{ m }}\n{% endfor %}"},
+        "chat_template: {% for m in messages %} ...: put it into the tokenizer's folder as chat_template.jinja; a "
+        "trainer takes processing_class=",
+    ),
+    (
+        "sft",
+        {"model_init_kwargs": {"quantization_config": Lines()}},
+        "model_init_kwargs.quantization_config: Lines: say load_in_4bit: true for nf4 with double quantization, or "
+        "load_in_8bit: true; a trainer takes quantization_config=",
+    ),
     ("sft", {"dtype": "int8"}, "dtype: int8: must be auto or one of float32, bfloat16, float16"),
     (
         "sft",
