@@ -216,7 +216,7 @@ class Loss:
 def check_declared(loss: Loss) -> None:
     """Raise ValueError for what a class declares that would be read as something else, or by nobody."""
     name = type(loss).__name__
-    if not isinstance(kind := getattr(loss, "kind", None), Kind):
+    if not isinstance(kind := getattr(loss, "kind", Kind.SEQUENCE), Kind):  # a base of others may leave it open
         raise ValueError(f"{name}.kind must be one of {', '.join(f'Kind.{k.name}' for k in Kind)}, not {kind!r}")
     for declared in ("stats", "ref_stats", "metric_stats"):
         if isinstance(names := getattr(loss, declared), str):

@@ -74,9 +74,9 @@ def check_loss(
     The same `seed` draws the same batches. Raises ValueError for a law that does not apply, TypeError for what is no
     loss.
     """
-    if not isinstance(loss, Loss):
+    if not isinstance(loss, Loss) or not hasattr(loss, "kind"):
         of = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
-        raise TypeError(f"check_loss holds an object of a class derived from logratio.losses.Loss, not {of}")
+        raise TypeError(f"check_loss holds an object of a class of logratio.losses.Loss with a `kind`, not {of}")
     words = repr(loss)  # before a call may change it
     applicable = laws_of(loss)
     unknown = {*(laws or ()), *skip} - {*LAWS}

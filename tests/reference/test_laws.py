@@ -249,8 +249,8 @@ def test_what_is_returned_wrongly_is_told_in_words():
     }
     for loss, words in told.items():
         assert str(violation_of(loss(), max_examples=1)).splitlines()[1] == f"  {words}"
-    of_script = "check_loss holds an object of a class derived from logratio.losses.Loss, not "
-    for given, words in {Right: "the class Right", 3: "a int"}.items():
+    of_script = "check_loss holds an object of a class of logratio.losses.Loss with a `kind`, not "
+    for given, words in {Right: "the class Right", 3: "a int", Loss(): "a Loss"}.items():
         with pytest.raises(TypeError, match=of_script + words):
             check_loss(given)
 
@@ -302,6 +302,18 @@ def test_tokens_that_are_the_likeliest_are_told_apart():
 
 def test_numbers_of_prompts_that_are_kept_whole_pass():
     check_loss(AboveThePromptsMeanInFloat64(), skip=["direction"], max_examples=4)
+
+
+def test_rows_may_be_refused_by_torch_itself():
+    @dataclass(frozen=True, kw_only=True)
+    class Split(Loss):
+        kind: ClassVar[Kind] = Kind.LISTED
+
+        def __call__(self, policy, rewards, sizes, *, totals):
+            best = [x[r.argmax()] for x, r in zip(policy.sums.split(sizes), rewards.split(sizes), strict=True)]
+            return LossOutput(-torch.stack(best).sum() / totals.num_sequences, {})
+
+    check_loss(Split(), laws=["no_broadcast"], max_examples=4)
 
 
 def test_what_is_declared_otherwise_than_it_can_be_is_refused():
