@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def of_run(run: RunConfig, asked: PlanConfig) -> dict[str, Any]:
-    """The plan of a run in one process, and what it leaves out."""
+    """The plan of a run in one process, and what it leaves out. UserError for a loss of the user's own."""
+    if run.loss_class != run.method:
+        raise UserError("the plan knows no loss of one's own: plan the method that it is like, logratio plan dpo ...")
     run = run.resolved(1)
     longest = run.data.max_length
     prompt = min(asked.prompt_tokens, longest - 1)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Hugging Face's label of a token that is not scored."""
-OPTIONAL = ("entropy", "log_z", "log_sum_p2", "is_top1", "divergence", "weights")
+STATS = ("entropy", "log_z", "log_sum_p2", "is_top1")
+"""The `stats` of `linear_logps`."""
+OPTIONAL = (*STATS, "divergence", "weights")
 """What `CompletionLogps` may hold beside log-probabilities."""
 
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .completions import CompletionLogps, PairLogps
+from .completions import STATS, CompletionLogps, PairLogps
 from .metrics import Mean
-from .options import Variants, check_options
+from .options import Variants, check_choice, check_options
 
 
 class Kind(StrEnum):
@@ -130,8 +130,9 @@ class Loss:
     """Options that are read only where another option, a number, is not 0: option -> that one."""
 
     def __post_init__(self) -> None:
-        """ValueError for options out of range or not read, see `options.py`."""
+        """ValueError for options out of range or not read, and for what is declared otherwise than it can be."""
         check_options(self)
+        check_declared(self)
 
     @property
     def wants_reference(self) -> bool:
@@ -210,6 +211,38 @@ class Loss:
     def __call__(self, *args: Any, **kwargs: Any) -> LossOutput:
         """One micro-batch's share of the step's loss; the arguments depend on `kind`."""
         raise NotImplementedError
+
+
+def check_declared(loss: Loss) -> None:
+    """Raise ValueError for what a class declares that would be read as something else, or by nobody."""
+    name = type(loss).__name__
+    if not isinstance(kind := getattr(loss, "kind", Kind.SEQUENCE), Kind):  # a base of others may leave it open
+        raise ValueError(f"{name}.kind must be one of {', '.join(f'Kind.{k.name}' for k in Kind)}, not {kind!r}")
+    for declared in ("stats", "ref_stats", "metric_stats"):
+        if isinstance(names := getattr(loss, declared), str):
+            raise ValueError(f"{name}.{declared} must be a tuple of names, such as ({names!r},), not {names!r}")
+        for one in names:
+            check_choice(f"{name}.{declared}", one, STATS)
+    if loss.window_pass is not None:
+        check_choice(f"{name}.window_pass", loss.window_pass, ("own", "mismatched"))
+    for base in type(loss).__mro__:
+        plain = issubclass(base, Loss) and "__dataclass_fields__" not in vars(base)
+        for option, hint in vars(base).get("__annotations__", {}).items() if plain else ():
+            if "ClassVar" not in str(hint):
+                raise ValueError(f"{base.__name__}.{option} is no option without @dataclass(frozen=True, kw_only=True)")
+
+
+def misfit(output: Any) -> str:
+    """What of the output of a loss is not as it must be, in words; "" where nothing is."""
+    if not isinstance(output, LossOutput):
+        return f"it must return LossOutput(loss, metrics), not {type(output).__name__}"
+    if not (isinstance(output.loss, Tensor) and output.loss.shape == ()):
+        got = list(output.loss.shape) if isinstance(output.loss, Tensor) else type(output.loss).__name__
+        return f"its loss must be one number, a tensor of the shape [], not {got}"
+    for name, metric in output.metrics.items():
+        if not isinstance(metric, Mean):
+            return f"its metric {name} must be a Mean, such as Mean.of(values, where), not {type(metric).__name__}"
+    return ""
 
 
 def divide(total: Tensor, by: float) -> Tensor:

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from logratio.losses.types import Loss
 
-from .strategies import batches
+from .strategies import Batch, batches
 
 
 @dataclass(frozen=True)
 class Law:
     """check(loss, batch, **choices) raises AssertionError. applies(loss): whether the law speaks of such a loss.
 
-    options: of `batches`. choices: name -> strategy, or function of the batch that gives one.
+    options: of `batches`. choices: name -> strategy, or function of the batch that gives one. made: (loss, batch,
+    **choices) -> the batch that `check` is about, where that is another than is drawn; for the message.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Law:
     applies: Callable[[Loss], bool]
     options: dict[str, Any]
     choices: dict[str, Any]
+    made: Callable[..., Batch] | None = None
 
     def examples(self, kind: str, distinct: bool = False) -> st.SearchStrategy[dict[str, Any]]:
         """Keyword arguments of `check` but the loss; distinct: see `batches`."""
@@ -60,13 +62,17 @@ def named(check: Callable[..., None]) -> Callable[..., None]:
 
 
 def law(
-    *, applies: Callable[[Loss], bool] = lambda loss: True, options: dict[str, Any] | None = None, **choices: Any
+    *,
+    applies: Callable[[Loss], bool] = lambda loss: True,
+    options: dict[str, Any] | None = None,
+    made: Callable[..., Batch] | None = None,
+    **choices: Any,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Function decorator: enter a law into `LAWS` under its own name; see `Law`."""
 
     def add(check: Callable[..., None]) -> Callable[..., None]:
         name, statement = check.__name__, " ".join((check.__doc__ or "").split("\n\n")[0].split())
-        LAWS[name] = Law(name, statement, named(check), applies, options or {}, choices)
+        LAWS[name] = Law(name, statement, named(check), applies, options or {}, choices, made)
         return LAWS[name].check
 
     return add

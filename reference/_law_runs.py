@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logratio.losses.types import CompletionLogps, Kind, Loss, Mean, PairLogps, Totals
 
-from .strategies import PARTS, STATS, Batch, convert
+from .strategies import CONSTANTS, PARTS, STATS, Batch
 
 RTOL = 1e-10
 """float64's rounding of sums in another order."""
@@ -110,9 +110,12 @@ def arguments(loss: Loss, batch: Batch) -> dict[str, Any]:
     return inputs(loss, batch) | {"totals": totals_of(loss, batch)}
 
 
-def leaves_of(loss: Loss, batch: Batch) -> dict[tuple[str, str], Tensor]:
-    """(role, part) -> what of the policy a gradient may flow into: log-probs and the asked for statistics."""
-    roles = ("policy", *stats_of(loss))
+def leaves_of(loss: Loss, batch: Batch, constants: bool = False) -> dict[tuple[str, str], Tensor]:
+    """(role, part) -> what of the policy a gradient may flow into: log-probs and the asked for statistics.
+
+    constants: with those numbers that no gradient flows into, though they too are the policy's.
+    """
+    roles = ("policy", *(name for name in stats_of(loss) if constants or name not in CONSTANTS))
     return {(role, part): batch.tokens[role][part] for role in roles for part in parts_of(loss)}
 
 
@@ -126,7 +129,13 @@ def with_leaves(batch: Batch, leaves: Mapping[tuple[str, str], Tensor]) -> Batch
 
 def copy(batch: Batch) -> Batch:
     """The same numbers in other tensors."""
-    return replace(convert(batch, torch.clone), masks={part: mask.clone() for part, mask in batch.masks.items()})
+
+    def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x.clone() for name, x in values.items()}
+
+    tokens = {role: cloned(parts) for role, parts in batch.tokens.items()}
+    rows, collected = cloned(batch.rows), batch.collected.clone()
+    return replace(batch, masks=cloned(batch.masks), tokens=tokens, rows=rows, collected=collected)
 
 
 def run(loss: Loss, batch: Batch, totals: Totals | None = None, **changed: Any) -> Result:
@@ -176,14 +185,15 @@ def same_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             raise AssertionError(f"the gradient of {name} is {numbers(a)}, expected {numbers(b)}")
 
 
-def numbers(values: Tensor, mask: Tensor | None = None) -> str:
-    """Rows of numbers, `_` where masked."""
+def numbers(values: Tensor, mask: Tensor | None = None, there: Tensor | None = None) -> str:
+    """Rows of numbers, `_` where masked; a row that is not `there` is []."""
     if values.ndim == 1:
         return "[" + ", ".join(f"{x:.7g}" if isinstance(x, float) else str(x) for x in values.tolist()) + "]"
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+    some = [True] * len(values) if there is None else there.tolist()
     rows = (
-        ", ".join(f"{x + 0.0:.7g}" if on else "_" for x, on in zip(row, ons, strict=True))
-        for row, ons in zip(values.tolist(), mask.tolist(), strict=True)
+        ", ".join(f"{x + 0.0:.7g}" if on else "_" for x, on in zip(row, ons, strict=True)) if present else ""
+        for row, ons, present in zip(values.tolist(), mask.tolist(), some, strict=True)
     )
     return "[" + ", ".join(f"[{row}]" for row in rows) + "]"
 
@@ -192,14 +202,16 @@ def show(loss: Loss, batch: Batch) -> str:
     """The batch as the loss sees it, a line a tensor; `_` marks what is masked."""
     plural = "" if len(batch) == 1 else "s"
     lines = [f"{batch.kind} batch of {len(batch)} example{plural} (`_` is masked):"]
-    for part in parts_of(loss):
+    for i, part in enumerate(parts_of(loss)):
+        there = batch.rows["sizes"] > i if batch.kind == Kind.LISTED else None
         for role, tensors in batch.tokens.items():
             seen = {"policy": True, "ref": loss.wants_reference and part not in ("prompt", "gold")}
             seen |= {"old": loss.kind is Kind.GROUPED, "behavior": loss.wants_behavior, "weights": True}
             if seen.get(role, role in (*loss.stats, *loss.ref_stats)):
-                lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part])}")
+                lines.append(f"  {part + ' ' + role:<22}{numbers(tensors[part], batch.masks[part], there)}")
     rows = {} if loss.kind is Kind.PAIRED and not loss.wants_margin else given_rows(loss, batch)
-    lines += [f"  {name:<22}{numbers(values)}" for name, values in rows.items()]
+    of_list = {"rewards": torch.arange(3) < batch.rows["sizes"][:, None]} if batch.kind == Kind.LISTED else {}
+    lines += [f"  {name:<22}{numbers(values, of_list.get(name))}" for name, values in rows.items()]
     if loss.window_pass == "mismatched":
         lines.append(f"  {'collected':<22}{numbers(batch.collected)}")
     if batch.earlier and type(loss).advance is not Loss.advance:

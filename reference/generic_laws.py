@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logratio.losses.types import Kind, Loss, Mean
+from logratio.losses.types import Kind, Loss, Mean, misfit
 
 from ._law_book import expect, law
 from ._law_runs import (
@@ -48,15 +48,21 @@ def per_example(loss: Loss, batch: Batch) -> Callable[[], list[float]]:
 
 @law()
 def contract(loss: Loss, batch: Batch) -> None:
-    """A loss returns a scalar with a graph, and metrics that are pairs (total, count) of scalars without one."""
+    """A loss returns a scalar with a graph, and metrics that are pairs (total, count) of scalars without one; what it
+    carries to the next step are numbers.
+    """
     leaves = {key: values.clone().requires_grad_() for key, values in leaves_of(loss, batch).items()}
-    out = loss(**inputs(loss, with_leaves(batch, leaves)), totals=totals_of(loss, batch))
-    expect(out.loss.shape == () and out.loss.is_floating_point(), f"the loss is a {list(out.loss.shape)} tensor")
+    totals = totals_of(loss, batch)
+    out = loss(**inputs(loss, with_leaves(batch, leaves)), totals=totals)
+    expect(not (wrong := misfit(out)), wrong)
+    expect(out.loss.is_floating_point(), f"the loss is {out.loss.dtype}")
     expect(out.loss.requires_grad, "the loss has no graph")
     for name, mean in out.metrics.items():
         for word, value in zip(("total", "count"), mean, strict=True):
             expect(isinstance(value, Tensor) and value.shape == (), f"the {word} of the metric {name} is {value!r}")
             expect(not value.requires_grad, f"the {word} of the metric {name} has a graph")
+    for name, carried in loss.advance(totals).items():
+        expect(isinstance(carried, int | float), f"advance() gives {name} as {type(carried).__name__}, not as a number")
 
 
 @law()
@@ -90,13 +96,16 @@ def deterministic(loss: Loss, batch: Batch) -> None:
     first, second = results
     once, again = ({name: (m.total.item(), m.count.item()) for name, m in x.metrics.items()} for x in results)
     expect(repr(once) == repr(again), f"{once}, then {again}")
-    for a, b in [(first.loss, second.loss), *((first.grads[name], second.grads[name]) for name in first.grads)]:
-        expect(((a == b) | (a.isnan() & b.isnan())).all(), f"{a.tolist()}, then {b.tolist()}")
+    pairs = {f"the gradient of {name}": (first.grads[name], second.grads[name]) for name in first.grads}
+    for words, (a, b) in {"the loss": (first.loss, second.loss), **pairs}.items():
+        expect(((a == b) | (a.isnan() & b.isnan())).all(), f"{words} is {a.tolist()}, then {b.tolist()}")
 
 
 @law(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def finite(loss: Loss, batch: Batch, dtype: torch.dtype) -> None:
-    """L, G and M are finite in float32 for log-probs from -1e4 to 0 and log-ratios from -1e4 to 1e4."""
+    """L, G and M are finite in float32 for log-probs from -1e4 to 0, log-ratios and rewards from -1e4 to 1e4, and
+    completions with nothing scored.
+    """
     result = run(loss, convert(batch, lambda values: values.to(dtype).float()))
     expect(result.loss.isfinite(), f"the loss is {result.loss.item()}")
     for name, grad in result.grads.items():
@@ -131,6 +140,17 @@ def permutation(loss: Loss, batch: Batch, order: Sequence[int]) -> None:
     same(run(loss, take(batch, order)), expected, per_example(loss, batch))
 
 
+@law(applies=lambda loss: loss.window_pass is not None, deal=lambda batch: partitions(len(batch)))
+def collected(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
+    """`collect` takes the examples one by one: collect(a), collect(b) joined == collect(a and b), padded or not."""
+    whole = collect(loss, take(batch, [i for rows in deal for i in rows]))
+    wide = pad(batch, left=1, right=1, fill=torch.nan)
+    joined = torch.cat([collect(loss, take(wide, rows)) for rows in deal])
+    expect(joined.shape == whole.shape, f"the micro-batches give {list(joined.shape)}, all at once {list(whole.shape)}")
+    close = torch.isclose(joined, whole, rtol=1e-12, atol=1e-9, equal_nan=True)
+    expect(close.all(), f"the micro-batches give {joined.tolist()}, all at once {whole.tolist()}")
+
+
 @law(deal=lambda batch: partitions(len(batch)))
 def split(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
     """Micro-batches add up: sum of L(micro-batch, totals of the step) == L(step); so for G, and M over them is M(step).
@@ -153,17 +173,6 @@ def split(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
         for name, metric in part.metrics.items():
             metrics[name] = metrics[name].joined(metric) if name in metrics else metric
     same(Result(value, grads, metrics), whole, per_example(loss, batch))
-
-
-@law(applies=lambda loss: loss.window_pass is not None, deal=lambda batch: partitions(len(batch)))
-def collected(loss: Loss, batch: Batch, deal: Sequence[list[int]]) -> None:
-    """`collect` takes the examples one by one: collect(a), collect(b) joined == collect(a and b), padded or not."""
-    whole = collect(loss, take(batch, [i for rows in deal for i in rows]))
-    wide = pad(batch, left=1, right=1, fill=torch.nan)
-    joined = torch.cat([collect(loss, take(wide, rows)) for rows in deal])
-    expect(joined.shape == whole.shape, f"{list(joined.shape)} and {list(whole.shape)}")
-    close = torch.isclose(joined, whole, rtol=1e-12, atol=1e-9, equal_nan=True)
-    expect(close.all(), f"{joined.tolist()} and {whole.tolist()}")
 
 
 @law(options={"all_masked": True}, fill=st.sampled_from([-1.0, torch.nan]))
@@ -208,7 +217,8 @@ def low_precision(loss: Loss, batch: Batch, dtype: torch.dtype) -> None:
 @law(applies=lambda loss: loss.wants_reference or loss.kind in (Kind.GROUPED, Kind.SEQUENCE))
 def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
     """The gradient is the policy's: dL/d(reference) = dL/d(old policy) = dL/d(sampler's) = dL/d(weights) = 0."""
-    others = {role: parts for role, parts in batch.tokens.items() if role not in ("policy", *loss.stats)}
+    still = ("policy", "is_top1", *loss.stats)
+    others = {role: parts for role, parts in batch.tokens.items() if role not in still}
     leaves = {(role, part): x.clone().requires_grad_() for role, parts in others.items() for part, x in parts.items()}
     run(loss, with_leaves(batch, leaves), totals_of(loss, batch))
     for (role, part), leaf in leaves.items():
@@ -220,14 +230,27 @@ def only_the_policy_learns(loss: Loss, batch: Batch) -> None:
     options={"min_rows": 2},
 )
 def no_broadcast(loss: Loss, batch: Batch) -> None:
-    """What is given of 1 row beside a policy of C, a reference or labels, say, is refused (ValueError, TypeError)."""
+    """What is given of 1 row beside a policy of C, a reference or labels, say, is refused."""
     kwargs, one = arguments(loss, batch), inputs(loss, take(batch, [0]))
     for name in sorted(one.keys() - {"policy"}):
         try:
             loss(**kwargs | {name: one[name]})
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError, IndexError):
             continue
         raise AssertionError(f"`{name}` of 1 row was taken for {len(batch)}")
+
+
+@law(applies=lambda loss: loss.wants_prompts, first=st.sampled_from([2**25, 2**42]))
+def renumbered(loss: Loss, batch: Batch, first: int) -> None:
+    """Which numbers the prompts have does not matter, up to 2^43: L, G(prompts + n) == L, G(prompts) in float32, whose
+    whole numbers end at 2^24.
+    """
+    batch = convert(batch, Tensor.float)
+    renamed = replace(batch, rows=batch.rows | {"prompts": batch.rows["prompts"] + first})
+    got, expected = run(loss, renamed), run(loss, batch)
+    words = f"the loss is {got.loss.item():.7g}, expected {expected.loss.item():.7g}"
+    expect(torch.equal(got.loss, expected.loss), words)
+    same_gradient(got.grads, expected.grads)
 
 
 @law(applies=lambda loss: loss.kind is Kind.GROUPED)

@@ -71,8 +71,13 @@ def check_loss(
 
     laws: only these. skip: all but these, for a loss that means to break them. stops_gradients: its gradient is not
     that of its value, on purpose; "collected": it is, with what the loss collects of the step held still.
-    The same `seed` draws the same batches. Raises ValueError for a law that does not apply.
+    The same `seed` draws the same batches. Raises ValueError for a law that does not apply, TypeError for what is no
+    loss.
     """
+    if not isinstance(loss, Loss) or not hasattr(loss, "kind"):
+        of = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise TypeError(f"check_loss holds an object of a class of logratio.losses.Loss with a `kind`, not {of}")
+    words = repr(loss)  # before a call may change it
     applicable = laws_of(loss)
     unknown = {*(laws or ()), *skip} - {*LAWS}
     if unknown or not {*(laws or ())} <= {*applicable}:
@@ -81,10 +86,10 @@ def check_loss(
         if name in (applicable if laws is None else laws) and name not in skip:
             if name != "gradient" or stops_gradients is not True:
                 choices = {"moves": False} if name == "gradient" and stops_gradients == "collected" else {}
-                _hold(LAWS[name], loss, max_examples, seed, choices)
+                _hold(LAWS[name], loss, words, max_examples, seed, choices)
 
 
-def _hold(one: Law, loss: Loss, max_examples: int, seed: int, choices: dict[str, Any]) -> None:
+def _hold(one: Law, loss: Loss, words: str, max_examples: int, seed: int, choices: dict[str, Any]) -> None:
     """Try the law on examples; where it breaks, look for the smallest and raise LawViolation."""
     ranks = loss.window_pass == "own"  # what compares examples has no one gradient where they tie
     found: dict[str, Any] = {}
@@ -111,12 +116,13 @@ def _hold(one: Law, loss: Loss, max_examples: int, seed: int, choices: dict[str,
     if not isinstance(cause, AssertionError):
         detail = f"{type(cause).__name__}: {detail}"
     with_ = ", ".join(f"{k}={v}" for k, v in found.items() if k != "batch")
+    batch = one.made(loss, **found) if one.made else found["batch"]
     lines = [
         one.statement,
         f"  {detail}",
-        f"  {loss!r}",
+        f"  {words}",
         *([f"  {with_}"] if with_ else []),
-        show(loss, found["batch"]),
+        show(loss, batch),
     ]
     raise LawViolation(one.name, "\n".join(lines)) from (None if isinstance(cause, AssertionError) else cause)
 

@@ -13,6 +13,7 @@ so that a failure shrinks to the fewest rows and tokens; the numbers come from a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,9 @@ PARTS = {
 """kind -> what one example of it consists of; a list may lack its last."""
 
 LOGPS = ("policy", "ref", "old", "behavior")
-STATS = ("entropy", "log_z", "log_sum_p2", "divergence")
+STATS = ("entropy", "log_z", "log_sum_p2", "is_top1", "divergence")
+CONSTANTS = ("log_sum_p2", "is_top1")
+"""Those that no model gives a gradient to."""
 
 # In steps of a power of two, so that sums of numbers at their ends are exact, in any order.
 SIZES = (0.0, 2.0**-10, 1.0, 30.0, 1e4)
@@ -44,8 +47,8 @@ class Batch:
     masks: part -> [C, T] bool, True where scored.
     tokens: role -> part -> [C, T]; log-probs `policy`, `ref`, `old`, `behavior` (nats, at most 0) and the policy's
         statistics `entropy` (0 to 12 nats), `log_z` (any), `log_sum_p2` (log of the sum over the vocabulary of p^2, -12
-        to 0); for sequences `divergence` (from another model, at least 0); for sequences and labeled examples perhaps
-        `weights` (at least 0).
+        to 0), `is_top1` (bool, whether no token is likelier); for sequences `divergence` (from another model, at least
+        0); for sequences and labeled examples perhaps `weights` (at least 0).
     rows: name -> [C]; `label` bool (labeled), `advantages` and `prompts` int64 (grouped), `margin` (paired), `sizes`
         int64 and `rewards` [C, 3] (listed).
     collected: [n] nats, log-ratios of mismatched completions over a whole step (labeled), else empty.
@@ -113,6 +116,10 @@ def batches(
         "log_sum_p2": {part: (-12 * uniform(mask.shape)).maximum(2 * policy[part]) for part, mask in masks.items()},
     }
 
+    tokens["is_top1"] = {
+        part: (policy[part] >= p2) | (policy[part] > -math.log(2)) for part, p2 in tokens["log_sum_p2"].items()
+    }
+
     def near(logps: Tensor) -> Tensor:
         return (logps + spread * around_zero(logps.shape)).clamp(max=0.0)
 
@@ -173,7 +180,8 @@ def pad(batch: Batch, *, left: int, right: int, fill: float) -> Batch:
     masks = {part: torch.nn.functional.pad(mask, (left, right)) for part, mask in batch.masks.items()}
 
     def padded(part: str, values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values, (left, right)).masked_fill(~masks[part], fill)
+        put = fill if values.is_floating_point() else fill < 0
+        return torch.nn.functional.pad(values, (left, right)).masked_fill(~masks[part], put)
 
     tokens = {
         role: {part: padded(part, values) for part, values in parts.items()} for role, parts in batch.tokens.items()
@@ -183,6 +191,9 @@ def pad(batch: Batch, *, left: int, right: int, fill: float) -> Batch:
 
 def convert(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """`change` applied to every floating-point tensor."""
-    tokens = {role: {part: change(values) for part, values in parts.items()} for role, parts in batch.tokens.items()}
-    rows = {name: change(values) if values.is_floating_point() else values for name, values in batch.rows.items()}
+
+    def changed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: change(x) if x.is_floating_point() else x for name, x in values.items()}
+
+    tokens, rows = {role: changed(parts) for role, parts in batch.tokens.items()}, changed(batch.rows)
     return replace(batch, tokens=tokens, rows=rows, collected=change(batch.collected))

@@ -187,6 +187,9 @@ def load_loss(name: str) -> type[Loss]:
         isinstance(loss, type) and issubclass(loss, Loss) and hasattr(loss, "kind") and dataclasses.is_dataclass(loss)
     ):
         raise UserError(f"--loss {name!r} is not a dataclass derived from logratio.losses.Loss with a `kind`")
+    from .config.run import check_own
+
+    check_own(loss)
     return loss
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logratio.losses import Largest, Loss, Mean, Totals
 
-from .batches.inputs import count_totals, loss_inputs
+from .batches.inputs import count_totals, loss_inputs, output_of, state_after
 from .batches.packing import PackedBatch, example_tokens, pack
 from .batches.values import behavior_of
 from .data.examples import Example
@@ -279,7 +279,7 @@ class Step:
                     out = self.policy(micro.batch, **distributions(self.teacher, self.loss, micro.batch))
                     micro.logps = None if micro.behavior is None else out.logps.detach()
                     inputs = loss_inputs(self.loss, micro.batch, out, micro.ref, micro.old, micro.behavior)
-                    output = self.loss(**inputs, totals=dataclasses.replace(totals, own=micro.own))
+                    output = output_of(self.loss, inputs, dataclasses.replace(totals, own=micro.own))
                     if backward:
                         self.accelerator.backward(output.loss * factor)
                 losses.append(output.loss.detach())
@@ -291,7 +291,7 @@ class Step:
                 rows = rows_of(micro.batch.examples)
                 raise UserError(f"the loss is not finite; its micro-batch holds the rows {rows} of the data set")
         if backward:
-            self.state = self.loss.advance(totals)
+            self.state = state_after(self.loss, totals)
         return result
 
 

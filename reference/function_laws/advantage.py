@@ -2,7 +2,9 @@
 
 fn(rewards) -> advantages, both [groups, G], float64 unless asked otherwise, one row a prompt, all rows of an optimizer
 step; NaN is the reward of a completion that nothing could score. Where `fn` takes them, `lengths` [groups, G] int64
-(tokens of each completion) and `baseline` [groups, 1] (reward of another completion) come by name.
+(tokens of each completion) and `baseline` [groups, 1] (reward of another completion) come by name. fn(rewards,
+context), as `--advantage_type` takes it, is called as a run does: NaN is no advantage, so 0, and where it gives one a
+token, [groups, G, T], those of the first tokens are held.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from logratio.losses.advantages import Advantage, advantages_of
 
 from .._verdicts import Broken, NotAsked, Report
 from ._holding import hold, taken
@@ -41,9 +45,17 @@ class Asking:
         return RTOL[self.dtype]
 
     def __call__(self, step: Step) -> Tensor:
-        out = self.fn(**{name: step[name].clone() for name in ("rewards", *taken(self.fn, ("lengths", "baseline")))})
-        if out.shape != step["rewards"].shape:
-            raise Broken(f"advantages {list(out.shape)} for rewards {list(step['rewards'].shape)}")
+        given = {name: x.clone() for name, x in step.items()}
+        rewards = given.pop("rewards")
+        if taken(self.fn, ("context",)):
+            own = Advantage(self.fn, smallest_group=2, whitened=False, wants_greedy=True)
+            out = advantages_of(rewards, own, lengths=given["lengths"], baseline=given["baseline"])
+            out = out if out.ndim == 2 else out[..., 0]
+        else:
+            out = self.fn(rewards, **{name: given[name] for name in taken(self.fn, ("lengths", "baseline"))})
+        if not isinstance(out, Tensor) or out.shape != step["rewards"].shape:
+            got = list(out.shape) if isinstance(out, Tensor) else f"of the type {type(out).__name__}"
+            raise Broken(f"advantages {got} for rewards {list(step['rewards'].shape)}")
         return out.double()
 
     def steps(self) -> list[Step]:
@@ -86,6 +98,14 @@ def finite(ask: Asking) -> None:
     for step in ask.steps():
         if not (out := ask(step)).isfinite().all():
             raise Broken(f"{_shown(step)} gives {out.tolist()}")
+
+
+def deterministic(ask: Asking) -> None:
+    """Called twice on the same step it gives the same: what it remembered would be lost where a run is resumed."""
+    for step in ask.steps():
+        once, again = ask(step), ask(step)
+        if not ((once == again) | (once.isnan() & again.isnan())).all():
+            raise Broken(f"{_shown(step)} gives {once.tolist()}, then {again.tolist()}")
 
 
 def equal_rewards(ask: Asking) -> None:
@@ -180,6 +200,7 @@ LAWS: dict[str, Callable[[Asking], None]] = {
     law.__name__: law
     for law in (
         finite,
+        deterministic,
         equal_rewards,
         within_a_group,
         of_groups,

@@ -91,6 +91,16 @@ def test_bad_input_is_one_sentence(line, said):
         main(words(line))
 
 
+def test_a_loss_of_ones_own_is_told_apart_from_a_method(tmp_path, monkeypatch):
+    module = "from dataclasses import dataclass\nfrom logratio.losses import DPOLoss\n"
+    (tmp_path / "planned_loss.py").write_text(
+        f"{module}@dataclass(frozen=True, kw_only=True)\nclass Own(DPOLoss): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="^the plan knows no loss of one's own: plan the method that it is like, "):
+        main(["--loss", "planned_loss:Own", "--model_name_or_path", "Qwen/Qwen2.5-0.5B"])
+
+
 @pytest.mark.skipif(not entry_points(group=COMMANDS), reason="the package is not installed, so it has no commands")
 def test_the_command_exits_with_a_sentence(capsys):
     assert logratio(["plan", "dpo", "--model_name_or_path", "no/such-model"]) != 0

@@ -5,7 +5,7 @@ import torch
 
 from logratio.benchmarks.projects.of_ours import CLAIMS, of_type
 from logratio.losses import linear_logps
-from logratio.losses.advantages import ADVANTAGES, advantages_of
+from logratio.losses.advantages import ADVANTAGES, advantages_of, differ
 from logratio.reference.function_laws import advantage, check_advantage, check_kernel, kernel
 from logratio.reference.laws import LawViolation
 
@@ -55,8 +55,14 @@ def mean(rewards):
     return rewards.nanmean(1, keepdim=True)
 
 
+def drifting():
+    calls = iter(range(10**6))
+    return lambda rewards: advantages_of(rewards) * (1 + next(calls))
+
+
 WRONG_ADVANTAGES = {
     "finite": lambda rewards: advantages_of(rewards) / (rewards - 1),
+    "deterministic": drifting(),
     "equal_rewards": lambda rewards: advantages_of(rewards) + 1e-12,
     "within_a_group": lambda rewards: advantages_of(rewards) * torch.arange(1, rewards.shape[1] + 1),
     "of_groups": lambda rewards: advantages_of(rewards) * torch.arange(1, len(rewards) + 1)[:, None],
@@ -90,6 +96,20 @@ def test_a_wrong_advantage_breaks_its_law(law):
 def test_each_half_of_a_law_of_advantages(law, wrong):
     with pytest.raises(LawViolation, match=f"^{law}: "):
         check_advantage(wrong, laws=[law])
+
+
+def test_one_that_a_run_takes_is_called_as_a_run_does():
+    def above_the_mean(rewards, context):
+        assert context.lengths.shape == rewards.shape and context.baseline.shape == (len(rewards), 1)
+        return torch.where(differ(rewards), rewards - mean(rewards), 0.0)  # NaN where there is no reward
+
+    def of_tokens(rewards, context):
+        return above_the_mean(rewards, context)[..., None] * 0.99 ** torch.arange(int(context.lengths.max()))
+
+    for fn in (above_the_mean, of_tokens, lambda r: advantages_of(r, scale="none")):
+        assert "missing" in check_advantage(fn, scale="linear").held
+    with pytest.raises(LawViolation, match="^sums_to_0: "):
+        check_advantage(lambda rewards, context: above_the_mean(rewards, context) + context.lengths, laws=["sums_to_0"])
 
 
 def test_the_message_of_an_advantage_shows_a_small_step():

@@ -1,6 +1,7 @@
 """The kit sees what is wrong: deliberately wrong losses, written as a stranger would, break the law that is theirs."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from logratio.losses import DPOLoss, Kind, Loss, LossOutput, Mean, PairLogps, SFTLoss, Totals
-from logratio.reference.laws import LAWS, LawViolation, check_loss, laws_of
+from logratio.losses import CompletionLogps, DPOLoss, Kind, Loss, LossOutput, Mean, PairLogps, SFTLoss, Totals
+from logratio.reference.laws import LAWS, LawViolation, check_loss, for_every_batch, laws_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,67 @@ class NoGraph(Right):
         return super().value(per_pair, policy, totals).detach()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReturnsTheValueAlone(Right):
+    def __call__(self, policy, ref, *, totals):
+        return super().__call__(policy, ref, totals=totals).loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsNumbers(Right):
+    def __call__(self, policy, ref, *, totals):
+        loss, _ = super().__call__(policy, ref, totals=totals)
+        return LossOutput(loss, {"margin": loss.detach()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarriesATensor(Right):
+    def advance(self, totals):
+        return {"steps": torch.tensor(totals.state.get("steps", 0) + 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brier(Loss):
+    """1 - 2 p + sum_v p_v^2 of a token: the last has no gradient in any model."""
+
+    kind: ClassVar[Kind] = Kind.SEQUENCE
+    stats: ClassVar[tuple[str, ...]] = ("log_sum_p2",)
+
+    def __call__(self, policy: CompletionLogps, *, totals: Totals) -> LossOutput:
+        score = 1 - 2 * policy.logps.exp() + policy.needed("log_sum_p2").exp()
+        return LossOutput(policy.masked(score).sum() / max(totals.num_tokens, 1), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboveThePromptsMean(Loss):
+    """-(A - mean of the prompt) log p(y), whose step is collected in float32, where there are fewer prompts."""
+
+    kind: ClassVar[Kind] = Kind.GROUPED
+    window_pass: ClassVar[str] = "own"
+    wants_prompts: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def collect(self, policy, advantages, old, prompts):
+        there = policy.completion_mask.any(-1)
+        return torch.stack([prompts.to(self.dtype), advantages.to(self.dtype), there.to(self.dtype)], 1)
+
+    def __call__(self, policy, advantages, old, prompts, *, totals):
+        if not len(prompts) == len(advantages) == len(policy.sums) == len((policy if old is None else old).sums):
+            raise ValueError("a row each")
+        number, a, there = totals.collected.unbind(1)
+        advantages = advantages.to(policy.sums)
+        same = (number == prompts[:, None].to(self.dtype)).to(a) * there
+        above = advantages - ((same * a).sum(1) / same.sum(1).clamp(min=1)).to(advantages)
+        ratio = policy.sums - (policy if old is None else old).sums.detach()
+        per_row = torch.where(policy.completion_mask.any(-1), -above * ratio, 0.0)
+        return LossOutput(per_row.sum() / totals.num_sequences, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboveThePromptsMeanInFloat64(AboveThePromptsMean):
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+
 WRONG = {
     WrongSign: "direction",
     MaskDropped: "mask",
@@ -142,6 +204,11 @@ WRONG = {
     EmptyPairsCost: "nothing_scored",
     EmptyPairsDilute: "empty_example",
     NoGraph: "contract",
+    ReturnsTheValueAlone: "contract",
+    LogsNumbers: "contract",
+    CarriesATensor: "contract",
+    Brier: "gradient",
+    AboveThePromptsMean: "renumbered",
 }
 
 
@@ -172,6 +239,100 @@ def test_the_message_shows_the_smallest_batch():
     message = str(violation_of(MaskDropped(), max_examples=10))
     assert "batch of 1 example " in message and "fill=" in message
     assert "  chosen policy         [[_]]" in message
+
+
+def test_what_is_returned_wrongly_is_told_in_words():
+    told = {
+        ReturnsTheValueAlone: "it must return LossOutput(loss, metrics), not Tensor",
+        LogsNumbers: "its metric margin must be a Mean, such as Mean.of(values, where), not Tensor",
+        CarriesATensor: "advance() gives steps as Tensor, not as a number",
+    }
+    for loss, words in told.items():
+        assert str(violation_of(loss(), max_examples=1)).splitlines()[1] == f"  {words}"
+    of_script = "check_loss holds an object of a class of logratio.losses.Loss with a `kind`, not "
+    for given, words in {Right: "the class Right", 3: "a int", Loss(): "a Loss"}.items():
+        with pytest.raises(TypeError, match=of_script + words):
+            check_loss(given)
+
+
+def test_a_number_without_gradient_may_be_a_weight_and_no_term():
+    assert "(without gradient: log_sum_p2)" in str(violation_of(Brier(), max_examples=10))
+    check_loss(Brier(), stops_gradients=True, max_examples=5)
+
+
+def test_what_is_collected_is_held_before_what_is_made_of_it():
+    assert list(LAWS).index("collected") < list(LAWS).index("split")
+
+
+def test_direction_shows_the_batch_that_it_is_about():
+    message = str(violation_of(WrongSign(), max_examples=10))
+    assert "  chosen policy         [[-1]]" in message and "rejected ref          [[-1]]" in message
+
+
+def test_what_a_list_does_not_have_is_not_shown():
+    @dataclass(frozen=True, kw_only=True)
+    class Nothing(Loss):
+        kind: ClassVar[Kind] = Kind.LISTED
+
+        def __call__(self, policy, rewards, sizes, *, totals):
+            return LossOutput(policy.sums.sum().detach(), {})
+
+    message = str(violation_of(Nothing(), max_examples=5))
+    assert "third policy          [[]]" in message and re.search(r"rewards +\[\[0, 0, _\]\]", message)
+
+
+def test_tokens_that_are_the_likeliest_are_told_apart():
+    @dataclass(frozen=True, kw_only=True)
+    class Misses(Loss):
+        """-log p of the tokens that the model would not say itself."""
+
+        kind: ClassVar[Kind] = Kind.SEQUENCE
+        stats: ClassVar[tuple[str, ...]] = ("is_top1",)
+
+        def __call__(self, policy, *, totals):
+            missed = policy.completion_mask & ~policy.is_top1
+            loss = torch.where(missed, -policy.logps, 0.0).sum() / max(totals.num_tokens, 1)
+            return LossOutput(loss, {"missed": Mean.of(missed.float(), policy.completion_mask)})
+
+    check_loss(Misses(), skip=["direction"], max_examples=4)
+    shares = []
+    for_every_batch("sequence", lambda batch: shares.append(batch.tokens["is_top1"]["completion"].double().mean()))
+    assert 0 < sum(shares) < len(shares)
+
+
+def test_numbers_of_prompts_that_are_kept_whole_pass():
+    check_loss(AboveThePromptsMeanInFloat64(), skip=["direction"], max_examples=4)
+
+
+def test_rows_may_be_refused_by_torch_itself():
+    @dataclass(frozen=True, kw_only=True)
+    class Split(Loss):
+        kind: ClassVar[Kind] = Kind.LISTED
+
+        def __call__(self, policy, rewards, sizes, *, totals):
+            best = [x[r.argmax()] for x, r in zip(policy.sums.split(sizes), rewards.split(sizes), strict=True)]
+            return LossOutput(-torch.stack(best).sum() / totals.num_sequences, {})
+
+    check_loss(Split(), laws=["no_broadcast"], max_examples=4)
+
+
+def test_what_is_declared_otherwise_than_it_can_be_is_refused():
+    class Undecorated(Right):
+        tau: float = 1.0
+
+    def declaring(**names):
+        return dataclass(frozen=True, kw_only=True)(type("Own", (Right,), names))
+
+    for cls, words in {
+        Undecorated: "Undecorated.tau is no option without @dataclass(frozen=True, kw_only=True)",
+        declaring(kind="paired"): "Own.kind must be one of Kind.SEQUENCE, Kind.LABELED, .*, not 'paired'",
+        declaring(stats="entropy"): "Own.stats must be a tuple of names, such as ('entropy',), not 'entropy'",
+        declaring(stats=("entropy", "topk_mass")): "Own.stats='topk_mass' is unknown, expected one of: entropy, log_z",
+        declaring(ref_stats=("entropie",)): "Own.ref_stats='entropie' is unknown, .* did you mean entropy?",
+        declaring(window_pass="all"): "Own.window_pass='all' is unknown, expected one of: own, mismatched",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(words).replace(r"\.\*", ".*")):
+            cls()
 
 
 def test_the_same_seed_finds_the_same_batch():

@@ -168,6 +168,23 @@ class Likelier(Loss):
 
 class NoLoss:
     pass
+
+@dataclass(frozen=True, kw_only=True)
+class NoDefault(Likelier):
+    tau: float
+
+@dataclass(frozen=True, kw_only=True)
+class Taken(Likelier):
+    seed: int = 1
+
+@dataclass(frozen=True, kw_only=True)
+class NoLength(Likelier):
+    kind: ClassVar[Kind] = Kind.GROUPED
+
+@dataclass(frozen=True, kw_only=True)
+class Typo(Loss):
+    kind: ClassVar[Kind] = Kind.PAIRED
+    stats: ClassVar = ("entropie",)
 '''
 
 
@@ -187,6 +204,10 @@ def test_a_loss_from_outside_trains(workspace, capsys):
         "outside_loss:NoLoss": "is not a dataclass derived from logratio.losses.Loss with a `kind`",
         "outside_loss:Missing": "has no 'Missing'",
         "no_such_module_here:X": "there is no module 'no_such_module_here' here, on the PYTHONPATH or installed",
+        "outside_loss:NoDefault": "--loss outside_loss:NoDefault: its field tau needs a default",
+        "outside_loss:Taken": "--seed is an option of every such run already; rename its field",
+        "outside_loss:NoLength": "NoLength is a loss over rollouts, and needs a field max_completion_length: int = 512",
+        "outside_loss:Typo": "Typo.stats='entropie' is unknown, expected one of: entropy, log_z, ",
         "nonsense": f"--loss 'nonsense' is neither module:Class nor one of: {METHODS}",
     }.items():
         assert cli.main(["train", "--loss", spec, *SHORT]) == 1

@@ -153,6 +153,11 @@ def test_no_field_stands_in_two_of_the_configurations(name):
         ),
         (
             RolloutConfig,
+            {"advantage_type": ("textwrap:dedent",)},
+            "--advantage_type textwrap:dedent must be a function of (rewards, context): too many positional arguments",
+        ),
+        (
+            RolloutConfig,
             {"advantage_type": ("group", "reinforce_pp"), "dynamic_sampling": 2},
             "--dynamic_sampling 2: with --advantage_type reinforce_pp completions of equal reward teach too; leave it "
             "out",
@@ -221,6 +226,12 @@ def test_options_of_a_reference_need_one(option, value, shown):
             RunConfig(method=method, loss=LOSSES[method](), model=ModelConfig(**{option: value}))
     RunConfig(method="dpo", loss=LOSSES["dpo"](), model=ModelConfig(**{option: value}))
     RunConfig(method="grpo", loss=LOSSES["grpo"](beta=0.1), model=ModelConfig(**{option: value}))
+
+
+def test_rollouts_have_defaults_where_a_script_names_none():
+    config = RunConfig(method="grpo", loss=LOSSES["grpo"]())
+    assert config.resolved(1) == RunConfig(method="grpo", loss=config.loss, rollout=RolloutConfig()).resolved(1)
+    assert RunConfig(method="dpo", loss=LOSSES["dpo"]()).resolved(1).rollout is None
 
 
 def test_evaluation_needs_something_to_evaluate_on():

@@ -263,6 +263,41 @@ def test_a_loss_that_is_not_finite_is_refused_by_row(model):
         step(micros, step.totals(examples, micros))
 
 
+WRONG_OUTPUTS = {
+    "it must return LossOutput(loss, metrics), not Tensor": lambda out: out.loss,
+    "its loss must be one number, a tensor of the shape [], not [1]": lambda out: out._replace(loss=out.loss[None]),
+    "its metric nll must be a Mean, such as Mean.of(values, where), not float": lambda out: out._replace(
+        metrics={"nll": 1.0}
+    ),
+    "its loss has no graph: it is detached from the policy's log-probs": lambda out: out._replace(
+        loss=out.loss.detach()
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "change"), WRONG_OUTPUTS.items(), ids=lambda x: x if isinstance(x, str) else "")
+def test_what_a_loss_returns_wrongly_is_told_in_words(model, message, change):
+    class Own(LOSSES["sft"]):
+        def __call__(self, policy, *, totals):
+            return change(super().__call__(policy, totals=totals))
+
+    step, examples = make_step(model, Own(), micro_batch_tokens=1000), examples_for(Kind.SEQUENCE)
+    micros = step.micro_batches(examples)
+    with pytest.raises(UserError, match=f"^{re.escape(f'the loss Own: {message}')}$"):
+        step(micros, step.totals(examples, micros))
+
+
+def test_a_state_that_no_checkpoint_could_keep_is_refused(model):
+    class Own(LOSSES["sft"]):
+        def advance(self, totals):
+            return {"steps": torch.tensor(1.0)}
+
+    step, examples = make_step(model, Own(), micro_batch_tokens=1000), examples_for(Kind.SEQUENCE)
+    micros = step.micro_batches(examples)
+    with pytest.raises(UserError, match="the loss Own: its advance.. must give numbers, and gives steps as Tensor"):
+        step(micros, step.totals(examples, micros))
+
+
 def test_many_rows_are_not_all_listed(model):
     examples = [Example([250], [Completion([3])], row=row) for row in range(20)]
     step = make_step(copy.deepcopy(model), LOSSES["sft"](), micro_batch_tokens=1000)

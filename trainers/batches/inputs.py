@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logratio.losses import CompletionLogps, Kind, Loss, PairLogps, TokenLogps, Totals
+from logratio.losses import CompletionLogps, Kind, Loss, LossOutput, PairLogps, TokenLogps, Totals
+from logratio.losses.types import misfit
 
 from ..data.examples import Completion, Example
+from ..errors import UserError
 from .packing import PackedBatch
 
 
@@ -35,6 +37,29 @@ def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
             if scored
         ),
     )
+
+
+def output_of(loss: Loss, inputs: dict[str, Any], totals: Totals) -> LossOutput:
+    """The loss called. Raises UserError where it returns something else than a loss must."""
+    output = loss(**inputs, totals=totals)
+    wrong = misfit(output)
+    if not wrong and torch.is_grad_enabled() and not output.loss.requires_grad:
+        wrong = "its loss has no graph: it is detached from the policy's log-probs"
+    if wrong:
+        raise UserError(f"the loss {type(loss).__name__}: {wrong}")
+    return output
+
+
+def state_after(loss: Loss, totals: Totals) -> Mapping[str, float]:
+    """What the loss carries to the next step. Raises UserError for what no checkpoint could keep."""
+    state = loss.advance(totals)
+    for name, value in state.items():
+        if not isinstance(value, int | float):
+            raise UserError(
+                f"the loss {type(loss).__name__}: its advance() must give numbers, and gives {name} as "
+                f"{type(value).__name__}: make it float({name})"
+            )
+    return state
 
 
 def _scored(completion: Completion) -> Sequence[bool]:

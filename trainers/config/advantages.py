@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 
 from logratio.losses.advantages import ADVANTAGES, Advantage
@@ -26,5 +27,9 @@ def advantage_called(name: str) -> Advantage:
     if not callable(function) or isinstance(function, type):
         kind = type(function).__name__
         raise UserError(f"{OPTION} {name} must be a function of (rewards, context), but is {kind}")
+    try:
+        inspect.signature(function).bind("rewards", "context")
+    except TypeError as error:
+        raise UserError(f"{OPTION} {name} must be a function of (rewards, context): {error}") from None
     entered = (one for one in ADVANTAGES.values() if one.formula is function)
     return next(entered, Advantage(function, smallest_group=2, whitened=False, wants_greedy=False))

@@ -28,9 +28,30 @@ def parts_of(loss: type[Loss]) -> dict[str, type[Any]]:
     return parts
 
 
+def check_own(loss: type[Loss]) -> None:
+    """Raise UserError for a class of the user's own whose fields cannot be options."""
+    name, parts = f"{loss.__module__}:{loss.__qualname__}", parts_of(loss)
+    taken = {f.name for part, fields in parts.items() if part != "loss" for f in dataclasses.fields(fields)}
+    for own in dataclasses.fields(loss):
+        if own.name in taken:
+            raise UserError(f"--loss {name}: --{own.name} is an option of every such run already; rename its field")
+        if own.default is dataclasses.MISSING and own.default_factory is dataclasses.MISSING:
+            raise UserError(f"--loss {name}: its field {own.name} needs a default")
+    check_longest(loss)
+
+
+def check_longest(loss: type[Loss]) -> None:
+    """Raise UserError for a loss over rollouts that does not say how long they may become."""
+    if loss.kind is Kind.GROUPED and "max_completion_length" not in {f.name for f in dataclasses.fields(loss)}:
+        raise UserError(
+            f"{loss.__name__} is a loss over rollouts, and needs a field max_completion_length: int = 512, in tokens, "
+            "which is how long they may become"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of it. `rollout` is there for losses whose kind is GROUPED."""
+    """All of it. `rollout` is of losses whose kind is GROUPED; None: its defaults."""
 
     method: str
     loss: Any
@@ -72,6 +93,7 @@ class RunConfig:
             raise UserError(
                 "--overwrite_output_dir removes what --resume_from_checkpoint goes on from; leave one of them out"
             )
+        check_longest(type(self.loss))
 
     def _check_teacher(self) -> None:
         """UserError for a teacher that nothing reads, or what does not go with one."""
@@ -115,8 +137,9 @@ class RunConfig:
 
     def resolved(self, num_processes: int) -> RunConfig:
         """With every default filled in that depends on other options, the method or the number of processes."""
-        completions = self.rollout.num_generations if self.rollout else 1
-        rollout = self.rollout and self.rollout.resolved(self.train.gradient_accumulation_steps)
+        rollout = self.rollout or (RolloutConfig() if self.loss.kind is Kind.GROUPED else None)
+        completions = rollout.num_generations if rollout else 1
+        rollout = rollout and rollout.resolved(self.train.gradient_accumulation_steps)
         if rollout and rollout.teacher_coef is None and self.model.teacher_model_name_or_path:
             rollout = dataclasses.replace(rollout, teacher_coef=1.0)
         train = self.train.resolved(self.method, num_processes, completions)
