@@ -16,14 +16,21 @@ from .strategies import CONSTANTS, PARTS, STATS, Batch
 
 RTOL = 1e-10
 """float64's rounding of sums in another order."""
+EPS = torch.finfo(torch.float64).eps
+ROUNDINGS = 16
+"""Of a token on its way into a loss, its reference's among them."""
 
 
 class Result(NamedTuple):
-    """A loss, its gradient by the policy's tensors ("chosen", "chosen entropy"), and its metrics."""
+    """A loss, its gradient by the policy's tensors ("chosen", "chosen entropy"), and its metrics.
+
+    rounding: by how much the loss changes where all that it is a function of is rounded once more.
+    """
 
     loss: Tensor
     grads: dict[str, Tensor]
     metrics: dict[str, Mean]
+    rounding: float = 0.0
 
 
 def parts_of(loss: Loss) -> tuple[str, ...]:
@@ -150,7 +157,8 @@ def run(loss: Loss, batch: Batch, totals: Totals | None = None, **changed: Any) 
         for (role, part), leaf in leaves.items()
         if leaf.grad is not None
     }
-    return Result(out.loss.detach(), grads, out.metrics)
+    slopes = [float((leaf.grad * leaf.detach()).abs().nansum()) for leaf in leaves.values() if leaf.grad is not None]
+    return Result(out.loss.detach(), grads, out.metrics, EPS * sum(slopes))
 
 
 def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list) -> None:
@@ -158,7 +166,7 @@ def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list)
 
     terms: what may have cancelled in the loss, for its tolerance.
     """
-    same_value(got.loss, expected.loss, terms)
+    same_value(got.loss, expected.loss, terms, ROUNDINGS * max(got.rounding, expected.rounding))
     same_gradient(got.grads, expected.grads)
     if got.metrics.keys() != expected.metrics.keys():
         raise AssertionError(f"metrics {sorted(got.metrics)}, expected {sorted(expected.metrics)}")
@@ -168,10 +176,14 @@ def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list)
             raise AssertionError(f"the mean of the metric {name} is {means[0]:.12g}, expected {means[1]:.12g}")
 
 
-def same_value(got: Tensor | float, expected: Tensor | float, terms: Callable[[], list[float]] = list) -> None:
-    """Raise AssertionError unless they agree to `RTOL` of the largest, that of `terms` included."""
+def same_value(
+    got: Tensor | float, expected: Tensor | float, terms: Callable[[], list[float]] = list, rounding: float = 0.0
+) -> None:
+    """Raise AssertionError unless they agree to `RTOL` of the largest, that of `terms` included, or to `rounding`."""
     got, expected = float(got), float(expected)
     off = abs(got - expected)
+    if off <= rounding:
+        return
     if not off <= RTOL * abs(expected) and not off <= RTOL * max(map(abs, (expected, *terms()))):
         raise AssertionError(f"the loss is {got:.12g}, expected {expected:.12g}")
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tile import CONSTANTS, STAT_DTYPES, Coefficients, Tile, Transform
+from ._tile import CONSTANTS, STAT_DTYPES, Coefficients, Rows, Tile, Transform
 from .support import Kept
 
 
@@ -46,6 +46,13 @@ def _parts(rows: int, words: int, width: int, processors: int) -> int:
     keep a GPU busy in blocks of 128 x 256. Each begins at a multiple of 16 bytes, as cuBLAS's fast kernels want it."""
     blocks = -(-rows // 128) * -(-width // 256)
     return max(n for n in (1, 2, 4, 8) if n == 1 or (n * blocks <= processors and words % (8 * n) == 0))
+
+
+def _second_product(rows: Rows, weight: Tensor) -> Tensor:
+    """[n, H], the gradient of the hidden states; of a function of its own, or it would live on beside the next tile."""
+    assert rows.gradient is not None
+    product = _product(rows.gradient.to(weight.dtype), weight)
+    return product if rows.factor is None else product.mul_(rows.factor[:, None])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -99,15 +106,15 @@ class TwoGemm(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_tokens):
                 at = slice(start, start + chunk_tokens)
                 coefficients = None if of_logps is None else of_logps.at(at)
-                h = hidden[at].to(tile.weight.dtype)
-                got = tile.rows(h, targets[at], _of(kept, at), stats, coefficients, lazy=True)
+                # without a name, which would keep the copy beside the second product
+                got = tile.rows(
+                    hidden[at].to(tile.weight.dtype), targets[at], _of(kept, at), stats, coefficients, lazy=True
+                )
                 out["logps"][at] = got.logps
                 for name in stats:
                     out[name][at] = got.stats[name]
                 if g is not None:
-                    assert got.gradient is not None
-                    product = _product(got.gradient.to(tile.weight.dtype), tile.weight)
-                    g[at] = product if got.factor is None else product.mul_(got.factor[:, None])
+                    g[at] = _second_product(got, tile.weight)
         ctx.set_materialize_grads(False)
         again = recomputes or "entropy" in stats or "log_z" in stats
         ctx.save_for_backward(g, *((hidden, weight, bias, targets, out.get("entropy")) if again else ()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from logratio.losses import Kind
 
 from ..errors import RowError, UserError, shown
+from ..ground.finite import is_finite
 from .chat.conversations import as_messages, check_media, check_value, is_written_out, template_options, with_system
 from .layout import GOLD, Layout, columns_of
 from .lists import REWARDS, taken_apart
@@ -110,8 +109,7 @@ def _margin(row: Mapping[str, Any], where: str, layout: Layout) -> float | None:
             f"{where} has a 'margin', which this method and loss_type do not read: remove the column, or use dpo with "
             "loss_type odpo"
         )
-    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if value is not None and not number:
+    if value is not None and not is_finite(value):
         raise UserError(f"{where}: 'margin' must be a finite number, got {shown(value)}")
     return value if value is None else float(value)
 
@@ -186,8 +184,7 @@ def _behind(text: Text, prompt: Text, where: str) -> Text:
 
 def checked_weight(value: Any, place: str) -> float:
     """`value` as a weight; UserError unless it is a finite number, 0 or above."""
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not 0 <= value <= sys.float_info.max:
+    if not is_finite(value) or value < 0:
         raise UserError(f"{place}: 'weight' must be a finite number, 0 or above, got {shown(value)}")
     return float(value)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, shown
+from ..ground.finite import is_finite
 from .chat.conversations import is_written_out
 from .tokenization import is_conversation
 
@@ -39,7 +39,7 @@ def taken_apart(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tup
             f"{where} has {len(values)} completions and {len(rewards)} rewards: give one reward for each completion"
         )
     for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if not is_finite(reward):
             raise UserError(f"{where}: '{REWARDS}[{i}]' must be a finite number, got {shown(reward)}")
     names = tuple(f"{COMPLETIONS}[{i}]" for i in range(len(values)))
     return {**row, **dict(zip(names, values, strict=True))}, names, tuple(map(float, rewards))

@@ -88,6 +88,7 @@ def test_completions_are_cut_and_long_prompts_dropped():
         ),
         ({"rewards": [1, math.nan]}, ": 'rewards[1]' must be a finite number, got float nan"),
         ({"rewards": [-math.inf, 1]}, ": 'rewards[0]' must be a finite number, got float -inf"),
+        ({"rewards": [10**400, 1]}, ": 'rewards[0]' must be a finite number, got int 1" + 56 * "0" + "..."),
         ({"rewards": [True, 0]}, ": 'rewards[0]' must be a finite number, got bool True"),
         ({"rewards": ["1", 0]}, ": 'rewards[0]' must be a finite number, got str '1'"),
         ({"rewards": 1}, ": 'rewards' must be a list of numbers, one for each completion, got int 1"),

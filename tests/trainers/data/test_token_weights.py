@@ -153,7 +153,7 @@ def test_a_margin_that_is_missed_is_named():
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         prepared([PAIR | {"margin": 1}, PAIR], Kind.PAIRED, margin=True)
-    for value in (float("nan"), float("inf"), "1", True, [1]):
+    for value in (float("nan"), float("inf"), 10**400, "1", True, [1]):
         with pytest.raises(UserError, match=r"row 0 \(counted from 0\): 'margin' must be a finite number, got "):
             prepared([PAIR | {"margin": value}], Kind.PAIRED, margin=True)
 

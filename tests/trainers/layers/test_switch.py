@@ -51,7 +51,7 @@ def adapted(start="base", four=False, folder=None, **options):
 
 
 def examples_for(kind, gold=False):
-    sizes = {Kind.PAIRED: 3 if gold else 2, Kind.GROUPED: 3}
+    sizes = {Kind.PAIRED: 3 if gold else 2, Kind.GROUPED: 3, Kind.LISTED: 3}
     return [
         Example(
             [5 + row, 6, 7],
@@ -59,6 +59,7 @@ def examples_for(kind, gold=False):
             row % 2 == 0 if kind is Kind.LABELED else None,
             row,
             (1.0, -0.5, -0.25) if kind is Kind.GROUPED else None,
+            rewards=(1.0, -0.5, -0.25) if kind is Kind.LISTED else None,
         )
         for row in range(5)
     ]

@@ -39,12 +39,12 @@ def test_training_goes_on_without_its_reader(tmp_path, nobody):
         import sys, warnings
         from logratio.trainers import cli, loop
         inner = loop.train
-        def train(config):
+        def train(*given):
             for number in range(3):
                 print("a line that a reward prints", flush=True)
                 print("another", file=sys.stderr)
                 warnings.warn("careful")
-            return inner(config)
+            return inner(*given)
         loop.train = train
         sys.exit(cli.main({[*WORDS, "--output_dir", "out"]!r}))
     """

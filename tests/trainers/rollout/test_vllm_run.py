@@ -103,7 +103,8 @@ def test_a_server_that_stays_away_ends_the_run_which_goes_on_later(small, worksp
         .err.splitlines()[-1]
         .endswith(
             f"step 2: the vLLM server {small.url} has not answered for 0.5 s (Connection refused): start it, correct "
-            "--vllm_server_base_url, or wait longer with --vllm_server_timeout"
+            "--vllm_server_base_url, or wait longer with --vllm_server_timeout; step 1 is kept: the same command with "
+            "--resume_from_checkpoint latest goes on from it"
         )
     )
     small.start()

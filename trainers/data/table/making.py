@@ -65,6 +65,8 @@ def _make(path: Path, preparation: Preparation, num_proc: int) -> Report:
 def _bad_behind(row: int, rows: Rows, kind: Kind, tokenizer: Any, options: dict[str, Any]) -> str:
     """How many of the rows behind a bad one cannot be used either, of those looked at; nothing where all can."""
     looked = min(LOOKED_AT, len(rows) - row - 1)
+    if not looked:
+        return ""
     try:
         preparation = Preparation(rows.keeping_bad(), kind, tokenizer, **{**options, "on_bad_row": "skip"})
         for _ in preparation.made(row + 1, row + 1 + looked):

@@ -17,7 +17,6 @@ own; min_p is applied before top_k and top_p; and a greedy completion's log-prob
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ...errors import UserError
+from ...ground.finite import is_finite
 from ...policy.policy import Policy
 from ...processes.once import raised_together
 from .background import Begun
@@ -252,4 +252,4 @@ def choice_of(server: Server, answer: Any) -> dict[str, Any]:
 
 def is_logp(value: Any) -> bool:
     """A finite number, not above 0."""
-    return type(value) in (int, float) and math.isfinite(value) and value <= ROUNDING
+    return is_finite(value) and value <= ROUNDING
