@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError
+from ..logs.journal import read_chain
 
 if TYPE_CHECKING:
     from ..resume import Progress
@@ -138,7 +138,7 @@ class Events:
 
 
 def lines_of(folder: Path, step: int) -> list[dict[str, float]]:
-    """Of a run's log, up to a step; none where it has gone."""
+    """Of a run's log, up to a step; none where it has gone. What a kill has torn off ends it."""
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["step"] <= step]
+    rows = [row for row, _ in read_chain(path)] if path.exists() else []
+    return [{k: v for k, v in row.items() if k != "hash"} for row in rows if row["step"] <= step]

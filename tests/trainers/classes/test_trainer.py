@@ -256,11 +256,14 @@ def test_it_goes_on_from_its_checkpoint(here):
     SFTTrainer("model", SFTConfig("whole", **args), train_dataset=rows("sft")).train()
     short = SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft"), callbacks=[Told(until=2)])
     assert short.train().global_step == 2
+    with open("out/metrics.jsonl", "a") as torn:
+        torn.write('{"step": 3, "los')  # by a kill
     again = SFTTrainer("model", SFTConfig("out", **args), train_dataset=rows("sft"), callbacks=[told := Told()])
     result = again.train(resume_from_checkpoint=True)
     assert_same(trained("whole"), trained("out"))
     log = again.state.log_history
-    assert [row["step"] for row in log] == [1, 2, 3] and result.training_loss == log[-1]["loss"]
+    assert [row["step"] for row in log] == [1, 2, 3] and len({frozenset(row) for row in log}) == 1
+    assert result.training_loss == log[-1]["loss"]
     assert result.metrics["train_samples_per_second"] == pytest.approx(4 * result.metrics["train_steps_per_second"])
     assert [event for event in told.events if event[0] == "epoch"] == [("epoch", 3)]
 
