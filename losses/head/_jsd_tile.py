@@ -8,7 +8,7 @@ teacher's, forward and backward together; with a trainable one the logits of bot
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tenso
 class JsdTile:
     """A `Tile` whose `logps` are divergences; the y that it is asked about are the numbers of the rows."""
 
+    of_one: ClassVar[type[Any]] = Logits
+    """What makes the logits of one of the two models."""
+
     def __init__(
         self,
         weight: Tensor,
@@ -63,8 +66,8 @@ class JsdTile:
         teacher: Teacher,
         beta: float,
     ):
-        self.student = Logits(weight, bias, transform, rows)
-        self.teacher = Logits(teacher.weight, teacher.bias, teacher.transform, rows)
+        self.student = self.of_one(weight, bias, transform, rows)
+        self.teacher = self.of_one(teacher.weight, teacher.bias, teacher.transform, rows)
         self.weight, self.sum_dtype = self.student.weight, self.student.sum_dtype
         self.teacher_hidden, self.beta = teacher.hidden, beta
 

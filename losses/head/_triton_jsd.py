@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._jsd_tile import MAX_LOG_RATIO, Teacher
-from ._tile import Coefficients, Rows, Transform
+from ._jsd_tile import MAX_LOG_RATIO, JsdTile
+from ._tile import Coefficients, Rows
 from ._triton import TritonTile
 from ._triton_logits import logits
 from .support import Kept
@@ -129,26 +129,11 @@ def jsd_kernel(  # type: ignore[no-untyped-def]
             tl.store(gradient + at, g.to(OUT), mask=at < stride)
 
 
-class TritonJsdTile:
-    """`_jsd_tile.JsdTile` in two float32 buffers, whatever is asked of it; the gradient comes in the dtype of the
-    head's weight, as `TritonTile`'s does. Neither head may be in float64."""
+class TritonJsdTile(JsdTile):
+    """The same in two float32 buffers, whatever is asked of it; the gradient comes in the dtype of the head's weight,
+    as `TritonTile`'s does. Neither head may be in float64."""
 
-    sum_dtype = torch.float32
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: Transform,
-        rows: int,
-        *,
-        teacher: Teacher,
-        beta: float,
-    ):
-        self.student = TritonTile(weight, bias, transform, rows)
-        self.teacher = TritonTile(teacher.weight, teacher.bias, teacher.transform, rows)
-        self.weight = self.student.weight
-        self.teacher_hidden, self.beta = teacher.hidden, beta
+    of_one = TritonTile
 
     def rows(
         self,
