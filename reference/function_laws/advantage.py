@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from logratio.losses.advantages import Advantage, advantages_of
 
 from .._verdicts import Broken, NotAsked, Report
 from ._holding import hold, taken
@@ -48,9 +47,9 @@ class Asking:
         given = {name: x.clone() for name, x in step.items()}
         rewards = given.pop("rewards")
         if taken(self.fn, ("context",)):
-            own = Advantage(self.fn, smallest_group=2, whitened=False, wants_greedy=True)
-            out = advantages_of(rewards, own, lengths=given["lengths"], baseline=given["baseline"])
-            out = out if out.ndim == 2 else out[..., 0]
+            out = self.fn(rewards.double(), SimpleNamespace(scale="group", **given))  # as losses.advantages.Context
+            if isinstance(out, Tensor):
+                out = (out[..., 0] if out.ndim == 3 else out).nan_to_num(0.0)
         else:
             out = self.fn(rewards, **{name: given[name] for name in taken(self.fn, ("lengths", "baseline"))})
         if not isinstance(out, Tensor) or out.shape != step["rewards"].shape:
