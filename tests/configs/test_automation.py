@@ -27,3 +27,10 @@ def test_the_workflow_calls_make_test_on_the_oldest_and_the_newest_python():
     assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
     assert "Python 3.11 to 3.13" in (ROOT / "constraints.txt").read_text()
+
+
+def test_the_long_forms_are_run_every_week():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "long.yml").read_text())
+    ((job,), triggers) = workflow["jobs"].values(), workflow[True]  # YAML's reading of "on"
+    assert triggers["schedule"] and [s["run"] for s in job["steps"] if "run" in s] == ["make test-long", "make chaos"]
+    assert recipe_of("test-long") and recipe_of("chaos")
