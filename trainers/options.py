@@ -267,7 +267,7 @@ def words_of(entries: dict[Any, Any], known: dict[str, Any]) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return json.dumps(value, default=str) if isinstance(value, dict) else str(value)
 
 
 def _take(argv: list[str], option: str) -> str | None:

@@ -19,6 +19,7 @@ from .policy.adapters import check_adapter, check_targets
 from .policy.checks import learned_positions, skeleton, stuck
 from .policy.load import check_architecture, load_tokenizer, pad_within
 from .policy.teacher import check_teacher
+from .policy.template import with_template
 from .policy.tiny import TINY, tiny_config
 
 # Part of the weights that cannot move from which on one is told.
@@ -45,7 +46,7 @@ def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
     options = config.model
     name = options.model_name_or_path
     bare = skeleton_of(name)
-    tokenizer = load_tokenizer(name)
+    tokenizer, notes = with_template(load_tokenizer(name), config.data.chat_template_path, config.data.template_values)
     shapes = [shape_of(bare, name)]
     if options.lora_target_modules:
         check_targets(bare, list(options.lora_target_modules))
@@ -56,7 +57,7 @@ def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
     if teacher := options.teacher_model_name_or_path:
         shapes.append(shape_of(skeleton_of(teacher, "--teacher_model_name_or_path"), teacher))
         check_teacher(tokenizer, load_tokenizer(teacher), teacher)
-    return tokenizer, shapes, pad_within(tokenizer, min(s.rows for s in shapes), name)
+    return tokenizer, shapes, [*notes, *pad_within(tokenizer, min(s.rows for s in shapes), name)]
 
 
 def skeleton_of(name: str, option: str = "--model_name_or_path") -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from logratio.losses.options import Count
 
 from ..errors import UserError
 from .numbers import NotNegativeSteps, check_numbers, check_whole
+from .objects import json_object, keep_as_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,12 @@ class DataConfig:
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False
     """SFT: score the assistant's turns only."""
+    chat_template_path: str | None = None
+    """Chat template in place of the tokenizer's, saved with the model: a .jinja file, or a tokenizer's hub name or
+    folder, whose tokens the model has."""
+    chat_template_kwargs: str | None = None
+    """Values of the chat template's variables, as a JSON object ({"enable_thinking": false}); in YAML a mapping. The
+    saved template's defaults; a row's own chat_template_kwargs go before."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used ends the run, or is left out, counted, and listed in output_dir/skipped_rows.jsonl."""
     shuffle: bool = True
@@ -49,6 +56,11 @@ class DataConfig:
     """Processes that tokenize; the result is kept, and found again by the same rows, tokenizer and options."""
 
     @property
+    def template_values(self) -> dict[str, Any]:
+        """What `chat_template_kwargs` says."""
+        return json_object(self, "chat_template_kwargs")
+
+    @property
     def evaluates(self) -> bool:
         """Whether there is something to evaluate on."""
         return bool(self.eval_size or self.dataset_test_split)
@@ -56,6 +68,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_whole(self, "eval_size")
+        keep_as_text(self, "chat_template_kwargs")
         if isinstance(self.dataset_name, str):
             object.__setattr__(self, "dataset_name", (self.dataset_name,))
         if self.max_length < 2:

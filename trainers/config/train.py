@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from logratio.losses.options import Count, NotNegative, Positive, Range
 
 from ..errors import UserError
 from .numbers import NotNegativeSteps, Seed, Steps, check_numbers, check_whole
+from .objects import json_object, keep_as_text
 
 # TRL's defaults; every method but SFT starts from a model that can already speak.
 DEFAULT_LEARNING_RATE = {"sft": 2e-5, "tpo": 5e-7}
@@ -92,15 +92,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_whole(self, "warmup_steps", "eval_steps")
-        if isinstance(self.lr_scheduler_kwargs, dict):
-            object.__setattr__(self, "lr_scheduler_kwargs", json.dumps(self.lr_scheduler_kwargs))
+        keep_as_text(self, "lr_scheduler_kwargs")
         given = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if getattr(self, name)]
         if self.lr_scheduler_type == "constant" and given:
             raise UserError(
                 f"--{given[0]} {getattr(self, given[0])} is not read by --lr_scheduler_type constant; take "
                 "constant_with_warmup, or leave it out"
             )
-        _ = self.schedule_options  # refused here, if at all
 
     @property
     def first_micro_batch_tokens(self) -> int:
@@ -109,14 +107,8 @@ class TrainConfig:
 
     @property
     def schedule_options(self) -> dict[str, Any]:
-        """What `lr_scheduler_kwargs` says; UserError where it is no JSON object."""
-        try:
-            said = json.loads(self.lr_scheduler_kwargs or "{}")
-        except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise UserError(f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs} is no JSON object")
-        return said
+        """What `lr_scheduler_kwargs` says."""
+        return json_object(self, "lr_scheduler_kwargs")
 
     def resolved(self, method: str, num_processes: int, completions: int = 1) -> TrainConfig:
         """With every default that depends on the method or the number of processes filled in, and TRL's spelling of

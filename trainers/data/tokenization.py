@@ -69,7 +69,7 @@ def check_tokenizer(tokenizer: Any, *, conversational: bool, assistant_only_loss
     if not tokenizer.chat_template:
         raise UserError(
             "the data are conversations, but the tokenizer has no chat template: "
-            "use a chat model's tokenizer, or turn the data into plain text"
+            "name one (--chat_template_path), or turn the data into plain text"
         )
     if assistant_only_loss and not (marks_turns(tokenizer, {}) or ChatTemplate(tokenizer).closing()[0]):
         raise UserError(

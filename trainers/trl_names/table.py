@@ -141,14 +141,9 @@ ONLY = {
     "dataset_text_field": Only(("text",), "call the column text in the data"),
     "dataset_kwargs": Only((*NOTHING, {}), "rows are always prepared, with the tokenizer's special tokens"),
     "truncation_mode": Only(("keep_start",), "what is longer than max_length is cut at its end; leave it out"),
-    "chat_template_path": Only(
-        NOTHING,
-        "put that template into the tokenizer's folder as chat_template.jinja; a trainer takes processing_class=",
-    ),
     "chat_template": Only(
-        NOTHING, "put it into the tokenizer's folder as chat_template.jinja; a trainer takes processing_class="
+        NOTHING, "write it into a file and say chat_template_path: FILE.jinja; a trainer takes processing_class="
     ),
-    "chat_template_kwargs": Only((*NOTHING, {}), "put their values into the tokenizer's chat template"),
     "eos_token": Only(NOTHING, "set it in the folder of the tokenizer; a trainer takes processing_class="),
     "dataset_mixer": Only(NOTHING, MIXED),
     "dataset_mixture": Only(NOTHING, MIXED),

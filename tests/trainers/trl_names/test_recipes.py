@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize("method", ROWS)
-def test_it_trains_a_step_with_stand_ins(method, monkeypatch, tmp_path, capsys):
+def test_it_trains_a_step_with_stand_ins(method, monkeypatch, request, tmp_path, capsys):
     """The file as it stands; the model and the data are said on the command line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -188,6 +189,7 @@ def test_it_trains_a_step_with_stand_ins(method, monkeypatch, tmp_path, capsys):
     for name in ("rows.jsonl", "thumbs.jsonl", "more.jsonl"):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "my_rewards.py").write_text(REWARDS)
+    request.addfinalizer(lambda: sys.modules.pop("my_rewards", None))  # or the next of that name would be this one
     words = STAND_INS.get(method, ["--dataset_name", "rows.jsonl"])
     words = ["train", method, "--config", recipe(method), "--model_name_or_path", "tiny", "--max_steps", "1", *words]
     assert cli.main(words) == 0

@@ -30,8 +30,8 @@ REFUSED = [
     (
         "sft",
         {"chat_template": "{% for m in messages %}\n{{ m }}\n{% endfor %}"},
-        "chat_template: {% for m in messages %} ...: put it into the tokenizer's folder as chat_template.jinja; a "
-        "trainer takes processing_class=",
+        "chat_template: {% for m in messages %} ...: write it into a file and say chat_template_path: FILE.jinja; "
+        "a trainer takes processing_class=",
     ),
     (
         "sft",

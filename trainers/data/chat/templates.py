@@ -76,6 +76,10 @@ class ChatTemplate:
             self._closing = next((self._closing_of(probe) for probe in _PROBES if self._try(probe)), ([], ""))
         return self._closing
 
+    def example(self) -> str | None:
+        """A short conversation as the template writes it; None where it writes none."""
+        return next((text for probe in _PROBES if (text := self._try(probe))), None)
+
     def generation_prompt(self) -> str:
         """What the template writes in front of an assistant's answer; empty where it writes nothing."""
         for probe in _PROBES:
