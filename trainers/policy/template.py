@@ -114,9 +114,6 @@ def with_values(tokenizer: Any, values: Mapping[str, Any]) -> Any:
 
 def variables(source: str) -> set[str]:
     """What a template reads that is neither its own nor given to it in any case."""
-    environment = _compile_jinja_template(source).environment
-    return find_undeclared_variables(environment.parse(source)) - {
-        *environment.globals,
-        *callers_options(),
-        "documents",
-    }
+    jinja = _compile_jinja_template(source).environment
+    given = {*jinja.globals, *callers_options(), "documents"}
+    return find_undeclared_variables(jinja.parse(source)) - given

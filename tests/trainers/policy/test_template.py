@@ -116,11 +116,11 @@ def test_a_template_that_never_ends_is_told():
             "--chat_template_path no.txt: the template renders no conversation of a question and an answer",
         ),
         (
-            None,
-            None,
-            {"thinking": 1, "a b": 2, "tools": [], "eos_token": "x", "raise_exception": 1},
-            "--chat_template_kwargs has a b, eos_token, raise_exception, thinking, tools, which the chat template does "
-            "not read; it reads nothing of the kind",
+            "all.jinja",
+            b"{{ messages[-1].content }}{% if tools or documents %}{{ raise_exception(eos_token) }}{% endif %}",
+            {"documents": [], "thinking": 1, "a b": 2, "tools": [], "eos_token": "x", "raise_exception": 1},
+            "--chat_template_kwargs has a b, documents, eos_token, raise_exception, thinking, tools, which the chat "
+            "template does not read; it reads nothing of the kind",
         ),
         (
             "q.jinja",
