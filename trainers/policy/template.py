@@ -115,5 +115,4 @@ def with_values(tokenizer: Any, values: Mapping[str, Any]) -> Any:
 def variables(source: str) -> set[str]:
     """What a template reads that is neither its own nor given to it in any case."""
     jinja = _compile_jinja_template(source).environment
-    given = {*jinja.globals, *callers_options(), "documents"}
-    return find_undeclared_variables(jinja.parse(source)) - given
+    return find_undeclared_variables(jinja.parse(source)) - {*callers_options(), "documents"}
