@@ -21,7 +21,7 @@ from ..layers.fused import fuse_layers
 from ..layers.liger import check_liger, use_liger
 from ..layers.nf4 import keep_layout
 from .checks import check_finite, check_folder, check_loaded, foreign
-from .reach import asking_once
+from .reach import loaded
 from .tiny import TINY, tiny_model, tiny_tokenizer
 
 
@@ -45,9 +45,7 @@ def load_tokenizer(name: str) -> Any:
         return tiny_tokenizer()
     if (own := given(name)) is not None:
         return complete(own.tokenizer, own.name)
-    with foreign(f"no tokenizer could be loaded from {name!r}"), asking_once(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return complete(tokenizer, name)
+    return complete(loaded(AutoTokenizer, name, f"no tokenizer could be loaded from {name!r}"), name)
 
 
 def complete(tokenizer: Any, name: str) -> Any:
@@ -140,12 +138,10 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
             bnb_4bit_compute_dtype=compute,
         )
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    load: Any = AutoModelForCausalLM.from_pretrained
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; what is wrong with them is said by `check_loaded`
     try:
-        with foreign(f"the model {name!r} could not be loaded"), asking_once(name):
-            model, info = load(name, **options)
+        model, info = loaded(AutoModelForCausalLM, name, f"the model {name!r} could not be loaded", **options)
     finally:
         logging.set_verbosity(verbosity)
     notes = check_loaded(name, info)
@@ -162,8 +158,7 @@ def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
         name = name if own is None else own.name
         check_folder(name, option)
         nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
-        with foreign(f"no model configuration could be loaded from {name!r}{nowhere}"), asking_once(name):
-            config = AutoConfig.from_pretrained(name)
+        config = loaded(AutoConfig, name, f"no model configuration could be loaded from {name!r}{nowhere}")
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:

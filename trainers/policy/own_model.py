@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .checks import foreign
+from .reach import loaded
 
 
 class OwnModel:
@@ -33,8 +33,8 @@ class OwnModel:
 
             if not self.name:
                 raise UserError("the model came from no files, so none says which tokenizer it has: processing_class=")
-            with foreign(f"no tokenizer could be loaded from {self.name!r}; give processing_class="):
-                self._tokenizer = AutoTokenizer.from_pretrained(self.name)
+            missing = f"no tokenizer could be loaded from {self.name!r}; give processing_class="
+            self._tokenizer = loaded(AutoTokenizer, self.name, missing)
         return self._tokenizer
 
     def take(self, device: torch.device) -> Any:

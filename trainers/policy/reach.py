@@ -1,16 +1,39 @@
-"""Hugging Face's Hub where it cannot be reached: asked once, and not five times more with a line each."""
+"""What is loaded by transformers out of a folder or from Hugging Face's Hub.
+
+A Hub that cannot be reached is asked once, and not five times more with a line each.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
+from ..errors import UserError
+from .checks import foreign
+
 SECONDS = 10.0
 """That the Hub has for its first answer."""
+
+
+def loaded(kind: Any, name: str, what: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name, ...)`, of an Auto class; UserError, which begins with `what`, where it cannot be.
+
+    Code that lies beside the files is never run: transformers would ask for it on the terminal, in the middle of a run.
+    """
+    with foreign(what), asking_once(name):
+        try:
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"{what}: it needs code of its own; only what transformers itself knows is taken"
+            ) from error
 
 
 @contextlib.contextmanager

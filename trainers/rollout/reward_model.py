@@ -26,8 +26,8 @@ from transformers.utils import logging
 from ..data.chat.templates import ChatTemplate
 from ..data.tokenization import Text
 from ..errors import UserError
-from ..policy.checks import check_finite, check_folder, foreign, learned_positions
-from ..policy.reach import asking_once
+from ..policy.checks import check_finite, check_folder, learned_positions
+from ..policy.reach import loaded
 from .calling import CompletionError
 
 TOKENS = 16_384
@@ -156,8 +156,7 @@ def reward_model(given: Any, device: torch.device, dtype: str) -> RewardModel:
                 "a reward model came from no files, so none says which tokenizer it has: reward_processing_classes="
             )
         missing = f"no tokenizer could be loaded from the reward model {name!r}, whose files should have one"
-        with foreign(missing), asking_once(name):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = loaded(AutoTokenizer, name, missing)
     return RewardModel(model.to(device), tokenizer, name)
 
 
@@ -165,18 +164,17 @@ def load_classifier(name: str, dtype: str) -> Any:
     """UserError where there is none, or one whose score would be random."""
     check_folder(name, OPTION)
     nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
-    with foreign(f"no reward model could be loaded from {name!r}{nowhere}"), asking_once(name):
-        config = AutoConfig.from_pretrained(name)
+    config = loaded(AutoConfig, name, f"no reward model could be loaded from {name!r}{nowhere}")
     classifies = any("ForSequenceClassification" in one for one in getattr(config, "architectures", None) or ())
     if classifies:
         check_labels(config, name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights
-    load: Any = AutoModelForSequenceClassification.from_pretrained
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"num_labels": 1, "dtype": getattr(torch, dtype)}
+    kind, missing = AutoModelForSequenceClassification, f"no reward model could be loaded from {name!r}"
     try:
-        with foreign(f"no reward model could be loaded from {name!r}"), asking_once(name):
-            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = load(name, num_labels=1, dtype=getattr(torch, dtype), **options)
+        model, info = loaded(kind, name, missing, **options)
     finally:
         logging.set_verbosity(verbosity)
     lacking = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..errors import UserError
 from .rules import rule
 from .verdicts import Asked, Verdict
 
@@ -35,9 +36,11 @@ def stored_dtype(name: str) -> str | None:
         return "float32"
     from transformers import AutoConfig
 
+    from ..policy.reach import loaded
+
     try:
-        stored = AutoConfig.from_pretrained(name).get_text_config().dtype
-    except (OSError, ValueError):
+        stored = loaded(AutoConfig, name, "no configuration").get_text_config().dtype
+    except UserError:
         return None
     found = str(stored or "float32").removeprefix("torch.")
     return found if found in DTYPES else None

@@ -101,6 +101,7 @@ WITHOUT_EFFECT = {
     "completions are not cut by themselves: prompt and completion together are cut at max_length": (
         "max_completion_length"
     ),
+    "transformers' own code is used; a model that needs another is refused when it is read": "trust_remote_code",
     "model files are read straight to the device": "low_cpu_mem_usage",
     "quantized weights are kept in bytes": "bnb_4bit_quant_storage",
 }
@@ -119,7 +120,6 @@ MIXED = "list them as datasets, each with path, name and split, as TRL has it"
 ONLY = {
     # model
     "model_revision": Only(("main",), "give the folder of a download of that revision as model_name_or_path"),
-    "trust_remote_code": Only(NOTHING, "only models that transformers itself knows are trained"),
     "lora_task_type": Only(("CAUSAL_LM",), "adapters are those of a causal language model; leave it out"),
     "lora_target_parameters": Only(NOTHING, "adapters go on modules; name them in lora_target_modules"),
     "quantization_config": Only(

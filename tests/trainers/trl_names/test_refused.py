@@ -141,8 +141,9 @@ REFUSED = [
     ("sft", {"model_init_kwargs": "x"}, "model_init_kwargs: x: must be a mapping of names to values"),
     (
         "sft",
-        {"model_init_kwargs": {"trust_remote_code": True}},
-        "model_init_kwargs.trust_remote_code: true: only models that transformers itself knows are trained",
+        {"model_init_kwargs": {"liger_kernel_config": {"rope": False}}},
+        "model_init_kwargs.liger_kernel_config: {rope: false}: use_liger_kernel patches RMSNorm, SwiGLU and RoPE; "
+        "leave this out",
     ),
     (
         "sft",

@@ -16,14 +16,14 @@ def refused(words, capsys):
 
 def test_options_of_trl_are_judged_each_in_a_line(capsys):
     """Where one of ours stands for it, in the words to write; the option that is ours is not spoken of."""
-    words = "dpo --use_peft --logging-steps=5 --bf16 --beta 0.2 --no-shuffle --trust_remote_code"
+    words = "dpo --use_peft --logging-steps=5 --bf16 --beta 0.2 --no-shuffle --full_determinism"
     assert refused(words, capsys) == [
         "--use_peft: TRL's, here --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 (with TRL's defaults for what the "
         "file leaves out)",
         "--logging_steps: TRL's, without effect here (every step is a line of metrics.jsonl, and is shown): leave it "
         "out",
         "--bf16: TRL's, here --mixed_precision bf16",
-        "--trust_remote_code: TRL's, refused: only models that transformers itself knows are trained",
+        "--full_determinism: TRL's, refused: to the bit the same on a CPU alone; leave it out on a GPU",
         "a file with TRL's options is taken by --config FILE",
     ]
 
