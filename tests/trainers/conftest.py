@@ -25,6 +25,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 OTHER_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FULL_HEADS = SIZES | {"num_key_value_heads": 4}
 WINDOW = 7
 
@@ -62,6 +63,11 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: hf.Gemma3TextConfig(
         **SIZES, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
+    "mixtral": lambda: hf.MixtralConfig(**SIZES, **EXPERTS),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2),
+    "gpt-oss": lambda: hf.GptOssConfig(**SIZES, **EXPERTS, head_dim=8, sliding_window=WINDOW),
+    "phimoe": lambda: hf.PhimoeConfig(**SIZES, **EXPERTS),
+    "llama4": lambda: hf.Llama4TextConfig(**SIZES, **EXPERTS, head_dim=8, attention_chunk_size=WINDOW),
     "granite": lambda: hf.GraniteConfig(**SIZES, logits_scaling=3.0),
     "cohere": lambda: hf.CohereConfig(**SIZES, logit_scale=0.3),
     "olmo2": lambda: hf.Olmo2Config(**SIZES),
@@ -72,6 +78,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "bloom": lambda: hf.BloomConfig(**OTHER_IDS, hidden_size=32, n_layer=2, n_head=4),
     "mpt": lambda: hf.MptConfig(**OTHER_IDS, d_model=32, n_layers=2, n_heads=4),
     "mamba": lambda: hf.MambaConfig(**OTHER_IDS, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "mamba2": lambda: hf.Mamba2Config(
+        **OTHER_IDS, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1
+    ),
+    "rwkv": lambda: hf.RwkvConfig(**OTHER_IDS, hidden_size=32, num_hidden_layers=2, context_length=64),
     "bert": lambda: hf.BertConfig(**{k: v for k, v in FULL_HEADS.items() if k != "num_key_value_heads"}),
 }
 

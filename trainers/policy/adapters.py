@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..config import ModelConfig
 from ..errors import UserError, counted, first_line
@@ -68,12 +69,18 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
+            exclude_modules=not_adaptable(model) or None if targets == ["all-linear"] else None,
             modules_to_save=list(config.lora_modules_to_save) if config.lora_modules_to_save else None,
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
         )
         check_targets(model, targets)
+        if beyond := [name for name in not_adaptable(model) if name in targets]:
+            raise UserError(
+                f"--lora_target_modules {' '.join(targets)}: no adapter could be added to what {beyond[0]} returns; "
+                "leave it out"
+            )
         check_targets(model, list(config.lora_modules_to_save or ()), "lora_modules_to_save")
     try:
         with renamed_in_transformers(), warnings.catch_warnings():  # of what it then does for GPT-2's weights
@@ -89,6 +96,25 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
         torch.set_rng_state(random_state)
         wrapped.set_adapter("default")
     return wrapped
+
+
+def not_adaptable(model: Any) -> list[str]:
+    """Names of linear layers that PEFT's all-linear takes, and whose adapters would fail or be left out.
+
+    Some return more than a product: experts' routers whom they have chosen, others several blocks. Of Mamba's kind
+    the weight itself goes into a kernel, and PEFT refuses the layer.
+    """
+    kind = getattr(model.config, "model_type", None)
+    found = {"out_proj"} if kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h") else set()
+    for name, module in model.named_modules():
+        own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if not own or type(module).__module__.startswith("bitsandbytes"):  # whose weights have another shape
+            continue
+        with torch.no_grad():
+            y = module(module.weight.new_zeros(2, module.in_features))
+        if not isinstance(y, torch.Tensor) or y.shape != (2, module.out_features):
+            found.add(name.rpartition(".")[2])
+    return sorted(found)
 
 
 def check_head(model: Any, adapted: str, saved: str) -> None:
@@ -123,6 +149,9 @@ def describe(model: Any) -> list[str]:
     if not hasattr(model, "peft_config"):
         return []
     notes: list[str] = []
+    if excluded := model.peft_config["default"].exclude_modules:
+        left_out = excluded if isinstance(excluded, str) else ", ".join(sorted(excluded))
+        notes.append(f"without adapters, which could not be added to what they return: {left_out}")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kinds = {
         "DoRA": any(layer.lora_variant for layer in layers),

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 # Of heads that a causal language model does not have, though its configuration gives them a rate.
 OTHER_HEADS = ("summary", "classifier")
+JITTER = ("jitter_noise", "input_jitter_noise")
 
 
 def rates(model: nn.Module) -> dict[str, float]:
@@ -86,9 +87,9 @@ def last_word(name: str) -> str:
 
 
 def _numbers(thing: Any) -> dict[str, float]:
-    """Its attributes that are rates of dropout."""
-    numbers = {name: value for name, value in vars(thing).items() if "drop" in name and isinstance(value, float)}
-    return {name: value for name, value in numbers.items() if 0 < value <= 1}
+    """Its attributes that are rates of dropout, or of the noise with which experts are chosen in training."""
+    named = {name: value for name, value in vars(thing).items() if "drop" in name or name in JITTER}
+    return {name: value for name, value in named.items() if isinstance(value, float) and 0 < value <= 1}
 
 
 def _configs(model: nn.Module) -> list[Any]:

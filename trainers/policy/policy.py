@@ -53,6 +53,13 @@ class Policy(nn.Module):
         return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
+    def decoder(self) -> Any:
+        """What computes the last hidden states."""
+        found = self.causal_lm.get_decoder()
+        # Llama 4's of text alone goes by a name that it has not, and is its own decoder then
+        return self.causal_lm.model if found is self.causal_lm else found
+
+    @property
     def _no_split_modules(self) -> list[str]:
         """What accelerate shards unit by unit: the classes that the model names and has."""
         own = {type(module).__name__ for module in self.model.modules()}
@@ -112,7 +119,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:
         """[R, L, H], the backbone's last hidden states. options: of the function in `MASKS`."""
-        return self.causal_lm.get_decoder()(
+        return self.decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=None if batch.plain else self.mask(batch, **options),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.adapters import add_adapters, check_targets
+from logratio.trainers.policy.adapters import add_adapters, check_targets, describe
 from logratio.trainers.policy.policy import Policy
 
 IDS = torch.arange(26).view(2, 13) * 7 % 97
@@ -138,3 +138,35 @@ def test_every_target_must_match(random_model):
         check_targets(model, ["q_proj", "c_attn"])
     with pytest.raises(UserError, match="no module of the model is called proj;"):
         check_targets(model, ["proj"])
+
+
+@pytest.mark.parametrize("name", ["phimoe", "llama4"])
+def test_routers_that_choose_experts_get_no_adapters(random_model, name):
+    """They are linear layers by their class, and return whom they have chosen: PEFT's forward fails on them."""
+    config = ModelConfig(lora_r=2)
+    model = add_adapters(random_model(name), config, frozen_copy=False)
+    adapted = {n.split(".lora_A")[0].split(".")[-1] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= adapted and "router" not in adapted
+    assert describe(model) == ["without adapters, which could not be added to what they return: router"]
+    assert torch.equal(model(input_ids=IDS).logits, random_model(name)(input_ids=IDS).logits)  # B is 0
+    with pytest.raises(UserError) as told:
+        add_adapters(random_model(name), ModelConfig(lora_r=2, lora_target_modules=("router",)), frozen_copy=False)
+    assert str(told.value) == (
+        "--lora_target_modules router: no adapter could be added to what router returns; leave it out"
+    )
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_mambas_output_gets_no_adapter(random_model, name):
+    """PEFT refuses the one module, and all-linear with it."""
+    model = add_adapters(random_model(name), ModelConfig(lora_r=2), frozen_copy=False)
+    adapted = {n.split(".lora_A")[0].split(".")[-1] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert "in_proj" in adapted and "out_proj" not in adapted
+    assert describe(model) == ["without adapters, which could not be added to what they return: out_proj"]
+
+
+def test_other_classes_of_linear_layers_are_adapted_as_ever(random_model):
+    """Falcon has one of its own, which computes what a linear layer does."""
+    falcon = add_adapters(random_model("falcon-alibi"), ModelConfig(lora_r=2), frozen_copy=False)
+    assert any("query_key_value.lora_A" in name for name, _ in falcon.named_parameters())
+    assert falcon.peft_config["default"].exclude_modules is None and describe(falcon) == []

@@ -28,6 +28,7 @@ FIELDS = {
     "gpt-neox": ("attention_dropout", "hidden_dropout"),
     "falcon-alibi": ("attention_dropout", "hidden_dropout"),
     "bloom": ("attention_dropout", "hidden_dropout"),
+    "mixtral": ("router_jitter_noise",),  # with which experts are chosen
 }
 
 

@@ -29,6 +29,9 @@ SHAREABLE = [
     "gemma3",
     "granite",
     "cohere",
+    "mixtral",
+    "qwen3-moe",
+    "phimoe",
 ]
 # Those whose norms compute in float64 if asked to (`exact`).
 EXACT = ["llama", "qwen2-window", "mistral-window", "gpt2", "granite"]
@@ -117,7 +120,10 @@ def test_shared_prompts_give_the_plain_forward_in_float64(random_model, name):
     assert_equal_to_plain(exact(random_model(name)), 1e-10, shared=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2", "gemma2", "bloom", "mpt", "mamba", "falcon-alibi"])
+UNSHARED = ["llama", "mistral-window", "gpt2", "gemma2", "bloom", "mpt", "mamba", "falcon-alibi", "gpt-oss", "llama4"]
+
+
+@pytest.mark.parametrize("name", UNSHARED)
 def test_unshared_prompts_give_the_plain_forward(random_model, name):
     """Right-padded rows, the way for models that may not share; Gemma 2 caps its logits."""
     assert_equal_to_plain(random_model(name), 1e-5, shared=False)

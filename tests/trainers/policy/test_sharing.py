@@ -19,7 +19,7 @@ from logratio.trainers.policy.sharing import (
 
 SHARES = (
     "llama qwen2 qwen2-window qwen3 mistral mistral-window phi phi3-window gpt2 opt gemma gemma3 granite cohere olmo2 "
-    "gpt-neox"
+    "gpt-neox mixtral qwen3-moe phimoe"
 )
 REASONS = {
     "llama-eager": "its attention implementation 'eager' does not take the mask that this needs",
@@ -27,6 +27,8 @@ REASONS = {
     "gemma2": "its attention implementation 'eager' does not take the mask that this needs",
     "bloom": "its attention implementation 'eager' does not take the mask that this needs",
     "mpt": "its attention implementation 'eager' does not take the mask that this needs",
+    "gpt-oss": "its attention implementation 'eager' does not take the mask that this needs",
+    "llama4": "it has layers of type chunked_attention",
     "mamba": "it has layers of type linear_attention",
     "falcon-alibi": "with a shared prompt it raises ValueError",
 }

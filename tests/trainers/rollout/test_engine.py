@@ -152,10 +152,39 @@ def test_generate_goes_no_further_than_a_request_has_room(policy, tokenizer, mon
 
     monkeypatch.setattr(in_process, "generated", generated)
     engine = InProcess(policy, tokenizer)
-    engine.obstacle = "by generate"
+    engine.obstacle, engine.singly = "by generate", False
     engine.sample([Request(r.prompt_ids, r.seeds, room) for r, room in zip(REQUESTS, [2, 1, 3, 2, 1], strict=True)],
                   Sampling(max_new_tokens=9))  # fmt: skip
     assert limits == [3]
+
+
+def test_where_generate_is_wrong_of_several_it_is_asked_one_at_a_time(random_model, tokenizer):
+    """RWKV has no mask of padding, and in a batch transformers 5.24's keeps a wrong state."""
+    policy, told = Policy(random_model("rwkv")), {}
+    said = InProcess(policy, tokenizer, tell=told.setdefault).sample(REQUESTS, Sampling(max_new_tokens=4))
+    assert told["singly"] == "one at a time, which is slow: of several it says other log-probabilities than the model"
+    pairs = [([*r.prompt_ids, *s.ids], s.logps) for r, some in zip(REQUESTS, said, strict=True) for s in some]
+    assert in_process.changes(policy.causal_lm, pairs) == ""
+    assert in_process.agrees(Policy(random_model("falcon-alibi")), tokenizer)
+
+
+def test_a_model_that_does_not_generate_is_one_sentence(random_model, tokenizer, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("no layers of attention")
+
+    policy = Policy(random_model("rwkv"))
+    monkeypatch.setattr(policy.causal_lm, "generate", broken)
+    with pytest.raises(UserError) as told:
+        InProcess(policy, tokenizer).sample(REQUESTS, Sampling(max_new_tokens=4))
+    assert str(told.value) == (
+        "no completions can be sampled from the model by transformers' generate: no layers of attention"
+    )
+
+
+def test_a_model_whose_generate_is_wrong_is_one_sentence(random_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(in_process, "changes", lambda model, said: "3e-01")
+    with pytest.raises(UserError, match="generate: its log-probabilities differ by 3e-01 from the model's own"):
+        InProcess(Policy(random_model("rwkv")), tokenizer).sample(REQUESTS, Sampling(max_new_tokens=4))
 
 
 def test_log_probs_are_the_trainers(policy, tokenizer):

@@ -63,7 +63,7 @@ class Decoder:
         captured: Captured | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.sampling, self.version = policy, tokenizer, sampling, version
-        self.decoder = policy.causal_lm.get_decoder()
+        self.decoder = policy.decoder
         # transformers 5.24 has another name for what it keeps
         self.keeps = "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
         self.draw = Drawing(sampling)

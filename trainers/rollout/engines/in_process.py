@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from ...errors import UserError, first_line
 from ...layers.packed_lora import packed_layers
 from ...memory import KEEPERS, REMEDIES, free
+from ...policy.checks import foreign
 from ...policy.policy import Policy
 from ...policy.reference import inference
 from ...policy.sharing import MASKED_ATTENTION, configured_obstacle
@@ -61,7 +62,8 @@ class InProcess:
         self.accelerator = accelerator
         self.tell = tell or (lambda key, text: None)
         self.obstacle: str | None = None  # to the own loop, "": there is none; None: not tried yet
-        self.uncaptured: str | None = None  # the same, to one launch a token
+        self.singly: bool | None = None  # whether `generate` is given one prompt at a time; None: not tried yet
+        self.uncaptured: str | None = None  # to one launch a token, as `obstacle`
         self.captured: Captured | None = None
         KEEPERS.add(self)
 
@@ -140,9 +142,16 @@ class InProcess:
                 )
                 decoder.run(requests, done)
             return
+        if self.singly is None:
+            self.singly = not agrees(self.policy, self.tokenizer)
+            if self.singly:
+                self.tell(
+                    "singly", "one at a time, which is slow: of several it says other log-probabilities than the model"
+                )
         places = [(i, k) for i, r in enumerate(requests) for k in range(len(r.seeds)) if (i, k) not in done]
-        for start in range(0, len(places), rows):
-            here = places[start : start + rows]
+        many = 1 if self.singly else rows
+        for start in range(0, len(places), many):
+            here = places[start : start + many]
             asked = [(requests[i].prompt_ids, requests[i].seeds[k]) for i, k in here]
             said = generated(self.policy.causal_lm, self.tokenizer, asked, sampling, self.version)
             cut = [s.first(requests[i].limit(sampling)) for (i, _), s in zip(here, said, strict=True)]
@@ -202,8 +211,7 @@ def why_not(policy: Policy, tokenizer: Any, *, capturing: bool = False) -> str:
     obstacle = configured_obstacle(model.config, MASKED)
     if obstacle:
         return obstacle
-    rows = model.get_input_embeddings().weight.shape[0]
-    requests = [Request([i % rows for i in ids], [None, 1] if capturing else [None]) for ids in TRIAL]
+    requests = trial_of(model, [None, 1] if capturing else [None])
     done: dict[tuple[int, int], Sample] = {}
     try:
         captured = Captured(policy, LEAST_ROWS, model.device, trial=True) if capturing else None
@@ -213,17 +221,49 @@ def why_not(policy: Policy, tokenizer: Any, *, capturing: bool = False) -> str:
         raise
     except Exception as error:
         return f"in the own loop it raises {type(error).__name__}: {first_line(error)}"
+    change = changes(model, [([*requests[i].prompt_ids, *said.ids], said.logps) for (i, _), said in done.items()])
+    return change and f"in the own loop its log-probabilities change by {change}"
+
+
+def agrees(policy: Policy, tokenizer: Any) -> bool:
+    """Whether the log-probabilities of what `generate` says of several prompts are the model's own: some models have no
+    mask of padding (RWKV), or keep one state for all rows. UserError where it fails, or where one alone is wrong."""
+    model, wrong = policy.causal_lm, "no completions can be sampled from the model by transformers' generate"
+    requests = trial_of(model, [None])
+
+    def change(some: list[Request]) -> str:
+        asked = [(request.prompt_ids, None) for request in some]
+        with foreign(wrong):
+            said = generated(model, tokenizer, asked, Sampling(max_new_tokens=TRIAL_TOKENS), 0)
+        return changes(model, [([*r.prompt_ids, *s.ids], s.logps) for r, s in zip(some, said, strict=True)])
+
+    if not change(requests):
+        return True
+    if found := change(requests[:1]):
+        raise UserError(f"{wrong}: its log-probabilities differ by {found} from the model's own")
+    return False
+
+
+def trial_of(model: Any, seeds: list[int | None]) -> list[Request]:
+    rows = model.get_input_embeddings().weight.shape[0]
+    return [Request([i % rows for i in ids], seeds) for ids in TRIAL]
+
+
+@torch.no_grad()
+def changes(model: Any, said: Sequence[tuple[list[int], Sequence[float]]]) -> str:
+    """By how much log-probabilities of a sequence's last tokens differ from those of a plain forward pass; "" where
+    that is rounding."""
     off, spread = [], []
-    for (i, _), sample in done.items():
-        ids = torch.tensor([[*requests[i].prompt_ids, *sample.ids]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, -TRIAL_TOKENS - 1 : -1]
-        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        said = torch.tensor(sample.logps, dtype=logps.dtype, device=model.device)
-        off.append(logps.gather(-1, ids[0, -TRIAL_TOKENS:, None])[:, 0] - said)
-        spread += [row[row > LEFT_OUT].std() for row in logps]
+    for sequence, logps in said:
+        ids, count = torch.tensor([sequence], device=model.device), len(logps)
+        logits = model(input_ids=ids, use_cache=False).logits[0, -count - 1 : -1]
+        truth = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        ours = torch.tensor(logps, dtype=truth.dtype, device=model.device)
+        off.append(truth.gather(-1, ids[0, -count:, None])[:, 0] - ours)
+        spread += [row[row > LEFT_OUT].std() for row in truth]
     kind = model.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     worst, rounded = float(torch.cat(off).abs().max()), float(torch.cat(off).norm() / torch.stack(spread).norm())
     if worst <= TOLERANCE[dtype] if dtype in TOLERANCE else rounded <= ROUNDED:  # nor NaN
         return ""
-    return f"in the own loop its log-probabilities change by {worst:.0e}"
+    return f"{worst:.0e}"
