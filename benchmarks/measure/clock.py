@@ -17,6 +17,8 @@ import torch
 
 from logratio.trainers.logs.runlog import peak_mem_mib, reset_peak_mem
 
+from ..memory.gpus import known_as
+
 
 def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
@@ -95,6 +97,14 @@ def peak_mem(work: Callable[[], Any], device: torch.device, *, beyond: float = 0
 def allocated_mib(device: torch.device) -> float:
     """What is allocated on a GPU now; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The name of a GPU in `memory.gpus.GPUS`; None of a CPU, and of a GPU that is not there."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return known_as(found.name, found.total_memory)
 
 
 def free_memory() -> None:

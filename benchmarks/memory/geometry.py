@@ -168,7 +168,7 @@ def find(name: str) -> Geometry:
     """
     short = name.rstrip("/").split("/")[-1]
     if short in SHAPES and not Path(name).is_dir():
-        return Geometry.of(SimpleNamespace(**SHAPES[short]()))
+        return Geometry.of(SimpleNamespace(**SHAPES[short]))
     if name == "tiny":
         from logratio.trainers.policy.tiny import tiny_config
 

@@ -21,10 +21,8 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import inference, tokens_key
 
 from ...memory.activations import Batch
-from ...memory.gpus import known_as
-from ...memory.peak import Setup, predicted_peak_mem_mib
-from ...reporting.records import device_name
-from ..clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
+from ...memory.peak import Setup, predict
+from ..clock import allocated_mib, free_memory, gpu_of, interleaved, median_ratio, peak_mem, percentiles
 from ..models import build
 from ..saved import saved_mib
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
@@ -255,7 +253,7 @@ def best_truth(
 def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None:
     """What `logratio plan` would have said of the peak, of the micro-batch that needs most; None of a GPU that it does
     not know."""
-    gpu = known_as(device_name(ours.device), torch.cuda.get_device_properties(ours.device).total_memory)
+    gpu = gpu_of(ours.device)
     if gpu is None:
         return None
     packed = [micro.batch for micro in ours.step.micro_batches(window)]
@@ -270,7 +268,7 @@ def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None
         gpu=gpu,
     )
     config = ours.policy.causal_lm.config
-    return max(predicted_peak_mem_mib(config, setup, Batch.of(batch)) for batch in packed)
+    return max(predict(config, setup, Batch.of(batch)).peak_mem_mib for batch in packed)
 
 
 def step_of(contestant: Contestant, batches: list[Any]) -> Callable[[int], None]:

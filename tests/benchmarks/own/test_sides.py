@@ -242,6 +242,8 @@ def test_the_plan_is_of_the_step_as_it_was_packed():
         ("sft --mixed_precision bf16", "the plan does not model autocast"),
         ("sft --lora_r 2 --lora_dropout 0.1", "the plan does not model dropout"),
         ("sft --lora_r 2 --lora_target_modules q_proj", "the plan is of adapters on all linear layers"),
+        ("sft --lora_r 2 --use_dora", "the plan does not model DoRA"),
+        ("sft --lora_r 2 --lora_modules_to_save lm_head", "the plan does not model modules that train whole"),
         ("sft --lora_r 2", ""),
     ],
 )
