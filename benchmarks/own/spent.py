@@ -59,8 +59,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
 
 def kept_by_autograd(subject: Subject, turns: Turns) -> float | None:
     """MiB at the worst moment of a step; None with gradient checkpointing, which keeps what no hook sees."""
-    models = [m for m in (subject.run.policy.model, subject.ref_model) if m is not None]
-    kept = saved_mib(turns, *models)
+    kept = saved_mib(turns, subject.run.policy.model, subject.ref_model)
     return None if subject.run.config.model.gradient_checkpointing else kept
 
 

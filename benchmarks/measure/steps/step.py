@@ -76,10 +76,9 @@ def run(
             attempt(name, rows, running, partial(warmed, name, running[name], windows, works))
         times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
         for name, values in times.items():
-            rows[name] |= rates(values, windows) | {"attention": running[name].attention}
+            rows[name] |= rates(values, windows) | told(running[name], windows)
             if "logratio" in times:
                 rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
-        told(case, rows, running, windows)
         if isinstance(ours := running.get("logratio"), Ours):
             rows["logratio"] |= beside(partial(ours.timed_parts, windows[0]), "parts")
             if device.type == "cuda":
@@ -198,14 +197,19 @@ def compare(
         row: Figures = {"ledger": ledger(running[name], grads[name], exact, trial)}
         if "logratio" not in grads or name == "logratio":
             return row
-        row["grad_rel_err"] = error = difference(grads.pop(name), grads["logratio"])
-        limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" else case.dtype]
-        if not error <= limit:  # nor NaN
-            raise ArithmeticError(f"its gradient differs by {error:.1e}; at most {limit:g} is rounding")
-        return row
+        return row | agreeing(case, grads.pop(name), grads["logratio"])
 
     for name in list(running):
         attempt(name, rows, running, partial(of, name))
+
+
+def agreeing(case: StepCase, theirs: Gradient, ours: Gradient) -> Figures:
+    """ArithmeticError where the two differ by more than rounding."""
+    error = difference(theirs, ours)
+    limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" or case.dtype != "float32" else "float32"]
+    if not error <= limit:  # nor NaN
+        raise ArithmeticError(f"its gradient differs by {error:.1e}, where at most {limit:g} is rounding: not timed")
+    return {"grad_rel_err": error}
 
 
 def memory(case: StepCase, contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
@@ -215,8 +219,7 @@ def memory(case: StepCase, contestant: Contestant, window: list[Example], device
     """
     work = step_of(contestant, [contestant.prepare(window)])
     if device.type != "cuda":
-        models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
-        kept = saved_mib(partial(work, 0), *models)
+        kept = saved_mib(partial(work, 0), contestant.model, contestant.ref_model)
         return {"peak_mem_mib": None, "saved_mib": None if case.gradient_checkpointing else kept}
     work(0)
     free_memory()
@@ -293,15 +296,8 @@ def rates(times_ms: list[float], windows: Sequence[list[Example]]) -> Figures:
     }
 
 
-def told(
-    case: StepCase, rows: dict[str, Figures], running: dict[str, Contestant], windows: list[list[Example]]
-) -> None:
-    """Tokens that each side's forward pass really computes, padding and repeated prompts included, per step; and
-    the share of it that is padding."""
-    for name, contestant in running.items():
-        if isinstance(contestant, Ours):
-            batches = [m.batch for w in windows for m in contestant.step.micro_batches(w)]
-            padded, real = sum(b.input_ids.numel() for b in batches), sum(b.num_tokens for b in batches)
-        else:
-            padded, real = sum(map(case.padded_by_peer, windows)), sum(map(count_tokens, windows))
-        rows[name] |= {"num_padded_tokens": padded // len(windows), "padding": 1 - real / padded}
+def told(contestant: Contestant, windows: Sequence[list[Example]]) -> Figures:
+    """The attention that it takes, what its forward pass computes in a step, and the share of it that is padding."""
+    computed, real = map(sum, zip(*map(contestant.computed, windows), strict=True))
+    attention = {"attention": contestant.attention}
+    return attention | {"num_padded_tokens": computed // len(windows), "padding": 1 - real / computed}

@@ -77,7 +77,7 @@ def test_trl_is_fed_the_same_tokens():
         old = None
         if method == "grpo":
             old = step.old_logps(case, build("tiny", "lora", dtype=torch.float32, device=CPU), [window], 0)
-        rows = trl_contestant.ROWS[method](case, window, old)
+        rows = trl_contestant.ROWS[method](case, window)
         with step.ExitStack() as stack:
             model = build("tiny", "lora", dtype=torch.float32, device=CPU)
             trl = trl_contestant.Trl(case, model, None, CPU, stack, old=old)
