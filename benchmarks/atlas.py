@@ -26,12 +26,12 @@ from logratio.trainers.errors import UserError
 
 from .peers import peers
 from .peers.compared import ATLAS, Asked, Compared
-from .peers.faults import FAULTS, measure_faults
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
 from .peers.trainers.rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient
 from .progress import Progress
+from .projects.faults import FAULTS, measure_faults
 from .projects.installed import PROJECTS
 from .projects.measured import measure_projects
 from .projects.reasons import project_problems

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 
 from logratio.benchmarks import atlas
-from logratio.benchmarks.peers import peers, tensors
+from logratio.benchmarks.peers import peers
 from logratio.benchmarks.peers.compared import ATLAS, Compared, same
-from logratio.benchmarks.peers.faults import FAULTS, Fault, guarded, measure_faults, sound
 from logratio.benchmarks.peers.reasons import REASONS
-from logratio.benchmarks.peers.tensors import Outcome, Rollout
+from logratio.benchmarks.projects.faults import (
+    FAULTS,
+    Fault,
+    Outcome,
+    Rollout,
+    guarded,
+    measure_faults,
+    pairs,
+    rollout,
+    sound,
+)
 from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -188,8 +197,8 @@ BENIGN = {
 def test_on_ordinary_inputs_a_peer_gives_what_we_do(peer: str, method: str) -> None:
     """So that a fault is the peer's, and not of the way in which it is run."""
     inputs, options = BENIGN[method]
-    expected = getattr(tensors, f"our_{method}")(*inputs, **options)
-    found = getattr(tensors, f"{peer}_{method}")(*inputs, **options)
+    runs = rollout(*inputs, **options) if method == "grpo" else pairs(method, *inputs, liger=peer == "liger", **options)
+    expected, found = runs["ours"](), runs[peer]()
     assert found.error == "" and found[:2] == pytest.approx(expected[:2], rel=1e-5) and expected.value != 0
 
 

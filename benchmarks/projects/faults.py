@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, tensor
 
-from logratio.losses import CompletionLogps, CPOLoss, PairLogps, Totals
+from logratio.benchmarks.peers.peers import data_of, ours, the_model, trls
+from logratio.benchmarks.peers.truths import Gradient
+from logratio.losses import CompletionLogps, CPOLoss, DPOLoss, GRPOLoss, Kind, ORPOLoss, PairLogps, Totals
 from logratio.losses.advantages import advantages_of
 from logratio.reference import trl
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from . import tensors as on
-from .peers import Gradient, data_of, ours, the_model, trls
-from .tensors import Outcome, Rollout, guarded
+from . import of_liger, of_trl
+from .subjects import peer
 
 TOLERANCE = 1e-3
 """Relative error beyond which a value is wrong."""
+
+
+class Outcome(NamedTuple):
+    """A loss and the largest entry of its gradient; or what was raised."""
+
+    value: float = float("nan")
+    gradient: float = float("nan")
+    error: str = ""
+
+
+def outcome(leaf: Tensor, loss: Tensor) -> Outcome:
+    """leaf: what the gradient is taken with respect to. A NaN among its entries is the largest."""
+    loss.sum().backward()
+    assert leaf.grad is not None
+    return Outcome(loss.sum().item(), leaf.grad.abs().max().item())
+
+
+def guarded(compute: Callable[[], Outcome]) -> Outcome:
+    """An error is an outcome."""
+    try:
+        return compute()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 @dataclass(frozen=True)
@@ -64,20 +90,80 @@ def shown(out: Outcome) -> str:
     return out.error[:60] or f"{out.value:.4g}, gradient {out.gradient:.4g}"
 
 
+# ---------------------------------------------------------------------------------------------- given log-probs
+def pair(logps: Tensor) -> PairLogps:
+    """Of two completions of one token."""
+    chosen, rejected = (CompletionLogps(x.reshape(1, 1), torch.ones(1, 1, dtype=torch.bool)) for x in logps)
+    return PairLogps(chosen, rejected)
+
+
+def of_pair(opened: AbstractContextManager[Any], scores: Sequence[float]) -> Outcome:
+    """scores: of chosen and rejected, sums and averages at once; log-ratios where the loss has a reference."""
+    with opened as loss:
+        leaf = tensor([min(x, 0.0) for x in scores] if loss.wants_reference else scores).requires_grad_()
+        policy = pair(leaf)
+        ref = {"ref": pair(tensor([min(-x, 0.0) for x in scores]))} if loss.wants_reference else {}
+        return outcome(leaf, loss(policy, **ref, totals=Totals.of(policy)).loss)
+
+
+def odds(beta: float = 1.0) -> Any:
+    """ORPO's odds term alone: the NLL, which is linear, is taken off."""
+    loss = ORPOLoss(beta=beta)
+    return peer(Kind.PAIRED, lambda policy, totals: loss(policy, totals=totals).loss + policy.chosen.sums.sum())
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "dpo": DPOLoss,
+    "cpo": lambda **options: CPOLoss(cpo_alpha=0.0, **options),
+    "orpo": odds,
+}
+
+
 def pairs(method: str, *scores: float, liger: bool = False, **options: Any) -> dict[str, Callable[[], Outcome]]:
     """The same pair under everyone."""
-    runs = {"ours": lambda: getattr(on, f"our_{method}")(*scores, **options)}
-    runs["trl"] = lambda: getattr(on, f"trl_{method}")(*scores, **options)
-    return runs | ({"liger": lambda: getattr(on, f"liger_{method}")(*scores, **options)} if liger else {})
+    runs = {
+        "ours": lambda: of_pair(nullcontext(OURS[method](**options)), scores),
+        "trl": lambda: of_pair(getattr(of_trl, method)(**options), scores),
+    }
+    if liger:
+        runs["liger"] = lambda: of_pair(nullcontext(getattr(of_liger, method)(**options)), scores)
+    return runs
+
+
+class Rollout(NamedTuple):
+    """One completion: log-probs of its tokens under the three models, its advantage, and the width it is padded to."""
+
+    logps: Sequence[float]
+    old: Sequence[float]
+    ref: Sequence[float] | None = None
+    advantage: float = 1.0
+    width: int | None = None
+
+    def of(self, values: Sequence[float] | Tensor) -> CompletionLogps:
+        """Padded with zeros."""
+        padded = torch.zeros(1, self.width or len(self.logps))
+        padded[0, : len(values)] = torch.as_tensor(values)
+        return CompletionLogps(padded, torch.arange(padded.shape[1])[None] < len(self.logps))
+
+
+def of_rollout(opened: AbstractContextManager[Any], one: Rollout, reference: bool = True) -> Outcome:
+    """reference: whether the loss takes one."""
+    with opened as loss:
+        leaf = tensor(one.logps).requires_grad_()
+        policy = one.of(leaf)
+        ref = {"ref": one.of(one.ref or one.logps)} if reference else {}
+        given: dict[str, Any] = {"advantages": tensor([one.advantage]), "old": one.of(one.old), **ref}
+        return outcome(leaf, loss(policy, **given, totals=Totals.of(policy)).loss)
 
 
 def rollout(one: Rollout, *, trl: str | None = "grpo", liger: bool = True, **options: Any) -> dict[str, Any]:
     """The same rollout under everyone."""
-    runs: dict[str, Any] = {"ours": lambda: on.our_grpo(one, **options)}
+    loss = GRPOLoss(**options)
+    runs: dict[str, Any] = {"ours": lambda: of_rollout(nullcontext(loss), one, loss.wants_reference)}
     if trl:
         asked = {k: v for k, v in options.items() if trl == "grpo" or k != "loss_type"}
-        runs["trl"] = lambda: on.trl_grpo(one, trl, **asked)
-    return runs | ({"liger": lambda: on.liger_grpo(one, **options)} if liger else {})
+        runs["trl"] = lambda: of_rollout(of_trl.grpo(trl, **asked), one)
+    return runs | ({"liger": lambda: of_rollout(nullcontext(of_liger.grpo(**options)), one)} if liger else {})
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -112,7 +198,7 @@ def our_empty_completion() -> Outcome:
     leaf = torch.full((2, 1), -1.0, requires_grad=True)
     side = CompletionLogps(leaf, torch.tensor([[True], [False]]))
     policy = PairLogps(side, side)
-    return on.outcome(leaf, CPOLoss(**SIMPO)(policy, totals=Totals.of(policy)).loss)
+    return outcome(leaf, CPOLoss(**SIMPO)(policy, totals=Totals.of(policy)).loss)
 
 
 def softplus(x: float) -> float:
@@ -190,8 +276,7 @@ FAULTS = [
         "ORPO, a_w = -1e-8",
         "log1p(-exp(a)) = log(0) in float32 from a > -6e-8 on",
         None,
-        ours=lambda: on.our_orpo(-1e-8, -1.0),
-        liger=lambda: on.liger_orpo(-1e-8, -1.0),
+        **{who: run for who, run in pairs("orpo", -1e-8, -1.0, liger=True).items() if who != "trl"},
     ),
     Fault("GRPO dapo, log-ratio 90, A = 1", "clipped, but rho = inf: gradient 0 * inf", -1.2, **rollout(far)),
     Fault("GRPO dapo, log-ratio 90, A = -1", "rho = inf", None, **rollout(far._replace(advantage=-1.0))),
