@@ -23,6 +23,7 @@ from rich.console import Console
 from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.errors import UserError
+from logratio.trainers.ground.provenance import installed
 
 from .peers import peers
 from .peers.compared import ATLAS, Asked, Compared
@@ -73,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
     if part is not None and (part not in PARTS or method is not None):
         raise UserError(f"--part {part}: expected one of {', '.join(PARTS)}, and no --method beside it")
-    if peers.liger_installed() != peers.LIGER_VERSION:
+    if installed("liger-kernel") != peers.LIGER_VERSION:
         raise UserError(
-            f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
+            f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {installed('liger-kernel')}: "
             "pip install -e '.[peers]' in the checkout"
         )
     if method is None:

@@ -5,6 +5,7 @@ Ours is cut into several micro-batches; the oracle has plain unpadded passes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import StoredReference
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import Step
+from logratio.trainers.step import MicroBatch, Step
 
 from .case import Case
 from .randoms import random_rows
 from .truths import LONGEST, MAX_LENGTH, Gradient, Subject
 
 MICRO_BATCH_TOKENS = 40
+
+Table = dict[str, list[Tensor]]
+"""`tokens_key` of an example -> log-probs of its completions."""
 
 
 def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
@@ -46,14 +50,16 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     examples = subject.examples(case)
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
-        old = StoredReference(subject.old(dtype, case.kept), reference)
-        behavior = StoredReference(subject.behavior(dtype, case.kept), reference)
-        for micro in micros:
-            micro.old = old(micro.batch)
-            micro.behavior = behavior(micro.batch) if case.sampled else None
-    result = step(micros, step.totals(examples, micros))
-    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
-    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
+        behavior = subject.behavior(dtype, case.kept) if case.sampled else None
+        fill_old(micros, reference, subject.old(dtype, case.kept), behavior)
+    return Gradient.of(policy.model, step(micros, step.totals(examples, micros)).loss.item())
+
+
+def fill_old(micros: Sequence[MicroBatch], live: Any, old: Table, behavior: Table | None) -> None:
+    """Give rollouts the log-probs of the old policy, and of what sampled them, where a correction is to know it."""
+    for micro in micros:
+        micro.old = StoredReference(old, live)(micro.batch)
+        micro.behavior = None if behavior is None else StoredReference(behavior, live)(micro.batch)
 
 
 def trls(case: Case, subject: Subject) -> Gradient:

@@ -28,7 +28,7 @@ from logratio.trainers.policy.teacher import Teacher
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 from .case import Case
-from .randoms import old_logps, random_groups, random_model, random_rows, sampled_by_another, words_of
+from .randoms import old_logps, random_groups, random_model, random_rows, rollout_rows, sampled_by_another, words_of
 
 MAX_LENGTH = 1024
 LONGEST = 12
@@ -42,6 +42,12 @@ class Gradient:
     loss: float
     scale: float
     grads: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any, loss: float, scale: float = 0.0) -> Gradient:
+        """Of a loss that has gone backward through the model."""
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return cls(loss, scale, {name: g for name, g in grads.items() if g is not None})
 
 
 def exact(model: Any) -> Any:
@@ -139,23 +145,13 @@ class Subject:
 
         sampled: with `behavior`.
         """
-        old, behavior, rows = self.old(torch.float32), self.behavior(torch.float32), []
-        for example in random_groups(self.seed):
-            ref = [self.passed(example, k, torch.float32, reference=True) for k in range(len(example.completions))]
-            for k, (completion, advantage) in enumerate(
-                zip(example.completions, example.advantages or (), strict=True)
-            ):
-                rows.append(
-                    {
-                        "prompt_ids": example.prompt_ids,
-                        "completion_ids": completion.ids,
-                        "advantage": advantage,
-                        "old_per_token_logps": old[tokens_key(example)][k],
-                        "ref_per_token_logps": ref[k].completion,
-                        "sampling_per_token_logps": behavior[tokens_key(example)][k] if sampled else None,
-                    }
-                )
-        return rows
+        float32 = torch.float32
+        ref = {
+            tokens_key(e): [self.passed(e, k, float32, reference=True).completion for k in range(len(e.completions))]
+            for e in random_groups(self.seed)
+        }
+        behavior = self.behavior(float32) if sampled else None
+        return rollout_rows(random_groups(self.seed), self.old(float32), ref, behavior)
 
     def passed(
         self, example: Example, which: int, dtype: torch.dtype = torch.float64, *, reference: bool = False

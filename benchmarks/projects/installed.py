@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -29,14 +28,6 @@ PROJECTS = {
 INSTALL = "pip install --no-deps " + " ".join(
     f"{name}=={PROJECTS[p][1]}" for p, (name, _) in PROJECTS.items() if p[0] in "vOt"
 )
-
-
-def version_of(project: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(PROJECTS[project][0])
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 class StandIn(types.ModuleType):

@@ -12,10 +12,11 @@ import torch
 from logratio.losses.types import Loss
 from logratio.reference.function_laws import advantage, kernel
 from logratio.reference.laws import LAWS, LawViolation, check_advantage, check_kernel, laws_of
+from logratio.trainers.ground.provenance import installed
 
 from . import of_liger, of_openrlhf, of_ours, of_torchtune, of_trl, of_verl
 from .examples import examples
-from .installed import PROJECTS, version_of
+from .installed import PROJECTS
 from .subjects import OURS, Subject
 
 SUBJECTS: dict[str, Callable[[], list[Subject]]] = {
@@ -34,8 +35,7 @@ LONGEST = 160
 
 def present() -> dict[str, str]:
     """project -> the version that is installed."""
-    found = {project: version_of(project) for project in PROJECTS}
-    return {project: version for project, version in found.items() if version is not None}
+    return {project: version for project, (name, _) in PROJECTS.items() if (version := installed(name))}
 
 
 def measure_subject(subject: Subject) -> dict[str, Any]:

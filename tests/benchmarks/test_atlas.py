@@ -123,7 +123,7 @@ def test_a_reason_for_a_row_that_is_not_there_is_an_error(measured: dict, monkey
 def test_a_wrong_reason_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "ATLAS", [same("sft", loss_type="nll")])
     monkeypatch.setattr(atlas, "FAULTS", [])
     monkeypatch.setattr(atlas, "TRAINERS", {})
@@ -143,7 +143,7 @@ def test_a_wrong_reason_fails_the_command(
 def test_a_part_is_measured_again_and_the_others_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     stored = json.loads((DOCS / "atlas.json").read_text()) | {"versions": peers.versions()}
     (tmp_path / "atlas.json").write_text(json.dumps(stored))
     monkeypatch.setattr(atlas, "measure_runs", lambda: RUNS)
@@ -158,7 +158,7 @@ def test_a_part_is_measured_again_and_the_others_are_kept(
 
 
 def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: None)
+    monkeypatch.setattr(atlas, "installed", lambda name: None)
     with pytest.raises(UserError, match=r"needs liger-kernel==0.8.5, found None: pip install"):
         atlas.main([])
     with pytest.raises(UserError, match="unknown method 'ppo'"):
@@ -166,7 +166,7 @@ def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_needs_matplotlib_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "measure", lambda *_: pytest.fail("it has measured"))
     for name in ("matplotlib", "logratio.benchmarks.reporting.atlas_plots"):
         monkeypatch.setitem(sys.modules, name, None)

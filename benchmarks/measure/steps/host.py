@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.losses import Kind
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.tiny import tiny_model
 
@@ -63,7 +62,7 @@ def measured(
     plain = deep_model(seed)
     model = with_adapters(copy.deepcopy(plain), lora_r=case.lora_r)
     window = case.window(plain.config.vocab_size, seed)
-    old = old_logps(case, model, [window], seed) if case.loss.kind is Kind.GROUPED else None
+    old = old_logps(case, model, [window], seed)
     rows: dict[str, Figures] = {}
     running: dict[str, Contestant] = {}
     for name in sorted(only, key=CONTESTANTS.index):

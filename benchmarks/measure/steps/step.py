@@ -56,7 +56,7 @@ def run(
     model = build_of(case, device, seed)
     vocab = model.get_output_embeddings().weight.shape[0]
     windows = [case.window(vocab, seed + i) for i in range(min(WINDOWS, repeats))]
-    old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
+    old = old_logps(case, model, windows, seed)
     rows: dict[str, Figures] = {}
     trial = on_trial(case, windows[0])
     # before there are contestants: accelerate's state, which this resets, and most of the memory are theirs afterwards
@@ -167,8 +167,11 @@ def attempt(name: str, rows: dict[str, Figures], running: dict[str, Contestant],
     free_memory()
 
 
-def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps:
-    """Log-probs of a policy some updates ago: today's, with noise that takes some ratios beyond the clip range."""
+def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps | None:
+    """Of rollouts: log-probs of a policy some updates ago, today's with noise that takes some ratios beyond the clip
+    range."""
+    if case.loss.kind is not Kind.GROUPED:
+        return None
     policy = Policy(model)
     generator = torch.Generator().manual_seed(seed)
     table: OldLogps = {}
