@@ -85,7 +85,8 @@ def _broken(rows: Sequence[dict[str, Any]]) -> str:
     grouped: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for law, said in row["broken"].items():
-            key = (row["project"], row["what"], law, reason_of(row, law))
+            known = reason_of(row, law)
+            key = (row["project"], row["what"], law, known[-1] if known else "")
             grouped.setdefault(key, []).append((row["name"], said))
     lines = []
     for (project, what, law, reason), seen in sorted(grouped.items(), key=_order):
