@@ -12,7 +12,7 @@ from ..pages.thin import ticks
 from ..pages.words import number, tick_labels
 from .intervals import Comparison
 from .outcome import Line as RunLine
-from .scores import HIGHER
+from .scores import METRICS
 
 ROW, ABOVE = 44, 6
 Runs = Mapping[str, Sequence[RunLine]]
@@ -94,8 +94,8 @@ def intervals(metric: str, comparisons: Sequence[Comparison]) -> Markup:
     for row, one in enumerate(comparisons):
         top, difference = ABOVE + ROW * row, one.difference
         low, middle, high = (float(x(np.array(v))) for v in (difference.low, difference.mean, difference.high))
-        shade = "s9" if not difference.sign else "s2" if HIGHER[metric] * difference.sign > 0 else "s1"
-        shade = "s0" if difference.sign and not HIGHER[metric] else shade
+        better = METRICS[metric].better * difference.sign
+        shade = "s9" if not difference.sign else "s0" if not better else "s2" if better > 0 else "s1"
         out.append(f'<text x="0" y="{top + 14}">{escape(one.first)} − {escape(one.second)}</text>')
         out.append(f'<text x="{WIDTH}" y="{top + 14}" text-anchor="end">{signed(difference.mean)}</text>')
         out.append(f'<path class="interval {shade}" d="M{low:.1f} {top + 28}H{high:.1f}"/>')

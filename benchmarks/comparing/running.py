@@ -21,7 +21,7 @@ from logratio.trainers.policy.reference import inference
 from logratio.trainers.setup import Run, build
 
 from .rows import ROWS_OF_A_PAIR, Row, as_kind, as_rows, ordered, write
-from .scores import HIGHER, Asked, Scorer, Scores
+from .scores import METRICS, Asked, Scorer, Scores
 
 Unit = Literal["steps", "tokens", "seconds"]
 ENDLESS = 1_000_000
@@ -161,7 +161,7 @@ class Watch:
         self.scores = self.scorer()
         means = {name: sum(values) / len(values) for name, values in self.scores.items()}
         cost = {"steps": row["step"], "tokens": row["num_tokens"], "seconds": self.seconds}
-        self.curve.append({**cost, **{name: means[name] for name in HIGHER if name in means}})
+        self.curve.append({**cost, **{name: means[name] for name in METRICS if name in means}})
 
 
 def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:

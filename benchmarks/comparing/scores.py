@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,26 @@ from logratio.trainers.setup import Run
 
 from .rows import Row, as_kind, as_rows
 
-HIGHER = {"reward": 1, "greedy": 1, "exact": 1, "accuracy": 1, "nll": -1, "kl": 0, "length": 0}
-"""metric -> 1 where higher is better, -1 where lower is, 0 where neither is."""
+
+class Metric(NamedTuple):
+    """better: 1 where higher is, -1 where lower is, 0 where neither is. short: on a terminal. words, note: what it is
+    called elsewhere, and of what it is."""
+
+    better: int
+    short: str
+    words: str
+    note: str
+
+
+METRICS = {
+    "reward": Metric(1, "reward", "reward", "of sampled completions"),
+    "greedy": Metric(1, "greedy", "reward, greedy", "of the greedy completion"),
+    "exact": Metric(1, "exact", "exact", "share of sampled completions that are the answer"),
+    "accuracy": Metric(1, "order", "pairs in order", "share of held-out pairs whose chosen has gained more"),
+    "nll": Metric(-1, "NLL", "NLL of chosen", "nats a token"),
+    "kl": Metric(0, "KL", "KL", "from the start, nats a completion"),
+    "length": Metric(0, "long", "length", "tokens a completion"),
+}
 EXACT = "exact_answer"
 SEED = 20261127
 """Of the evaluation's random numbers."""

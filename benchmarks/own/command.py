@@ -16,14 +16,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.files import read_entries
@@ -35,6 +32,7 @@ from logratio.trainers.options import RUN, options_among, parse_train
 
 from ..pages.page import check_target, made, write
 from ..reporting.records import Records, certificate, device_name
+from ..reporting.tables import on_screen
 from . import told
 from .measuring import Measured, measure
 from .page import MAKER, NAME, rendered
@@ -179,27 +177,18 @@ def written(found: Measured, name: str, output: Path, options: Options) -> None:
 
 def show(found: Measured, name: str, console: Console) -> None:
     """Tables on a terminal."""
-    console.print(table(f"{name}: a step", told.COLUMNS, [
+    console.print(on_screen(f"{name}: a step", told.COLUMNS, [
         told.line_of(who, row, short=True) for who, row in found.rows.items() if row["status"] == "ok"
     ]))  # fmt: skip
     rows = [[part, told.mib(a), told.mib(b)] for part, a, b in as_rows(found.memory, found.plan)]
-    console.print(table("memory by part, MiB", ("part", "measured", "planned"), rows))
+    console.print(on_screen("memory by part, MiB", ("part", "measured", "planned"), rows))
     if (looked := found.budgets) is not None:
         lines = [
             [f"{one.tokens:,}", told.ms(one.step_ms), told.mib(one.memory_mib), told.outcome(one, found)]
             for one in looked.budgets
         ]
-        console.print(table("micro_batch_tokens", ("tokens", "step, ms", "memory, MiB", ""), lines))
+        console.print(on_screen("micro_batch_tokens", ("tokens", "step, ms", "memory, MiB", ""), lines))
     plan = f"no plan stands beside it: {found.plan.why_not}" if found.plan.why_not else ""
     for line in (told.verdict(found), *told.budget_lines(found), told.rollout_line(found), plan):
         if line:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    found = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for at, column in enumerate(columns):
-        found.add_column(column, justify="left" if at == 0 or not column else "right", overflow="fold")
-    for row in rows:
-        found.add_row(*map(escape, row))
-    return found

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from markupsafe import Markup
+from typing import Any
 
 from ..pages.options import options, versions
 from ..pages.page import css, mark, template
 from ..pages.runs import Run
+from ..pages.svg import Drawing
 from ..pages.words import duration, number
 from . import told
 from .draw import Bar, Point, bars, steps
@@ -21,12 +20,6 @@ from .spent import as_rows
 HERE = Path(__file__).parent
 MAKER = "logratio bench"
 NAME = "bench.html"
-
-
-class Figure(NamedTuple):
-    title: str
-    note: str
-    svg: Markup
 
 
 def rendered(found: Measured, name: str, certificate: dict[str, Any]) -> str:
@@ -97,7 +90,7 @@ def tiles(found: Measured) -> list[tuple[str, str]]:
     return shown
 
 
-def step_figures(found: Measured) -> list[Figure]:
+def step_figures(found: Measured) -> list[Drawing]:
     """A step of each contestant, and the parts of ours."""
     colours = {OURS: 0, TRL: 1}
     each = [
@@ -114,16 +107,16 @@ def step_figures(found: Measured) -> list[Figure]:
     ]
     note = "ms, the median; the line is from the 20th to the 80th percentile"
     parts = [Bar(name, value, f"{told.ms(value)} ms", 2) for name, value in found.parts.items()]
-    figures = [Figure("Time of a step", note, bars("Time of a step", each))]
+    figures = [Drawing("Time of a step", note, bars("Time of a step", each))]
     if parts:
         said = "ms, with the device drained after each part, and so more than the step itself"
-        figures.append(Figure("Parts of our step", said, bars("Parts of our step", parts)))
+        figures.append(Drawing("Parts of our step", said, bars("Parts of our step", parts)))
     if found.rollout_ms:
         step = found.rows[OURS]["step_ms_p50"]
         sampled = statistics.median(found.rollout_ms)
         both = [Bar("rollouts and rewards", sampled, duration(sampled / 1e3), 4)]
         both.append(Bar("the update", step, duration(step / 1e3), 0))
-        figures.append(Figure("Rollouts and update", "of one batch of prompts", bars("Rollouts and update", both)))
+        figures.append(Drawing("Rollouts and update", "of one batch of prompts", bars("Rollouts and update", both)))
     return figures
 
 
@@ -143,7 +136,7 @@ def detail(name: str, row: dict[str, Any], found: Measured) -> tuple[str, str]:
     return name, ", ".join(said)
 
 
-def memory_figure(found: Measured) -> Figure:
+def memory_figure(found: Measured) -> Drawing:
     """Measured and planned, part by part."""
     rows = []
     for part, measured, planned in as_rows(found.memory, found.plan):
@@ -151,10 +144,10 @@ def memory_figure(found: Measured) -> Figure:
             rows.append(Bar(part, measured, f"{told.mib(measured)} MiB", 0))
         if planned is not None:
             rows.append(Bar(f"{part}, planned", planned, f"{told.mib(planned)} MiB", 3))
-    return Figure("Memory of a step by part", "MiB", bars("Memory of a step by part", rows))
+    return Drawing("Memory of a step by part", "MiB", bars("Memory of a step by part", rows))
 
 
-def budget_figures(found: Measured) -> list[Figure]:
+def budget_figures(found: Measured) -> list[Drawing]:
     """Time and memory over the budgets."""
     looked = found.budgets
     if looked is None:
@@ -163,10 +156,12 @@ def budget_figures(found: Measured) -> list[Figure]:
     figures = []
     if timed:
         points = [Point(f"{one.tokens:,}", one.step_ms or 0.0, one.tokens == looked.fastest) for one in timed]
-        figures.append(Figure("Time by budget", "ms of a step; the fastest is marked", steps("Time by budget", points)))
+        figures.append(
+            Drawing("Time by budget", "ms of a step; the fastest is marked", steps("Time by budget", points))
+        )
     known = [one for one in timed if one.memory_mib is not None]
     if known:
         points = [Point(f"{one.tokens:,}", one.memory_mib or 0.0, one.tokens == looked.largest) for one in known]
         name = told.GPU_MEMORY if told.is_gpu(found) else told.CPU_MEMORY
-        figures.append(Figure(f"{name.capitalize()} by budget", "MiB", steps("Memory by budget", points, 1)))
+        figures.append(Drawing(f"{name.capitalize()} by budget", "MiB", steps("Memory by budget", points, 1)))
     return figures

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
 from .rows import SAID, Row, bases, contestants, groups, quotient
 
 LONGEST = 200
@@ -17,6 +21,17 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(_escaped(line[i]) for i in kept) + " |" for line in cells) + "\n"
+
+
+def on_screen(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]], padding: Any = (0, 1)) -> Table:
+    """A table for a terminal: numbers to the right, words in its first column, and in those without a name, to the
+    left."""
+    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=padding)
+    for at, head in enumerate(heads):
+        shown.add_column(head, justify="left" if at == 0 or not head else "right", overflow="fold")
+    for line in lines:
+        shown.add_row(*map(escape, line))
+    return shown
 
 
 def _escaped(text: str) -> str:
