@@ -213,11 +213,11 @@ def errors(contestants: Mapping[str, Contestant], x: Inputs, exact: Contestant) 
     return found
 
 
-def gemm_tflops(case: HeadCase, x: Inputs, repeats: int = 5) -> float:
+def gemm_tflops(case: HeadCase, x: Inputs) -> float:
     """The rate of the plain product hidden @ weight^T, the best of some rounds, over the rows that fit one chunk."""
     rows = min(len(x.hidden), 2048)
     hidden, weight = x.hidden.detach()[:rows], x.weight.detach().t()
-    best = min(time_ms(lambda: hidden @ weight, hidden.device) for _ in range(repeats + 2))
+    best = min(time_ms(lambda: hidden @ weight, hidden.device) for _ in range(7))
     return 2 * rows * case.hidden_size * case.vocab_size / best / 1e9
 
 

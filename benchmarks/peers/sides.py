@@ -149,41 +149,29 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
     size = len(examples[0].completions)
     out = [x for e in examples for k in range(size) for x in subject.policy_passes([e], k)]
     ref = [x for e in examples for k in range(size) for x in subject.reference_passes([e], k)]
-    policy, entropy = [x.completion for x in out], [x.entropy for x in out]
     old, behavior = (
         [x for parts in table(torch.float64, case.kept).values() for x in parts]
         for table in (subject.old, subject.behavior)
     )
     advantages = [a for e in examples for a in e.advantages or ()]
-    prompts = [i for i, _ in enumerate(examples) for _ in range(size)]
-    drawn = [[x] for x in behavior] if case.sampled else [None] * len(old)
-    loss = oracle.grpo(
-        policy,
-        old,
-        ref,
-        advantages,
-        prompts=prompts,
-        entropy=entropy,
-        behavior_logps=behavior if case.sampled else None,
-        log_sum_p2=[x.log_sum_p2 for x in out],
-        **case.options,
-    )
+
+    def of(which: Sequence[int]) -> Tensor:
+        return oracle.grpo(
+            [out[i].completion for i in which],
+            [old[i] for i in which],
+            [ref[i] for i in which],
+            [advantages[i] for i in which],
+            prompts=[i // size for i in which],
+            entropy=[out[i].entropy for i in which],
+            behavior_logps=[behavior[i] for i in which] if case.sampled else None,
+            log_sum_p2=[out[i].log_sum_p2 for i in which],
+            **case.options,
+        )
+
+    every = range(len(out))
+    loss = of(every)
     with torch.no_grad():
-        alone = [
-            oracle.grpo(
-                [p],
-                [o],
-                [r],
-                [a],
-                prompts=[0],
-                entropy=[h],
-                behavior_logps=b,
-                log_sum_p2=[x.log_sum_p2],
-                **case.options,
-            )
-            for p, o, r, a, h, b, x in zip(policy, old, ref, advantages, entropy, drawn, out, strict=True)
-        ]
-    return loss, sum(abs(x.item()) for x in alone) / len(alone)
+        return loss, sum(abs(of([i]).item()) for i in every) / len(every)
 
 
 ORACLES = {

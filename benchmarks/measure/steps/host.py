@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.tiny import tiny_model
@@ -46,13 +47,10 @@ def run(
     case: StepCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
 ) -> dict[str, Figures]:
     """{contestant: status and figures}; units: of a step. passes_units: of its model's forward and backward alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ExitStack() as stack:
-            return measured(case, device, repeats, seed, only, stack)
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        return measured(case, device, repeats, seed, only, stack)
 
 
 def measured(
@@ -93,9 +91,8 @@ def deep_model(seed: int) -> Any:
 
 def padded(window: Sequence[Example]) -> Tensor:
     """The token ids of two sequences of each example, one a row; of a single completion the same twice."""
-    rows = [e.prompt_ids + c.ids for e in window for c in (e.completions * 2)[:2]]
-    longest = max(map(len, rows))
-    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
+    rows = [torch.tensor(e.prompt_ids + c.ids) for e in window for c in (e.completions * 2)[:2]]
+    return pad_sequence(rows, batch_first=True)
 
 
 def passes(model: Any, ids: Tensor, round_: int) -> None:
