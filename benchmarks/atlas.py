@@ -30,7 +30,7 @@ from .peers.compared import ATLAS, Asked, Compared
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
 from .peers.trainers.rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
-from .peers.truths import Gradient
+from .peers.truths import Gradient, difference
 from .progress import Progress
 from .projects.faults import FAULTS, measure_faults
 from .projects.installed import PROJECTS
@@ -162,7 +162,11 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each peer that has the loss; and one of all changes under a split."""
     whole, split = (peers.ours(case.method, case.options, parts) for parts in (1, peers.PARTS))
     rows: list[dict[str, Any]] = []
-    changes: dict[str, Any] = {"variant": case.name, "ours": rounded(peers.change(whole, split)), "reasons": {}}
+    changes: dict[str, Any] = {
+        "variant": case.name,
+        "ours": rounded(difference(split.grads, whole.grads)),
+        "reasons": {},
+    }
     scale = 0.0
     asked: dict[str, Asked | None] = {"trl": case.trl, "liger": case.liger}
     for peer, name_and_options in asked.items():
@@ -183,7 +187,7 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "grad_rel_err": rounded(errors[1]),
             }
             row["verdict"] = "equal" if max(errors) <= EQUAL else "different"
-            changes[peer] = rounded(peers.change(theirs, cut))
+            changes[peer] = rounded(difference(cut.grads, theirs.grads))
             if changes[peer] > EQUAL:
                 changes["reasons"][peer] = SPLIT_REASONS.get((peer, case.name), "")
         row["reason"] = "" if row["verdict"] == "equal" else REASONS.get((peer, case.name), "")

@@ -35,7 +35,7 @@ from logratio.trainers.policy.tiny import TINY
 
 from ..pages.page import check_target, made
 from ..pages.page import write as write_page
-from ..reporting.records import Records, certificate, device_name, identity, read
+from ..reporting.records import Records, certificate, device_name, identity
 from . import told
 from .beginning import begin
 from .contestants import FILES, Contestant, check_options, contestants, read_file
@@ -236,24 +236,20 @@ def stub_of(job: Job, settings: dict[str, Any], device: torch.device, born: dict
 
 def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, say: Any) -> list[dict[str, Any]]:
     """The lines of all jobs, those that were there already among them."""
-    path = options.output_dir / LINES
-    records = Records(path, fresh=options.fresh)
+    records = Records(options.output_dir / LINES, fresh=options.fresh)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     born = certificate(device, {})
     stubs = [json.loads(json.dumps(stub_of(job, settings, device, born))) for job in jobs]
     left = [(job, stub) for job, stub in zip(jobs, stubs, strict=True) if not records.has(stub)]
     if len(left) < len(jobs):
         say(f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")
-    wanted = {identity(stub) for stub in stubs}
-    lines = {} if options.fresh else {
-        identity(row): row for row in read(path) if identity(row) in wanted and row["status"] == "ok"
-    }  # fmt: skip
+    lines = [records.done[identity(stub)] for stub in stubs if records.has(stub)]
     for (job, stub), result in ended(left, options.isolate):
         row = {**stub, **result}
         records.add(row)
-        lines[identity(row)] = row
+        lines.append(row)
         say(f"  {told.progress(job, result)}")
-    return list(lines.values())
+    return lines
 
 
 def ended(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from logratio.losses import Kind
-from logratio.trainers.data.rows import EMBEDDED, Rows, load_rows
+from logratio.trainers.data.rows import EMBEDDED, load_rows
 from logratio.trainers.errors import RowError, UserError
 
 from ..pages.page import write as write_whole
@@ -119,7 +119,3 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     """As JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode(), "--output_dir")
-
-
-def as_rows(rows: Sequence[Row], name: str) -> Rows:
-    return Rows(name, list(rows))

@@ -15,12 +15,13 @@ import torch
 from logratio.losses import Kind
 from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Example, prepare
+from logratio.trainers.data.rows import Rows
 from logratio.trainers.errors import UserError, first_line
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import inference
 from logratio.trainers.setup import Run, build
 
-from .rows import ROWS_OF_A_PAIR, Row, as_kind, as_rows, ordered, write
+from .rows import ROWS_OF_A_PAIR, Row, as_kind, ordered, write
 from .scores import METRICS, Asked, Scorer, Scores
 
 Unit = Literal["steps", "tokens", "seconds"]
@@ -169,7 +170,7 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
     loss = run.config.loss
     if loss.kind is Kind.GROUPED:
         return None
-    own = as_rows(as_kind(rows, loss.kind, margin=loss.wants_margin), "held-out rows")
+    own = Rows("held-out rows", as_kind(rows, loss.kind, margin=loss.wants_margin))
     data = run.config.data
     sequences = loss.kind is Kind.SEQUENCE
     return prepare(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from torch import Tensor
 from logratio.losses import Kind
 from logratio.trainers.batches.packing import PackedBatch, pack
 from logratio.trainers.config import RolloutConfig
-from logratio.trainers.data.examples import Example, Prompt, prepare, prepare_prompts
+from logratio.trainers.data.examples import Example, prepare, prepare_prompts
+from logratio.trainers.data.rows import Rows
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
@@ -38,7 +39,7 @@ from logratio.trainers.rollout.rewards import load_rewards
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.setup import Run
 
-from .rows import Row, as_kind, as_rows
+from .rows import Row, as_kind
 
 
 class Metric(NamedTuple):
@@ -86,9 +87,9 @@ class Scorer:
         self.run, self.asked = run, asked
         self.policy = Policy(run.policy.model, shared=run.policy.shared)
         self.start = start_of(run, self.policy)
-        pairs = as_rows(as_kind(rows, Kind.PAIRED), "held-out rows")
+        pairs = Rows("held-out rows", as_kind(rows, Kind.PAIRED))
         self.pairs = prepare(pairs, Kind.PAIRED, run.tokenizer, max_length=data.max_length)[0]
-        self.prompts = prepare_prompts(as_rows(as_kind(rows, Kind.GROUPED), "held-out rows"), run.tokenizer)[0]
+        self.prompts = prepare_prompts(Rows("held-out rows", as_kind(rows, Kind.GROUPED)), run.tokenizer)[0]
         if len(self.pairs) != len(rows) or len(self.prompts) != len(rows):
             raise UserError(
                 f"{len(rows) - len(self.pairs)} of {len(rows)} held-out rows have nothing scored within --max_length "
@@ -121,7 +122,9 @@ class Scorer:
     def sampled(self) -> Scores:
         """Of what the policy says itself."""
         group = self.asked.samples
-        said = self.rollouts.sample(self.requests(self.prompts), self.prompts)
+        # the same random numbers, whatever the policy and the step; behind them a greedy one
+        asked = requests_of(numbered(self.prompts), group, purpose="evaluation", seed=SEED, step=0, greedy=True)
+        said = self.rollouts.sample(asked, self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(group + 1)]
         flat = [one for of_prompt in said for one in of_prompt]
         values = self.rollouts.score(repeated, flat).rewards.reshape(len(said), group + 1, -1).nan_to_num(0.0)
@@ -139,10 +142,6 @@ class Scorer:
         found["kl"] = [sum(ratios[i]) / group for i in range(len(examples))]
         found["length"] = [sum(len(c.ids) for c in e.completions) / group for e in examples]
         return found
-
-    def requests(self, prompts: Sequence[Prompt]) -> Any:
-        """The same random numbers, whatever the policy and the step; behind them a greedy one."""
-        return requests_of(numbered(prompts), self.asked.samples, purpose="evaluation", seed=SEED, step=0, greedy=True)
 
     def of_pairs(self, logps: Callable[[PackedBatch], Tensor]) -> list[tuple[float, float, int]]:
         """(log-prob of chosen, of rejected, tokens of chosen) of each held-out row, in order."""

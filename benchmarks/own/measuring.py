@@ -69,7 +69,7 @@ def measure(
         times = interleaved(works, device, repeats=repeats, warmup=0)
         for name, values in times.items():
             rows[name] |= rates(values, subject.windows)
-            rows[name]["time_to_ours"] = median_ratio(times, name, OURS)
+            rows[name]["time_to_ours"] = median_ratio(values, times[OURS])
             wait(device)
             rows[name]["host_share"] = host_share(partial(works[name], repeats), device)
             rows[name]["host_ms"] = rows[name]["host_share"] * rows[name]["step_ms_p50"]

@@ -90,33 +90,29 @@ def tiles(found: Measured) -> list[tuple[str, str]]:
     return shown
 
 
+def barred(title: str, note: str, rows: list[Bar]) -> Drawing:
+    return Drawing(title, note, bars(title, rows))
+
+
 def step_figures(found: Measured) -> list[Drawing]:
     """A step of each contestant, and the parts of ours."""
-    colours = {OURS: 0, TRL: 1}
-    each = [
-        Bar(
-            name,
-            row["step_ms_p50"],
-            f"{told.ms(row['step_ms_p50'])} ms",
-            colours[name],
-            row["step_ms_p20"],
-            row["step_ms_p80"],
-        )
-        for name, row in found.rows.items()
-        if row["status"] == "ok"
-    ]
+    each = []
+    for name, row in found.rows.items():
+        if row["status"] == "ok":
+            low, middle, high = (row[f"step_ms_{p}"] for p in ("p20", "p50", "p80"))
+            each.append(Bar(name, middle, f"{told.ms(middle)} ms", {OURS: 0, TRL: 1}[name], low, high))
     note = "ms, the median; the line is from the 20th to the 80th percentile"
-    parts = [Bar(name, value, f"{told.ms(value)} ms", 2) for name, value in found.parts.items()]
-    figures = [Drawing("Time of a step", note, bars("Time of a step", each))]
-    if parts:
+    figures = [barred("Time of a step", note, each)]
+    if found.parts:
+        parts = [Bar(name, value, f"{told.ms(value)} ms", 2) for name, value in found.parts.items()]
         said = "ms, with the device drained after each part, and so more than the step itself"
-        figures.append(Drawing("Parts of our step", said, bars("Parts of our step", parts)))
+        figures.append(barred("Parts of our step", said, parts))
     if found.rollout_ms:
         step = found.rows[OURS]["step_ms_p50"]
         sampled = statistics.median(found.rollout_ms)
         both = [Bar("rollouts and rewards", sampled, duration(sampled / 1e3), 4)]
         both.append(Bar("the update", step, duration(step / 1e3), 0))
-        figures.append(Drawing("Rollouts and update", "of one batch of prompts", bars("Rollouts and update", both)))
+        figures.append(barred("Rollouts and update", "of one batch of prompts", both))
     return figures
 
 
@@ -144,7 +140,7 @@ def memory_figure(found: Measured) -> Drawing:
             rows.append(Bar(part, measured, f"{told.mib(measured)} MiB", 0))
         if planned is not None:
             rows.append(Bar(f"{part}, planned", planned, f"{told.mib(planned)} MiB", 3))
-    return Drawing("Memory of a step by part", "MiB", bars("Memory of a step by part", rows))
+    return barred("Memory of a step by part", "MiB", rows)
 
 
 def budget_figures(found: Measured) -> list[Drawing]:

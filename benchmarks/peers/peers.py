@@ -219,13 +219,6 @@ def _liger_grpo(loss_function: Any, model: Any, part: Sequence[Mapping[str, Any]
     return loss_function(hidden, _head(model), *given, **call)[0]
 
 
-def change(whole: Gradient, split: Gradient) -> float:
-    """How far the gradient moves when the batch is cut: |split - whole| / |whole|."""
-    names = sorted(whole.grads)
-    a, b = (torch.cat([g.grads[name].flatten().double() for name in names]) for g in (whole, split))
-    return ((b - a).norm() / a.norm()).item()
-
-
 def versions() -> dict[str, str | None]:
     """Of everything that the numbers depend on."""
     return {name: installed(name) for name in ("torch", "transformers", "peft", "trl", "liger-kernel")}

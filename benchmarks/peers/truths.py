@@ -50,6 +50,14 @@ class Gradient:
         return cls(loss, scale, {name: g for name, g in grads.items() if g is not None})
 
 
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """|a - b| / |b| of whole gradients. Raises ValueError where they are not of the same parameters."""
+    if a.keys() != b.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(a.keys() ^ b.keys())[:4]}")
+    above = sum((a[k].double() - b[k].double()).square().sum().item() for k in b)
+    return (above / sum(b[k].double().square().sum().item() for k in b)) ** 0.5
+
+
 def exact(model: Any) -> Any:
     """A float64 copy that computes in float64: transformers' RMSNorms go through float32 whatever the dtype."""
     model = copy.deepcopy(model).double()

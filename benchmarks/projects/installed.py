@@ -25,9 +25,8 @@ PROJECTS = {
     "torchtune": ("torchtune", "0.6.1"),
 }
 """project -> its distribution, and the version of which the reasons speak."""
-INSTALL = "pip install --no-deps " + " ".join(
-    f"{name}=={PROJECTS[p][1]}" for p, (name, _) in PROJECTS.items() if p[0] in "vOt"
-)
+ALONE = ("verl", "OpenRLHF", "torchtune")
+INSTALL = "pip install --no-deps " + " ".join("==".join(PROJECTS[project]) for project in ALONE)
 
 
 class StandIn(types.ModuleType):

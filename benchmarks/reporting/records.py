@@ -36,14 +36,14 @@ RESULTS = ("ok", "oom")
 
 
 class Records:
-    """A file of JSON lines that is only ever appended to."""
+    """A file of JSON lines that is only ever appended to. done: the newest line of each measurement that has ended."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(path)
         rows = [] if fresh else list(read(path))
-        self.done = {identity(row) for row in rows if row.get("status") in RESULTS}
+        self.done = {identity(row): row for row in rows if row.get("status") in RESULTS}
         self.failed = {(row["suite"], row["case"]) for row in rows if row.get("status") == "failed"}
         self.begun = path.with_suffix(".begun")
         if self.begun.exists() and not fresh:  # a run was ended in the middle of it
@@ -60,14 +60,14 @@ class Records:
         """Whether a line with the same identity, measured or out of memory, is already there."""
         return identity(row) in self.done
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Append one line; it is on the disk when this returns."""
         if row["status"] not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {row['status']!r}")
         with self.path.open("a") as file:
             file.write(json.dumps(row, sort_keys=False, allow_nan=False) + "\n")
         if row["status"] in RESULTS:
-            self.done.add(identity(row))
+            self.done[identity(row)] = row
 
 
 def cut_half_line(path: Path) -> None:

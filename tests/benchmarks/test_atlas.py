@@ -13,6 +13,7 @@ from logratio.benchmarks import atlas
 from logratio.benchmarks.peers import peers
 from logratio.benchmarks.peers.compared import ATLAS, Compared, same
 from logratio.benchmarks.peers.reasons import REASONS
+from logratio.benchmarks.peers.truths import difference
 from logratio.benchmarks.projects.faults import (
     FAULTS,
     Fault,
@@ -76,10 +77,10 @@ def test_liger_is_measured_too() -> None:
 
 @needs_liger
 def test_a_rollouts_tokens_are_counted_over_the_step_if_liger_is_told() -> None:
-    whole = peers.ligers("GRPO", {"beta": 0.0})
+    whole = peers.ligers("GRPO", {"beta": 0.0}).grads
     told = {"beta": 0.0, "num_items_in_batch": True}
-    assert peers.change(whole, peers.ligers("GRPO", told, 4)) < 1e-5
-    assert peers.change(whole, peers.ligers("GRPO", {"beta": 0.0}, 4)) > 0.01
+    assert difference(peers.ligers("GRPO", told, 4).grads, whole) < 1e-5
+    assert difference(peers.ligers("GRPO", {"beta": 0.0}, 4).grads, whole) > 0.01
 
 
 # ---------------------------------------------------------------------------------------------- what is an error

@@ -73,13 +73,13 @@ def measured(
     times = interleaved(works, device, repeats=repeats, warmup=2, clock=cpu_ms)
     for name in running:
         rows[name] |= percentiles(times[name], "step_ms") | {
-            "units": median_ratio(times, name, PLAIN),
-            "passes_units": median_ratio(times, name + PASSES, PLAIN),
+            "units": median_ratio(times[name], times[PLAIN]),
+            "passes_units": median_ratio(times[name + PASSES], times[PLAIN]),
             "plain_ms_p50": statistics.median(times[PLAIN]),
             "times_ms": times[name],
         }
         if "logratio" in running:
-            rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
+            rows[name]["time_to_ours"] = median_ratio(times[name], times["logratio"])
     return rows
 
 

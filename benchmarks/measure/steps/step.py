@@ -22,11 +22,12 @@ from logratio.trainers.policy.reference import inference, tokens_key
 
 from ...memory.activations import Batch
 from ...memory.peak import Setup, predict
+from ...peers.truths import difference
 from ..clock import allocated_mib, free_memory, gpu_of, interleaved, median_ratio, peak_mem, percentiles
 from ..models import build
 from ..saved import saved_mib
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
-from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
+from .ledger import LARGEST_TRUTH, Gradient, Truth, gradient, ledger, truth
 from .step_cases import StepCase
 from .trl_contestant import Trl
 
@@ -78,7 +79,7 @@ def run(
         for name, values in times.items():
             rows[name] |= rates(values, windows) | told(running[name], windows)
             if "logratio" in times:
-                rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
+                rows[name]["time_to_ours"] = median_ratio(values, times["logratio"])
         if isinstance(ours := running.get("logratio"), Ours):
             rows["logratio"] |= beside(partial(ours.timed_parts, windows[0]), "parts")
             if device.type == "cuda":

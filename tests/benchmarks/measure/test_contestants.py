@@ -16,9 +16,10 @@ from logratio.benchmarks.measure.steps.contestants import (
     policy_logps,
     share_frozen,
 )
-from logratio.benchmarks.measure.steps.ledger import cosine, difference, gradient, plain, share_changed
+from logratio.benchmarks.measure.steps.ledger import cosine, gradient, plain, share_changed
 from logratio.benchmarks.measure.steps.step_cases import METHODS, StepCase
 from logratio.benchmarks.measure.steps.workloads import Lengths
+from logratio.benchmarks.peers.truths import difference
 from logratio.losses import DPOLoss
 from logratio.reference._trl_batches import unpadded
 from logratio.trainers.policy.policy import Policy
