@@ -20,7 +20,6 @@ import torch
 import tyro
 from rich.console import Console
 
-from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.errors import UserError
 from logratio.trainers.ground.provenance import installed
@@ -70,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         return method, part, out
 
     method, part, out = tyro.cli(options, args=argv, prog="logratio atlas")
-    if method is not None and method not in LOSSES:
-        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
+    known = dict.fromkeys(case.method for case in ATLAS)  # TRL and Liger have no losses of lists
+    if method is not None and method not in known:
+        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(known)}")
     if part is not None and (part not in PARTS or method is not None):
         raise UserError(f"--part {part}: expected one of {', '.join(PARTS)}, and no --method beside it")
     if installed("liger-kernel") != peers.LIGER_VERSION:

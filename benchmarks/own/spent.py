@@ -18,7 +18,7 @@ from ..measure.clock import gpu_of, peak_mem
 from ..measure.saved import saved_mib
 from ..measure.steps.contestants import stored_in, stored_in_optimizer, stored_mib
 from ..memory.activations import Batch, activations
-from ..memory.geometry import Geometry
+from ..memory.geometry import Geometry, find
 from ..memory.gpus import GPUS
 from ..memory.peak import MIB, Setup, predict
 from ..memory.roofline import Plan, step_seconds
@@ -27,7 +27,7 @@ from ..reporting.records import device_name
 from .ours import Turns
 from .subject import Subject
 
-STAYS = ("weights", "adapters", "reference", "optimizer", "gradients")
+STAYS = ("weights", "adapters", "reference", "teacher", "optimizer", "gradients")
 REST = "activations, head, temporaries"
 KEPT = "kept by autograd"
 
@@ -36,7 +36,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
     """MiB of each part of a step, and of all. Takes a step, behind others that have made the optimizer's state."""
     run, device, gpu = subject.run, subject.device, subject.device.type == "cuda"
     turns = Turns(subject, run.step.micro_batch_tokens, subject.heaviest)
-    model, other = run.policy.model, subject.ref_model
+    model, other, teacher = run.policy.model, subject.ref_model, subject.teacher_model
     kept = stored_in(model)
     named = dict(model.named_parameters())
     frozen = [p for name, p in named.items() if f".{REFERENCE_ADAPTER}." in name]
@@ -46,6 +46,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
         "weights": stored_mib(kept) - stored_mib(adapters) - stored_mib(frozen),
         "adapters": stored_mib(adapters),
         "reference": stored_mib(reference),
+        "teacher": 0.0 if teacher is None else stored_mib(stored_in(teacher)),
         "optimizer": stored_mib(stored_in_optimizer(run.optimizer)),
         "gradients": trained_mib(subject),
     }
@@ -59,7 +60,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
 
 def kept_by_autograd(subject: Subject, turns: Turns) -> float | None:
     """MiB at the worst moment of a step; None with gradient checkpointing, which keeps what no hook sees."""
-    kept = saved_mib(turns, subject.run.policy.model, subject.ref_model)
+    kept = saved_mib(turns, subject.run.policy.model, subject.ref_model, subject.teacher_model)
     return None if subject.run.config.model.gradient_checkpointing else kept
 
 
@@ -84,6 +85,8 @@ def reckoned(subject: Subject) -> Reckoned:
         attention = subject.run.policy.attention
         setup = dataclasses.replace(asked, attn_implementation=attention, accumulates=len(packed) > 1)
         size = Geometry.of(subject.run.policy.causal_lm.config)
+        if asked.teacher_model_name_or_path:
+            setup = dataclasses.replace(setup, teacher=find(asked.teacher_model_name_or_path))
     except UserError as error:
         return Reckoned(why_not=str(error))
     batches = [Batch.of(batch) for batch in packed]

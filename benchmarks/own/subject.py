@@ -67,7 +67,15 @@ class Subject:
     @property
     def ref_model(self) -> Any:
         """The reference's weights, where it has its own."""
-        other = reference_model(self.run.step.reference)
+        return self._weights(self.run.step.reference)
+
+    @property
+    def teacher_model(self) -> Any:
+        return self._weights(self.run.step.teacher)
+
+    @staticmethod
+    def _weights(of: Any) -> Any:
+        other = reference_model(of)
         return None if other is None else other.model
 
     def cut(self, examples: Sequence[Example]) -> list[MicroBatch]:

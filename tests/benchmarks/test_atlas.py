@@ -162,8 +162,10 @@ def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "installed", lambda name: None)
     with pytest.raises(UserError, match=r"needs liger-kernel==0.8.5, found None: pip install"):
         atlas.main([])
-    with pytest.raises(UserError, match="unknown method 'ppo'"):
-        atlas.main(["--method", "ppo"])
+    for method in ("ppo", "listwise"):
+        said = f"^unknown method '{method}', expected one of: sft, dpo, kto, orpo, cpo, tpo, grpo$"
+        with pytest.raises(UserError, match=said):
+            atlas.main(["--method", method])
 
 
 def test_the_command_needs_matplotlib_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
