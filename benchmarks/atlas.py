@@ -11,8 +11,8 @@ does around its loss. A verdict is a measurement: one without its reason in `pee
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,8 @@ EQUAL = 1e-4
 CLEAR = 10
 """How many times that it takes to be different."""
 PEERS = {"trl": peers.trls, "liger": peers.ligers}
-PARTS = {
-    "variants": ("variants", "splits"),
-    "faults": ("faults",),
-    "laws": ("laws",),
-    "projects": ("projects",),
-    "runs": ("runs",),
-}
-"""What `--part` measures again: its tables of atlas.json."""
+PARTS = ("variants", "faults", "laws", "projects", "runs")
+"""What `--part` measures again."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     kept = json.loads((out / "atlas.json").read_text()) if part else {"faults": [], "laws": []}
     if part and kept["versions"] != peers.versions():
         raise UserError(f"{out}/atlas.json is of {kept['versions']}, here is {peers.versions()}: measure all parts")
-    parts = [part] if part else [*PARTS] if method is None else ["variants"]
-    atlas = kept | measure_parts(parts, [case for case in ATLAS if method in (None, case.method)])
+    parts = [part] if part else PARTS if method is None else ["variants"]
+    atlas = kept | measure(parts, [case for case in ATLAS if method in (None, case.method)])
     Console(highlight=False).print(page(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
@@ -101,55 +95,46 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def measure_parts(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
-    """The tables of these parts, and what stands above them."""
-    whole = measure(
-        compared if "variants" in parts else (),
-        FAULTS if "faults" in parts else (),
-        TRAINERS if "laws" in parts else {},
-    )
-    if "projects" in parts:
-        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
-            whole["projects"] = measure_projects(progress.begin)
-    if "runs" in parts:
-        whole["runs"] = measure_runs()
-    tables = [table for part, names in PARTS.items() if part not in parts for table in names]
-    return {name: x for name, x in whole.items() if name not in tables}
-
-
-def measure(
-    compared: Sequence[Compared], faults: Sequence[Any] = (), trainers: Mapping[str, Any] = types.MappingProxyType({})
-) -> dict[str, Any]:
-    """All that the atlas says, ready for JSON."""
+def measure(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
+    """The tables of these parts, and what stands above them; ready for JSON."""
     torch.set_num_threads(1)
-    variants, splits, seen, laws = [], [], [], []
-    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults) + len(trainers)) as progress:
-        for case in compared:
-            progress.begin(case.name)
-            more, split = measure_one(case)
-            variants += more
-            splits.append(split)
-            progress.step(": ".join([case.name, ", ".join(f"{row['peer']} {row['verdict']}" for row in more)]))
-        for fault in faults:
-            progress.begin(fault.name)
-            seen += measure_faults([fault])
-            progress.step(f"fault: {fault.name}")
-        for name, subject in trainers.items():
-            progress.begin(name)
-            laws.append(measure_trainer(name, subject))
-            progress.step(f"laws: {name}")
-    return {
+    atlas: dict[str, Any] = {
         "command": "logratio atlas",
         "versions": peers.versions(),
         "trl_pinned": trl.TRL_VERSION,
         "batch": peers.BATCH,
         "parts": peers.PARTS,
         "equal": EQUAL,
-        "variants": variants,
-        "splits": splits,
-        "faults": seen,
-        "laws": laws,
     }
+    if "variants" in parts:
+        found = each("variants", {case.name: partial(measure_one, case) for case in compared}, verdicts)
+        atlas |= {"variants": [row for rows, _ in found for row in rows], "splits": [split for _, split in found]}
+    if "faults" in parts:
+        seen = each("faults", {fault.name: partial(measure_faults, [fault]) for fault in FAULTS})
+        atlas["faults"] = [row for rows in seen for row in rows]
+    if "laws" in parts:
+        atlas["laws"] = each("laws", {name: partial(measure_trainer, name, one) for name, one in TRAINERS.items()})
+    if "projects" in parts:
+        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
+            atlas["projects"] = measure_projects(progress.begin)
+    if "runs" in parts:
+        atlas["runs"] = measure_runs()
+    return atlas
+
+
+def each(what: str, works: Mapping[str, Callable[[], Any]], said: Callable[[Any], str] = lambda found: "") -> list[Any]:
+    """What comes of each, with a line when it is there. said: what of it the line says behind the name."""
+    found = []
+    with Progress(Console(stderr=True), what, len(works)) as progress:
+        for name, work in works.items():
+            progress.begin(name)
+            found.append(work())
+            progress.step(f"{what}: {': '.join(filter(None, [name, said(found[-1])]))}")
+    return found
+
+
+def verdicts(found: tuple[list[dict[str, Any]], Any]) -> str:
+    return ", ".join(f"{row['peer']} {row['verdict']}" for row in found[0])
 
 
 def page(atlas: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,7 +37,7 @@ from ..pages.page import write as write_page
 from ..reporting.records import Records, certificate, device_name, identity
 from . import told
 from .beginning import begin
-from .contestants import FILES, Contestant, check_options, contestants, read_file
+from .contestants import FILES, Contestant, check_contestants, check_options, contestant, read_file
 from .outcome import Outcome, as_lines, outcome
 from .page import MAKER, rendered
 from .rows import Material, material
@@ -140,8 +139,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare losses from one start on the same data over seeds, with intervals of the differences."""
-    specs, options, common = parsed(list(sys.argv[1:] if argv is None else argv))
-    those = contestants(specs)
+    those, options, common = parsed(list(sys.argv[1:] if argv is None else argv))
+    check_contestants(those)
     if options.baseline is not None and options.baseline not in [one.name for one in those]:
         raise UserError(
             f"--baseline {options.baseline}: no contestant is called so ({', '.join(c.name for c in those)})"
@@ -176,25 +175,22 @@ def compared(those: Sequence[Contestant], options: Options, common: Sequence[str
     return found
 
 
-def parsed(argv: list[str]) -> tuple[list[str | tuple[str | None, str]], Options, list[str]]:
+def parsed(argv: list[str]) -> tuple[list[Contestant], Options, list[str]]:
     """(contestants, options, what is common to the runs)."""
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     leading, rest = argv[:first], argv[first:]
-    specs: list[str | tuple[str | None, str]] = []
+    those: list[Contestant] = []
     for word in leading:
-        if word.endswith(FILES):
-            of_file, words = read_file(Path(word))
-            specs, rest = [*specs, *of_file], [*words, *rest]
-        else:
-            specs.append(word)
+        of_file, words = read_file(Path(word)) if word.endswith(FILES) else ([contestant(word)], [])
+        those, rest = [*those, *of_file], [*words, *rest]
     refuse_misfits(rest, hints_of([Options]))
     options, common = tyro.cli(
         Options, args=rest, prog="logratio compare", description=__doc__, return_unknown_args=True, use_underscores=True
     )
-    if not specs and options.dataset_name == Options.dataset_name:
-        specs = list(CONTEST)
+    if not those and options.dataset_name == Options.dataset_name:
+        those = [contestant(spec) for spec in CONTEST]
     check_options("common to all", common)
-    return specs, options, list(common)
+    return those, options, list(common)
 
 
 def jobs_of(
@@ -259,12 +255,13 @@ def ended(
     if not isolate:
         yield from ((one, run_job(one[0])) for one in left)
         return
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(isolate, mp_context=get_context("spawn"), max_tasks_per_child=1)
-        stack.callback(pool.shutdown, cancel_futures=True)
+    pool = ProcessPoolExecutor(isolate, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    try:
         futures = {pool.submit(run_job, one[0]): one for one in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def written(

@@ -16,6 +16,7 @@ from logratio.losses import Kind
 from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Example, prepare
 from logratio.trainers.data.rows import Rows
+from logratio.trainers.data.table.load import options_of
 from logratio.trainers.errors import UserError, first_line
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import inference
@@ -171,18 +172,7 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
     if loss.kind is Kind.GROUPED:
         return None
     own = Rows("held-out rows", as_kind(rows, loss.kind, margin=loss.wants_margin))
-    data = run.config.data
-    sequences = loss.kind is Kind.SEQUENCE
-    return prepare(
-        own,
-        loss.kind,
-        run.tokenizer,
-        max_length=data.max_length,
-        completion_only_loss=data.completion_only_loss if sequences else None,
-        assistant_only_loss=sequences and data.assistant_only_loss,
-        gold=loss.scores_gold,
-        margin=loss.wants_margin,
-    )[0]
+    return prepare(own, loss.kind, run.tokenizer, **options_of(run.config))[0]
 
 
 def own_loss(run: Run, examples: Sequence[Example]) -> float:
