@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ from logratio.trainers.policy.tiny import TINY
 
 from ..pages.page import check_target, made
 from ..pages.page import write as write_page
+from ..progress import say
 from ..reporting.records import Records, certificate, device_name, identity
 from . import told
 from .beginning import begin
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = compared(those, options, common, console)
     told.show(found, console)
     where = f"{options.output_dir / PAGE}, and a line for each run in {options.output_dir / LINES}"
-    console.print(where, highlight=False, markup=False)
+    say(console, where)
     return 1 if found.failed else 0
 
 
@@ -161,13 +163,12 @@ def compared(those: Sequence[Contestant], options: Options, common: Sequence[str
     """Run what has not run, and write what is left of it."""
     folder = options.output_dir
     check_target(folder / PAGE, MAKER, "--output_dir")
-    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     if options.threads or options.model_name_or_path == TINY:
         torch.set_num_threads(options.threads or 1)
     data = material(options.dataset_name, options.dataset_train_split, options.dataset_test_split, options.eval_rows)
     jobs, settings = jobs_of(those, options, common, data)
-    begin(options.model_name_or_path, data, options.start_steps, folder, say)
-    lines = measured(jobs, settings, options, say)
+    begin(options.model_name_or_path, data, options.start_steps, folder, partial(say, console))
+    lines = measured(jobs, settings, options, console)
     found = outcome(lines, [one.name for one in those], options.metric, options.baseline)
     if options.metric and found.names and options.metric not in found.start:
         raise UserError(f"--metric {options.metric} was not measured here, only {', '.join(found.start)}")
@@ -230,7 +231,7 @@ def stub_of(job: Job, settings: dict[str, Any], device: torch.device, born: dict
     }
 
 
-def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, say: Any) -> list[dict[str, Any]]:
+def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, console: Console) -> list[dict[str, Any]]:
     """The lines of all jobs, those that were there already among them."""
     records = Records(options.output_dir / LINES, fresh=options.fresh)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -238,13 +239,13 @@ def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, sa
     stubs = [json.loads(json.dumps(stub_of(job, settings, device, born))) for job in jobs]
     left = [(job, stub) for job, stub in zip(jobs, stubs, strict=True) if not records.has(stub)]
     if len(left) < len(jobs):
-        say(f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")
+        say(console, f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")
     lines = [records.done[identity(stub)] for stub in stubs if records.has(stub)]
     for (job, stub), result in ended(left, options.isolate):
         row = {**stub, **result}
         records.add(row)
         lines.append(row)
-        say(f"  {told.progress(job, result)}")
+        say(console, f"  {told.progress(job, result)}")
     return lines
 
 

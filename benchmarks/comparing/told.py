@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ..pages.words import duration, number
+from ..progress import say
 from ..reporting.tables import on_screen
 from .draw import signed
 from .intervals import LEVEL, Estimate
@@ -84,7 +85,6 @@ def together(found: Outcome, metric: str) -> str:
 
 def show(found: Outcome, console: Console) -> None:
     """Tables on a terminal."""
-    say = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
     if len(found.names) > 1:
         rows = contestant_rows(found, short=True)
         title = "means over seeds and held-out rows"
@@ -92,6 +92,5 @@ def show(found: Outcome, console: Console) -> None:
         title = f"differences in {METRICS[found.metric].words}, {together(found, found.metric)}"
         heads, rows = ("", "difference", "interval", ""), comparison_rows(found, found.metric)
         console.print(on_screen(title, heads, rows, padding=NARROW))
-    for line in (summary(found), advice(found), *found.failed):
-        if line:
-            say(line)
+    for line in filter(None, (summary(found), advice(found), *found.failed)):
+        say(console, line)

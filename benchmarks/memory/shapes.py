@@ -72,8 +72,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """name -> what its config.json says, by the name that the hub knows it by without the owner."""
 
 
-def shape(name: str) -> PreTrainedConfig:
-    """The configuration of a model in `SHAPES`."""
+def shape(name: str, **sizes: int) -> PreTrainedConfig:
+    """The configuration of a model in `SHAPES`. sizes: in the place of its own."""
     from transformers import AutoConfig  # takes longer to import than all that `SHAPES` alone is used for
 
-    return AutoConfig.for_model(**copy.deepcopy(SHAPES[name]))
+    return AutoConfig.for_model(**copy.deepcopy(SHAPES[name]) | sizes)

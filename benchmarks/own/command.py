@@ -10,10 +10,9 @@ fastest --micro_batch_tokens by trial. Nothing is written to the run's output_di
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +30,7 @@ from logratio.trainers.migrate import METHODS, method_of
 from logratio.trainers.options import RUN, options_among, parse_train
 
 from ..pages.page import check_target, made, write
+from ..progress import say
 from ..reporting.records import Records, certificate, device_name
 from ..reporting.tables import on_screen
 from . import told
@@ -91,7 +91,8 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or Path("bench") / name
     if options.threads:
         torch.set_num_threads(options.threads)
-    with made(output), quiet():
+    quiet()
+    with made(output):
         check_target(output / NAME, MAKER)
         console = Console()
         with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
                 raise no_room(error) from error
             written(found, name, output, options)
         show(found, name, console)
-        console.print(f"{output / NAME}, and lines in {output / LINES}", soft_wrap=True, highlight=False)
+        say(console, f"{output / NAME}, and lines in {output / LINES}")
     return 0
 
 
@@ -140,25 +141,23 @@ def train_words(options: Options, rest: Sequence[str]) -> list[str]:
     return [*([method] if method else []), "--config", str(path), *rest]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without bars of loading weights, and without what torch's profiler says of itself."""
+def quiet() -> None:
+    """No bars of loading weights, and nothing that torch's profiler says of itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    yield
 
 
 def measured(asked: RunConfig, folder: Path, options: Options, console: Console) -> Measured:
-    def say(line: str) -> None:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    def tell(line: str) -> None:
+        say(console, f"  {line}")
 
-    subject = build_subject(asked, folder, options.steps, say)
+    subject = build_subject(asked, folder, options.steps, tell)
     for note in subject.notes:
-        say(note)
+        tell(note)
     case = case_of(asked, subject.run.config)
-    return measure(subject, case, repeats=options.repeats, trl=options.trl, trial=options.trial, say=say)
+    return measure(subject, case, repeats=options.repeats, trl=options.trl, trial=options.trial, say=tell)
 
 
 def written(found: Measured, name: str, output: Path, options: Options) -> None:
@@ -189,6 +188,5 @@ def show(found: Measured, name: str, console: Console) -> None:
         ]
         console.print(on_screen("micro_batch_tokens", ("tokens", "step, ms", "memory, MiB", ""), lines))
     plan = f"no plan stands beside it: {found.plan.why_not}" if found.plan.why_not else ""
-    for line in (told.verdict(found), *told.budget_lines(found), told.rollout_line(found), plan):
-        if line:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in filter(None, (told.verdict(found), *told.budget_lines(found), told.rollout_line(found), plan)):
+        say(console, line)

@@ -153,7 +153,7 @@ def rendered(runs: Sequence[Run]) -> str:
         unplanned=alike(runs, [one.why_not for one in costs]),
         cost_names=list(dict.fromkeys(name for one in costs for name in one.lines)),
         rollouts=[(run, one) for run, one in found if one is not None],
-        notes=alike(*spread(runs)),
+        notes=alike([run for run in runs for _ in run.notes], [note for run in runs for note in run.notes]),
         cards=alike(runs, [card_of(run) for run in runs]),
         told=[option for option in table if option.told],
         default=[option for option in table if not option.told],
@@ -219,12 +219,6 @@ def card_of(run: Run) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def spread(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Each note of each run, and whose it is."""
-    pairs = [(run, note) for run in runs for note in run.notes]
-    return [run for run, _ in pairs], [note for _, note in pairs]
 
 
 def alike(runs: Sequence[Run], told: Sequence[Any]) -> list[tuple[list[Run], Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from logratio.trainers.policy.tiny import tiny_tokenizer
 from .case import Case
 from .randoms import old_logps, random_groups, random_model, random_rows, rollout_rows, sampled_by_another, words_of
 
+Kept = TypeVar("Kept")
 MAX_LENGTH = 1024
 LONGEST = 12
 """Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
@@ -84,11 +85,12 @@ class Subject:
         self.noise: torch.Generator | None = None
         self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
 
-    def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Kept]) -> Kept:
         """`compute()`, of the first call with this key."""
         if key not in self.kept:
             self.kept[key] = compute()
-        return self.kept[key]
+        kept: Kept = self.kept[key]
+        return kept
 
     def policy(self, dtype: torch.dtype) -> Policy:
         """A copy of the model as a policy, without a gradient."""
@@ -98,7 +100,7 @@ class Subject:
             policy.shared = not why_not_shared(policy)
             return policy
 
-        policy: Policy = self.once(("policy", dtype), make)
+        policy = self.once(("policy", dtype), make)
         policy.zero_grad(set_to_none=True)
         return policy
 
@@ -109,8 +111,7 @@ class Subject:
         def remembered(batch: PackedBatch) -> Tensor:
             kept = any(c.support is not None for e in batch.examples for c in e.completions)
             key = ("reference", dtype, kept, *stats, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
-            logps: Tensor = self.once(key, lambda: live(batch))
-            return logps
+            return self.once(key, lambda: live(batch))
 
         return remembered
 
@@ -136,17 +137,11 @@ class Subject:
             table = old_logps(self.models[torch.float64], random_groups(self.seed, kept=kept), self.seed)
             return {key: [x.float().to(dtype) for x in values] for key, values in table.items()}
 
-        table: dict[str, list[Tensor]] = self.once(("old", dtype, kept), make)
-        return table
+        return self.once(("old", dtype, kept), make)
 
     def behavior(self, dtype: torch.dtype, kept: int | None = None) -> dict[str, list[Tensor]]:
         """The same of what drew the rollouts where that was not the old policy."""
-
-        def make() -> dict[str, list[Tensor]]:
-            return sampled_by_another(self.old(dtype, kept), self.seed + 1)
-
-        table: dict[str, list[Tensor]] = self.once(("behavior", dtype, kept), make)
-        return table
+        return self.once(("behavior", dtype, kept), lambda: sampled_by_another(self.old(dtype, kept), self.seed + 1))
 
     def rollout_rows(self, sampled: bool = False) -> list[dict[str, Any]]:
         """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it.
@@ -181,9 +176,7 @@ class Subject:
             self.graphs += zip(leaves, out, strict=True)
             return leaves
 
-        key = ("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference)
-        passed: SequenceLogps = self.once(key, compute)
-        return passed
+        return self.once(("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference), compute)
 
     def teacher(self, policy: Policy, dtype: torch.dtype, anchored: bool) -> Teacher:
         """The model without its adapters: the policy's own weights, or others."""
@@ -211,8 +204,8 @@ class Subject:
 
         exact, off = self.once(("divergences", tuple(ids), first, beta, temperature), compute)
         if self.noise is None:
-            return exact  # type: ignore[no-any-return]
-        return exact + (2 * torch.randint(2, (), generator=self.noise) - 1) * off  # type: ignore[no-any-return]
+            return exact
+        return exact + (2 * torch.randint(2, (), generator=self.noise) - 1) * off
 
     def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
         """In float64, of every example's completion number `which`."""

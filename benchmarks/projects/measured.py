@@ -33,11 +33,6 @@ LONGEST = 160
 """Characters of what a law says, beyond which it is cut."""
 
 
-def present() -> dict[str, str]:
-    """project -> the version that is installed."""
-    return {project: version for project, (name, _) in PROJECTS.items() if (version := installed(name))}
-
-
 def measure_subject(subject: Subject) -> dict[str, Any]:
     """A row: held, broken (law -> what was seen), not_asked (law -> why)."""
     row: dict[str, Any] = {"project": subject.project, "what": subject.what, "name": subject.name}
@@ -129,7 +124,8 @@ def shortened(text: str) -> str:
 
 def measure_projects(told: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
     """All that the tables say, ready for JSON. told: is given each project's name before it is measured."""
-    versions, rows = present(), []
+    rows = []
+    versions = {project: version for project, (name, _) in PROJECTS.items() if (version := installed(name))}
     for project, subjects in SUBJECTS.items():
         if project in versions or project == "ours":
             told(project)
