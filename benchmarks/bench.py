@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threads := options.threads or (1 if options.suite == "learning" else None):
         torch.set_num_threads(threads)
     device = chosen_device("cpu" if options.suite in ("host", "learning", "data") else options.device)
-    names = (*head.CONTESTANTS, *divergence.NAMES, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
+    of_head = {**head.CONTESTANTS, **divergence.contestants(0.0)}
+    names = (*of_head, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
     known = {word for name in names for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")

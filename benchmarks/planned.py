@@ -148,6 +148,8 @@ def left_out(settings: Mapping[str, Any]) -> list[str]:
     """The same of a step whose micro-batches are known."""
     model, train = section(settings, "model"), section(settings, "train")
     found = []
+    if settings.get("loss_class", settings.get("method")) != settings.get("method"):
+        found.append("the plan knows no loss of one's own")
     if train.get("mixed_precision", "no") != "no":
         found.append("the plan does not model autocast")
     if model.get("adapter_name_or_path"):

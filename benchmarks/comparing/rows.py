@@ -68,8 +68,8 @@ def material(dataset: str, split: str, test_split: str | None, eval_rows: int) -
         raise UserError(
             f"{dataset}: {len(held_out)} held-out row is too few to say how sure anything is; hold out more"
         )
-    shown = load_rows(dataset, Kind.SEQUENCE, split=split) if dataset in EMBEDDED else None
-    return Material(train, held_out, as_kind(train, Kind.SEQUENCE) if shown is None else list(shown))
+    shown = list(load_rows(dataset, Kind.SEQUENCE, split=split)) if dataset in EMBEDDED else None
+    return Material(train, held_out, shown or as_kind(train, Kind.SEQUENCE))
 
 
 def pairs(dataset: str, split: str) -> list[Row]:

@@ -110,8 +110,6 @@ def trained_mib(subject: Subject) -> float:
 def unplanned(subject: Subject) -> str:
     """Why the plan does not apply; empty where it does."""
     config, device = subject.run.config, subject.device
-    if config.loss_class != config.method:
-        return "the plan knows no loss of one's own"
     if config.model.lora_dropout:
         return "the plan does not model dropout"
     if said := left_out(config.as_dict()):
