@@ -23,7 +23,7 @@ from .memory.roofline import LIST, Plan, Workload, plan, step_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Setup):
+class Options(Setup, Workload):
     """What a plan depends on, under the names of `logratio train`."""
 
     model_name_or_path: str
@@ -33,14 +33,6 @@ class Options(Setup):
     """A teacher, of its own shape."""
     micro_batch_tokens: int = 8192
     """Tokens of one forward pass, padding included."""
-    batch_size: int = 8
-    """Examples of an optimizer step."""
-    prompt_tokens: int = 200
-    """Mean length of the prompts."""
-    completion_tokens: int = 300
-    """Mean length of the completions."""
-    num_generations: int = 8
-    """GRPO: completions of each prompt."""
 
 
 def planned(options: Options) -> dict[str, Any]:
@@ -51,10 +43,9 @@ def planned(options: Options) -> dict[str, Any]:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
     size = find(options.model_name_or_path)
-    work = Workload(options.prompt_tokens, options.completion_tokens, options.batch_size, options.num_generations)
 
     def at(tokens: int) -> tuple[Prediction, Plan, Setup]:
-        step = plan(options, work, tokens)
+        step = plan(options, options, tokens)
         cut = dataclasses.replace(options, accumulates=step.micro_batches > 1)
         if cut.accumulates:
             step = dataclasses.replace(step, largest=filled(step.largest, tokens))
@@ -63,7 +54,7 @@ def planned(options: Options) -> dict[str, Any]:
     prediction, step, cut = at(options.micro_batch_tokens)
     assert options.device is not None
     gpu = options.device
-    all_of_it = plan(options, work, 2**62).tokens
+    all_of_it = plan(options, options, 2**62).tokens
     largest = largest_fitting(lambda tokens: at(tokens)[0].fits(gpu), 1, all_of_it)
     seconds = step_seconds(size, cut, step, gpu)
     return {
@@ -73,9 +64,9 @@ def planned(options: Options) -> dict[str, Any]:
         "trained_parameters": prediction.trained,
         "gpu": gpu.name,
         "gpu_memory_mib": gpu.memory / MIB,
-        "prompt_tokens": work.prompt_tokens,
-        "completion_tokens": work.completion_tokens,
-        "completions": work.completions(options),
+        "prompt_tokens": options.prompt_tokens,
+        "completion_tokens": options.completion_tokens,
+        "completions": options.completions(options),
         "micro_batch": dataclasses.asdict(step.largest),
         "micro_batches": step.micro_batches,
         "predicted_peak_mem_mib": prediction.peak_mem_mib,
