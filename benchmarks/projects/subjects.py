@@ -85,11 +85,6 @@ def rollouts(fn: Callable[..., Tensor]) -> Peer:
     return peer(Kind.GROUPED, called)
 
 
-def sequences(fn: Callable[..., Tensor]) -> Peer:
-    """fn(policy, totals)."""
-    return peer(Kind.SEQUENCE, fn)
-
-
 def pairs(fn: Callable[..., Tensor]) -> Peer:
     """fn(policy's chosen, rejected, reference's chosen, rejected: all [B], sums) -> the mean of the micro-batch."""
 
