@@ -31,7 +31,7 @@ from .peers.text import markdown
 from .peers.trainers.rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
 from .peers.truths import Gradient, difference
 from .progress import Progress
-from .projects.faults import FAULTS, measure_faults
+from .projects.faults import FAULTS, measure_fault
 from .projects.installed import PROJECTS
 from .projects.measured import measure_projects
 from .projects.reasons import project_problems
@@ -110,8 +110,7 @@ def measure(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any
         found = each("variants", {case.name: partial(measure_one, case) for case in compared}, verdicts)
         atlas |= {"variants": [row for rows, _ in found for row in rows], "splits": [split for _, split in found]}
     if "faults" in parts:
-        seen = each("faults", {fault.name: partial(measure_faults, [fault]) for fault in FAULTS})
-        atlas["faults"] = [row for rows in seen for row in rows]
+        atlas["faults"] = each("faults", {fault.name: partial(measure_fault, fault) for fault in FAULTS})
     if "laws" in parts:
         atlas["laws"] = each("laws", {name: partial(measure_trainer, name, one) for name, one in TRAINERS.items()})
     if "projects" in parts:

@@ -64,18 +64,14 @@ class Fault:
     liger: Callable[[], Outcome] | None = None
 
 
-def measure_faults(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """One row a fault, with what came out of everyone."""
-    rows = []
-    for fault in faults:
-        row: dict[str, Any] = {"fault": fault.name, "cause": fault.cause, "exact": fault.exact}
-        for name in ("trl", "liger", "ours"):
-            run = getattr(fault, name)
-            if run is not None:
-                out = guarded(run)
-                row[name] = {"shown": shown(out), "sound": sound(out, fault.exact)}
-        rows.append(row)
-    return rows
+def measure_fault(fault: Fault) -> dict[str, Any]:
+    """Its row, with what came out of everyone."""
+    row: dict[str, Any] = {"fault": fault.name, "cause": fault.cause, "exact": fault.exact}
+    for name in ("trl", "liger", "ours"):
+        if (run := getattr(fault, name)) is not None:
+            out = guarded(run)
+            row[name] = {"shown": shown(out), "sound": sound(out, fault.exact)}
+    return row
 
 
 def sound(out: Outcome, exact: float | None) -> bool:
@@ -139,18 +135,19 @@ class Rollout(NamedTuple):
     advantage: float = 1.0
     width: int | None = None
 
-    def of(self, values: Sequence[float] | Tensor) -> CompletionLogps:
-        """Padded with zeros."""
-        padded = torch.zeros(1, self.width or len(self.logps))
+    def of(self, values: Sequence[float] | Tensor, padding: float = 0.0) -> CompletionLogps:
+        padded = torch.full((1, self.width or len(self.logps)), padding)
         padded[0, : len(values)] = torch.as_tensor(values)
         return CompletionLogps(padded, torch.arange(padded.shape[1])[None] < len(self.logps))
 
 
-def of_rollout(opened: AbstractContextManager[Any], one: Rollout, reference: bool = True) -> Outcome:
-    """reference: whether the loss takes one."""
+def of_rollout(
+    opened: AbstractContextManager[Any], one: Rollout, reference: bool = True, padding: float = 0.0
+) -> Outcome:
+    """reference: whether the loss takes one. padding: of the policy's log-probs."""
     with opened as loss:
         leaf = tensor(one.logps).requires_grad_()
-        policy = one.of(leaf)
+        policy = one.of(leaf, padding)
         ref = {"ref": one.of(one.ref or one.logps)} if reference else {}
         given: dict[str, Any] = {"advantages": tensor([one.advantage]), "old": one.of(one.old), **ref}
         return outcome(leaf, loss(policy, **given, totals=Totals.of(policy)).loss)
@@ -159,7 +156,8 @@ def of_rollout(opened: AbstractContextManager[Any], one: Rollout, reference: boo
 def rollout(one: Rollout, *, trl: str | None = "grpo", liger: bool = True, **options: Any) -> dict[str, Any]:
     """The same rollout under everyone."""
     loss = GRPOLoss(**options)
-    runs: dict[str, Any] = {"ours": lambda: of_rollout(nullcontext(loss), one, loss.wants_reference)}
+    # what is masked is never read
+    runs: dict[str, Any] = {"ours": lambda: of_rollout(nullcontext(loss), one, loss.wants_reference, math.nan)}
     if trl:
         asked = {k: v for k, v in options.items() if trl == "grpo" or k != "loss_type"}
         runs["trl"] = lambda: of_rollout(of_trl.grpo(trl, **asked), one)

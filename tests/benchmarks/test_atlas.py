@@ -20,7 +20,7 @@ from logratio.benchmarks.projects.faults import (
     Outcome,
     Rollout,
     guarded,
-    measure_faults,
+    measure_fault,
     pairs,
     rollout,
     sound,
@@ -209,19 +209,19 @@ def test_trls_faults_are_seen_in_its_own_trainers() -> None:
     named = [
         f for f in FAULTS if f.name.startswith(("DPO discopop", "ORPO, a_w = 0", "GRPO with beta 1, log p_ref - l"))
     ]
-    for row in measure_faults([Fault(f.name, f.cause, f.exact, f.ours, f.trl) for f in named]):
+    for row in (measure_fault(Fault(f.name, f.cause, f.exact, f.ours, f.trl)) for f in named):
         assert not row["trl"]["sound"] and row["ours"]["sound"], row
 
 
 @needs_liger
 def test_ligers_faults_are_seen() -> None:
-    rows = measure_faults([Fault(f.name, f.cause, f.exact, f.ours, liger=f.liger) for f in FAULTS if f.liger])
+    rows = [measure_fault(Fault(f.name, f.cause, f.exact, f.ours, liger=f.liger)) for f in FAULTS if f.liger]
     assert len(rows) > 5 and not any(row["liger"]["sound"] for row in rows)
 
 
 def test_a_fault_that_is_gone_and_one_of_ours_are_errors(measured: dict) -> None:
     fault = Fault("F", "why", 1.0, ours=lambda: Outcome(2.0, 0.0), trl=lambda: Outcome(1.0, 0.0))
-    found = atlas.problems(measured | {"faults": measure_faults([fault])})
+    found = atlas.problems(measured | {"faults": [measure_fault(fault)]})
     assert found == ["trl, F: no fault was seen (1, gradient 0)", "ours, F: 2, gradient 0"]
     assert not sound(Outcome(float("nan"), 0.0), None) and not sound(Outcome(1.0, float("inf")), None)
     assert not sound(Outcome(error="RuntimeError"), None) and sound(Outcome(1.0005, 0.0), 1.0)
