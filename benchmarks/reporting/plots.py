@@ -72,11 +72,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Plot]:
         matplotlib.rcParams.update(STYLE)
         for _, of_device in groups(rows, "device").items():
             for (suite,), of_suite in groups(of_device, "suite").items():
-                if suite.removeprefix("quick_") == "step":
+                if suite == "step":
                     for key, group in groups(of_suite, "model", "adapter", "workload").items():
                         keep(peers(group), named(key), " and ".join(kinds(group)), suite, group)
                         keep(parts(group), named(key), "where the time goes", suite, group)
-                if suite.removeprefix("quick_") == "scale":
+                if suite == "scale":
                     for key, group in groups(of_suite, "model", "adapter", "workload", "method", "axis").items():
                         keep(curves(group), named(key), "scaling", suite, group)
             foreseen = [row for row in of_device if row.get("predicted_peak_mem_mib") and row.get("peak_mem_mib")]
