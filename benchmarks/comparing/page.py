@@ -27,6 +27,10 @@ def rendered(
     enough = len(found.names) > 1
     born = lines[0]["certificate"] if lines else {"command": MAKER, "versions": {}, "cpu": "", "device": ""}
     order = found.ordered if enough else []
+    front = None
+    if "kl" in order:
+        note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
+        front = Drawing(f"{METRICS[found.metric].words} against KL", note, frontier(found.runs, found.metric))
     return template(Path(__file__).with_name("compare.html.j2")).render(
         mark=mark(MAKER),
         css=css(),
@@ -42,7 +46,7 @@ def rendered(
         keys=[(colour_of(at), name, specs[name]) for at, name in enumerate(found.runs)],
         columns=told.columns(found) if enough else [],
         rows=told.contestant_rows(found) if enough else [],
-        frontier=frontier_figure(found) if enough and "kl" in order else None,
+        frontier=front,
         differences=[difference(found, name) for name in order],
         tables=[(METRICS[name].words, told.comparison_rows(found, name)) for name in order],
         curves=[
@@ -52,11 +56,6 @@ def rendered(
         versions=born["versions"],
         command=born["command"],
     )
-
-
-def frontier_figure(found: Outcome) -> Drawing:
-    note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
-    return Drawing(f"{METRICS[found.metric].words} against KL", note, frontier(found.runs, found.metric))
 
 
 def difference(found: Outcome, metric: str) -> Drawing:

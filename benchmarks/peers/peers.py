@@ -112,7 +112,8 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
 
 def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     """TRL's. Raises what its trainer raises for options that it refuses."""
-    rows, model, tokenizer = data_of(ours_method(method)).rows, the_model(), tiny_tokenizer()
+    mine = "grpo" if method in ("rloo", "gmpo") else method  # they are loss types here
+    rows, model, tokenizer = data_of(mine).rows, the_model(), tiny_tokenizer()
     if not any(name.startswith("vllm_") for name in options):
         rows = [{name: value for name, value in row.items() if name != "sampling_per_token_logps"} for row in rows]
     if parts == 1:
@@ -120,11 +121,6 @@ def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
         return Gradient(result.loss, result.scale, result.grads)
     loss, grads = trl.micro_batched(method, model, tokenizer, rows, parts, max_length=MAX_LENGTH, **options)
     return Gradient(loss, abs(loss), grads)
-
-
-def ours_method(method: str) -> str:
-    """Our method for TRL's: its rloo and gmpo are loss types of grpo here."""
-    return "grpo" if method in ("rloo", "gmpo") else method
 
 
 # ---------------------------------------------------------------------------------------------- Liger

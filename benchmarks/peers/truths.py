@@ -254,10 +254,8 @@ class Subject:
         return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
 
 
-@cache
-def subject_of(config: Any, seed: int) -> Subject:
-    """The one of this configuration and seed."""
-    return Subject(config, seed)
+subject_of = cache(Subject)
+"""The one of a configuration and a seed."""
 
 
 def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
