@@ -168,11 +168,12 @@ def summed_by_row(
 
 
 def start_of(run: Run, policy: Policy) -> Reference:
-    """What the run started from: the model without its new adapters, or a copy of it."""
+    """What the run started from: the model with the adapters that it loaded, without its new ones, or a copy of it."""
     config = run.config.model
-    if policy.has_adapters and config.adapter_name_or_path is None:
+    if config.adapter_name_or_path is not None:
+        model = add_adapters(load_model(config, run.accelerator.device), config, frozen_copy=False)
+    elif policy.has_adapters:
         return AdapterReference(policy)
-    if config.adapter_name_or_path is None and not policy.has_adapters:
-        return ModelReference(Policy(copy.deepcopy(run.policy.model), shared=policy.shared))
-    model = add_adapters(load_model(config, run.accelerator.device), config, frozen_copy=False)
+    else:
+        model = copy.deepcopy(run.policy.model)
     return ModelReference(Policy(model, shared=policy.shared))

@@ -185,13 +185,7 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
     dequantized = matrix if setup.load_in_4bit else 0
     moments = [
         moment("head forward", accumulated, kept.saved, tile + scored + (0 if trains_head else scored), 0),
-        moment(
-            "backbone backward",
-            accumulated + waits,
-            kept.saved + kept.backward,
-            0,
-            added + dequantized,
-        ),
+        moment("backbone backward", accumulated + waits, kept.saved + kept.backward, 0, added + dequantized),
         moment("optimizer", gradients, 0, 0, 0),
     ]
     if trains_head:

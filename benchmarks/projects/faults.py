@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, tensor
 
 from logratio.benchmarks.peers.peers import data_of, ours, the_model, trls
-from logratio.benchmarks.peers.truths import Gradient
 from logratio.losses import CompletionLogps, CPOLoss, DPOLoss, GRPOLoss, Kind, ORPOLoss, PairLogps, Totals
 from logratio.losses.advantages import advantages_of
 from logratio.reference import trl
@@ -86,7 +85,6 @@ def shown(out: Outcome) -> str:
     return out.error[:60] or f"{out.value:.4g}, gradient {out.gradient:.4g}"
 
 
-# ---------------------------------------------------------------------------------------------- given log-probs
 def pair(logps: Tensor) -> PairLogps:
     """Of two completions of one token."""
     chosen, rejected = (CompletionLogps(x.reshape(1, 1), torch.ones(1, 1, dtype=torch.bool)) for x in logps)
@@ -164,8 +162,7 @@ def rollout(one: Rollout, *, trl: str | None = "grpo", liger: bool = True, **opt
     return runs | ({"liger": lambda: of_rollout(nullcontext(of_liger.grpo(**options)), one)} if liger else {})
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
-def of_gradient(gradient: Gradient) -> Outcome:
+def of_gradient(gradient: Any) -> Outcome:
     return Outcome(gradient.loss, max(g.abs().max().item() for g in gradient.grads.values()))
 
 
@@ -178,18 +175,13 @@ def trl_equal_rewards() -> Outcome:
     return Outcome(values[0], 0.0)
 
 
-def our_equal_rewards() -> Outcome:
-    return Outcome(advantages_of(torch.tensor(EQUAL_REWARDS).T).flatten()[0].item(), 0.0)
-
-
 SIMPO: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0}
 
 
 def trl_empty_completion() -> Outcome:
     """Two pairs; the second one's prompt fills `max_length`."""
     rows = [data_of("cpo").rows[0], dict(data_of("cpo").rows[1], prompt="long " * 40)]
-    result = trl.loss_and_grads("cpo", the_model(), tiny_tokenizer(), rows, max_length=200, **SIMPO)
-    return of_gradient(Gradient(result.loss, result.scale, result.grads))
+    return of_gradient(trl.loss_and_grads("cpo", the_model(), tiny_tokenizer(), rows, max_length=200, **SIMPO))
 
 
 def our_empty_completion() -> Outcome:
@@ -199,19 +191,13 @@ def our_empty_completion() -> Outcome:
     return outcome(leaf, CPOLoss(**SIMPO)(policy, totals=Totals.of(policy)).loss)
 
 
-def softplus(x: float) -> float:
+def alphapo(chosen: float, rejected: float, alpha: float, beta: float, gamma: float) -> float:
+    scores = [-math.expm1(-alpha * a) / alpha for a in (chosen, rejected)]
+    x = gamma - beta * (scores[0] - scores[1])
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def alphapo(chosen: float, rejected: float, alpha: float, beta: float, gamma: float) -> float:
-    scores = [-math.expm1(-alpha * a) / alpha for a in (chosen, rejected)]
-    return softplus(gamma - beta * (scores[0] - scores[1]))
-
-
 far, wide = Rollout([-1.0], [-91.0]), Rollout([-1.0] * 3, [-1.0 - math.log(1.1)] * 3, width=9)
-small: dict[str, Any] = {"loss_type": "alphapo", "alpha": 1e-6, "beta": 2.5, "simpo_gamma": 0.5}
-summed: dict[str, Any] = {"loss_type": "sigmoid", "alpha": 0.25}
-curved: dict[str, Any] = {"loss_type": "alphapo", "alpha": 0.25}
 
 FAULTS = [
     Fault(
@@ -243,19 +229,19 @@ FAULTS = [
         "CPO alphapo, a_w = -110 (alpha 0.25)",
         "(1 - exp(a)^(-alpha)) / alpha with exp(a) = 0 beyond a < -104",
         alphapo(-110.0, -1.0, 0.25, 0.1, 0.5),
-        **pairs("cpo", -110.0, -1.0, **curved),
+        **pairs("cpo", -110.0, -1.0, loss_type="alphapo", alpha=0.25),
     ),
     Fault(
         "CPO sigmoid with alpha 0.25, s_w = -150, s_l = -120",
         "the same of sums over tokens: inf - inf at completions of ordinary length",
         alphapo(-150.0, -120.0, 0.25, 0.1, 0.0),
-        **pairs("cpo", -150.0, -120.0, **summed),
+        **pairs("cpo", -150.0, -120.0, loss_type="sigmoid", alpha=0.25),
     ),
     Fault(
         "CPO alphapo, alpha 1e-6, a_w = -1, a_l = -2",
         "1 - exp(a)^(-alpha) cancels; expm1 does not",
         alphapo(-1.0, -2.0, 1e-6, 2.5, 0.5),
-        **pairs("cpo", -1.0, -2.0, **small),
+        **pairs("cpo", -1.0, -2.0, loss_type="alphapo", alpha=1e-6, beta=2.5, simpo_gamma=0.5),
     ),
     Fault(
         "CPO simpo, a prompt that fills max_length",
@@ -307,7 +293,7 @@ FAULTS = [
         "Advantages of eight equal rewards 0.3",
         "the rounding of their mean in float32, over std + 1e-4",
         0.0,
-        ours=our_equal_rewards,
+        ours=lambda: Outcome(advantages_of(torch.tensor(EQUAL_REWARDS).T)[0, 0].item(), 0.0),
         trl=trl_equal_rewards,
     ),
 ]

@@ -199,9 +199,9 @@ def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
     parts = []
     with inference(policy):
         for example in examples:
-            for batch in pack([example], 1 << 30, **policy.packing):
-                moved = batch.to(device)
-                parts.append(policy(moved).logps[moved.scored])
+            (batch,) = pack([example], 1 << 30, **policy.packing)
+            moved = batch.to(device)
+            parts.append(policy(moved).logps[moved.scored])
     return torch.cat(parts)
 
 

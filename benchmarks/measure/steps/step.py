@@ -87,26 +87,21 @@ def run(
     return rows
 
 
-class _Built:
-    """The model of the case before, by what it was built of: the next case is often of the same."""
-
-    key: Any = None
-    model: Any = None
+_BUILT: dict[Any, Any] = {}
+"""The model of the case before, by what it was built of: the next case is often of the same."""
 
 
 def build_of(case: StepCase, device: torch.device, seed: int) -> Any:
     """The case's model, which contestants copy; what does not train they share, and nobody changes."""
     key = (case.model, case.adapter, case.dtype, case.lora_r, case.vocab_size, device, seed)
-    if _Built.key == key:
-        return _Built.model
-    _Built.key = _Built.model = None
+    if key in _BUILT:
+        return _BUILT[key]
+    _BUILT.clear()
     free_memory()
-    dtype = getattr(torch, case.dtype)
-    model = build(
-        case.model, case.adapter, dtype=dtype, device=device, seed=seed, lora_r=case.lora_r, vocab_size=case.vocab_size
-    )
+    sizes: dict[str, Any] = {"lora_r": case.lora_r, "vocab_size": case.vocab_size}
+    model = build(case.model, case.adapter, dtype=getattr(torch, case.dtype), device=device, seed=seed, **sizes)
     if case.adapter != "full":  # whose weights train
-        _Built.key, _Built.model = key, model
+        _BUILT[key] = model
     return model
 
 
@@ -169,17 +164,15 @@ def attempt(name: str, rows: dict[str, Figures], running: dict[str, Contestant],
 
 
 def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps | None:
-    """Of rollouts: log-probs of a policy some updates ago, today's with noise that takes some ratios beyond the clip
-    range."""
+    """Of rollouts: log-probs of a policy some updates ago, today's with noise beyond the clip range."""
     if case.loss.kind is not Kind.GROUPED:
         return None
     policy = Policy(model)
     generator = torch.Generator().manual_seed(seed)
     table: OldLogps = {}
-    device = next(model.parameters()).device
     for batch in pack([e for window in windows for e in window], case.micro_batch_tokens, shared=False):
         with inference(policy):
-            logps = policy(batch.to(device)).logps
+            logps = policy(batch.to(model.device)).logps
         for example, parts in per_example(batch, logps):
             table[tokens_key(example)] = [x + 0.1 * torch.randn(x.shape, generator=generator) for x in parts]
     return table
@@ -258,8 +251,7 @@ def best_truth(
 
 
 def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None:
-    """What `logratio plan` would have said of the peak, of the micro-batch that needs most; None of a GPU that it does
-    not know."""
+    """What `logratio plan` would have said of the largest micro-batch's peak; None of a GPU that it does not know."""
     gpu = gpu_of(ours.device)
     if gpu is None:
         return None
@@ -303,5 +295,5 @@ def rates(times_ms: list[float], windows: Sequence[list[Example]]) -> Figures:
 def told(contestant: Contestant, windows: Sequence[list[Example]]) -> Figures:
     """The attention that it takes, what its forward pass computes in a step, and the share of it that is padding."""
     computed, real = map(sum, zip(*map(contestant.computed, windows), strict=True))
-    attention = {"attention": contestant.attention}
-    return attention | {"num_padded_tokens": computed // len(windows), "padding": 1 - real / computed}
+    tokens = {"num_padded_tokens": computed // len(windows), "padding": 1 - real / computed}
+    return tokens | {"attention": contestant.attention}
