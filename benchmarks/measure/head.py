@@ -41,20 +41,22 @@ class HeadCase:
         return 2 + self.trainable + (self.beta is not None)
 
     @property
+    def head(self) -> str:
+        return "trainable" if self.trainable else "frozen"
+
+    @property
     def case(self) -> str:
-        head = "trainable" if self.trainable else "frozen"
         what = "head" if self.beta is None else f"jsd{self.beta:g}"
-        return f"{what}-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{head}"
+        return f"{what}-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{self.head}"
 
     def fields(self) -> dict[str, Any]:
-        head = "trainable" if self.trainable else "frozen"
         return {
             "model": self.name,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "num_tokens": self.num_tokens,
             "dtype": self.dtype,
-            "head": head if self.beta is None else f"{head}, JSD({self.beta:g})",
+            "head": self.head if self.beta is None else f"{self.head}, JSD({self.beta:g})",
         }
 
 

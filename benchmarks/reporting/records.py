@@ -86,13 +86,12 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["suite"], row["case"], row["contestant"], device, certificate["commit"], settings
 
 
-def read(*paths: Path) -> Iterator[dict[str, Any]]:
-    """The lines of files, or of all *.jsonl in folders, each with `source`: file name and line number.
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, or of all *.jsonl in a folder, each with `source`: file name and line number.
 
     A last line that a killed run left half-written is passed over; any other that is no JSON raises ValueError.
     """
-    files = [f for p in paths for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p]) if f.exists()]
-    for file in files:
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
         lines = file.read_text().split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -160,8 +160,7 @@ def put_in(names: dict[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
 
 def placeholder(case: StepCase) -> list[dict[str, Any]]:
     """Rows that the trainer may tokenize when it is built; it is never trained on them."""
-    row: dict[str, Any] = {"prompt": "a b", "completion": " c", "chosen": " c", "rejected": " d", "label": True}
-    row["reference"] = " e"
+    row = {"prompt": "a b", "completion": " c", "chosen": " c", "rejected": " d", "reference": " e", "label": True}
     names = {
         Kind.PAIRED: ("prompt", "chosen", "rejected", *(["reference"] if case.loss.scores_gold else [])),
         Kind.LABELED: ("prompt", "completion", "label"),
