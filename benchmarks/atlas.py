@@ -11,8 +11,8 @@ does around its loss. A verdict is a measurement: one without its reason in `pee
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ import torch
 import tyro
 from rich.console import Console
 
-from logratio.losses import LOSSES
 from logratio.reference import trl
 from logratio.trainers.errors import UserError
+from logratio.trainers.ground.provenance import installed
 
 from .peers import peers
 from .peers.compared import ATLAS, Asked, Compared
-from .peers.faults import FAULTS, measure_faults
 from .peers.reasons import REASONS, SPLIT_REASONS
 from .peers.text import markdown
 from .peers.trainers.rows import LAW_REASONS, TRAINERS, law_problems, measure_trainer
-from .peers.truths import Gradient
+from .peers.truths import Gradient, difference
 from .progress import Progress
+from .projects.faults import FAULTS, measure_fault
 from .projects.installed import PROJECTS
 from .projects.measured import measure_projects
 from .projects.reasons import project_problems
@@ -45,14 +45,8 @@ EQUAL = 1e-4
 CLEAR = 10
 """How many times that it takes to be different."""
 PEERS = {"trl": peers.trls, "liger": peers.ligers}
-PARTS = {
-    "variants": ("variants", "splits"),
-    "faults": ("faults",),
-    "laws": ("laws",),
-    "projects": ("projects",),
-    "runs": ("runs",),
-}
-"""What `--part` measures again: its tables of atlas.json."""
+PARTS = ("variants", "faults", "laws", "projects", "runs")
+"""What `--part` measures again."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,13 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         return method, part, out
 
     method, part, out = tyro.cli(options, args=argv, prog="logratio atlas")
-    if method is not None and method not in LOSSES:
-        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(LOSSES)}")
+    known = dict.fromkeys(case.method for case in ATLAS)  # TRL and Liger have no losses of lists
+    if method is not None and method not in known:
+        raise UserError(f"unknown method {method!r}, expected one of: {', '.join(known)}")
     if part is not None and (part not in PARTS or method is not None):
         raise UserError(f"--part {part}: expected one of {', '.join(PARTS)}, and no --method beside it")
-    if peers.liger_installed() != peers.LIGER_VERSION:
+    if installed("liger-kernel") != peers.LIGER_VERSION:
         raise UserError(
-            f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {peers.liger_installed()}: "
+            f"the atlas needs liger-kernel=={peers.LIGER_VERSION}, found {installed('liger-kernel')}: "
             "pip install -e '.[peers]' in the checkout"
         )
     if method is None:
@@ -84,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     kept = json.loads((out / "atlas.json").read_text()) if part else {"faults": [], "laws": []}
     if part and kept["versions"] != peers.versions():
         raise UserError(f"{out}/atlas.json is of {kept['versions']}, here is {peers.versions()}: measure all parts")
-    parts = [part] if part else [*PARTS] if method is None else ["variants"]
-    atlas = kept | measure_parts(parts, [case for case in ATLAS if method in (None, case.method)])
+    parts = [part] if part else PARTS if method is None else ["variants"]
+    atlas = kept | measure(parts, [case for case in ATLAS if method in (None, case.method)])
     Console(highlight=False).print(page(atlas), markup=False, soft_wrap=True)
     wrong = problems(atlas)
     if method is None:
@@ -100,55 +95,45 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def measure_parts(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
-    """The tables of these parts, and what stands above them."""
-    whole = measure(
-        compared if "variants" in parts else (),
-        FAULTS if "faults" in parts else (),
-        TRAINERS if "laws" in parts else {},
-    )
-    if "projects" in parts:
-        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
-            whole["projects"] = measure_projects(progress.begin)
-    if "runs" in parts:
-        whole["runs"] = measure_runs()
-    tables = [table for part, names in PARTS.items() if part not in parts for table in names]
-    return {name: x for name, x in whole.items() if name not in tables}
-
-
-def measure(
-    compared: Sequence[Compared], faults: Sequence[Any] = (), trainers: Mapping[str, Any] = types.MappingProxyType({})
-) -> dict[str, Any]:
-    """All that the atlas says, ready for JSON."""
+def measure(parts: Sequence[str], compared: Sequence[Compared]) -> dict[str, Any]:
+    """The tables of these parts, and what stands above them; ready for JSON."""
     torch.set_num_threads(1)
-    variants, splits, seen, laws = [], [], [], []
-    with Progress(Console(stderr=True), "atlas", len(compared) + len(faults) + len(trainers)) as progress:
-        for case in compared:
-            progress.begin(case.name)
-            more, split = measure_one(case)
-            variants += more
-            splits.append(split)
-            progress.step(": ".join([case.name, ", ".join(f"{row['peer']} {row['verdict']}" for row in more)]))
-        for fault in faults:
-            progress.begin(fault.name)
-            seen += measure_faults([fault])
-            progress.step(f"fault: {fault.name}")
-        for name, subject in trainers.items():
-            progress.begin(name)
-            laws.append(measure_trainer(name, subject))
-            progress.step(f"laws: {name}")
-    return {
+    atlas: dict[str, Any] = {
         "command": "logratio atlas",
         "versions": peers.versions(),
         "trl_pinned": trl.TRL_VERSION,
         "batch": peers.BATCH,
         "parts": peers.PARTS,
         "equal": EQUAL,
-        "variants": variants,
-        "splits": splits,
-        "faults": seen,
-        "laws": laws,
     }
+    if "variants" in parts:
+        found = each("variants", {case.name: partial(measure_one, case) for case in compared}, verdicts)
+        atlas |= {"variants": [row for rows, _ in found for row in rows], "splits": [split for _, split in found]}
+    if "faults" in parts:
+        atlas["faults"] = each("faults", {fault.name: partial(measure_fault, fault) for fault in FAULTS})
+    if "laws" in parts:
+        atlas["laws"] = each("laws", {name: partial(measure_trainer, name, one) for name, one in TRAINERS.items()})
+    if "projects" in parts:
+        with Progress(Console(stderr=True), "projects", len(PROJECTS)) as progress:
+            atlas["projects"] = measure_projects(progress.begin)
+    if "runs" in parts:
+        atlas["runs"] = measure_runs()
+    return atlas
+
+
+def each(what: str, works: Mapping[str, Callable[[], Any]], said: Callable[[Any], str] = lambda found: "") -> list[Any]:
+    """What comes of each, with a line when it is there. said: what of it the line says behind the name."""
+    found = []
+    with Progress(Console(stderr=True), what, len(works)) as progress:
+        for name, work in works.items():
+            progress.begin(name)
+            found.append(work())
+            progress.step(f"{what}: {': '.join(filter(None, [name, said(found[-1])]))}")
+    return found
+
+
+def verdicts(found: tuple[list[dict[str, Any]], Any]) -> str:
+    return ", ".join(f"{row['peer']} {row['verdict']}" for row in found[0])
 
 
 def page(atlas: dict[str, Any]) -> str:
@@ -161,7 +146,11 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each peer that has the loss; and one of all changes under a split."""
     whole, split = (peers.ours(case.method, case.options, parts) for parts in (1, peers.PARTS))
     rows: list[dict[str, Any]] = []
-    changes: dict[str, Any] = {"variant": case.name, "ours": rounded(peers.change(whole, split)), "reasons": {}}
+    changes: dict[str, Any] = {
+        "variant": case.name,
+        "ours": rounded(difference(split.grads, whole.grads)),
+        "reasons": {},
+    }
     scale = 0.0
     asked: dict[str, Asked | None] = {"trl": case.trl, "liger": case.liger}
     for peer, name_and_options in asked.items():
@@ -182,7 +171,7 @@ def measure_one(case: Compared) -> tuple[list[dict[str, Any]], dict[str, Any]]:
                 "grad_rel_err": rounded(errors[1]),
             }
             row["verdict"] = "equal" if max(errors) <= EQUAL else "different"
-            changes[peer] = rounded(peers.change(theirs, cut))
+            changes[peer] = rounded(difference(cut.grads, theirs.grads))
             if changes[peer] > EQUAL:
                 changes["reasons"][peer] = SPLIT_REASONS.get((peer, case.name), "")
         row["reason"] = "" if row["verdict"] == "equal" else REASONS.get((peer, case.name), "")

@@ -50,11 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threads := options.threads or (1 if options.suite == "learning" else None):
         torch.set_num_threads(threads)
     device = chosen_device("cpu" if options.suite in ("host", "learning", "data") else options.device)
-    names = (*head.CONTESTANTS, *divergence.NAMES, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
+    of_head = {**head.CONTESTANTS, **divergence.contestants(0.0)}
+    names = (*of_head, *step.CONTESTANTS, *rollout.CONTESTANTS, *learning.CONTESTANTS)
     known = {word for name in names for word in (name, name.split(" ")[0])}
     if unknown := sorted(set(options.contestants) - known):
         raise UserError(f"--contestants: no {' or '.join(unknown)}; there are {', '.join(sorted(known))}")
-    jobs = [job for job in jobs_of(options, device) if wanted(job, options.only)]
+    only = options.only or [""]
+    jobs = [job for job in jobs_of(options, device) if any(part in job.case.case for part in only)]
     jobs.sort(key=lambda job: rank(job.case.case))
     if not jobs:
         raise UserError(f"no case of suite {options.suite} has a name with {' or '.join(options.only)} in it")
@@ -75,14 +77,11 @@ def rank(case: str) -> int:
     return next((i for i, start in enumerate(FIRST) if case.startswith(start)), len(FIRST))
 
 
-def wanted(job: Job, only: Sequence[str]) -> bool:
-    return not only or any(part in job.case.case for part in only)
-
-
 def measure(jobs: Sequence[Job], options: Options, device: torch.device) -> int:
     """Run what has no line yet, one case after the other; 1 where one failed."""
     started = time.perf_counter()
-    records = Records(options.results / f"{slug(device)}.jsonl", fresh=options.fresh)
+    file = f"{device_name(device).lower().replace(' ', '-')}.jsonl"
+    records = Records(options.results / file, fresh=options.fresh)
     # what failed, or did not end, comes last: tried first, again and again, it would keep a run from the rest
     jobs = sorted(jobs, key=lambda job: (job.suite, job.case.case) in records.failed)
     failed = left = 0
@@ -147,10 +146,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def slug(device: torch.device) -> str:
-    return device_name(device).lower().replace(" ", "-")
 
 
 def summary(figures: dict[str, Any]) -> str:

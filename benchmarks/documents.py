@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from logratio.losses.options import readers_said
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
 from logratio.trainers.options import parse_train
 
+from .peers.text import table
 from .plan import PlanConfig, of_run
 from .planned import Options, planned
 from .reporting.records import read
@@ -101,9 +102,9 @@ def maker(entry: Any) -> Any:
 
 
 def first_sentence(made: Any) -> str:
-    """The first paragraph of a docstring, as a table takes it."""
+    """The first paragraph of a docstring, on one line."""
     text = " ".join((inspect.getdoc(made) or "").split("\n\n")[0].split())
-    return text.rstrip(".").replace("|", "\\|")
+    return text.rstrip(".")
 
 
 def differences(loss: type[Any]) -> str:
@@ -140,7 +141,7 @@ def options_of(part: type[Any]) -> str:
     for f in dataclasses.fields(part):
         readers = readers_said(part, f.name) if hasattr(part, "option_tables") else ""
         said = docs[f.name] + (f" ({readers})" if readers else "")
-        rows.append((f"`{f.name}`", shown(f.default), said.replace("|", "\\|")))
+        rows.append((f"`{f.name}`", shown(f.default), said))
     return table(("option", "default", "what it says"), rows)
 
 
@@ -148,11 +149,6 @@ def shown(default: Any) -> str:
     if default is None:
         return ""
     return f"`{' '.join(map(str, default)) if isinstance(default, tuple) else default}`"
-
-
-def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heads = list(heads)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 OF_WHAT = {
@@ -171,7 +167,7 @@ def corrections() -> str:
             said = " ".join((inspect.getdoc(kind.bound) or "").split()).removesuffix(".")
             reads = name in SAMPLING_CORRECTIONS.readers("sampling_clip_min")
             bounds = f"{kind.clip_min:g}, {kind.clip_max:g}" if reads else ""
-            rows.append((f"`{name}`", OF_WHAT[kind.level], said.replace("|", "\\|"), bounds))
+            rows.append((f"`{name}`", OF_WHAT[kind.level], said, bounds))
     return table(("`sampling_correction`", "w of a", "weight", "clip_min, clip_max"), rows)
 
 
@@ -211,7 +207,7 @@ def filled(page: str, text: str) -> str:
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"docs/{page} has no place for {name!r}")
-        part = f"{begin}\n{make()}\n\n{end}"
+        part = f"{begin}\n{make().strip()}\n\n{end}"
         text = pattern.sub(lambda _, part=part: part, text)  # type: ignore[misc]
     return text
 

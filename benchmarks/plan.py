@@ -84,30 +84,32 @@ def show(answer: dict[str, Any]) -> None:
         f"tokens and {counted(answer['completions'], 'completion')} of {answer['completion_tokens']} (--prompt_tokens, "
         "--completion_tokens)"
     )
-    memory = Table("part", "MiB", title=f"predicted peak memory, in the {answer['peak_moment']}")
-    memory.columns[1].justify = "right"
-    for name, value in answer["parts_mib"].items():
-        if value:
-            memory.add_row(name, f"{value:,.1f}")
-    memory.add_section()
-    memory.add_row("peak of torch's allocations", f"{answer['predicted_peak_mem_mib']:,.1f}")
-    memory.add_row("CUDA context, not counted by torch", f"{answer['not_counted_by_torch_mib']:,.1f}")
-    memory.add_row(f"with {MARGIN:.0%} for fragments", f"{answer['needed_mib']:,.1f}")
-    console.print(memory)
+    spent = {name: value for name, value in answer["parts_mib"].items() if value}
+    totals = {
+        "peak of torch's allocations": answer["predicted_peak_mem_mib"],
+        "CUDA context, not counted by torch": answer["not_counted_by_torch_mib"],
+        f"with {MARGIN:.0%} for fragments": answer["needed_mib"],
+    }
+    console.print(by_part(f"predicted peak memory, in the {answer['peak_moment']}", "MiB", spent, totals, 1))
     console.print(verdict(answer))
     for why in answer.get("not_modelled", ()):
         console.print(f"Not all of it: {why}.")
-    times = Table("part", "ms", title=f"predicted step on {answer['gpu']}")
-    times.columns[1].justify = "right"
-    for name, value in answer["step_parts_ms"].items():
-        times.add_row(name, f"{value:,.2f}")
-    times.add_section()
-    times.add_row("step", f"{answer['predicted_step_ms']:,.2f}")
-    console.print(times)
+    whole = {"step": answer["predicted_step_ms"]}
+    console.print(by_part(f"predicted step on {answer['gpu']}", "ms", answer["step_parts_ms"], whole, 2))
     console.print(
         f"A roofline estimate: {EFFICIENCY:.0%} of the data sheet's FLOPs, full bandwidth, no launches or packing"
         + (", no generation." if answer["method"] == "grpo" else ".")
     )
+
+
+def by_part(title: str, unit: str, parts: dict[str, float], totals: dict[str, float], digits: int) -> Table:
+    table = Table("part", unit, title=title)
+    table.columns[1].justify = "right"
+    for rows in (parts, totals):
+        for name, value in rows.items():
+            table.add_row(name, f"{value:,.{digits}f}")
+        table.add_section()
+    return table
 
 
 def verdict(answer: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from logratio.losses import LOSSES, Kind, Loss
 from logratio.trainers.batches.sequences import VARLEN
@@ -17,88 +17,44 @@ from logratio.trainers.errors import UserError
 
 from .memory.activations import Batch
 from .memory.geometry import Geometry, find
-from .memory.gpus import GPUS, known_as
+from .memory.gpus import known_as
 from .memory.peak import CONTEXT, MIB, Prediction, Setup, largest_fitting, predict
 from .memory.roofline import LIST, Plan, Workload, plan, step_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Setup, Workload):
     """What a plan depends on, under the names of `logratio train`."""
 
     model_name_or_path: str
     """A published shape (Qwen2.5-0.5B, Qwen2.5-1.5B, Llama-3.1-8B, SmolLM2-135M), a folder with config.json, or a hub
     name whose config.json is in the cache."""
-    method: str = "dpo"
-    """sft, dpo, kto, orpo, cpo, tpo or grpo."""
-    loss: Any = None
-    """Its options, if not the defaults."""
-    gpu: str = "H100"
-    """One of `GPUS`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the model's weights."""
-    lora_r: int = 0
-    """Rank of adapters on all linear layers; 0 trains the whole model."""
-    fused_lora: bool = True
-    """As in training."""
-    fused_layers: bool = True
-    """As in training."""
-    use_liger_kernel: bool = False
-    """As in training."""
-    load_in_4bit: bool = False
-    """QLoRA: frozen weights in nf4."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
-    attn_implementation: Literal["sdpa", "logratio_varlen"] | None = None
-    """sdpa has a dense mask in every layer, as float32 has by default; half precision's skips what nobody sees."""
-    optim: str = "adamw_torch"
-    """adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit."""
-    ref_model_name_or_path: str | None = None
-    """A reference model of its own, counted as large as the policy."""
     teacher_model_name_or_path: str | None = None
     """A teacher, of its own shape."""
-    precompute_ref_log_probs: bool = False
-    """No reference pass in a step."""
-    sync_ref_model: bool = False
-    """The reference follows the policy."""
-    ref_model_mixup_alpha: float = 0.6
-    """How fast; with adapters it decides how far the reference's rank grows."""
     micro_batch_tokens: int = 8192
     """Tokens of one forward pass, padding included."""
-    batch_size: int = 8
-    """Examples of an optimizer step."""
-    prompt_tokens: int = 200
-    """Mean length of the prompts."""
-    completion_tokens: int = 300
-    """Mean length of the completions."""
-    num_generations: int = 8
-    """GRPO: completions of each prompt."""
-    reward_kl_coef: float = 0.0
-    """GRPO: a reference is there for the rewards too."""
 
 
 def planned(options: Options) -> dict[str, Any]:
     """All that is printed, as plain values; UserError for options that cannot be planned with."""
-    names = {f.name for f in dataclasses.fields(Setup)}
-    setup = Setup(**{name: getattr(options, name) for name in names & {f.name for f in dataclasses.fields(Options)}})
     if options.teacher_model_name_or_path:
-        setup = dataclasses.replace(setup, teacher=find(options.teacher_model_name_or_path))
+        options = dataclasses.replace(options, teacher=find(options.teacher_model_name_or_path))
     for name in ("micro_batch_tokens", "batch_size", "prompt_tokens", "completion_tokens", "num_generations"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be positive, got {getattr(options, name)}")
     size = find(options.model_name_or_path)
-    work = Workload(options.prompt_tokens, options.completion_tokens, options.batch_size, options.num_generations)
 
     def at(tokens: int) -> tuple[Prediction, Plan, Setup]:
-        step = plan(setup, work, tokens)
-        cut = dataclasses.replace(setup, accumulates=step.micro_batches > 1)
+        step = plan(options, options, tokens)
+        cut = dataclasses.replace(options, accumulates=step.micro_batches > 1)
         if cut.accumulates:
             step = dataclasses.replace(step, largest=filled(step.largest, tokens))
         return predict(size, cut, step.largest), step, cut
 
     prediction, step, cut = at(options.micro_batch_tokens)
-    gpu = GPUS[options.gpu]
-    all_of_it = plan(setup, work, 2**62).tokens
+    assert options.device is not None
+    gpu = options.device
+    all_of_it = plan(options, options, 2**62).tokens
     largest = largest_fitting(lambda tokens: at(tokens)[0].fits(gpu), 1, all_of_it)
     seconds = step_seconds(size, cut, step, gpu)
     return {
@@ -108,9 +64,9 @@ def planned(options: Options) -> dict[str, Any]:
         "trained_parameters": prediction.trained,
         "gpu": gpu.name,
         "gpu_memory_mib": gpu.memory / MIB,
-        "prompt_tokens": work.prompt_tokens,
-        "completion_tokens": work.completion_tokens,
-        "completions": work.completions(setup),
+        "prompt_tokens": options.prompt_tokens,
+        "completion_tokens": options.completion_tokens,
+        "completions": options.completions(options),
         "micro_batch": dataclasses.asdict(step.largest),
         "micro_batches": step.micro_batches,
         "predicted_peak_mem_mib": prediction.peak_mem_mib,
@@ -141,20 +97,18 @@ def summary(size: Geometry) -> str:
     return f"{size.layers} layers, hidden {size.hidden}, intermediate {size.intermediate}, vocabulary {size.vocab}"
 
 
-def options_of(settings: Mapping[str, Any], *, gpu: str, prompt_tokens: int, completion_tokens: int) -> Options:
-    """Of a run's settings, as run_config.json has them, on rows of these lengths."""
+def options_of(settings: Mapping[str, Any], **others: Any) -> Options:
+    """Of a run's settings, as run_config.json has them. others: what they do not say, such as the rows' lengths."""
     known = {f.name for f in dataclasses.fields(Options)}
     given = {**section(settings, "model"), **section(settings, "train"), **section(settings, "rollout")}
     taken = {name: value for name, value in given.items() if name in known and value is not None}
     if taken.get("micro_batch_tokens") == "auto":
-        taken["micro_batch_tokens"] = 8192
+        del taken["micro_batch_tokens"]
     if given.get("lora_dropout"):  # PEFT's own forward runs then
         taken["fused_lora"] = False
     if given.get("mixed_precision", "no") != "no":  # in which float32 weights attend as half precision does
         taken.setdefault("attn_implementation", VARLEN)
-    method = str(settings.get("method", ""))
-    lengths = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    return Options(**{**taken, **lengths, "method": method, "loss": loss_of(settings), "gpu": gpu})
+    return Options(**{**taken, "method": str(settings.get("method", "")), "loss": loss_of(settings), **others})
 
 
 def section(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -176,35 +130,61 @@ def loss_of(settings: Mapping[str, Any]) -> Loss | None:
 
 def not_modelled(settings: Mapping[str, Any]) -> list[str]:
     """What of a run's settings the plan leaves out, a sentence each."""
+    loss = loss_of(settings)
+    lists = [f"the plan is of lists of {LIST} completions"] if loss is not None and loss.kind is Kind.LISTED else []
+    return left_out(settings) + lists
+
+
+def left_out(settings: Mapping[str, Any]) -> list[str]:
+    """The same of a step whose micro-batches are known."""
     model, train = section(settings, "model"), section(settings, "train")
     found = []
+    if settings.get("loss_class", settings.get("method")) != settings.get("method"):
+        found.append("the plan knows no loss of one's own")
     if train.get("mixed_precision", "no") != "no":
         found.append("the plan does not model autocast")
     if model.get("adapter_name_or_path"):
         found.append("the plan does not know the loaded adapter's rank")
     if model.get("lora_r") and list(model.get("lora_target_modules") or ["all-linear"]) != ["all-linear"]:
         found.append("the plan is of adapters on all linear layers")
-    loss = loss_of(settings)
-    if loss is not None and loss.kind is Kind.LISTED:
-        found.append(f"the plan is of lists of {LIST} completions")
     named = {"load_in_8bit": "8-bit weights", "use_dora": "DoRA", "lora_modules_to_save": "modules that train whole"}
-    found += [f"the plan does not model {what}" for name, what in named.items() if model.get(name)]
-    return found
+    return found + [f"the plan does not model {what}" for name, what in named.items() if model.get(name)]
+
+
+def plan_of_run(
+    settings: Mapping[str, Any], card: Mapping[str, Any], completion_tokens: float | None = None
+) -> dict[str, Any]:
+    """`planned` of a run that has begun, with the mean lengths of its data. UserError where the plan does not apply.
+
+    settings: run_config.json. card: data_card.json. completion_tokens: of what was sampled; None: as the rows have it,
+    and of rollouts, which are not sampled yet, as long as they may get.
+    """
+    about, loss, rows = section(settings, "about"), section(settings, "loss"), section(card, "train")
+    device = about.get("device")
+    if device is None:
+        raise UserError("run_config.json does not say on which device it ran")
+    if device == "cpu":
+        raise UserError("the plan is of a GPU's memory, and this ran on a CPU")
+    gpu = known_as(str(device), int(float(about.get("device_mem_mib") or 0) * MIB))
+    if gpu is None:
+        raise UserError(f"the plan knows no {device}")
+    if about.get("num_processes") != 1:
+        raise UserError("the plan is of one process")
+    if said := not_modelled(settings):
+        raise UserError(said[0])
+    for name in ("micro_batch_tokens", "batch_size"):
+        if not isinstance(found := section(settings, "train").get(name), int):
+            raise UserError(f"run_config.json has no number of {name}, but {found}")
+    completion = completion_tokens or rows.get("completion_tokens") or loss.get("max_completion_length")
+    lengths: dict[str, Any] = {"prompt_tokens": rows.get("prompt_tokens"), "completion_tokens": completion}
+    if not all(isinstance(length, int | float) for length in lengths.values()):
+        raise UserError("data_card.json does not say how long the rows are")
+    return planned(options_of(settings, gpu=gpu, **{name: max(1, round(n)) for name, n in lengths.items()}))
 
 
 def peak_of_run(settings: Mapping[str, Any], card: Mapping[str, Any]) -> float | None:
-    """The peak of memory that is predicted of a run, in MiB, with the mean lengths of its data; None where the plan
-    does not apply. card: data_card.json. Of rollouts, which are not sampled yet, as long as they may get."""
-    about, loss, train = (section(settings, name) for name in ("about", "loss", "train"))
-    gpu = known_as(str(about.get("device")), int(float(about.get("device_mem_mib") or 0) * MIB))
-    prompt, completion = (section(card, "train").get(f"{name}_tokens") for name in ("prompt", "completion"))
-    completion = completion or loss.get("max_completion_length")
-    if gpu is None or about.get("num_processes") != 1 or not prompt or not completion or not_modelled(settings):
-        return None
-    if train.get("micro_batch_tokens") == "auto":  # which grow
-        return None
+    """The peak of memory that `plan_of_run` predicts, in MiB; None where the plan does not apply."""
     try:
-        lengths = {"prompt_tokens": max(1, round(prompt)), "completion_tokens": max(1, round(completion))}
-        return float(planned(options_of(settings, gpu=gpu, **lengths))["predicted_peak_mem_mib"])
+        return float(plan_of_run(settings, card)["predicted_peak_mem_mib"])
     except UserError:
         return None

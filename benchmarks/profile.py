@@ -24,7 +24,6 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from logratio.losses import Kind
 from logratio.trainers.errors import UserError
 
 from .bench import chosen_device
@@ -74,7 +73,7 @@ def profiled(case: StepCase, contestant: str, device: torch.device, options: Opt
     """The figures of one step, after one that compiles and those that are timed."""
     model = step.build_of(case, device, options.seed)
     window = case.window(model.get_output_embeddings().weight.shape[0], options.seed)
-    old = step.old_logps(case, model, [window], options.seed) if case.loss.kind is Kind.GROUPED else None
+    old = step.old_logps(case, model, [window], options.seed)
     with ExitStack() as stack:
         one = step.make(contestant, case, model, device, stack, old)
         work = step.step_of(one, [one.prepare(window)])

@@ -8,6 +8,11 @@ from rich import progress
 from rich.console import Console
 
 
+def say(console: Console, line: str) -> None:
+    """Print it as it is, as long as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """A bar below the lines that `say` prints. Where there is no terminal, the lines alone, written out at once."""
 
@@ -20,7 +25,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print it above the bar."""
-        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self.bar.console, line)
 
     def begin(self, name: str) -> None:
         """Show on the bar what is being done."""

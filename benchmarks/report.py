@@ -214,19 +214,17 @@ def page(rows: Sequence[Row], plots: Sequence[Plot], first: str) -> str:
     return "\n".join(out)
 
 
-def place(suite: str) -> tuple[int, bool, str]:
-    """Head, step, scale, each with its quick form behind it; then what this page has no table for."""
-    kind = suite.removeprefix("quick_")
-    return list(SUITES).index(kind) if kind in SUITES else len(SUITES), kind != suite, suite
+def place(suite: str) -> tuple[int, str]:
+    """In the order of `SUITES`; then what this page has no table for."""
+    return list(SUITES).index(suite) if suite in SUITES else len(SUITES), suite
 
 
 def section(suite: str, rows: Sequence[Row], plots: Sequence[Plot], absolute: bool) -> list[str]:
     """Heading, tables and plots of one suite of a device."""
-    kind = suite.removeprefix("quick_")
-    if kind not in SUITES:
+    if suite not in SUITES:
         return [f"### `{suite}`\n", f"There is no table for this suite yet: {lines_of(rows)}.\n"]
-    title, keys, tables = SUITES[kind]
-    out = [f"### {title}{'' if kind == suite else ' (quick form)'}\n"]
+    title, keys, tables = SUITES[suite]
+    out = [f"### {title}\n"]
     for values, group in groups(rows, *keys).items():
         if keys:
             out.append(f"#### {named(values)}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -101,15 +102,17 @@ def jobs_of(options: Options, device: torch.device) -> Iterator[Job]:
         for case in host.cases():
             yield step_job("host", case, options, device)
     if "rollout" in suites:
+        turns: dict[str, Any] = {"device": device, "repeats": options.repeats, "seed": options.seed}
         for rollouts in rollout_case.cases(gpu):
-            yield rollout_job(rollouts, options, device)
+            only = asked(rollout.CONTESTANTS, options)
+            yield Job("rollout", rollouts, only, partial(rollout.run, rollouts, only=only, **turns))
     if "learning" in suites:
         for learned in learning.cases(options.seed):
-            yield learning_job(learned, options)
+            only = asked(learning.CONTESTANTS, options)
+            yield Job("learning", learned, only, partial(learning.run, learned, only=only))
     if "data" in suites:
         data_case = DataCase(options.data_rows, processes=options.data_processes, texts=options.data_texts)
-        names = asked(data.CONTESTANTS, options)
-        yield Job("data", data_case, names, lambda: data.run(data_case, seed=options.seed))
+        yield Job("data", data_case, asked(data.CONTESTANTS, options), partial(data.run, data_case, seed=options.seed))
     if "scale" in suites:
         for case in [*(published_cases() if gpu else ()), *scale_cases(gpu)]:
             yield step_job("scale", case, options, device)
@@ -119,37 +122,15 @@ def head_job(case: HeadCase, options: Options, device: torch.device) -> Job:
     known = head.CONTESTANTS if case.beta is None else divergence.contestants(case.beta)
     only = {name: known[name] for name in asked(known, options)}
     shared: dict[str, Any] = {"exact": known["logratio (two_gemm)"], "repeats": options.repeats, "seed": options.seed}
-    return Job(
-        "head",
-        case,
-        list(only),
-        lambda: head.run(case, device, only, **shared),
-        lambda name: head.why_not(known[name], device),
-    )
+    why_not = lambda name: head.why_not(known[name], device)  # noqa: E731
+    return Job("head", case, list(only), partial(head.run, case, device, only, **shared), why_not)
 
 
 def step_job(suite: str, case: StepCase, options: Options, device: torch.device) -> Job:
     only = asked(step.CONTESTANTS, options)
     shared: dict[str, Any] = {"repeats": options.repeats, "seed": options.seed, "only": only}
-    why_not = lambda name: step.why_not(name, device)  # noqa: E731
-    if suite == "host":
-        return Job(suite, case, only, lambda: host.run(case, device, **shared), why_not)
-    return Job(suite, case, only, lambda: step.run(case, device, with_truth=options.truth, **shared), why_not)
-
-
-def rollout_job(case: RolloutCase, options: Options, device: torch.device) -> Job:
-    only = asked(rollout.CONTESTANTS, options)
-    return Job(
-        "rollout",
-        case,
-        only,
-        lambda: rollout.run(case, device, repeats=options.repeats, seed=options.seed, only=only),
-    )
-
-
-def learning_job(case: LearningCase, options: Options) -> Job:
-    only = asked(learning.CONTESTANTS, options)
-    return Job("learning", case, only, lambda: learning.run(case, only=only))
+    run = host.run if suite == "host" else partial(step.run, with_truth=options.truth)
+    return Job(suite, case, only, partial(run, case, device, **shared), partial(step.why_not, device=device))
 
 
 def asked(names: Iterable[str], options: Options) -> list[str]:

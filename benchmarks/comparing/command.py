@@ -18,8 +18,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,10 +35,11 @@ from logratio.trainers.policy.tiny import TINY
 
 from ..pages.page import check_target, made
 from ..pages.page import write as write_page
-from ..reporting.records import Records, certificate, device_name, identity, read
+from ..progress import say
+from ..reporting.records import Records, certificate, device_name, identity
 from . import told
 from .beginning import begin
-from .contestants import FILES, Contestant, check_options, contestants, read_file
+from .contestants import FILES, Contestant, check_contestants, check_options, contestant, read_file
 from .outcome import Outcome, as_lines, outcome
 from .page import MAKER, rendered
 from .rows import Material, material
@@ -140,8 +141,8 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare losses from one start on the same data over seeds, with intervals of the differences."""
-    specs, options, common = parsed(list(sys.argv[1:] if argv is None else argv))
-    those = contestants(specs)
+    those, options, common = parsed(list(sys.argv[1:] if argv is None else argv))
+    check_contestants(those)
     if options.baseline is not None and options.baseline not in [one.name for one in those]:
         raise UserError(
             f"--baseline {options.baseline}: no contestant is called so ({', '.join(c.name for c in those)})"
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = compared(those, options, common, console)
     told.show(found, console)
     where = f"{options.output_dir / PAGE}, and a line for each run in {options.output_dir / LINES}"
-    console.print(where, highlight=False, markup=False)
+    say(console, where)
     return 1 if found.failed else 0
 
 
@@ -162,13 +163,12 @@ def compared(those: Sequence[Contestant], options: Options, common: Sequence[str
     """Run what has not run, and write what is left of it."""
     folder = options.output_dir
     check_target(folder / PAGE, MAKER, "--output_dir")
-    say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     if options.threads or options.model_name_or_path == TINY:
         torch.set_num_threads(options.threads or 1)
     data = material(options.dataset_name, options.dataset_train_split, options.dataset_test_split, options.eval_rows)
     jobs, settings = jobs_of(those, options, common, data)
-    begin(options.model_name_or_path, data, options.start_steps, folder, say)
-    lines = measured(jobs, settings, options, say)
+    begin(options.model_name_or_path, data, options.start_steps, folder, partial(say, console))
+    lines = measured(jobs, settings, options, console)
     found = outcome(lines, [one.name for one in those], options.metric, options.baseline)
     if options.metric and found.names and options.metric not in found.start:
         raise UserError(f"--metric {options.metric} was not measured here, only {', '.join(found.start)}")
@@ -176,25 +176,22 @@ def compared(those: Sequence[Contestant], options: Options, common: Sequence[str
     return found
 
 
-def parsed(argv: list[str]) -> tuple[list[str | tuple[str | None, str]], Options, list[str]]:
+def parsed(argv: list[str]) -> tuple[list[Contestant], Options, list[str]]:
     """(contestants, options, what is common to the runs)."""
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     leading, rest = argv[:first], argv[first:]
-    specs: list[str | tuple[str | None, str]] = []
+    those: list[Contestant] = []
     for word in leading:
-        if word.endswith(FILES):
-            of_file, words = read_file(Path(word))
-            specs, rest = [*specs, *of_file], [*words, *rest]
-        else:
-            specs.append(word)
+        of_file, words = read_file(Path(word)) if word.endswith(FILES) else ([contestant(word)], [])
+        those, rest = [*those, *of_file], [*words, *rest]
     refuse_misfits(rest, hints_of([Options]))
     options, common = tyro.cli(
         Options, args=rest, prog="logratio compare", description=__doc__, return_unknown_args=True, use_underscores=True
     )
-    if not specs and options.dataset_name == Options.dataset_name:
-        specs = list(CONTEST)
+    if not those and options.dataset_name == Options.dataset_name:
+        those = [contestant(spec) for spec in CONTEST]
     check_options("common to all", common)
-    return specs, options, list(common)
+    return those, options, list(common)
 
 
 def jobs_of(
@@ -234,26 +231,22 @@ def stub_of(job: Job, settings: dict[str, Any], device: torch.device, born: dict
     }
 
 
-def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, say: Any) -> list[dict[str, Any]]:
+def measured(jobs: Sequence[Job], settings: dict[str, Any], options: Options, console: Console) -> list[dict[str, Any]]:
     """The lines of all jobs, those that were there already among them."""
-    path = options.output_dir / LINES
-    records = Records(path, fresh=options.fresh)
+    records = Records(options.output_dir / LINES, fresh=options.fresh)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     born = certificate(device, {})
     stubs = [json.loads(json.dumps(stub_of(job, settings, device, born))) for job in jobs]
     left = [(job, stub) for job, stub in zip(jobs, stubs, strict=True) if not records.has(stub)]
     if len(left) < len(jobs):
-        say(f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")
-    wanted = {identity(stub) for stub in stubs}
-    lines = {} if options.fresh else {
-        identity(row): row for row in read(path) if identity(row) in wanted and row["status"] == "ok"
-    }  # fmt: skip
+        say(console, f"{counted(len(jobs) - len(left), 'run')} of {len(jobs)} have their line already")
+    lines = [records.done[identity(stub)] for stub in stubs if records.has(stub)]
     for (job, stub), result in ended(left, options.isolate):
         row = {**stub, **result}
         records.add(row)
-        lines[identity(row)] = row
-        say(f"  {told.progress(job, result)}")
-    return list(lines.values())
+        lines.append(row)
+        say(console, f"  {told.progress(job, result)}")
+    return lines
 
 
 def ended(
@@ -263,12 +256,13 @@ def ended(
     if not isolate:
         yield from ((one, run_job(one[0])) for one in left)
         return
-    with ExitStack() as stack:
-        pool = ProcessPoolExecutor(isolate, mp_context=get_context("spawn"), max_tasks_per_child=1)
-        stack.callback(pool.shutdown, cancel_futures=True)
+    pool = ProcessPoolExecutor(isolate, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    try:
         futures = {pool.submit(run_job, one[0]): one for one in left}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def written(

@@ -100,31 +100,32 @@ def check_options(source: str, words: Sequence[str]) -> None:
             raise UserError(f"contestant {source!r}: --{name} is decided by {DECIDED[name]}; leave it out")
 
 
-def contestants(specs: Sequence[str | tuple[str | None, str]]) -> list[Contestant]:
-    """All of them. UserError where there are fewer than two, or two of one name."""
-    found = [contestant(s) if isinstance(s, str) else contestant(s[1], s[0]) for s in specs]
+def check_contestants(found: Sequence[Contestant]) -> None:
+    """UserError where there are fewer than two, or two of one name."""
     if len(found) < 2:
         raise UserError(f"a comparison needs two contestants at least, got {len(found)}")
     twice = [name for name, count in Counter(one.name for one in found).items() if count > 1]
     if twice:
         raise UserError(f"two contestants are called {twice[0]!r}: give one a name of its own, as in 'b={twice[0]}'")
-    return found
 
 
-def read_file(path: Path) -> tuple[list[str | tuple[str | None, str]], list[str]]:
+def read_file(path: Path) -> tuple[list[Contestant], list[str]]:
     """(contestants, other options as words of a command line) of a file. UserError where it has none."""
     entries = read_entries(path, str(path))
+    specs: list[tuple[str | None, Any]]
     listed: Any = entries.pop("contestants", None)
     if isinstance(listed, Mapping):
-        listed = [(str(name), spec) for name, spec in listed.items()]
-    specs = listed if isinstance(listed, list) else []
-    for spec in specs:
-        text = spec[1] if isinstance(spec, tuple) else spec
-        if not isinstance(text, str):
-            raise UserError(f"{path}: a contestant is written as text, as on the command line, got {shown(text)}")
+        specs = [(str(name), spec) for name, spec in listed.items()]
+    else:
+        specs = [(None, spec) for spec in listed] if isinstance(listed, list) else []
+    for _, spec in specs:
+        if not isinstance(spec, str):
+            raise UserError(f"{path}: a contestant is written as text, as on the command line, got {shown(spec)}")
     if not specs:
         raise UserError(f"{path} names no contestants: list them under `contestants`")
-    return specs, [word for name, value in entries.items() for word in words_of(str(name), value)]
+    return [contestant(spec, name) for name, spec in specs], [
+        word for name, value in entries.items() for word in words_of(str(name), value)
+    ]
 
 
 def words_of(name: str, value: Any) -> list[str]:

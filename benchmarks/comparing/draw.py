@@ -7,12 +7,27 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from ..pages.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, Scale, colour_of, frame, path, picture
+from ..pages.svg import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Line,
+    Scale,
+    colour_of,
+    frame,
+    numbered,
+    path,
+    picture,
+    ruled,
+)
 from ..pages.thin import ticks
-from ..pages.words import number, tick_labels
+from ..pages.words import number
 from .intervals import Comparison
 from .outcome import Line as RunLine
-from .scores import HIGHER
+from .scores import METRICS
 
 ROW, ABOVE = 44, 6
 Runs = Mapping[str, Sequence[RunLine]]
@@ -53,7 +68,8 @@ def frontier(runs: Runs, metric: str) -> Markup:
     wide, tall = 0.04 * (right - left) or 1.0, 0.05 * (high - low) or 1.0
     x = Scale(min(left, 0.0), right + wide, LEFT, WIDTH - RIGHT)
     y = Scale(low - tall, high + tall, HEIGHT - BOTTOM - 14, TOP)
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(metric)} against KL">', *axes(x, y)]
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(metric)} against KL">']
+    out += [*ruled(y, ticks(y.low, y.high, 4)), *numbered(x, ticks(x.low, x.high, 5), y.start + 16)]
     out.append(
         f'<text class="soft" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">KL, nats a completion</text>'
     )
@@ -66,20 +82,6 @@ def frontier(runs: Runs, metric: str) -> Markup:
     return Markup("".join(out) + "</svg>")
 
 
-def axes(x: Scale, y: Scale) -> list[str]:
-    """Lines and numbers behind a figure."""
-    out = []
-    heights, places = ticks(y.low, y.high, 4), ticks(x.low, x.high, 5)
-    for value, label in zip(heights, tick_labels(heights), strict=True):
-        at = float(y(np.array(value)))
-        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
-    for value, label in zip(places, tick_labels(places), strict=True):
-        at = float(x(np.array(value)))
-        out.append(f'<text x="{at:.1f}" y="{y.start + 16:.1f}" text-anchor="middle">{label}</text>')
-    return out
-
-
 def intervals(metric: str, comparisons: Sequence[Comparison]) -> Markup:
     """A row for each comparison: the difference and its interval, beside 0."""
     ends = [0.0, *(end for one in comparisons for end in (one.difference.low, one.difference.high))]
@@ -87,15 +89,15 @@ def intervals(metric: str, comparisons: Sequence[Comparison]) -> Markup:
     x, height = Scale(min(ends) - pad, max(ends) + pad, 4, WIDTH - 4), ABOVE + ROW * len(comparisons) + 22
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="differences in {escape(metric)}">']
     places = ticks(x.low, x.high, 5)
-    for value, label in zip(places, tick_labels(places), strict=True):
+    for value in places:
         at = float(x(np.array(value)))
         out.append(f'<path class="{"zero" if value == 0 else "grid"}" d="M{at:.1f} 2V{height - 18}"/>')
-        out.append(f'<text x="{at:.1f}" y="{height - 4}" text-anchor="middle">{label}</text>')
+    out += numbered(x, places, height - 4)
     for row, one in enumerate(comparisons):
         top, difference = ABOVE + ROW * row, one.difference
         low, middle, high = (float(x(np.array(v))) for v in (difference.low, difference.mean, difference.high))
-        shade = "s9" if not difference.sign else "s2" if HIGHER[metric] * difference.sign > 0 else "s1"
-        shade = "s0" if difference.sign and not HIGHER[metric] else shade
+        better = METRICS[metric].better * difference.sign
+        shade = "s9" if not difference.sign else "s0" if not better else "s2" if better > 0 else "s1"
         out.append(f'<text x="0" y="{top + 14}">{escape(one.first)} − {escape(one.second)}</text>')
         out.append(f'<text x="{WIDTH}" y="{top + 14}" text-anchor="end">{signed(difference.mean)}</text>')
         out.append(f'<path class="interval {shade}" d="M{low:.1f} {top + 28}H{high:.1f}"/>')

@@ -23,7 +23,7 @@ difference a little more often, but has no intervals that say what its verdicts 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -101,9 +101,8 @@ def compared(metric: Mapping[str, Values], baseline: str | None = None) -> list[
     """Every pair of contestants, or each with the baseline, with intervals that hold together. metric: contestant ->
     its values, all of the same seeds and rows."""
     names = list(metric)
-    others = [(name, baseline) for name in names if name != baseline]
-    pairs: Sequence[tuple[str, str]] = list(combinations(names, 2)) if baseline is None else others  # type: ignore[assignment]
-    if not pairs:
+    each = combinations(names, 2) if baseline is None else ((name, baseline) for name in names if name != baseline)
+    if not (pairs := list(each)):
         return []
     bootstrap = Bootstrap.of(*metric[names[0]].shape)
     level = 1 - (1 - LEVEL) / len(pairs)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .intervals import Bootstrap, Comparison, Estimate, Values, compared
-from .scores import HIGHER
+from .scores import METRICS
 
 Line = Mapping[str, Any]
 
@@ -29,13 +29,14 @@ class Outcome:
     start: dict[str, float]
 
     @property
-    def metrics(self) -> list[str]:
-        return list(self.start)
+    def ordered(self) -> list[str]:
+        """The metrics, the one that decides first."""
+        return [self.metric, *(name for name in self.start if name != self.metric)]
 
     @property
     def ranked(self) -> list[str]:
         """The contestants, best first in the metric that decides."""
-        sign = HIGHER[self.metric] or -1
+        sign = METRICS[self.metric].better or -1
         return sorted(self.names, key=lambda name: -sign * self.means[name][self.metric].mean)
 
 
@@ -50,7 +51,7 @@ def outcome(lines: Sequence[Line], names: Sequence[str], metric: str | None, bas
     ]
     well = [name for name in names if runs[name] and all(line["status"] == "ok" for line in runs[name])]
     first: Mapping[str, float] = runs[well[0]][0]["curve"][0] if well else {}
-    start = {name: first[name] for name in HIGHER if name in first}
+    start = {name: first[name] for name in METRICS if name in first}
     values: dict[str, dict[str, Values]] = {
         one: {name: np.array([line["rows"][one] for line in runs[name]]) for name in well} for one in start
     }
@@ -73,7 +74,7 @@ def outcome(lines: Sequence[Line], names: Sequence[str], metric: str | None, bas
 
 def verdict(comparison: Comparison, metric: str) -> str:
     """In words: which of the two is better in this metric, where its interval says so."""
-    sign, better = comparison.difference.sign, HIGHER[metric]
+    sign, better = comparison.difference.sign, METRICS[metric].better
     if not sign:
         return "no difference seen"
     if not better:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from ..pages.page import HERE as PAGES
 from ..pages.page import css, mark, template
-from ..pages.svg import colour_of
+from ..pages.svg import Drawing, colour_of
 from . import told
 from .draw import curves, frontier, intervals
 from .outcome import Outcome, advice, summary
 from .running import Budget
+from .scores import METRICS
 
 MAKER = "logratio compare"
-NOTES = {
-    "reward": "of sampled completions",
-    "greedy": "of the greedy completion",
-    "exact": "share of sampled completions that are the answer",
-    "accuracy": "share of held-out pairs whose chosen has gained more",
-    "nll": "nats a token",
-    "kl": "from the start, nats a completion",
-    "length": "tokens a completion",
-}
-
-
-class Figure(NamedTuple):
-    title: str
-    note: str
-    svg: Markup
 
 
 def rendered(
@@ -40,7 +26,11 @@ def rendered(
     """The HTML. Whatever comes from the user is escaped by the template."""
     enough = len(found.names) > 1
     born = lines[0]["certificate"] if lines else {"command": MAKER, "versions": {}, "cpu": "", "device": ""}
-    order = [found.metric, *(name for name in found.metrics if name != found.metric)] if enough else []
+    order = found.ordered if enough else []
+    front = None
+    if "kl" in order:
+        note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
+        front = Drawing(f"{METRICS[found.metric].words} against KL", note, frontier(found.runs, found.metric))
     return template(Path(__file__).with_name("compare.html.j2")).render(
         mark=mark(MAKER),
         css=css(),
@@ -56,23 +46,18 @@ def rendered(
         keys=[(colour_of(at), name, specs[name]) for at, name in enumerate(found.runs)],
         columns=told.columns(found) if enough else [],
         rows=told.contestant_rows(found) if enough else [],
-        frontier=frontier_figure(found) if enough and "kl" in order else None,
+        frontier=front,
         differences=[difference(found, name) for name in order],
-        tables=[(told.WORDS[name], told.comparison_rows(found, name)) for name in order],
+        tables=[(METRICS[name].words, told.comparison_rows(found, name)) for name in order],
         curves=[
-            Figure(told.WORDS[name], NOTES[name], curves(told.WORDS[name], found.runs, name, budget.unit))
-            for name in order
+            Drawing(one.words, one.note, curves(one.words, found.runs, name, budget.unit))
+            for name, one in ((name, METRICS[name]) for name in order)
         ],
         versions=born["versions"],
         command=born["command"],
     )
 
 
-def frontier_figure(found: Outcome) -> Figure:
-    note = "each way from the start, the mean over seeds; dots: the end of each seed; up and left is better"
-    return Figure(f"{told.WORDS[found.metric]} against KL", note, frontier(found.runs, found.metric))
-
-
-def difference(found: Outcome, metric: str) -> Figure:
-    note = f"{NOTES[metric]}; {told.together(found, metric)}"
-    return Figure(f"Differences in {told.WORDS[metric]}", note, intervals(metric, found.comparisons[metric]))
+def difference(found: Outcome, metric: str) -> Drawing:
+    note = f"{METRICS[metric].note}; {told.together(found, metric)}"
+    return Drawing(f"Differences in {METRICS[metric].words}", note, intervals(metric, found.comparisons[metric]))

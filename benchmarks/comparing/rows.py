@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from logratio.losses import Kind
-from logratio.trainers.data.rows import EMBEDDED, Rows, load_rows
+from logratio.trainers.data.rows import EMBEDDED, load_rows
 from logratio.trainers.errors import RowError, UserError
 
 from ..pages.page import write as write_whole
@@ -68,8 +68,8 @@ def material(dataset: str, split: str, test_split: str | None, eval_rows: int) -
         raise UserError(
             f"{dataset}: {len(held_out)} held-out row is too few to say how sure anything is; hold out more"
         )
-    shown = load_rows(dataset, Kind.SEQUENCE, split=split) if dataset in EMBEDDED else None
-    return Material(train, held_out, as_kind(train, Kind.SEQUENCE) if shown is None else list(shown))
+    shown = list(load_rows(dataset, Kind.SEQUENCE, split=split)) if dataset in EMBEDDED else None
+    return Material(train, held_out, shown or as_kind(train, Kind.SEQUENCE))
 
 
 def pairs(dataset: str, split: str) -> list[Row]:
@@ -119,7 +119,3 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     """As JSON lines, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode(), "--output_dir")
-
-
-def as_rows(rows: Sequence[Row], name: str) -> Rows:
-    return Rows(name, list(rows))

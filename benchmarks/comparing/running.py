@@ -15,13 +15,15 @@ import torch
 from logratio.losses import Kind
 from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Example, prepare
+from logratio.trainers.data.rows import Rows
+from logratio.trainers.data.table.load import options_of
 from logratio.trainers.errors import UserError, first_line
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import inference
 from logratio.trainers.setup import Run, build
 
-from .rows import ROWS_OF_A_PAIR, Row, as_kind, as_rows, ordered, write
-from .scores import HIGHER, Asked, Scorer, Scores
+from .rows import ROWS_OF_A_PAIR, Row, as_kind, ordered, write
+from .scores import METRICS, Asked, Scorer, Scores
 
 Unit = Literal["steps", "tokens", "seconds"]
 ENDLESS = 1_000_000
@@ -161,7 +163,7 @@ class Watch:
         self.scores = self.scorer()
         means = {name: sum(values) / len(values) for name, values in self.scores.items()}
         cost = {"steps": row["step"], "tokens": row["num_tokens"], "seconds": self.seconds}
-        self.curve.append({**cost, **{name: means[name] for name in HIGHER if name in means}})
+        self.curve.append({**cost, **{name: means[name] for name in METRICS if name in means}})
 
 
 def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
@@ -169,19 +171,8 @@ def own_examples(run: Run, rows: Sequence[Row]) -> list[Example] | None:
     loss = run.config.loss
     if loss.kind is Kind.GROUPED:
         return None
-    own = as_rows(as_kind(rows, loss.kind, margin=loss.wants_margin), "held-out rows")
-    data = run.config.data
-    sequences = loss.kind is Kind.SEQUENCE
-    return prepare(
-        own,
-        loss.kind,
-        run.tokenizer,
-        max_length=data.max_length,
-        completion_only_loss=data.completion_only_loss if sequences else None,
-        assistant_only_loss=sequences and data.assistant_only_loss,
-        gold=loss.scores_gold,
-        margin=loss.wants_margin,
-    )[0]
+    own = Rows("held-out rows", as_kind(rows, loss.kind, margin=loss.wants_margin))
+    return prepare(own, loss.kind, run.tokenizer, **options_of(run.config))[0]
 
 
 def own_loss(run: Run, examples: Sequence[Example]) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from torch import Tensor
 from logratio.losses import Kind
 from logratio.trainers.batches.packing import PackedBatch, pack
 from logratio.trainers.config import RolloutConfig
-from logratio.trainers.data.examples import Example, Prompt, prepare, prepare_prompts
+from logratio.trainers.data.examples import Example, prepare, prepare_prompts
+from logratio.trainers.data.rows import Rows
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
@@ -38,10 +39,28 @@ from logratio.trainers.rollout.rewards import load_rewards
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.setup import Run
 
-from .rows import Row, as_kind, as_rows
+from .rows import Row, as_kind
 
-HIGHER = {"reward": 1, "greedy": 1, "exact": 1, "accuracy": 1, "nll": -1, "kl": 0, "length": 0}
-"""metric -> 1 where higher is better, -1 where lower is, 0 where neither is."""
+
+class Metric(NamedTuple):
+    """better: 1 where higher is, -1 where lower is, 0 where neither is. short: on a terminal. words, note: what it is
+    called elsewhere, and of what it is."""
+
+    better: int
+    short: str
+    words: str
+    note: str
+
+
+METRICS = {
+    "reward": Metric(1, "reward", "reward", "of sampled completions"),
+    "greedy": Metric(1, "greedy", "reward, greedy", "of the greedy completion"),
+    "exact": Metric(1, "exact", "exact", "share of sampled completions that are the answer"),
+    "accuracy": Metric(1, "order", "pairs in order", "share of held-out pairs whose chosen has gained more"),
+    "nll": Metric(-1, "NLL", "NLL of chosen", "nats a token"),
+    "kl": Metric(0, "KL", "KL", "from the start, nats a completion"),
+    "length": Metric(0, "long", "length", "tokens a completion"),
+}
 EXACT = "exact_answer"
 SEED = 20261127
 """Of the evaluation's random numbers."""
@@ -68,9 +87,9 @@ class Scorer:
         self.run, self.asked = run, asked
         self.policy = Policy(run.policy.model, shared=run.policy.shared)
         self.start = start_of(run, self.policy)
-        pairs = as_rows(as_kind(rows, Kind.PAIRED), "held-out rows")
+        pairs = Rows("held-out rows", as_kind(rows, Kind.PAIRED))
         self.pairs = prepare(pairs, Kind.PAIRED, run.tokenizer, max_length=data.max_length)[0]
-        self.prompts = prepare_prompts(as_rows(as_kind(rows, Kind.GROUPED), "held-out rows"), run.tokenizer)[0]
+        self.prompts = prepare_prompts(Rows("held-out rows", as_kind(rows, Kind.GROUPED)), run.tokenizer)[0]
         if len(self.pairs) != len(rows) or len(self.prompts) != len(rows):
             raise UserError(
                 f"{len(rows) - len(self.pairs)} of {len(rows)} held-out rows have nothing scored within --max_length "
@@ -103,7 +122,9 @@ class Scorer:
     def sampled(self) -> Scores:
         """Of what the policy says itself."""
         group = self.asked.samples
-        said = self.rollouts.sample(self.requests(self.prompts), self.prompts)
+        # the same random numbers, whatever the policy and the step; behind them a greedy one
+        asked = requests_of(numbered(self.prompts), group, purpose="evaluation", seed=SEED, step=0, greedy=True)
+        said = self.rollouts.sample(asked, self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(group + 1)]
         flat = [one for of_prompt in said for one in of_prompt]
         values = self.rollouts.score(repeated, flat).rewards.reshape(len(said), group + 1, -1).nan_to_num(0.0)
@@ -121,10 +142,6 @@ class Scorer:
         found["kl"] = [sum(ratios[i]) / group for i in range(len(examples))]
         found["length"] = [sum(len(c.ids) for c in e.completions) / group for e in examples]
         return found
-
-    def requests(self, prompts: Sequence[Prompt]) -> Any:
-        """The same random numbers, whatever the policy and the step; behind them a greedy one."""
-        return requests_of(numbered(prompts), self.asked.samples, purpose="evaluation", seed=SEED, step=0, greedy=True)
 
     def of_pairs(self, logps: Callable[[PackedBatch], Tensor]) -> list[tuple[float, float, int]]:
         """(log-prob of chosen, of rejected, tokens of chosen) of each held-out row, in order."""
@@ -151,11 +168,12 @@ def summed_by_row(
 
 
 def start_of(run: Run, policy: Policy) -> Reference:
-    """What the run started from: the model without its new adapters, or a copy of it."""
+    """What the run started from: the model with the adapters that it loaded, without its new ones, or a copy of it."""
     config = run.config.model
-    if policy.has_adapters and config.adapter_name_or_path is None:
+    if config.adapter_name_or_path is not None:
+        model = add_adapters(load_model(config, run.accelerator.device), config, frozen_copy=False)
+    elif policy.has_adapters:
         return AdapterReference(policy)
-    if config.adapter_name_or_path is None and not policy.has_adapters:
-        return ModelReference(Policy(copy.deepcopy(run.policy.model), shared=policy.shared))
-    model = add_adapters(load_model(config, run.accelerator.device), config, frozen_copy=False)
+    else:
+        model = copy.deepcopy(run.policy.model)
     return ModelReference(Policy(model, shared=policy.shared))

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ..pages.words import duration, number
+from ..progress import say
+from ..reporting.tables import on_screen
 from .draw import signed
 from .intervals import LEVEL, Estimate
 from .outcome import Outcome, advice, summary, verdict
 from .running import Job
+from .scores import METRICS
 
-SHORT = {
-    "reward": "reward",
-    "greedy": "greedy",
-    "exact": "exact",
-    "accuracy": "order",
-    "nll": "NLL",
-    "kl": "KL",
-    "length": "long",
-}
-"""On a terminal, where a line is short."""
-WORDS = {
-    "reward": "reward",
-    "greedy": "reward, greedy",
-    "exact": "exact",
-    "accuracy": "pairs in order",
-    "nll": "NLL of chosen",
-    "kl": "KL",
-    "length": "length",
-}
+NARROW = (0, 0, 0, 1)
+"""Beside the cells of a table: its lines are long."""
 
 
 def progress(job: Job, result: Mapping[str, Any]) -> str:
@@ -43,7 +26,7 @@ def progress(job: Job, result: Mapping[str, Any]) -> str:
     if result["status"] != "ok":
         return f"{head}: failed: {result['error']}"
     last = result["curve"][-1]
-    said = [f"{name} {number(last[name], 3)}" for name in WORDS if name in last]
+    said = [f"{name} {number(last[name], 3)}" for name in METRICS if name in last]
     return f"{head}: {', '.join(said)}; {result['steps']:,} steps, {duration(result['train_s'])} in them"
 
 
@@ -58,8 +41,8 @@ def figure(value: float, short: bool) -> str:
 
 def contestant_rows(found: Outcome, *, short: bool = False) -> list[list[str]]:
     """The start, then each contestant, best first: the deciding metric (with its interval), and the others."""
-    rest = [name for name in found.metrics if name != found.metric]
-    rows = [["start", *(figure(found.start[name], short) for name in (found.metric, *rest)), "", "", ""]]
+    rest = found.ordered[1:]
+    rows = [["start", *(figure(found.start[name], short) for name in found.ordered), "", "", ""]]
     for name in found.ranked:
         runs, means = found.runs[name], found.means[name]
         own = [run["own_loss"] for run in runs]
@@ -76,10 +59,10 @@ def contestant_rows(found: Outcome, *, short: bool = False) -> list[list[str]]:
     return rows
 
 
-def columns(found: Outcome, words: Mapping[str, str] = WORDS) -> list[str]:
+def columns(found: Outcome, *, short: bool = False) -> list[str]:
     """Of `contestant_rows`."""
-    rest = [name for name in found.metrics if name != found.metric]
-    return ["", *(words[name] for name in (found.metric, *rest)), "own loss", "steps", "time"]
+    shown = [METRICS[name] for name in found.ordered]
+    return ["", *(one.short if short else one.words for one in shown), "own loss", "steps", "time"]
 
 
 def comparison_rows(found: Outcome, metric: str) -> list[list[str]]:
@@ -102,21 +85,12 @@ def together(found: Outcome, metric: str) -> str:
 
 def show(found: Outcome, console: Console) -> None:
     """Tables on a terminal."""
-    say = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
     if len(found.names) > 1:
         rows = contestant_rows(found, short=True)
-        console.print(table("means over seeds and held-out rows", columns(found, SHORT), rows))
-        title = f"differences in {WORDS[found.metric]}, {together(found, found.metric)}"
-        console.print(table(title, ("", "difference", "interval", ""), comparison_rows(found, found.metric)))
-    for line in (summary(found), advice(found), *found.failed):
-        if line:
-            say(line)
-
-
-def table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for at, name in enumerate(names):
-        shown.add_column(name, justify="left" if at == 0 or not name else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    return shown
+        title = "means over seeds and held-out rows"
+        console.print(on_screen(title, columns(found, short=True), rows, padding=NARROW))
+        title = f"differences in {METRICS[found.metric].words}, {together(found, found.metric)}"
+        heads, rows = ("", "difference", "interval", ""), comparison_rows(found, found.metric)
+        console.print(on_screen(title, heads, rows, padding=NARROW))
+    for line in filter(None, (summary(found), advice(found), *found.failed)):
+        say(console, line)

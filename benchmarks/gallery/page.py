@@ -105,14 +105,9 @@ def page(method: str) -> str:
 
 
 def section(one: Variant, level: str, common: Sequence[str]) -> str:
-    """What there is to say of a variant."""
-    return "\n\n".join([f"{level} `{one.name}`", f"```text\n{one.told}\n```", *facts(one, common)])
-
-
-def facts(one: Variant, common: Sequence[str]) -> list[str]:
-    """Its options, what it is drawn with, and its laws."""
+    """What there is to say of a variant: its docstring, its options, what it is drawn with, and its laws."""
     table = getattr(LOSSES[one.method], "option_tables", {}).get("loss_type", Variants())
-    lines = []
+    lines = [f"{level} `{one.name}`", f"```text\n{one.told}\n```"]
     if own := table.reads.get(one.name, ()):
         lines.append(f"Options of its own: {code(own)}.")
     if unread := table.ignores.get(one.name, ()):
@@ -125,7 +120,7 @@ def facts(one: Variant, common: Sequence[str]) -> list[str]:
     if more := [name for name in one.laws if name not in common]:
         lines.append(f"Laws beside: {code(more)}.")
     lines += [f"Breaks the law `{name}`: {HOW[name]}." for name in one.broken]
-    return lines
+    return "\n\n".join(lines)
 
 
 def read_by_most(method: str) -> list[str]:

@@ -11,11 +11,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from logratio.trainers.logs.runlog import peak_mem_mib, reset_peak_mem
+
+from ..memory.gpus import known_as
+
+Name = TypeVar("Name")
 
 
 def wait(device: torch.device) -> None:
@@ -40,19 +44,19 @@ def cpu_ms(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    works: Mapping[str, Callable[[int], Any]],
+    works: Mapping[Name, Callable[[int], Any]],
     device: torch.device,
     *,
     repeats: int,
     warmup: int = 1,
     clock: Callable[[Callable[[], Any], torch.device], float] = time_ms,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """`repeats` times of each, in ms, after `warmup` rounds that do not count.
 
     Each is called with the round's number, from 0 on in the rounds that count, negative in those that do not.
     """
     names = list(works)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for round_ in range(-warmup, repeats):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
@@ -72,9 +76,9 @@ def percentiles(times: list[float], name: str) -> dict[str, float]:
     return {f"{name}_p20": low, f"{name}_p50": statistics.median(ordered), f"{name}_p80": high}
 
 
-def median_ratio(times: Mapping[str, list[float]], peer: str, ours: str) -> float:
-    """The median over rounds of peer's time / ours: paired, so that a slow moment counts on both sides."""
-    return statistics.median(a / b for a, b in zip(times[peer], times[ours], strict=True))
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median over rounds of their time / ours: paired, so that a slow moment counts on both sides."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def peak_mem(work: Callable[[], Any], device: torch.device, *, beyond: float = 0.0) -> float | None:
@@ -95,6 +99,14 @@ def peak_mem(work: Callable[[], Any], device: torch.device, *, beyond: float = 0
 def allocated_mib(device: torch.device) -> float:
     """What is allocated on a GPU now; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """The name of a GPU in `memory.gpus.GPUS`; None of a CPU, and of a GPU that is not there."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return known_as(found.name, found.total_memory)
 
 
 def free_memory() -> None:

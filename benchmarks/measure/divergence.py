@@ -11,11 +11,9 @@ from logratio.losses import linear_jsd
 
 from .head import Contestant, Inputs, weighed
 
-NAMES = ("logratio (two_gemm)", "logratio (triton)", "eager", "trl", "liger (jsd)")
-
 
 def contestants(beta: float) -> dict[str, Contestant]:
-    """`NAMES`, of JSD(beta)."""
+    """Of JSD(beta)."""
 
     def values(x: Inputs, impl: str) -> Tensor:
         assert x.teacher is not None
@@ -37,13 +35,10 @@ def contestants(beta: float) -> dict[str, Contestant]:
         loss: Tensor = LigerFusedLinearJSD(jsd_beta=beta)(x.hidden, x.weight, *x.teacher, None)
         return loss
 
-    ours = (
-        weighed(lambda x: values(x, "two_gemm"), 1),
-        weighed(lambda x: values(x, "triton"), 1, gpu_only=True, package="triton"),
-        weighed(lambda x: values(x, "eager"), 1),
-    )
-    theirs = (
-        Contestant(trl, mean=True, package="trl"),
-        Contestant(liger, mean=True, gpu_only=True, package="liger-kernel"),
-    )
-    return dict(zip(NAMES, (*ours, *theirs), strict=True))
+    return {
+        "logratio (two_gemm)": weighed(lambda x: values(x, "two_gemm"), 1),
+        "logratio (triton)": weighed(lambda x: values(x, "triton"), 1, gpu_only=True, package="triton"),
+        "eager": weighed(lambda x: values(x, "eager"), 1),
+        "trl": Contestant(trl, mean=True, package="trl"),
+        "liger (jsd)": Contestant(liger, mean=True, gpu_only=True, package="liger-kernel"),
+    }

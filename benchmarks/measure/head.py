@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from logratio.losses import linear_logps
 from logratio.trainers.ground.provenance import installed
 
-from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms, wait
+from .clock import allocated_mib, free_memory, interleaved, peak_mem, percentiles, time_ms
+from .steps.step import Figures, Refused, attempt
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,22 @@ class HeadCase:
         return 2 + self.trainable + (self.beta is not None)
 
     @property
+    def head(self) -> str:
+        return "trainable" if self.trainable else "frozen"
+
+    @property
     def case(self) -> str:
-        head = "trainable" if self.trainable else "frozen"
         what = "head" if self.beta is None else f"jsd{self.beta:g}"
-        return f"{what}-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{head}"
+        return f"{what}-{self.hidden_size}x{self.vocab_size}-{self.num_tokens}-{self.dtype}-{self.head}"
 
     def fields(self) -> dict[str, Any]:
-        head = "trainable" if self.trainable else "frozen"
         return {
             "model": self.name,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "num_tokens": self.num_tokens,
             "dtype": self.dtype,
-            "head": head if self.beta is None else f"{head}, JSD({self.beta:g})",
+            "head": self.head if self.beta is None else f"{self.head}, JSD({self.beta:g})",
         }
 
 
@@ -211,11 +215,11 @@ def errors(contestants: Mapping[str, Contestant], x: Inputs, exact: Contestant) 
     return found
 
 
-def gemm_tflops(case: HeadCase, x: Inputs, repeats: int = 5) -> float:
+def gemm_tflops(case: HeadCase, x: Inputs) -> float:
     """The rate of the plain product hidden @ weight^T, the best of some rounds, over the rows that fit one chunk."""
     rows = min(len(x.hidden), 2048)
     hidden, weight = x.hidden.detach()[:rows], x.weight.detach().t()
-    best = min(time_ms(lambda: hidden @ weight, hidden.device) for _ in range(repeats + 2))
+    best = min(time_ms(lambda: hidden @ weight, hidden.device) for _ in range(7))
     return 2 * rows * case.hidden_size * case.vocab_size / best / 1e9
 
 
@@ -227,23 +231,21 @@ def run(
     exact: Contestant = CONTESTANTS["logratio (two_gemm)"],
     repeats: int,
     seed: int,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Figures]:
     """{contestant: status and figures} of one case. One that runs out of memory, or fails, does not end the others.
 
     exact: what errors are against, computed in float64.
     """
     x = inputs(case, device, seed)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Figures] = {}
     able: dict[str, Contestant] = {}
     for name, contestant in contestants.items():
-        if reason := why_not(contestant, device):
-            rows[name] = {"status": "refused", "error": reason}
-            continue
-        rows[name] = trial(contestant, x, device)
+        attempt(name, rows, {}, partial(trial, contestant, x, device))
+        x.cleared()
         if rows[name]["status"] == "ok":
             able[name] = contestant
-    for name, row in errors(able, x, exact).items():
-        rows[name] |= row
+    for name, found in errors(able, x, exact).items():
+        rows[name] |= found
     works = {name: lambda _, c=c: c.loss(x.cleared()).backward() for name, c in able.items()}  # type: ignore[misc]
     ceiling = gemm_tflops(case, x)
     work = 2 * case.products * case.num_tokens * case.hidden_size * case.vocab_size
@@ -255,22 +257,12 @@ def run(
     return rows
 
 
-def trial(contestant: Contestant, x: Inputs, device: torch.device) -> dict[str, Any]:
-    """Run it once, for its peak memory beyond the inputs; or say what became of it."""
-    try:
-        contestant.loss(x.cleared()).backward()  # compiles
-        x.cleared()
-        free_memory()
-        base = allocated_mib(device)
-        return {
-            "status": "ok",
-            "peak_mem_mib": peak_mem(lambda: contestant.loss(x.cleared()).backward(), device, beyond=base),
-        }
-    except torch.OutOfMemoryError as error:
-        return {"status": "oom", "error": str(error).split("\n")[0]}
-    except Exception as error:  # a peer's fault must not end the run; it is recorded
-        return {"status": "failed", "error": f"{type(error).__name__}: {str(error).split(chr(10))[0]}"}
-    finally:
-        x.cleared()
-        wait(device)
-        free_memory()
+def trial(contestant: Contestant, x: Inputs, device: torch.device) -> Figures:
+    """Run it once, for its peak memory beyond the inputs."""
+    if reason := why_not(contestant, device):
+        raise Refused(reason)
+    contestant.loss(x.cleared()).backward()  # compiles
+    x.cleared()
+    free_memory()
+    base = allocated_mib(device)
+    return {"peak_mem_mib": peak_mem(lambda: contestant.loss(x.cleared()).backward(), device, beyond=base)}

@@ -28,7 +28,6 @@ from logratio.trainers.config import RolloutConfig, RunConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.data.rows import Rows
 from logratio.trainers.data.tasks.arithmetic import arithmetic_rows
-from logratio.trainers.data.tokenization import Text
 from logratio.trainers.demo import (
     ANSWER_TOKENS,
     START,
@@ -195,7 +194,7 @@ def trls(case: LearningCase, folder: Path) -> Figures:
     trainer = GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=[right],
+        reward_funcs=[exact_answer],
         train_dataset=Dataset.from_list(list(questions()[1].rows)),
         processing_class=learner.tokenizer,
         callbacks=[Watching(lambda step: curve.after(step, lambda: score(learner, validation)))],
@@ -215,11 +214,6 @@ class Watching(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.after(state.global_step)
-
-
-def right(completions: list[Text], answer: list[str], **_: Any) -> list[float | None]:
-    """The reward, as TRL calls it."""
-    return exact_answer(completions, answer)
 
 
 def questions() -> tuple[Rows, Rows]:

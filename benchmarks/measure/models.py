@@ -15,7 +15,6 @@ from ..memory.shapes import SHAPES, shape
 
 LORA_R = 16
 LORA_ALPHA = 32
-ADAPTERS = ("full", "lora", "qlora")
 
 
 def build(
@@ -33,23 +32,16 @@ def build(
     adapter: "full", "lora" (on all linear layers but the head, float32, B small but not zero), or "qlora" (the same
     over frozen nf4 weights, doubly quantized). The forward is PEFT's. vocab_size: instead of the published one.
     """
-    if adapter not in ADAPTERS:
-        raise ValueError(f"adapter must be one of {', '.join(ADAPTERS)}, got {adapter!r}")
     torch.manual_seed(seed)
-    model: Any
+    sizes = {} if vocab_size is None else {"vocab_size": vocab_size}
     if name == "tiny":
-        overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
-        model = tiny_model(seed, **overrides)
-        model = model.to(device=device, dtype=dtype)
+        model: Any = tiny_model(seed, **sizes)
     elif name in SHAPES:
-        config = shape(name)
-        if vocab_size is not None:
-            config.vocab_size = vocab_size
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(shape(name, **sizes), dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        model = model.to(device)
+    model = model.to(device=device, dtype=dtype)
     if adapter == "full":
         return model
     return with_adapters(model, adapter, lora_r)

@@ -56,16 +56,12 @@ def figures(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[str, Any
         elif event.name in WAITS:
             waited += took
     busy_ms = union(spans) / 1e3
-    kernels = [
-        {"name": name, "ms": us / 1e3, "share": us / 1e3 / elapsed_ms, "calls": calls[name]}
-        for name, us in total.most_common(top)
-    ]
     return {
         "gpu_busy_ms": busy_ms,
         "gpu_idle": 1 - busy_ms / elapsed_ms,
         "host_ms": elapsed_ms - waited / 1e3,
         "launches": sum(calls.values()),
-        "kernels": kernels,
+        "kernels": longest(total, calls, elapsed_ms, top),
     }
 
 
@@ -77,15 +73,16 @@ def figures_of_cpu(events: Iterable[Any], elapsed_ms: float, top: int) -> dict[s
         if OPERATOR.match(event.name):
             total[event.name] += event.self_cpu_time_total
             calls[event.name] += 1
-    operators = [
+    listed = longest(total, calls, elapsed_ms, top)
+    return {"host_ms": elapsed_ms - operators_ms(kept), "launches": sum(calls.values()), "operators": listed}
+
+
+def longest(total: Counter[str], calls: Counter[str], elapsed_ms: float, top: int) -> list[dict[str, Any]]:
+    """total: us by name."""
+    return [
         {"name": name, "ms": us / 1e3, "share": us / 1e3 / elapsed_ms, "calls": calls[name]}
         for name, us in total.most_common(top)
     ]
-    return {
-        "host_ms": elapsed_ms - operators_ms(kept),
-        "launches": sum(calls.values()),
-        "operators": operators,
-    }
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

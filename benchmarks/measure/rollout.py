@@ -158,20 +158,22 @@ class Generate:
 
     def __init__(self, case: RolloutCase, model: Any, device: torch.device, stack: ExitStack) -> None:
         self.model, tokenizer = model, tiny_tokenizer()
-        prompts = [tokenizer(text)["input_ids"] for text in case.texts() for _ in range(case.group)]
-        width = max(map(len, prompts))
-        self.ids = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
-        self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        texts = [text for text in case.texts() for _ in range(case.group)]
+        self.inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(device)
         self.eos = tokenizer.eos_token_id
         self.config = GenerationConfig(
-            max_new_tokens=case.tokens, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=self.eos
+            max_new_tokens=case.tokens,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.eos,
         )
 
     def turn(self) -> Sampled:
         begun = time.perf_counter()
         with inference(self.model):
-            out = self.model.generate(input_ids=self.ids, attention_mask=self.mask, generation_config=self.config)
-        said = out[:, self.ids.shape[1] :].cpu()
+            out = self.model.generate(**self.inputs, generation_config=self.config)
+        said = out[:, self.inputs["input_ids"].shape[1] :].cpu()
         took = 1e3 * (time.perf_counter() - begun)
         ended = (said == self.eos).long().cumsum(1) - (said == self.eos).long()
         return Sampled(took, int((ended == 0).sum()))

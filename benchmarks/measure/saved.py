@@ -18,7 +18,7 @@ class Saved:
     """now, peak_bytes: of the distinct storages that graphs hold, those of the models' own weights aside."""
 
     def __init__(self, *models: Any) -> None:
-        own = (t for model in models for t in (*model.parameters(), *model.buffers()))
+        own = (t for model in models if model is not None for t in (*model.parameters(), *model.buffers()))
         self.own = {t.untyped_storage().data_ptr() for t in own}
         self.held: Counter[int] = Counter()
         self.now = self.peak_bytes = 0
@@ -46,7 +46,7 @@ class Held:
 
 
 def saved_mib(work: Callable[[], Any], *models: Any) -> float:
-    """MiB that autograd keeps at the worst moment of `work`, whose models' weights do not count.
+    """MiB that autograd keeps at the worst moment of `work`, whose models' weights do not count; a model may be None.
 
     Gradient checkpointing holds what it holds elsewhere: it is not seen.
     """

@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 import torch
 
-from ..memory.gpus import GPUS, known_as
+from ..memory.gpus import GPUS
+from .clock import gpu_of
 from .rollout_case import RolloutCase
 from .steps.step import Figures
 
@@ -27,13 +28,8 @@ def figures_of_a_token(case: RolloutCase, model: Any, device: torch.device, foun
 def bandwidth_limit_ms(case: RolloutCase, model: Any, device: torch.device) -> float | None:
     """Milliseconds in which a known GPU reads all weights once, but for an embedding that is no head, and the keys and
     values of the prompts and of half of the completions' tokens; None of another device."""
-    if device.type != "cuda":
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    known = known_as(properties.name, properties.total_memory)
-    if known is None:
-        return None
-    return token_bytes(case, model) / GPUS[known].tb_per_s / 1e9
+    known = gpu_of(device)
+    return None if known is None else token_bytes(case, model) / GPUS[known].tb_per_s / 1e9
 
 
 def token_bytes(case: RolloutCase, model: Any) -> float:

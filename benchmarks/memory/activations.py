@@ -25,30 +25,12 @@ its moment, which is over by then (many short completions of a long prompt may n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .geometry import Geometry
 
-
-class Saving(Protocol):
-    """The part of `memory.Setup` that decides what is saved."""
-
-    @property
-    def element(self) -> int: ...
-    @property
-    def lora_r(self) -> int: ...
-    @property
-    def fused_lora(self) -> bool: ...
-    @property
-    def use_liger_kernel(self) -> bool: ...
-    @property
-    def fuses(self) -> bool: ...
-    @property
-    def gradient_checkpointing(self) -> bool: ...
-    @property
-    def long_rows(self) -> bool: ...
-    @property
-    def on_gpu(self) -> bool: ...
+if TYPE_CHECKING:
+    from .peak import Setup
 
 
 @dataclass(frozen=True)
@@ -87,7 +69,7 @@ class Activations:
     each: int
 
 
-def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
+def activations(size: Geometry, how: Setup, batch: Batch) -> Activations:
     """Of one micro-batch through the backbone, the LM head aside."""
     tokens, e = batch.tokens, how.element
     layer = _attention(size, how, batch) + _projections(size, how) * tokens + 2 * _norm(size, how) * tokens
@@ -111,11 +93,11 @@ def activations(size: Geometry, how: Saving, batch: Batch) -> Activations:
     return Activations(saved, _in_backward(size, how, tokens, last_norm, 0), layer, layer)
 
 
-def _norm(size: Geometry, how: Saving) -> int:
+def _norm(size: Geometry, how: Setup) -> int:
     return _norm_of(1, size.hidden, size, how)
 
 
-def _norm_of(count: int, width: int, size: Geometry, how: Saving) -> int:
+def _norm_of(count: int, width: int, size: Geometry, how: Setup) -> int:
     """Bytes a token of `count` norms over `width`."""
     if how.use_liger_kernel or how.fuses:
         return count * (width * how.element + 4)
@@ -123,7 +105,7 @@ def _norm_of(count: int, width: int, size: Geometry, how: Saving) -> int:
     return count * (width * (4 + factor) + 4)
 
 
-def _attention(size: Geometry, how: Saving, batch: Batch) -> int:
+def _attention(size: Geometry, how: Setup, batch: Batch) -> int:
     """Queries, keys, values, output and row sums of one layer, and its mask."""
     e = how.element
     masked = not batch.plain and not how.long_rows
@@ -135,7 +117,7 @@ def _attention(size: Geometry, how: Saving, batch: Batch) -> int:
     return total
 
 
-def _projections(size: Geometry, how: Saving) -> int:
+def _projections(size: Geometry, how: Setup) -> int:
     """Bytes a token: inputs of the linear layers of one layer, and SwiGLU's; o_proj's is the attention's output."""
     e, h, i = how.element, size.hidden, size.intermediate
     gates = (2 if how.use_liger_kernel or how.fuses else 3) * i * e
@@ -147,7 +129,7 @@ def _projections(size: Geometry, how: Saving) -> int:
     return gates + inputs + 7 * how.lora_r * u
 
 
-def _in_backward(size: Geometry, how: Saving, tokens: int, last_norm: int, again: int) -> int:
+def _in_backward(size: Geometry, how: Setup, tokens: int, last_norm: int, again: int) -> int:
     """The larger of two moments, beyond all that the forward kept: the last norm's backward, and the last SwiGLU's.
 
     There the gradients of gate, up or their product are alive in two copies (three, where one kernel makes two of them

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,12 +140,11 @@ class Geometry:
 
     def adapters(self, rank: int, up_to_width: bool = False) -> list[int]:
         """Sizes of LoRA's A and B on all linear layers. up_to_width: no rank above what the layer is wide."""
-        return list(self._adapters(rank, up_to_width)) * self.layers if rank else []
-
-    def _adapters(self, rank: int, up_to_width: bool) -> Iterator[int]:
+        sizes = []
         for linear in self.linears():
             r = min(rank, linear.inputs, linear.outputs) if up_to_width else rank
-            yield from (r * linear.inputs, r * linear.outputs)
+            sizes += [r * linear.inputs, r * linear.outputs]
+        return sizes * self.layers
 
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256
@@ -168,7 +166,7 @@ def find(name: str) -> Geometry:
     """
     short = name.rstrip("/").split("/")[-1]
     if short in SHAPES and not Path(name).is_dir():
-        return Geometry.of(SimpleNamespace(**SHAPES[short]()))
+        return Geometry.of(SimpleNamespace(**SHAPES[short]))
     if name == "tiny":
         from logratio.trainers.policy.tiny import tiny_config
 

@@ -38,32 +38,39 @@ EMPTY_ADAPTER = 1e-8  # coefficient from which a past adapter is left out of a r
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What decides a step's memory beside model and micro-batch, under the names of `logratio train`.
-
-    loss: its options, if not the method's defaults. attn_implementation: None is, as in training, on a GPU
-    `VARLEN` in half precision. accumulates: a step has several micro-batches, so that gradients are there while the
-    next is computed.
-    """
+    """What decides a step's memory beside model and micro-batch, under the names of `logratio train`."""
 
     method: str = "dpo"
     loss: Loss | None = None
+    """None: the method's, with its defaults."""
     dtype: str = "bfloat16"
+    """Of the model's weights."""
     lora_r: int = 0
+    """Rank of adapters on all linear layers; 0 trains the whole model."""
     fused_lora: bool = True
     fused_layers: bool = True
     use_liger_kernel: bool = False
     load_in_4bit: bool = False
+    """QLoRA: frozen weights in nf4."""
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
+    """"sdpa" has a dense mask in every layer, as float32 has by default; None is, as in training, on a GPU `VARLEN` in
+    half precision, which skips what nobody sees."""
     optim: str = "adamw_torch"
+    """One of `OPTIMIZERS`."""
     ref_model_name_or_path: str | None = None
+    """A reference model of its own, counted as large as the policy."""
     precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
+    """How fast the reference follows; with adapters it decides how far its rank grows."""
     reward_kl_coef: float = 0.0
+    """GRPO: above 0 a reference is there for the rewards too."""
     teacher: Geometry | None = None
     accumulates: bool = True
+    """A step has several micro-batches, so that gradients are there while the next is computed."""
     gpu: str | None = "H100"
+    """One of `GPUS`; None: a CPU."""
 
     def __post_init__(self) -> None:
         tables: dict[str, Collection[str]] = {"dtype": ELEMENT, "optim": OPTIMIZERS}
@@ -178,13 +185,7 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
     dequantized = matrix if setup.load_in_4bit else 0
     moments = [
         moment("head forward", accumulated, kept.saved, tile + scored + (0 if trains_head else scored), 0),
-        moment(
-            "backbone backward",
-            accumulated + waits,
-            kept.saved + kept.backward,
-            0,
-            added + dequantized,
-        ),
+        moment("backbone backward", accumulated + waits, kept.saved + kept.backward, 0, added + dequantized),
         moment("optimizer", gradients, 0, 0, 0),
     ]
     if trains_head:
@@ -201,11 +202,6 @@ def predict(config: Any, setup: Setup, batch: Batch) -> Prediction:
         again = scored if {"entropy", "log_z"} & {*loss.stats, *loss.metric_stats} else 0
         moments.append(moment("head backward", accumulated, kept.saved, scored + scaled + again, 0))
     return Prediction(tuple(moments), sum(size.parameters()), sum(trained))
-
-
-def predicted_peak_mem_mib(config: Any, setup: Setup, batch: Batch) -> float:
-    """`Prediction.peak_mem_mib`, to stand beside a measured peak_mem_mib."""
-    return predict(config, setup, batch).peak_mem_mib
 
 
 def trained_sizes(size: Geometry, setup: Setup) -> list[int]:

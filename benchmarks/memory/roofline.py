@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from logratio.losses import Kind
+from logratio.losses import Kind, Loss
 from logratio.trainers.batches.sequences import ROW_MULTIPLE
 
 from .activations import Batch, activations
@@ -39,9 +39,13 @@ class Workload:
 
     def completions(self, setup: Setup) -> int:
         """Of one example."""
-        loss = setup.the_loss
-        pair = 3 if loss.scores_gold else 2
-        return {Kind.PAIRED: pair, Kind.LISTED: LIST, Kind.GROUPED: self.num_generations}.get(loss.kind, 1)
+        return completions_of(setup.the_loss, self.num_generations)
+
+
+def completions_of(loss: Loss, group: int) -> int:
+    """Of one example of the loss; group: of a prompt with rollouts."""
+    pair = 3 if loss.scores_gold else 2
+    return {Kind.PAIRED: pair, Kind.LISTED: LIST, Kind.GROUPED: group}.get(loss.kind, 1)
 
 
 @dataclass(frozen=True)

@@ -186,24 +186,22 @@ def close_in(subject: Subject, failed: int, found: Found, running: dict[int, Tur
 
 def timed(subject: Subject, found: Found, running: dict[int, Turns], repeats: int) -> None:
     """Let them take turns: a round of all, and then of those that are not far from the fastest."""
-    works: dict[str, Callable[[int], Any]] = {str(tokens): turns for tokens, turns in running.items()}
     rounds = len(subject.windows)
-    times = interleaved(works, subject.device, repeats=rounds, warmup=0) if works else {}
-    best = min((sum(values) for values in times.values()), default=0.0)
-    near = {n: w for n, w in works.items() if sum(times[n]) <= SLOWER * best or int(n) == found.asked}
+    times = interleaved(running, subject.device, repeats=rounds, warmup=0) if running else {}
+    best = min(map(sum, times.values()), default=0.0)
+    near = {n: turns for n, turns in running.items() if sum(times[n]) <= SLOWER * best or n == found.asked}
     if repeats > rounds and len(near) > 1:
         more = interleaved(near, subject.device, repeats=repeats - rounds, warmup=0)
-        times |= {name: [*times[name], *values] for name, values in more.items()}
-    asked = str(found.asked)
-    for name, values in times.items():
-        budget = found.of(int(name))
+        times |= {tokens: [*times[tokens], *values] for tokens, values in more.items()}
+    for tokens, values in times.items():
+        budget = found.of(tokens)
         assert budget is not None
         budget.step_ms = statistics.median(values)
-        if asked in times:
-            budget.to_asked = median_ratio({"a": values, "b": times[asked][: len(values)]}, "a", "b")
-    ranked = {int(n): budget.to_asked for n in near if (budget := found.of(int(n))) and budget.to_asked}
+        if found.asked in times:
+            budget.to_asked = median_ratio(values, times[found.asked][: len(values)])
+    ranked = {n: budget.to_asked for n in near if (budget := found.of(n)) and budget.to_asked}
     if ranked:
-        best_tokens = min(ranked, key=lambda tokens: ranked[tokens] or 0.0)
-        found.fastest = best_tokens if (ranked[best_tokens] or 1.0) < 1 - SAME else found.asked
+        fastest = min(ranked, key=ranked.__getitem__)
+        found.fastest = fastest if ranked[fastest] < 1 - SAME else found.asked
     elif near:
-        found.fastest = int(min(near, key=lambda name: sum(times[name])))
+        found.fastest = min(near, key=lambda tokens: sum(times[tokens]))

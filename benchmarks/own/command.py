@@ -10,20 +10,16 @@ fastest --micro_batch_tokens by trial. Nothing is written to the run's output_di
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from logratio.trainers.config import RunConfig
 from logratio.trainers.config.files import read_entries
@@ -34,7 +30,9 @@ from logratio.trainers.migrate import METHODS, method_of
 from logratio.trainers.options import RUN, options_among, parse_train
 
 from ..pages.page import check_target, made, write
+from ..progress import say
 from ..reporting.records import Records, certificate, device_name
+from ..reporting.tables import on_screen
 from . import told
 from .measuring import Measured, measure
 from .page import MAKER, NAME, rendered
@@ -93,7 +91,8 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or Path("bench") / name
     if options.threads:
         torch.set_num_threads(options.threads)
-    with made(output), quiet():
+    quiet()
+    with made(output):
         check_target(output / NAME, MAKER)
         console = Console()
         with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
                 raise no_room(error) from error
             written(found, name, output, options)
         show(found, name, console)
-        console.print(f"{output / NAME}, and lines in {output / LINES}", soft_wrap=True, highlight=False)
+        say(console, f"{output / NAME}, and lines in {output / LINES}")
     return 0
 
 
@@ -142,25 +141,23 @@ def train_words(options: Options, rest: Sequence[str]) -> list[str]:
     return [*([method] if method else []), "--config", str(path), *rest]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without bars of loading weights, and without what torch's profiler says of itself."""
+def quiet() -> None:
+    """No bars of loading weights, and nothing that torch's profiler says of itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    yield
 
 
 def measured(asked: RunConfig, folder: Path, options: Options, console: Console) -> Measured:
-    def say(line: str) -> None:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    def tell(line: str) -> None:
+        say(console, f"  {line}")
 
-    subject = build_subject(asked, folder, options.steps, say)
+    subject = build_subject(asked, folder, options.steps, tell)
     for note in subject.notes:
-        say(note)
+        tell(note)
     case = case_of(asked, subject.run.config)
-    return measure(subject, case, repeats=options.repeats, trl=options.trl, trial=options.trial, say=say)
+    return measure(subject, case, repeats=options.repeats, trl=options.trl, trial=options.trial, say=tell)
 
 
 def written(found: Measured, name: str, output: Path, options: Options) -> None:
@@ -179,27 +176,17 @@ def written(found: Measured, name: str, output: Path, options: Options) -> None:
 
 def show(found: Measured, name: str, console: Console) -> None:
     """Tables on a terminal."""
-    console.print(table(f"{name}: a step", told.COLUMNS, [
+    console.print(on_screen(f"{name}: a step", told.COLUMNS, [
         told.line_of(who, row, short=True) for who, row in found.rows.items() if row["status"] == "ok"
     ]))  # fmt: skip
     rows = [[part, told.mib(a), told.mib(b)] for part, a, b in as_rows(found.memory, found.plan)]
-    console.print(table("memory by part, MiB", ("part", "measured", "planned"), rows))
+    console.print(on_screen("memory by part, MiB", ("part", "measured", "planned"), rows))
     if (looked := found.budgets) is not None:
         lines = [
             [f"{one.tokens:,}", told.ms(one.step_ms), told.mib(one.memory_mib), told.outcome(one, found)]
             for one in looked.budgets
         ]
-        console.print(table("micro_batch_tokens", ("tokens", "step, ms", "memory, MiB", ""), lines))
+        console.print(on_screen("micro_batch_tokens", ("tokens", "step, ms", "memory, MiB", ""), lines))
     plan = f"no plan stands beside it: {found.plan.why_not}" if found.plan.why_not else ""
-    for line in (told.verdict(found), *told.budget_lines(found), told.rollout_line(found), plan):
-        if line:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    found = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for at, column in enumerate(columns):
-        found.add_column(column, justify="left" if at == 0 or not column else "right", overflow="fold")
-    for row in rows:
-        found.add_row(*map(escape, row))
-    return found
+    for line in filter(None, (told.verdict(found), *told.budget_lines(found), told.rollout_line(found), plan)):
+        say(console, line)

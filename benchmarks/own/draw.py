@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 
+from ..pages.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, path, ruled
 from ..pages.thin import ticks
-from ..pages.words import tick
 
-WIDTH = 420
 ROW, BAR = 40, 12
-LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 50, 16, 10, 40, 236
+BOTTOM = 40
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,16 @@ class Point:
 def steps(title: str, points: Sequence[Point], colour: int = 0) -> Markup:
     """A line over points that are evenly apart, its values from 0 on."""
     most = max(point.value for point in points) * 1.08 or 1.0
-    across = (WIDTH - RIGHT - LEFT) / max(len(points) - 1, 1)
-    places = [
-        (LEFT + across * i, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * p.value / most) for i, p in enumerate(points)
-    ]
+    x, y = Scale(0, max(len(points) - 1, 1), LEFT, WIDTH - RIGHT), Scale(0, most, HEIGHT - BOTTOM, TOP)
+    curve = np.arange(len(points), dtype=float), np.array([point.value for point in points])
+    places = list(zip(x(curve[0]).tolist(), y(curve[1]).tolist(), strict=True))
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for value in ticks(0, most, 4):
-        y = HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value / most
-        out.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>')
+    out += ruled(y, ticks(0, most, 4))
     apart = math.ceil(len(points) * 46 / (WIDTH - RIGHT - LEFT))
-    for i, (point, (x, _)) in enumerate(zip(points, places, strict=True)):
-        if i % apart == 0:
-            out.append(
-                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(point.label)}</text>'
-            )
+    for point, (at, _) in list(zip(points, places, strict=True))[::apart]:
+        out.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(point.label)}</text>')
     out.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">micro_batch_tokens</text>')
-    line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    out.append(f'<path class="line s{colour}" d="M{line}"/>')
-    for point, (x, y) in zip(points, places, strict=True):
-        out.append(f'<circle class="column s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{6 if point.marked else 3}"/>')
+    out.append(f'<path class="line s{colour}" d="{path(curve, x, y)}"/>')
+    for point, (at, up) in zip(points, places, strict=True):
+        out.append(f'<circle class="column s{colour}" cx="{at:.1f}" cy="{up:.1f}" r="{6 if point.marked else 3}"/>')
     return Markup("".join(out) + "</svg>")

@@ -11,16 +11,11 @@ from typing import Any
 
 from torch.nn.modules.dropout import _DropoutNd
 
-from logratio.losses import Kind
-from logratio.trainers.data.examples import Example
-from logratio.trainers.loop import count_tokens
-
-from ..measure.clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, wait
+from ..measure.clock import free_memory, interleaved, median_ratio, wait
 from ..measure.profiled import host_share
-from ..measure.saved import saved_mib
-from ..measure.steps.contestants import Contestant, kept_mib
-from ..measure.steps.ledger import difference, gradient
-from ..measure.steps.step import MAX_GRAD_REL_ERR, TRIAL, Figures, attempt, rates, step_of
+from ..measure.steps.contestants import Contestant
+from ..measure.steps.ledger import gradient
+from ..measure.steps.step import Figures, agreeing, attempt, memory, on_trial, rates, step_of, told
 from .budgets import Found, search
 from .ours import Ours, Turns, settle
 from .spent import Reckoned, measured_parts, reckoned
@@ -52,10 +47,12 @@ def measure(
     device = subject.device
     say("memory of a step")
     settle(subject)
-    memory, tokens = measured_parts(subject), subject.run.step.micro_batch_tokens
+    parts_mib, tokens = measured_parts(subject), subject.run.step.micro_batch_tokens
     ours = Ours(subject)
     parts = median_parts([ours.timed_parts(examples) for examples in subject.windows])
-    rows: dict[str, Figures] = {OURS: {"status": "ok", "attention": ours.attention, **padded(subject)}}
+    cuts = [len(subject.cut(window)) for window in subject.windows]
+    rows: dict[str, Figures] = {OURS: {"status": "ok", **told(ours, subject.windows)}}
+    rows[OURS]["micro_batches"] = statistics.fmean(cuts)
     with ExitStack() as stack:
         running: dict[str, Contestant] = {OURS: ours}
         if trl:
@@ -72,12 +69,12 @@ def measure(
         times = interleaved(works, device, repeats=repeats, warmup=0)
         for name, values in times.items():
             rows[name] |= rates(values, subject.windows)
-            rows[name]["time_to_ours"] = median_ratio(times, name, OURS)
+            rows[name]["time_to_ours"] = median_ratio(values, times[OURS])
             wait(device)
             rows[name]["host_share"] = host_share(partial(works[name], repeats), device)
             rows[name]["host_ms"] = rows[name]["host_share"] * rows[name]["step_ms_p50"]
-        rows[OURS]["peak_mem_mib"] = memory["all"] if device.type == "cuda" else None
-        rows[OURS]["saved_mib"] = None if device.type == "cuda" else list(memory.values())[-2]
+        rows[OURS]["peak_mem_mib"] = parts_mib["all"] if device.type == "cuda" else None
+        rows[OURS]["saved_mib"] = None if device.type == "cuda" else list(parts_mib.values())[-2]
         running.clear()
         works.clear()
     free_memory()
@@ -86,18 +83,12 @@ def measure(
     if trial:
         say("other budgets of tokens")
         budgets = search(subject, repeats, say)
-    return Measured(subject, case, rows, memory, plan, parts, budgets, subject.rollout_ms)
-
-
-def on_trial(subject: Subject) -> list[Example]:
-    """A few examples of which both sides take the gradient, in one micro-batch."""
-    window = subject.windows[0]
-    return window[:1] if subject.run.config.loss.kind is Kind.GROUPED else window[:TRIAL]
+    return Measured(subject, case, rows, parts_mib, plan, parts, budgets, subject.rollout_ms)
 
 
 def compared(subject: Subject, case: OwnCase, running: dict[str, Contestant]) -> Figures:
     """Its gradient against ours, without dropout, of which each side draws its own. ArithmeticError beyond rounding."""
-    trial = on_trial(subject)
+    trial = on_trial(case, subject.windows[0])
     grads = {}
     for name in (OURS, TRL):
         rates_before = dropouts(running[name].model)
@@ -106,11 +97,7 @@ def compared(subject: Subject, case: OwnCase, running: dict[str, Contestant]) ->
         grads[name] = gradient(running[name], trial)
         for module, rate in rates_before.items():
             module.p = rate
-    error = difference(grads[TRL], grads[OURS])
-    limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" or case.dtype != "float32" else "float32"]
-    if not error <= limit:  # nor NaN
-        raise ArithmeticError(f"its gradient differs by {error:.1e}, where at most {limit:g} is rounding: not timed")
-    return {"grad_rel_err": error}
+    return agreeing(case, grads[TRL], grads[OURS])
 
 
 def dropouts(model: Any) -> dict[Any, float]:
@@ -120,42 +107,13 @@ def dropouts(model: Any) -> dict[Any, float]:
 
 def warmed(subject: Subject, case: OwnCase, trl: Contestant, works: dict[str, Callable[[int], None]]) -> Figures:
     """Its memory, and every step once; only then it is one of those that are timed."""
-    device = subject.device
-    heaviest = partial(step_of(trl, [trl.prepare(subject.windows[subject.heaviest])]), 0)
-    figures: Figures = {"attention": trl.attention, **padded_by_trl(subject, case)}
-    if device.type == "cuda":
-        heaviest()
-        free_memory()
-        others = allocated_mib(device) - kept_mib(trl)
-        figures["peak_mem_mib"] = peak_mem(heaviest, device, beyond=others)
-    else:
-        models = [m for m in (trl.model, trl.ref_model) if m is not None]
-        kept = saved_mib(heaviest, *models)
-        figures |= {"peak_mem_mib": None, "saved_mib": None if case.gradient_checkpointing else kept}
+    figures = told(trl, subject.windows) | memory(case, trl, subject.windows[subject.heaviest], subject.device)
     step = step_of(trl, [trl.prepare(window) for window in subject.windows])
     for round_ in range(len(subject.windows)):
         step(round_)
     works[TRL] = step
     figures["micro_batch"] = case.per_micro_batch(subject.windows[0])
     return figures
-
-
-def padded(subject: Subject) -> Figures:
-    """Tokens that our forward pass computes a step, padding included; and how many micro-batches that takes."""
-    cuts = [[micro.batch for micro in subject.cut(window)] for window in subject.windows]
-    batches = [batch for cut in cuts for batch in cut]
-    computed, real = sum(b.input_ids.numel() for b in batches), sum(b.num_tokens for b in batches)
-    return {
-        "num_padded_tokens": computed // len(cuts),
-        "padding": 1 - real / computed,
-        "micro_batches": len(batches) / len(cuts),
-    }
-
-
-def padded_by_trl(subject: Subject, case: OwnCase) -> Figures:
-    """The same of TRL's."""
-    computed, real = sum(map(case.padded_by_peer, subject.windows)), sum(map(count_tokens, subject.windows))
-    return {"num_padded_tokens": computed // len(subject.windows), "padding": 1 - real / computed}
 
 
 def median_parts(found: Sequence[dict[str, float]]) -> dict[str, float]:

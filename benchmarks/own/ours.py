@@ -14,7 +14,7 @@ from logratio.trainers.loop import Ahead, take, update
 from logratio.trainers.resume import Progress
 from logratio.trainers.step import Window
 
-from ..measure.steps.contestants import policy_logps, timed_parts
+from ..measure.steps.contestants import computed_in, policy_logps, timed_parts
 from .subject import Subject
 
 
@@ -42,6 +42,9 @@ class Ours:
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         return policy_logps(self.run.policy, examples)
+
+    def computed(self, window: Sequence[Example]) -> tuple[int, int]:
+        return computed_in(self.subject.cut(window))
 
     def timed_parts(self, examples: Sequence[Example]) -> dict[str, float]:
         """As `contestants.timed_parts`."""

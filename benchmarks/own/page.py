@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from markupsafe import Markup
+from typing import Any
 
 from ..pages.options import options, versions
 from ..pages.page import css, mark, template
 from ..pages.runs import Run
+from ..pages.svg import Drawing
 from ..pages.words import duration, number
 from . import told
 from .draw import Bar, Point, bars, steps
@@ -21,12 +20,6 @@ from .spent import as_rows
 HERE = Path(__file__).parent
 MAKER = "logratio bench"
 NAME = "bench.html"
-
-
-class Figure(NamedTuple):
-    title: str
-    note: str
-    svg: Markup
 
 
 def rendered(found: Measured, name: str, certificate: dict[str, Any]) -> str:
@@ -97,33 +90,29 @@ def tiles(found: Measured) -> list[tuple[str, str]]:
     return shown
 
 
-def step_figures(found: Measured) -> list[Figure]:
+def barred(title: str, note: str, rows: list[Bar]) -> Drawing:
+    return Drawing(title, note, bars(title, rows))
+
+
+def step_figures(found: Measured) -> list[Drawing]:
     """A step of each contestant, and the parts of ours."""
-    colours = {OURS: 0, TRL: 1}
-    each = [
-        Bar(
-            name,
-            row["step_ms_p50"],
-            f"{told.ms(row['step_ms_p50'])} ms",
-            colours[name],
-            row["step_ms_p20"],
-            row["step_ms_p80"],
-        )
-        for name, row in found.rows.items()
-        if row["status"] == "ok"
-    ]
+    each = []
+    for name, row in found.rows.items():
+        if row["status"] == "ok":
+            low, middle, high = (row[f"step_ms_{p}"] for p in ("p20", "p50", "p80"))
+            each.append(Bar(name, middle, f"{told.ms(middle)} ms", {OURS: 0, TRL: 1}[name], low, high))
     note = "ms, the median; the line is from the 20th to the 80th percentile"
-    parts = [Bar(name, value, f"{told.ms(value)} ms", 2) for name, value in found.parts.items()]
-    figures = [Figure("Time of a step", note, bars("Time of a step", each))]
-    if parts:
+    figures = [barred("Time of a step", note, each)]
+    if found.parts:
+        parts = [Bar(name, value, f"{told.ms(value)} ms", 2) for name, value in found.parts.items()]
         said = "ms, with the device drained after each part, and so more than the step itself"
-        figures.append(Figure("Parts of our step", said, bars("Parts of our step", parts)))
+        figures.append(barred("Parts of our step", said, parts))
     if found.rollout_ms:
         step = found.rows[OURS]["step_ms_p50"]
         sampled = statistics.median(found.rollout_ms)
         both = [Bar("rollouts and rewards", sampled, duration(sampled / 1e3), 4)]
         both.append(Bar("the update", step, duration(step / 1e3), 0))
-        figures.append(Figure("Rollouts and update", "of one batch of prompts", bars("Rollouts and update", both)))
+        figures.append(barred("Rollouts and update", "of one batch of prompts", both))
     return figures
 
 
@@ -143,7 +132,7 @@ def detail(name: str, row: dict[str, Any], found: Measured) -> tuple[str, str]:
     return name, ", ".join(said)
 
 
-def memory_figure(found: Measured) -> Figure:
+def memory_figure(found: Measured) -> Drawing:
     """Measured and planned, part by part."""
     rows = []
     for part, measured, planned in as_rows(found.memory, found.plan):
@@ -151,10 +140,10 @@ def memory_figure(found: Measured) -> Figure:
             rows.append(Bar(part, measured, f"{told.mib(measured)} MiB", 0))
         if planned is not None:
             rows.append(Bar(f"{part}, planned", planned, f"{told.mib(planned)} MiB", 3))
-    return Figure("Memory of a step by part", "MiB", bars("Memory of a step by part", rows))
+    return barred("Memory of a step by part", "MiB", rows)
 
 
-def budget_figures(found: Measured) -> list[Figure]:
+def budget_figures(found: Measured) -> list[Drawing]:
     """Time and memory over the budgets."""
     looked = found.budgets
     if looked is None:
@@ -163,10 +152,12 @@ def budget_figures(found: Measured) -> list[Figure]:
     figures = []
     if timed:
         points = [Point(f"{one.tokens:,}", one.step_ms or 0.0, one.tokens == looked.fastest) for one in timed]
-        figures.append(Figure("Time by budget", "ms of a step; the fastest is marked", steps("Time by budget", points)))
+        figures.append(
+            Drawing("Time by budget", "ms of a step; the fastest is marked", steps("Time by budget", points))
+        )
     known = [one for one in timed if one.memory_mib is not None]
     if known:
         points = [Point(f"{one.tokens:,}", one.memory_mib or 0.0, one.tokens == looked.largest) for one in known]
         name = told.GPU_MEMORY if told.is_gpu(found) else told.CPU_MEMORY
-        figures.append(Figure(f"{name.capitalize()} by budget", "MiB", steps("Memory by budget", points, 1)))
+        figures.append(Drawing(f"{name.capitalize()} by budget", "MiB", steps("Memory by budget", points, 1)))
     return figures

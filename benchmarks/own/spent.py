@@ -10,26 +10,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from logratio.trainers.config import RunConfig
 from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import REFERENCE_ADAPTER
 
-from ..measure.clock import peak_mem
+from ..measure.clock import gpu_of, peak_mem
 from ..measure.saved import saved_mib
 from ..measure.steps.contestants import stored_in, stored_in_optimizer, stored_mib
 from ..memory.activations import Batch, activations
-from ..memory.geometry import Geometry
-from ..memory.gpus import GPUS, known_as
+from ..memory.geometry import Geometry, find
+from ..memory.gpus import GPUS
 from ..memory.peak import MIB, Setup, predict
 from ..memory.roofline import Plan, step_seconds
+from ..planned import left_out, options_of
 from ..reporting.records import device_name
 from .ours import Turns
 from .subject import Subject
 
-STAYS = ("weights", "adapters", "reference", "optimizer", "gradients")
+STAYS = ("weights", "adapters", "reference", "teacher", "optimizer", "gradients")
 REST = "activations, head, temporaries"
 KEPT = "kept by autograd"
 
@@ -38,7 +36,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
     """MiB of each part of a step, and of all. Takes a step, behind others that have made the optimizer's state."""
     run, device, gpu = subject.run, subject.device, subject.device.type == "cuda"
     turns = Turns(subject, run.step.micro_batch_tokens, subject.heaviest)
-    model, other = run.policy.model, subject.ref_model
+    model, other, teacher = run.policy.model, subject.ref_model, subject.teacher_model
     kept = stored_in(model)
     named = dict(model.named_parameters())
     frozen = [p for name, p in named.items() if f".{REFERENCE_ADAPTER}." in name]
@@ -48,6 +46,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
         "weights": stored_mib(kept) - stored_mib(adapters) - stored_mib(frozen),
         "adapters": stored_mib(adapters),
         "reference": stored_mib(reference),
+        "teacher": 0.0 if teacher is None else stored_mib(stored_in(teacher)),
         "optimizer": stored_mib(stored_in_optimizer(run.optimizer)),
         "gradients": trained_mib(subject),
     }
@@ -61,8 +60,7 @@ def measured_parts(subject: Subject) -> dict[str, float | None]:
 
 def kept_by_autograd(subject: Subject, turns: Turns) -> float | None:
     """MiB at the worst moment of a step; None with gradient checkpointing, which keeps what no hook sees."""
-    models = [m for m in (subject.run.policy.model, subject.ref_model) if m is not None]
-    kept = saved_mib(turns, *models)
+    kept = saved_mib(turns, subject.run.policy.model, subject.ref_model, subject.teacher_model)
     return None if subject.run.config.model.gradient_checkpointing else kept
 
 
@@ -83,8 +81,12 @@ def reckoned(subject: Subject) -> Reckoned:
     step, examples = subject.run.step, subject.windows[subject.heaviest]
     packed = [micro.batch for micro in step.micro_batches(examples, dealt=subject.grouped)]
     try:
-        setup = setup_of(subject, len(packed) > 1)
+        asked = options_of(subject.run.config.as_dict(), gpu=gpu_of(subject.device))
+        attention = subject.run.policy.attention
+        setup = dataclasses.replace(asked, attn_implementation=attention, accumulates=len(packed) > 1)
         size = Geometry.of(subject.run.policy.causal_lm.config)
+        if asked.teacher_model_name_or_path:
+            setup = dataclasses.replace(setup, teacher=find(asked.teacher_model_name_or_path))
     except UserError as error:
         return Reckoned(why_not=str(error))
     batches = [Batch.of(batch) for batch in packed]
@@ -108,51 +110,13 @@ def trained_mib(subject: Subject) -> float:
 def unplanned(subject: Subject) -> str:
     """Why the plan does not apply; empty where it does."""
     config, device = subject.run.config, subject.device
-    if config.train.mixed_precision != "no":
-        return "the plan does not model autocast"
-    if config.loss_class != config.method:
-        return "the plan knows no loss of one's own"
     if config.model.lora_dropout:
         return "the plan does not model dropout"
-    if config.model.adapter_name_or_path:
-        return "the plan does not know the loaded adapter's rank"
-    if config.model.lora_r and list(config.model.lora_target_modules or ()) != ["all-linear"]:
-        return "the plan is of adapters on all linear layers"
+    if said := left_out(config.as_dict()):
+        return said[0]
     if device.type == "cuda" and gpu_of(device) is None:
         return f"the plan knows no {device_name(device)}"
     return ""
-
-
-def gpu_of(device: torch.device) -> str | None:
-    """The table's name of the device; None for a CPU, or a GPU that it has not."""
-    if device.type != "cuda":
-        return None
-    return known_as(device_name(device), torch.cuda.get_device_properties(device).total_memory)
-
-
-def setup_of(subject: Subject, accumulates: bool) -> Setup:
-    """The run as the plan takes it."""
-    config: RunConfig = subject.run.config
-    model, policy = config.model, subject.run.policy
-    return Setup(
-        method=config.method,
-        loss=config.loss,
-        dtype=model.dtype,
-        lora_r=model.lora_r,
-        fused_lora=model.fused_lora and not model.lora_dropout,  # with dropout PEFT's own forward runs
-        fused_layers=model.fused_layers,
-        use_liger_kernel=model.use_liger_kernel,
-        load_in_4bit=model.load_in_4bit,
-        gradient_checkpointing=model.gradient_checkpointing,
-        attn_implementation=policy.attention,
-        optim=config.train.optim,
-        ref_model_name_or_path=model.ref_model_name_or_path,
-        precompute_ref_log_probs=model.precompute_ref_log_probs,
-        sync_ref_model=model.sync_ref_model,
-        ref_model_mixup_alpha=model.ref_model_mixup_alpha or 0.6,
-        accumulates=accumulates,
-        gpu=gpu_of(subject.device),
-    )
 
 
 def plan_of(batches: Sequence[Batch], examples: Sequence[Example], setup: Setup) -> Plan:

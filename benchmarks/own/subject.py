@@ -67,7 +67,15 @@ class Subject:
     @property
     def ref_model(self) -> Any:
         """The reference's weights, where it has its own."""
-        other = reference_model(self.run.step.reference)
+        return self._weights(self.run.step.reference)
+
+    @property
+    def teacher_model(self) -> Any:
+        return self._weights(self.run.step.teacher)
+
+    @staticmethod
+    def _weights(of: Any) -> Any:
+        other = reference_model(of)
         return None if other is None else other.model
 
     def cut(self, examples: Sequence[Example]) -> list[MicroBatch]:
@@ -94,7 +102,7 @@ class Subject:
         return {tokens_key(e): [table[id(c)] for c in e.completions] for w in self.windows for e in w}
 
     def reference_logps(self) -> OldLogps | None:
-        """Of every rollout, under the reference; None without one."""
+        """Of every completion, under the reference; None without one."""
         reference = self.run.step.reference
         if reference is None:
             return None
@@ -120,10 +128,7 @@ def build_subject(
     else:
         sample(subject, items, say)
     if stored and run.step.reference is not None:
-        examples = [example for window in subject.windows for example in window]
-        tokens = run.step.micro_batch_tokens
-        table = precompute(run.step.reference, examples, tokens, subject.device, **run.policy.packing)
-        run.step.reference = StoredReference(table, run.step.reference, run.accelerator)
+        run.step.reference = StoredReference(subject.reference_logps() or {}, run.step.reference, run.accelerator)
         run.config = dataclasses.replace(
             run.config, model=dataclasses.replace(run.config.model, precompute_ref_log_probs=True)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from logratio.losses import Kind, Loss
 from logratio.reference._trl_drive import METHODS, _classes
 from logratio.trainers.config import RunConfig
-from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.adapters import add_adapters
 from logratio.trainers.policy.load import load_model
 
@@ -22,8 +21,6 @@ from ..measure.steps.step_cases import StepCase
 from ..measure.steps.trl_contestant import Trl
 from ..peers.cases import CASES
 from .subject import Subject
-
-FULL, LORA, QLORA = "full", "lora", "qlora"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def case_of(asked: RunConfig, config: RunConfig) -> OwnCase:
     adapters = bool(model.lora_r or model.adapter_name_or_path)
     return OwnCase(
         config.method,
-        (QLORA if model.load_in_4bit else LORA) if adapters else FULL,
+        ("qlora" if model.load_in_4bit else "lora") if adapters else "full",
         model.model_name_or_path,
         ", ".join(name.rstrip("/").split("/")[-1] for name in config.data.dataset_name),
         train.batch_size or 0,
@@ -129,14 +126,11 @@ def loss_options(method: str, loss: Loss, named: set[str]) -> dict[str, Any]:
 
 def check_rows(subject: Subject) -> None:
     """Raises Refused where the rows have what TRL's have not."""
-    if any(c.weights is not None for c in completions(subject)):
+    completions = [c for window in subject.windows for e in window for c in e.completions]
+    if any(c.weights is not None for c in completions):
         raise Refused("TRL has no weights of tokens, which these rows have")
-    if subject.run.config.method != "sft" and any(c.scored is not None for c in completions(subject)):
+    if subject.run.config.method != "sft" and any(c.scored is not None for c in completions):
         raise Refused("TRL has no masks within a completion, which these rows have")
-
-
-def completions(subject: Subject) -> Iterator[Completion]:
-    return (c for window in subject.windows for e in window for c in e.completions)
 
 
 def make_trl(subject: Subject, case: OwnCase, stack: ExitStack) -> Trl:

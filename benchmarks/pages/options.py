@@ -60,7 +60,7 @@ def options(runs: Sequence[Run]) -> list[Option]:
 
 def defaults_of(run: Run) -> dict[tuple[str, str], Any]:
     """(part, name) -> what the option is where nothing is said; of a loss that is not ours nothing is known."""
-    kind, known = LOSSES.get(str(run.config.get("loss_class"))), {}
+    kind = LOSSES.get(str(run.config.get("loss_class")))
     loss = None if kind is None else kind()
     model = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     model |= LORA if run.option("model", "lora_r") else {}

@@ -21,7 +21,7 @@ from .charts import cost as cost_charts
 from .cost import cost
 from .options import options, versions
 from .rollouts import rollouts
-from .runs import Column, Run, read_runs, section, sets_of
+from .runs import Run, read_runs, section, sets_of
 from .svg import Drawing, colour_of, drawn, points_for
 from .words import duration, number, plain, shortened
 
@@ -153,7 +153,7 @@ def rendered(runs: Sequence[Run]) -> str:
         unplanned=alike(runs, [one.why_not for one in costs]),
         cost_names=list(dict.fromkeys(name for one in costs for name in one.lines)),
         rollouts=[(run, one) for run, one in found if one is not None],
-        notes=alike(*spread(runs)),
+        notes=alike([run for run in runs for _ in run.notes], [note for run in runs for note in run.notes]),
         cards=alike(runs, [card_of(run) for run in runs]),
         told=[option for option in table if option.told],
         default=[option for option in table if not option.told],
@@ -184,19 +184,13 @@ def summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         values = [run.last(metric) for run in runs]
         if any(value is not None for value in values):
             lines.append((name, [number(value) for value in values]))
+    in_steps = lambda column: duration(float(np.nansum(column.values)) / 1e3)  # noqa: E731
+    at_most = lambda column: f"{number(float(np.nanmax(column.values)))} MiB"  # noqa: E731
     for metric, name, told in (("step_ms", "time in steps", in_steps), ("peak_mem_mib", "peak memory", at_most)):
         columns = [run.known(metric) for run in runs]
         if any(columns):
             lines.append((name, ["–" if column is None else told(column) for column in columns]))
     return lines
-
-
-def in_steps(step_ms: Column) -> str:
-    return duration(float(np.nansum(step_ms.values)) / 1e3)
-
-
-def at_most(mib: Column) -> str:
-    return f"{number(float(np.nanmax(mib.values)))} MiB"
 
 
 def card_of(run: Run) -> list[dict[str, Any]]:
@@ -225,12 +219,6 @@ def card_of(run: Run) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def spread(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Each note of each run, and whose it is."""
-    pairs = [(run, note) for run in runs for note in run.notes]
-    return [run for run, _ in pairs], [note for _, note in pairs]
 
 
 def alike(runs: Sequence[Run], told: Sequence[Any]) -> list[tuple[list[Run], Any]]:

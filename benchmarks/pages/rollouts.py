@@ -79,7 +79,7 @@ def rollouts(run: Run) -> Rollouts | None:
     for name in [*shown, *(name for name in SAMPLED if name in names)]:
         values = floats(table, name)
         if np.isfinite(values).any():
-            found.histograms.append((name, histogram(name, steps, values, edges)))
+            found.histograms.append((name, histogram(steps, values, edges)))
     if "reward" in names:
         rewards = floats(table, "reward")
         late = np.flatnonzero((steps >= edges[-2]) & np.isfinite(rewards))
@@ -147,17 +147,14 @@ def samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     found = []
     for row in rows:
         one = {name: table[name][row].as_py() for name in table.column_names}
-        figures = [f"reward {number(one['reward'], 3)}"] if isinstance(one.get("reward"), int | float) else []
         parts = [(name.removeprefix("rewards/"), value) for name, value in one.items() if name.startswith("rewards/")]
-        if len(parts) > 1:
-            figures += [f"{name} {number(value, 3)}" for name, value in parts if isinstance(value, int | float)]
-        if isinstance(one.get("advantage"), int | float):
-            figures.append(f"advantage {number(one['advantage'], 3)}")
+        parts = parts if len(parts) > 1 else []
+        figures = numbers([("reward", one.get("reward")), *parts, ("advantage", one.get("advantage"))])
         if one.get("completion_length") is not None:
             figures.append(f"{one['completion_length']} tokens")
         if one.get("finish_reason"):
             figures.append(str(one["finish_reason"]))
-        figures += [f"{name} {number(one[name], 3)}" for name in SAMPLED if isinstance(one.get(name), int | float)]
+        figures += numbers([(name, one.get(name)) for name in SAMPLED])
         if one.get("engine") and one.get("policy_version") is not None:
             figures.append(f"by {one['engine']} with the policy after step {one['policy_version']}")
         prompt, text = text_of(one.get("prompt")), text_of(one["completion"])
@@ -165,7 +162,11 @@ def samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     return found
 
 
-def histogram(name: str, steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> Markup:
+def numbers(named: Sequence[tuple[str, Any]]) -> list[str]:
+    return [f"{name} {number(value, 3)}" for name, value in named if isinstance(value, int | float)]
+
+
+def histogram(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> Markup:
     """Shares of the values, a row of bars for each stretch of steps, over one axis."""
     finite = values[np.isfinite(values)]
     different_values = np.unique(finite)

@@ -179,14 +179,8 @@ def picture(
         f'data-y="{y.low:.12g} {y.high:.12g} {y.start} {y.end} {int(y.log)}">'
     ]
     heights = decades(y.low, y.high) if y.log else ticks(y.low, y.high, 4)
-    for value, label in zip(heights, tick_labels(heights), strict=True):
-        at = float(y(np.array(value)))
-        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
     places = [step for step in ticks(max(x.low, 0), x.high, 5) if step == round(step)]
-    for value, label in zip(places, tick_labels(places), strict=True):
-        at = float(x(np.array(value)))
-        out.append(f'<text x="{at:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
+    out += [*ruled(y, heights), *numbered(x, places, HEIGHT - 8)]
     for colour, steps, low, high in bands:
         around = (np.concatenate([steps, steps[::-1]]), np.concatenate([high, low[::-1]]))
         out.append(f'<path class="band {colour_of(colour)}" d="{path(around, x, y)}Z"/>')
@@ -199,6 +193,25 @@ def picture(
             apart = d.replace("h0", "").replace("L", "M").replace("M", "h0M").removeprefix("h0") + "h0"
             out.append(f'<path class="dot {colour_of(line.colour)}" d="{apart}"/>')
     return Markup("".join(out) + "</svg>")
+
+
+def ruled(y: Scale, heights: Sequence[float]) -> list[str]:
+    """Lines behind a figure, each with its number."""
+    out = []
+    for value, label in zip(heights, tick_labels(heights), strict=True):
+        at = float(y(np.array(value)))
+        out.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+    return out
+
+
+def numbered(x: Scale, places: Sequence[float], below: float) -> list[str]:
+    """The numbers under a figure."""
+    labels = zip(places, tick_labels(places), strict=True)
+    return [
+        f'<text x="{float(x(np.array(v))):.1f}" y="{below:g}" text-anchor="middle">{label}</text>'
+        for v, label in labels
+    ]
 
 
 def path(curve: Curve, x: Scale, y: Scale) -> str:

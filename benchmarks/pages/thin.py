@@ -57,7 +57,7 @@ def means(steps: Sequence[int], values: Sequence[float], *, log: bool = False) -
     return x[at], np.exp(mean) if log else mean
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int) -> list[float]:
     """About so many round numbers within [low, high]: 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,17 +19,20 @@ from transformers import LlamaConfig
 
 from logratio.losses import LOSSES, Kind
 from logratio.reference import oracle, trl
+from logratio.reference._trl_batches import rollouts
 from logratio.trainers.data.examples import Example, prepare
 from logratio.trainers.data.rows import Rows
+from logratio.trainers.ground.provenance import installed
 from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.policy import Policy
-from logratio.trainers.policy.reference import AdapterReference, StoredReference, tokens_key
+from logratio.trainers.policy.reference import AdapterReference
 from logratio.trainers.policy.sharing import why_not_shared
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
 from logratio.trainers.step import Step
 
-from .randoms import old_logps, random_groups, random_model, random_rows, sampled_by_another
+from .randoms import old_logps, plain_logps, random_groups, random_model, random_rows, rollout_rows, sampled_by_another
+from .sides import fill_old
 from .truths import MAX_LENGTH, Gradient
 
 LIGER_VERSION = "0.8.5"
@@ -52,9 +54,9 @@ class Data(NamedTuple):
 
 
 @functools.cache
-def the_model(seed: int = 0) -> Any:
+def the_model() -> Any:
     """A tiny Llama whose adapters are small enough that log-ratios to the reference are a few nats."""
-    return random_model(LlamaConfig, seed, adapters=0.15)
+    return random_model(LlamaConfig, 0, adapters=0.15)
 
 
 @functools.cache
@@ -74,22 +76,9 @@ def _rollouts(seed: int) -> Data:
     examples = random_groups(seed, BATCH // GROUP, GROUP)
     old = old_logps(model, examples, seed)
     behavior = sampled_by_another(old, seed + 1)
-    rows = []
-    for example in examples:
-        with model.disable_adapter(), torch.no_grad():
-            ref = [oracle.sequence_logps(model, example.prompt_ids, c.ids).completion for c in example.completions]
-        for k, completion in enumerate(example.completions):
-            rows.append(
-                {
-                    "prompt_ids": example.prompt_ids,
-                    "completion_ids": completion.ids,
-                    "advantage": (example.advantages or ())[k],
-                    "old_per_token_logps": old[tokens_key(example)][k],
-                    "ref_per_token_logps": ref[k],
-                    "sampling_per_token_logps": behavior[tokens_key(example)][k],
-                }
-            )
-    return Data(rows, examples, old, behavior)
+    with model.disable_adapter():
+        ref = plain_logps(model, examples)
+    return Data(rollout_rows(examples, old, ref, behavior), examples, old, behavior)
 
 
 def chunks(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
@@ -117,18 +106,14 @@ def ours(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     )
     micros = [micro for part in chunks(examples, parts) for micro in step.micro_batches(part)]
     if data.old:
-        old, behavior = (StoredReference(table, reference) for table in (data.old, data.behavior))  # type: ignore[arg-type]
-        for micro in micros:
-            micro.old = old(micro.batch)
-            micro.behavior = behavior(micro.batch) if "sampling_correction" in options else None
-    result = step(micros, step.totals(examples, micros))
-    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
-    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
+        fill_old(micros, reference, data.old, data.behavior if "sampling_correction" in options else None)
+    return Gradient.of(policy.model, step(micros, step.totals(examples, micros)).loss.item())
 
 
 def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     """TRL's. Raises what its trainer raises for options that it refuses."""
-    rows, model, tokenizer = data_of(ours_method(method)).rows, the_model(), tiny_tokenizer()
+    mine = "grpo" if method in ("rloo", "gmpo") else method  # they are loss types here
+    rows, model, tokenizer = data_of(mine).rows, the_model(), tiny_tokenizer()
     if not any(name.startswith("vllm_") for name in options):
         rows = [{name: value for name, value in row.items() if name != "sampling_per_token_logps"} for row in rows]
     if parts == 1:
@@ -138,20 +123,7 @@ def trls(method: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     return Gradient(loss, abs(loss), grads)
 
 
-def ours_method(method: str) -> str:
-    """Our method for TRL's: its rloo and gmpo are loss types of grpo here."""
-    return "grpo" if method in ("rloo", "gmpo") else method
-
-
 # ---------------------------------------------------------------------------------------------- Liger
-def liger_installed() -> str | None:
-    """The installed version of Liger, if any."""
-    try:
-        return importlib.metadata.version("liger-kernel")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def ligers(name: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
     """Liger's chunked loss `name` (DPO, KTO, ORPO, CPO, SimPO, GRPO) on the last hidden states, eager.
 
@@ -175,8 +147,7 @@ def ligers(name: str, options: Mapping[str, Any], parts: int = 1) -> Gradient:
         loss = run(loss_function, model, part, call) / (1 if "num_items_in_batch" in call else parts)
         loss.backward()
         total += loss.item()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return Gradient(total, abs(total), {name: g for name, g in grads.items() if g is not None})
+    return Gradient.of(model, total, abs(total))
 
 
 def _padded(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> SimpleNamespace:
@@ -236,40 +207,14 @@ def kl_of(model: Any, part: Sequence[Example]) -> Tensor:
 
 def _liger_grpo(loss_function: Any, model: Any, part: Sequence[Mapping[str, Any]], call: dict[str, Any]) -> Tensor:
     """Prompts padded left, completions right, as TRL makes them."""
-    width = max(len(row["completion_ids"]) for row in part)
-    start = max(len(row["prompt_ids"]) for row in part)
-
-    def right(name: str) -> Tensor:
-        return pad_sequence([torch.as_tensor(row[name]) for row in part], True, 0)
-
-    ids = [pad_sequence([torch.tensor(row["prompt_ids"]) for row in part], True, 0, "left"), right("completion_ids")]
-    ones = [
-        [torch.ones(len(row[f"{side}_ids"]), dtype=torch.long) for row in part] for side in ("prompt", "completion")
-    ]
-    masks = [pad_sequence(ones[0], True, 0, "left"), pad_sequence(ones[1], True, 0)]
-    batch = SimpleNamespace(ids=torch.cat(ids, 1), mask=torch.cat(masks, 1))
-    hidden = _hidden(model, batch)[:, start - 1 : start - 1 + width]
-    advantages = torch.tensor([row["advantage"] for row in part])
-    return loss_function(
-        hidden,
-        _head(model),
-        ids[1],
-        masks[1],
-        advantages,
-        ref_per_token_logps=right("ref_per_token_logps"),
-        old_per_token_logps=right("old_per_token_logps"),
-        **call,
-    )[0]
-
-
-def change(whole: Gradient, split: Gradient) -> float:
-    """How far the gradient moves when the batch is cut: |split - whole| / |whole|."""
-    names = sorted(whole.grads)
-    a, b = (torch.cat([g.grads[name].flatten().double() for name in names]) for g in (whole, split))
-    return ((b - a).norm() / a.norm()).item()
+    batch = rollouts("grpo", part, 0)
+    ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    hidden = _hidden(model, SimpleNamespace(ids=ids, mask=mask))[:, -batch["completion_ids"].shape[1] :]
+    given = [batch[name] for name in ("completion_ids", "completion_mask", "advantages")]
+    call = call | {name: batch[name] for name in ("ref_per_token_logps", "old_per_token_logps")}
+    return loss_function(hidden, _head(model), *given, **call)[0]
 
 
 def versions() -> dict[str, str | None]:
     """Of everything that the numbers depend on."""
-    names = ("torch", "transformers", "peft", "trl")
-    return {name: importlib.metadata.version(name) for name in names} | {"liger-kernel": liger_installed()}
+    return {name: installed(name) for name in ("torch", "transformers", "peft", "trl", "liger-kernel")}

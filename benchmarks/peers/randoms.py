@@ -124,20 +124,24 @@ def words_of(completion: Completion) -> list[list[int] | None] | None:
     return [part.ids.tolist() or None for part in parts]
 
 
-def old_logps(model: Any, examples: list[Example], seed: int) -> dict[str, list[Tensor]]:
+def plain_logps(model: Any, examples: Sequence[Example]) -> dict[str, list[Tensor]]:
+    """Log-probs of each completion's tokens in plain passes of their own, by `tokens_key`."""
+    with torch.no_grad():
+        return {
+            tokens_key(e): [
+                oracle.sequence_logps(model, e.prompt_ids, c.ids, words_of(c)).completion for c in e.completions
+            ]
+            for e in examples
+        }
+
+
+def old_logps(model: Any, examples: Sequence[Example], seed: int) -> dict[str, list[Tensor]]:
     """Log-probs of a policy some updates ago: today's with noise that takes ratios beyond the clip range."""
     generator = torch.Generator().manual_seed(seed)
-    table: dict[str, list[Tensor]] = {}
-    with torch.no_grad():
-        for example in examples:
-            logps = [
-                oracle.sequence_logps(model, example.prompt_ids, c.ids, words_of(c)).completion
-                for c in example.completions
-            ]
-            table[tokens_key(example)] = [
-                x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in logps
-            ]
-    return table
+    return {
+        key: [x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values]
+        for key, values in plain_logps(model, examples).items()
+    }
 
 
 def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, list[Tensor]]:
@@ -147,3 +151,25 @@ def sampled_by_another(old: dict[str, list[Tensor]], seed: int) -> dict[str, lis
         key: [x + 0.3 * torch.randn(x.shape, generator=generator).to(x.dtype) for x in values]
         for key, values in old.items()
     }
+
+
+def rollout_rows(
+    examples: Sequence[Example],
+    old: dict[str, list[Tensor]],
+    ref: dict[str, list[Tensor]],
+    behavior: dict[str, list[Tensor]] | None = None,
+) -> list[dict[str, Any]]:
+    """Rollouts as the driver of TRL takes them, a row for each completion. behavior: of what sampled them, where a
+    correction is to know it."""
+    return [
+        {
+            "prompt_ids": example.prompt_ids,
+            "completion_ids": completion.ids,
+            "advantage": (example.advantages or ())[k],
+            "old_per_token_logps": old[tokens_key(example)][k],
+            "ref_per_token_logps": ref[tokens_key(example)][k],
+            "sampling_per_token_logps": None if behavior is None else behavior[tokens_key(example)][k],
+        }
+        for example in examples
+        for k, completion in enumerate(example.completions)
+    ]

@@ -5,6 +5,7 @@ Ours is cut into several micro-batches; the oracle has plain unpadded passes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import StoredReference
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import Step
+from logratio.trainers.step import MicroBatch, Step
 
 from .case import Case
 from .randoms import random_rows
 from .truths import LONGEST, MAX_LENGTH, Gradient, Subject
 
 MICRO_BATCH_TOKENS = 40
+
+Table = dict[str, list[Tensor]]
+"""`tokens_key` of an example -> log-probs of its completions."""
 
 
 def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
@@ -46,14 +50,16 @@ def ours(case: Case, subject: Subject, dtype: torch.dtype) -> Gradient:
     examples = subject.examples(case)
     micros = step.micro_batches(examples)
     if loss.kind is Kind.GROUPED:
-        old = StoredReference(subject.old(dtype, case.kept), reference)
-        behavior = StoredReference(subject.behavior(dtype, case.kept), reference)
-        for micro in micros:
-            micro.old = old(micro.batch)
-            micro.behavior = behavior(micro.batch) if case.sampled else None
-    result = step(micros, step.totals(examples, micros))
-    grads = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
-    return Gradient(result.loss.item(), 0.0, {name: g for name, g in grads.items() if g is not None})
+        behavior = subject.behavior(dtype, case.kept) if case.sampled else None
+        fill_old(micros, reference, subject.old(dtype, case.kept), behavior)
+    return Gradient.of(policy.model, step(micros, step.totals(examples, micros)).loss.item())
+
+
+def fill_old(micros: Sequence[MicroBatch], live: Any, old: Table, behavior: Table | None) -> None:
+    """Give rollouts the log-probs of the old policy, and of what sampled them, where a correction is to know it."""
+    for micro in micros:
+        micro.old = StoredReference(old, live)(micro.batch)
+        micro.behavior = None if behavior is None else StoredReference(behavior, live)(micro.batch)
 
 
 def trls(case: Case, subject: Subject) -> Gradient:
@@ -143,41 +149,29 @@ def oracle_grpo(case: Case, subject: Subject, examples: list[Example]) -> tuple[
     size = len(examples[0].completions)
     out = [x for e in examples for k in range(size) for x in subject.policy_passes([e], k)]
     ref = [x for e in examples for k in range(size) for x in subject.reference_passes([e], k)]
-    policy, entropy = [x.completion for x in out], [x.entropy for x in out]
     old, behavior = (
         [x for parts in table(torch.float64, case.kept).values() for x in parts]
         for table in (subject.old, subject.behavior)
     )
     advantages = [a for e in examples for a in e.advantages or ()]
-    prompts = [i for i, _ in enumerate(examples) for _ in range(size)]
-    drawn = [[x] for x in behavior] if case.sampled else [None] * len(old)
-    loss = oracle.grpo(
-        policy,
-        old,
-        ref,
-        advantages,
-        prompts=prompts,
-        entropy=entropy,
-        behavior_logps=behavior if case.sampled else None,
-        log_sum_p2=[x.log_sum_p2 for x in out],
-        **case.options,
-    )
+
+    def of(which: Sequence[int]) -> Tensor:
+        return oracle.grpo(
+            [out[i].completion for i in which],
+            [old[i] for i in which],
+            [ref[i] for i in which],
+            [advantages[i] for i in which],
+            prompts=[i // size for i in which],
+            entropy=[out[i].entropy for i in which],
+            behavior_logps=[behavior[i] for i in which] if case.sampled else None,
+            log_sum_p2=[out[i].log_sum_p2 for i in which],
+            **case.options,
+        )
+
+    every = range(len(out))
+    loss = of(every)
     with torch.no_grad():
-        alone = [
-            oracle.grpo(
-                [p],
-                [o],
-                [r],
-                [a],
-                prompts=[0],
-                entropy=[h],
-                behavior_logps=b,
-                log_sum_p2=[x.log_sum_p2],
-                **case.options,
-            )
-            for p, o, r, a, h, b, x in zip(policy, old, ref, advantages, entropy, drawn, out, strict=True)
-        ]
-    return loss, sum(abs(x.item()) for x in alone) / len(alone)
+        return loss, sum(abs(of([i]).item()) for i in every) / len(every)
 
 
 ORACLES = {

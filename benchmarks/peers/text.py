@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .trainers.rows import LAW_REASONS
@@ -74,9 +74,9 @@ def markdown(atlas: dict[str, Any]) -> str:
     return "\n".join(out)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *(list(row) for row in rows)]
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown; what would end a cell is escaped."""
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
@@ -95,9 +95,9 @@ def _variants(atlas: dict[str, Any], peer: str) -> str:
             ]
             for row in others
         )
-        out.append(_table(["variant", "", "gradient differs by", "why"], cells))
+        out.append(table(["variant", "", "gradient differs by", "why"], cells))
     cells = ([_code(row["variant"]), *(_number(row, key) for key in ("loss_rel_err", "grad_rel_err"))] for row in equal)
-    out.append(_table(["equal", "relative error of the loss", "of the gradient"], cells))
+    out.append(table(["equal", "relative error of the loss", "of the gradient"], cells))
     return "\n".join(out)
 
 
@@ -120,7 +120,7 @@ def _splits(atlas: dict[str, Any]) -> str:
         said = {reason: [p for p, r in row["reasons"].items() if r == reason] for reason in row["reasons"].values()}
         why = " ".join(f"{', '.join(PEER_NAMES[p] for p in peers)}: {reason}" for reason, peers in said.items())
         rows.append([_code(row["variant"]), *(cell(row, who) for who in (*PEER_NAMES, "ours")), why])
-    return _table(["variant", *PEER_NAMES.values(), "ours", "why"], rows)
+    return table(["variant", *PEER_NAMES.values(), "ours", "why"], rows)
 
 
 def _faults(atlas: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _faults(atlas: dict[str, Any]) -> str:
         exact = "" if row["exact"] is None else f"{row['exact']:.4g}"
         results = [row[who]["shown"] if who in row else "" for who in (*PEER_NAMES, "ours")]
         rows.append([row["fault"], row["cause"], exact, *results])
-    return _table(["input", "what happens", "exact loss", *PEER_NAMES.values(), "ours"], rows)
+    return table(["input", "what happens", "exact loss", *PEER_NAMES.values(), "ours"], rows)
 
 
 def _laws(atlas: dict[str, Any]) -> str:
@@ -141,4 +141,4 @@ def _laws(atlas: dict[str, Any]) -> str:
         rows.append(
             [row["trainer"], f"{len(row['held'])}", "<br>".join(broken), ", ".join(map(_code, row["not_asked"]))]
         )
-    return _table(["trainer", "laws held", "broken", "not asked"], rows)
+    return table(["trainer", "laws held", "broken", "not asked"], rows)

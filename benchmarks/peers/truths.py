@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from logratio.trainers.policy.teacher import Teacher
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
 from .case import Case
-from .randoms import old_logps, random_groups, random_model, random_rows, sampled_by_another, words_of
+from .randoms import old_logps, random_groups, random_model, random_rows, rollout_rows, sampled_by_another, words_of
 
+Kept = TypeVar("Kept")
 MAX_LENGTH = 1024
 LONGEST = 12
 """Characters of a verified completion: exp(r) is as wrong as its sum of float32 log-probs, in TRL too."""
@@ -42,6 +43,20 @@ class Gradient:
     loss: float
     scale: float
     grads: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any, loss: float, scale: float = 0.0) -> Gradient:
+        """Of a loss that has gone backward through the model."""
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return cls(loss, scale, {name: g for name, g in grads.items() if g is not None})
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """|a - b| / |b| of whole gradients. Raises ValueError where they are not of the same parameters."""
+    if a.keys() != b.keys():
+        raise ValueError(f"gradients of different parameters: {sorted(a.keys() ^ b.keys())[:4]}")
+    above = sum((a[k].double() - b[k].double()).square().sum().item() for k in b)
+    return (above / sum(b[k].double().square().sum().item() for k in b)) ** 0.5
 
 
 def exact(model: Any) -> Any:
@@ -70,11 +85,12 @@ class Subject:
         self.noise: torch.Generator | None = None
         self.graphs: list[tuple[Tensor, Tensor]] = []  # a leaf that losses are given, and what it was computed as
 
-    def once(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    def once(self, key: tuple[Any, ...], compute: Callable[[], Kept]) -> Kept:
         """`compute()`, of the first call with this key."""
         if key not in self.kept:
             self.kept[key] = compute()
-        return self.kept[key]
+        kept: Kept = self.kept[key]
+        return kept
 
     def policy(self, dtype: torch.dtype) -> Policy:
         """A copy of the model as a policy, without a gradient."""
@@ -84,7 +100,7 @@ class Subject:
             policy.shared = not why_not_shared(policy)
             return policy
 
-        policy: Policy = self.once(("policy", dtype), make)
+        policy = self.once(("policy", dtype), make)
         policy.zero_grad(set_to_none=True)
         return policy
 
@@ -95,8 +111,7 @@ class Subject:
         def remembered(batch: PackedBatch) -> Tensor:
             kept = any(c.support is not None for e in batch.examples for c in e.completions)
             key = ("reference", dtype, kept, *stats, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
-            logps: Tensor = self.once(key, lambda: live(batch))
-            return logps
+            return self.once(key, lambda: live(batch))
 
         return remembered
 
@@ -122,40 +137,24 @@ class Subject:
             table = old_logps(self.models[torch.float64], random_groups(self.seed, kept=kept), self.seed)
             return {key: [x.float().to(dtype) for x in values] for key, values in table.items()}
 
-        table: dict[str, list[Tensor]] = self.once(("old", dtype, kept), make)
-        return table
+        return self.once(("old", dtype, kept), make)
 
     def behavior(self, dtype: torch.dtype, kept: int | None = None) -> dict[str, list[Tensor]]:
         """The same of what drew the rollouts where that was not the old policy."""
-
-        def make() -> dict[str, list[Tensor]]:
-            return sampled_by_another(self.old(dtype, kept), self.seed + 1)
-
-        table: dict[str, list[Tensor]] = self.once(("behavior", dtype, kept), make)
-        return table
+        return self.once(("behavior", dtype, kept), lambda: sampled_by_another(self.old(dtype, kept), self.seed + 1))
 
     def rollout_rows(self, sampled: bool = False) -> list[dict[str, Any]]:
         """`random_groups` as the driver of TRL takes them, with a reference in float32, as its trainer computes it.
 
         sampled: with `behavior`.
         """
-        old, behavior, rows = self.old(torch.float32), self.behavior(torch.float32), []
-        for example in random_groups(self.seed):
-            ref = [self.passed(example, k, torch.float32, reference=True) for k in range(len(example.completions))]
-            for k, (completion, advantage) in enumerate(
-                zip(example.completions, example.advantages or (), strict=True)
-            ):
-                rows.append(
-                    {
-                        "prompt_ids": example.prompt_ids,
-                        "completion_ids": completion.ids,
-                        "advantage": advantage,
-                        "old_per_token_logps": old[tokens_key(example)][k],
-                        "ref_per_token_logps": ref[k].completion,
-                        "sampling_per_token_logps": behavior[tokens_key(example)][k] if sampled else None,
-                    }
-                )
-        return rows
+        float32 = torch.float32
+        ref = {
+            tokens_key(e): [self.passed(e, k, float32, reference=True).completion for k in range(len(e.completions))]
+            for e in random_groups(self.seed)
+        }
+        behavior = self.behavior(float32) if sampled else None
+        return rollout_rows(random_groups(self.seed), self.old(float32), ref, behavior)
 
     def passed(
         self, example: Example, which: int, dtype: torch.dtype = torch.float64, *, reference: bool = False
@@ -177,9 +176,7 @@ class Subject:
             self.graphs += zip(leaves, out, strict=True)
             return leaves
 
-        key = ("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference)
-        passed: SequenceLogps = self.once(key, compute)
-        return passed
+        return self.once(("passed", tuple(example.prompt_ids), tuple(ids), str(words), dtype, reference), compute)
 
     def teacher(self, policy: Policy, dtype: torch.dtype, anchored: bool) -> Teacher:
         """The model without its adapters: the policy's own weights, or others."""
@@ -207,8 +204,8 @@ class Subject:
 
         exact, off = self.once(("divergences", tuple(ids), first, beta, temperature), compute)
         if self.noise is None:
-            return exact  # type: ignore[no-any-return]
-        return exact + (2 * torch.randint(2, (), generator=self.noise) - 1) * off  # type: ignore[no-any-return]
+            return exact
+        return exact + (2 * torch.randint(2, (), generator=self.noise) - 1) * off
 
     def policy_passes(self, examples: Sequence[Example], which: int) -> list[SequenceLogps]:
         """In float64, of every example's completion number `which`."""
@@ -257,10 +254,8 @@ class Subject:
         return {name: part.view_as(p) for (name, p), part in zip(trained.items(), parts, strict=True)}
 
 
-@cache
-def subject_of(config: Any, seed: int) -> Subject:
-    """The one of this configuration and seed."""
-    return Subject(config, seed)
+subject_of = cache(Subject)
+"""The one of a configuration and a seed."""
 
 
 def jacobian(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -90,5 +90,6 @@ CHOICES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "empty_example": lambda: [{"row": 1}],
     "low_precision": lambda: [{"dtype": torch.bfloat16}, {"dtype": torch.float16}],
     "direction": lambda: [{"level": 1.0}],
+    "renumbered": lambda: [{"first": 2**25}, {"first": 2**42}],
 }
 """law -> what its equation speaks of beside the batch."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -26,17 +25,8 @@ PROJECTS = {
     "torchtune": ("torchtune", "0.6.1"),
 }
 """project -> its distribution, and the version of which the reasons speak."""
-INSTALL = "pip install --no-deps " + " ".join(
-    f"{name}=={PROJECTS[p][1]}" for p, (name, _) in PROJECTS.items() if p[0] in "vOt"
-)
-
-
-def version_of(project: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(PROJECTS[project][0])
-    except importlib.metadata.PackageNotFoundError:
-        return None
+ALONE = ("verl", "OpenRLHF", "torchtune")
+INSTALL = "pip install --no-deps " + " ".join("==".join(PROJECTS[project]) for project in ALONE)
 
 
 class StandIn(types.ModuleType):

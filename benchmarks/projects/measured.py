@@ -12,10 +12,11 @@ import torch
 from logratio.losses.types import Loss
 from logratio.reference.function_laws import advantage, kernel
 from logratio.reference.laws import LAWS, LawViolation, check_advantage, check_kernel, laws_of
+from logratio.trainers.ground.provenance import installed
 
 from . import of_liger, of_openrlhf, of_ours, of_torchtune, of_trl, of_verl
 from .examples import examples
-from .installed import PROJECTS, version_of
+from .installed import PROJECTS
 from .subjects import OURS, Subject
 
 SUBJECTS: dict[str, Callable[[], list[Subject]]] = {
@@ -30,12 +31,6 @@ FLOAT32 = 1e-6
 """Relative difference of values that some compute in float32 whatever they are given: no break."""
 LONGEST = 160
 """Characters of what a law says, beyond which it is cut."""
-
-
-def present() -> dict[str, str]:
-    """project -> the version that is installed."""
-    found = {project: version_of(project) for project in PROJECTS}
-    return {project: version for project, version in found.items() if version is not None}
 
 
 def measure_subject(subject: Subject) -> dict[str, Any]:
@@ -129,7 +124,8 @@ def shortened(text: str) -> str:
 
 def measure_projects(told: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
     """All that the tables say, ready for JSON. told: is given each project's name before it is measured."""
-    versions, rows = present(), []
+    rows = []
+    versions = {project: version for project, (name, _) in PROJECTS.items() if (version := installed(name))}
     for project, subjects in SUBJECTS.items():
         if project in versions or project == "ours":
             told(project)

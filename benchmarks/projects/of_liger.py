@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logratio.losses.types import CompletionLogps, Totals
 
-from .subjects import GIVEN_SUMS, LOW, STOPPED, Subject, of, pairs, pairs_alone, rollouts, share
+from .subjects import GIVEN_SUMS, LOW, SMOOTHED, STOPPED, Subject, of, pairs, pairs_alone, rollouts, share
 
 DPO = ("sigmoid", "hinge", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")
 GRPO: dict[str, dict[str, Any]] = {
@@ -24,40 +24,42 @@ GRPO: dict[str, dict[str, Any]] = {
 }
 
 
-def grpo(name: str, told: bool = False, **options: Any) -> Any:
-    """beta 0. A micro-batch's loss is weighted with its share of the step, but where the function knows the step."""
+def grpo(told: bool = False, **options: Any) -> Any:
+    """beta 0, if it is not given. A micro-batch's loss is weighted with its share of the step, but where the function
+    knows the step."""
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction as Function
 
-    def fn(policy: CompletionLogps, advantages: Tensor, old: CompletionLogps | None, totals: Totals) -> Tensor:
+    def fn(
+        policy: CompletionLogps, advantages: Tensor, old: Any, totals: Totals, ref: CompletionLogps | None = None
+    ) -> Tensor:
         logps = policy.per_token_logps
         mask = policy.completion_mask.to(logps.dtype)
-        more = {"num_items_in_batch": torch.tensor(float(totals.num_tokens))} if told else {}
-        given: dict[str, Any] = {"old_per_token_logps": None if old is None else old.per_token_logps}
-        given |= {"beta": 0.0, "loss_type": name.partition(",")[0], **options, **more}
+        given: dict[str, Any] = {"beta": 0.0, "use_bias_correction_kl": True, **options}
+        given |= {"num_items_in_batch": torch.tensor(float(totals.num_tokens))} if told else {}
+        for name, said in (("old", old), ("ref", ref)):
+            given[f"{name}_per_token_logps"] = None if said is None else said.per_token_logps
         part = Function.ppo_loss_fn(logps, mask, advantages, mask, **given)[0]
         return part if told else share(policy, totals) * part
 
     return rollouts(fn)
 
 
-def dpo(name: str) -> Any:
+def dpo(**options: Any) -> Any:
     from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction as Function
-
-    options = {"label_smoothing": 0.1} if name == "robust" else {}
 
     def fn(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
         refs = {"ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
         full = torch.zeros(2 * len(chosen), 1)
-        return Function.preference_loss_fn(chosen, rejected, full, **refs, loss_type=name, **options)[0]
+        return Function.preference_loss_fn(chosen, rejected, full, **refs, **options)[0]
 
     return pairs(fn)
 
 
-def orpo() -> Any:
+def orpo(beta: float = 1.0) -> Any:
     from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction as Function
 
     def fn(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return Function.preference_loss_fn(chosen, rejected, torch.zeros(2 * len(chosen), 1), beta=1.0)[0]
+        return Function.preference_loss_fn(chosen, rejected, torch.zeros(2 * len(chosen), 1), beta=beta)[0]
 
     return pairs_alone(fn, averages=True)
 
@@ -73,8 +75,11 @@ def subjects() -> list[Subject]:
     out = []
     for name, options in GRPO.items():
         stopped = STOPPED if name.startswith(("cispo", "vespo")) else {}
-        out.append(of("Liger", "loss", f"GRPO {name}", grpo(name, **options), not_asked=stopped))
-    out += [of("Liger", "loss", f"DPO {name}", dpo(name), not_asked=GIVEN_SUMS) for name in DPO]
+        fn = grpo(loss_type=name.partition(",")[0], **options)
+        out.append(of("Liger", "loss", f"GRPO {name}", fn, not_asked=stopped))
+    for name in DPO:
+        fn = dpo(loss_type=name, **SMOOTHED.get(name, {}))
+        out.append(of("Liger", "loss", f"DPO {name}", fn, not_asked=GIVEN_SUMS))
     out.append(of("Liger", "loss", "ORPO, the odds", orpo(), not_asked=GIVEN_SUMS))
     out.append(of("Liger", "head", "LigerFusedLinearPPOBase.chunk_forward", head, claims=LOW))
     return out

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logratio.losses.types import CompletionLogps, Totals
+from logratio.losses.types import CompletionLogps, Kind, Totals
 
 from .installed import module_of
-from .subjects import FLOAT32, GIVEN_SUMS, NEEDS_OLD, Subject, of, pairs, rollouts, sequences
+from .subjects import FLOAT32, GIVEN_SUMS, NEEDS_OLD, Subject, of, pairs, peer, rollouts
 
 ABSENT = ("deepspeed", "ray", "openrlhf.trainer.ray")
 ADVANTAGES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def sft_loss(losses: Any, token_level: bool) -> Any:
         logps = policy.per_token_logps
         return asked(logps, policy.completion_mask.to(logps.dtype), **told(totals))
 
-    return sequences(fn)
+    return peer(Kind.SEQUENCE, fn)
 
 
 def advantage(name: str) -> Callable[[Tensor], Tensor]:

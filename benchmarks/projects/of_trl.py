@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from logratio.benchmarks.peers.peers import data_of, the_model
-from logratio.benchmarks.peers.tensors import trainer_of
 from logratio.losses.types import CompletionLogps, Kind, PairLogps, Totals
 from logratio.reference import trl
+from logratio.reference._trl_drive import built
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from .subjects import FLOAT32, GIVEN_SUMS, STOPPED, Peer, Subject, of, pairs_alone, rollouts, share
+from .subjects import FLOAT32, GIVEN_SUMS, SMOOTHED, STOPPED, Peer, Subject, of, pairs_alone, peer, rollouts, share
 
 GRPO = ("dapo", "grpo", "bnpo", "luspo", "sapo", "cispo", "vespo")
 TOLD = ("dapo", "cispo", "vespo")
@@ -32,34 +32,45 @@ ZEROS = {
 
 
 @contextmanager
-def grpo(name: str) -> Iterator[Peer]:
-    """beta 0, weights of the step as one window of accumulation."""
+def trainer_of(method: str, rows: Sequence[Any], **options: Any) -> Iterator[Any]:
+    """TRL's trainer on the tiny model."""
+    options["per_device_train_batch_size"] = max(2, len(rows))
+    with built(method, the_model(), tiny_tokenizer(), rows, None, 1024, options) as trainer:
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        yield trainer
+
+
+@contextmanager
+def grpo(method: str = "grpo", **options: Any) -> Iterator[Peer]:
+    """The step as one window of accumulation. method: grpo or rloo."""
     row = {"prompt_ids": [1], "completion_ids": [1], "advantage": 1.0, "old_per_token_logps": [-1.0]}
     row |= {"ref_per_token_logps": [-1.0]}
-    more = {"epsilon_high": 5.0} if name == "cispo" else {}
-    with trainer_of("grpo", [row], loss_type=name, **more) as trainer:
+    with trainer_of(method, [row], **options) as trainer:
 
-        def fn(policy: CompletionLogps, advantages: Tensor, old: CompletionLogps | None, totals: Totals) -> Tensor:
+        def fn(
+            policy: CompletionLogps, advantages: Tensor, old: Any, totals: Totals, ref: CompletionLogps | None = None
+        ) -> Tensor:
             logps = policy.per_token_logps
             mask, prompt = policy.completion_mask.long(), torch.ones(len(logps), 1, dtype=torch.int64)
             inputs: dict[str, Any] = {"prompt_ids": prompt, "prompt_mask": prompt, "advantages": advantages}
             inputs |= {"completion_ids": mask, "completion_mask": mask}
             inputs["num_items_in_batch"] = torch.tensor(float(totals.num_tokens))
-            if old is not None:
-                inputs["old_per_token_logps"] = old.per_token_logps
+            for name, said in (("old", old), ("ref", ref)):
+                if said is not None:
+                    inputs |= {f"{name}_per_token_logps": said.per_token_logps, f"{name}_logps": said.sums}
             trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logps, torch.zeros_like(logps), None)
-            trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
-            part = trainer._compute_loss(trainer.model, inputs)
-            return part if name in TOLD else share(policy, totals) * part
+            trainer.args.steps_per_generation = 1
+            part = trainer.compute_loss(trainer.model, inputs)
+            return part if options.get("loss_type", TOLD[0]) in TOLD else share(policy, totals) * part
 
         yield rollouts(fn)
 
 
 @contextmanager
-def dpo(name: str) -> Iterator[Peer]:
+def dpo(**options: Any) -> Iterator[Peer]:
     """The model is one that returns the log-probs, 0 where nothing is scored, as TRL's head does."""
-    options = {"label_smoothing": 0.1} if name == "robust" else {}
-    with trainer_of("dpo", data_of("dpo").rows[:2], loss_type=name, **options) as trainer:
+    with trainer_of("dpo", data_of("dpo").rows[:2], **options) as trainer:
 
         def model(both: PairLogps, width: int) -> Callable[..., Any]:
             logps = torch.cat([pad(x.logps, (0, width - x.logps.shape[1])) for x in (both.chosen, both.rejected)])
@@ -76,20 +87,18 @@ def dpo(name: str) -> Iterator[Peer]:
             trainer.ref_model = model(ref, width)
             return share(policy, totals) * trainer.compute_loss(model(policy, width), inputs)
 
-        yield type("Pairs", (Peer,), {"kind": Kind.PAIRED, "wants_reference": True, "fn": staticmethod(called)})()
+        yield peer(Kind.PAIRED, called, wants_reference=True)
 
 
 @contextmanager
-def cpo(name: str) -> Iterator[Peer]:
-    with trainer_of("cpo", data_of("cpo").rows[:2], loss_type=name) as trainer:
-        yield pairs_alone(
-            lambda chosen, rejected: trainer.cpo_loss(chosen, rejected)[0].mean(), averages=name == "simpo"
-        )
+def cpo(averages: bool = False, **options: Any) -> Iterator[Peer]:
+    with trainer_of("cpo", data_of("cpo").rows[:2], **options) as trainer:
+        yield pairs_alone(lambda chosen, rejected: trainer.cpo_loss(chosen, rejected)[0].mean(), averages)
 
 
 @contextmanager
-def orpo() -> Iterator[Peer]:
-    with trainer_of("orpo", data_of("orpo").rows[:2], beta=1.0) as trainer:
+def orpo(beta: float = 1.0) -> Iterator[Peer]:
+    with trainer_of("orpo", data_of("orpo").rows[:2], beta=beta) as trainer:
         yield pairs_alone(lambda chosen, rejected: -trainer.odds_ratio_loss(chosen, rejected)[0].mean(), averages=True)
 
 
@@ -115,11 +124,15 @@ def subjects() -> list[Subject]:
     out = []
     for name in GRPO:
         stopped = STOPPED if name in ("cispo", "vespo") else {}
-        out.append(Subject("TRL", "loss", f"GRPO {name}", functools.partial(grpo, name), stopped))
-    out += [Subject("TRL", "loss", f"DPO {name}", functools.partial(dpo, name), ZEROS) for name in DPO]
-    out += [
-        Subject("TRL", "loss", f"CPO {name}, the preference", functools.partial(cpo, name), GIVEN_SUMS) for name in CPO
-    ]
+        more: dict[str, Any] = {"epsilon_high": 5.0} if name == "cispo" else {}
+        opened = functools.partial(grpo, loss_type=name, **more)
+        out.append(Subject("TRL", "loss", f"GRPO {name}", opened, stopped))
+    for name in DPO:
+        opened = functools.partial(dpo, loss_type=name, **SMOOTHED.get(name, {}))
+        out.append(Subject("TRL", "loss", f"DPO {name}", opened, ZEROS))
+    for name in CPO:
+        opened = functools.partial(cpo, averages=name == "simpo", loss_type=name)
+        out.append(Subject("TRL", "loss", f"CPO {name}, the preference", opened, GIVEN_SUMS))
     out.append(Subject("TRL", "loss", "ORPO, the odds", orpo, GIVEN_SUMS))
     out.append(of("TRL", "advantage", "GRPO", advantage("grpo"), claims=FLOAT32))
     out.append(of("TRL", "advantage", "RLOO", advantage("rloo"), claims={"scale": "linear", **FLOAT32}))

@@ -48,17 +48,11 @@ def algorithms() -> Any:
     return module_of("verl.trainer.ppo.core_algos", ABSENT)
 
 
-@cache
-def functional() -> Any:
-    return module_of("verl.utils.torch_functional", ABSENT)
-
-
 def loss(name: str, mode: str) -> Any:
     """With clip ratios of 0.2 and the other defaults of its `ActorConfig`."""
-    core = algorithms()
     options = {"strategy": "fsdp", "rollout_n": 2, "ppo_micro_batch_size_per_gpu": 1}
     config = module_of("verl.workers.config", ABSENT).ActorConfig(**options)
-    asked = core.get_policy_loss_fn(name)
+    asked = algorithms().get_policy_loss_fn(name)
 
     def fn(policy: CompletionLogps, advantages: Tensor, old: CompletionLogps, totals: Totals) -> Tensor:
         told = {"dp_size": 1, "batch_num_tokens": totals.num_tokens, "global_batch_size": totals.num_sequences}
@@ -72,8 +66,7 @@ def loss(name: str, mode: str) -> Any:
 
 def advantage(name: str) -> Callable[..., Tensor]:
     """The reward stands at the last token; all completions have one, but where lengths count."""
-    core = algorithms()
-    asked = core.get_adv_estimator_fn(name)
+    asked = algorithms().get_adv_estimator_fn(name)
     config = SimpleNamespace(gamma=1.0, get=lambda key, default=None: default)
 
     def estimated(rewards: Tensor, lengths: Tensor, baseline: Tensor | None = None) -> Tensor:
@@ -98,7 +91,8 @@ def advantage(name: str) -> Callable[..., Tensor]:
 
 def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Its log-probs of logits."""
-    return functional().logprobs_from_logits(torch.nn.functional.linear(hidden, weight), targets)
+    functional = module_of("verl.utils.torch_functional", ABSENT)
+    return functional.logprobs_from_logits(torch.nn.functional.linear(hidden, weight), targets)
 
 
 def fused_head(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int = 512) -> Tensor:

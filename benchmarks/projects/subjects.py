@@ -25,6 +25,8 @@ FLOAT32 = {"dtype": torch.float32}
 """Of advantages: what rewards are in their trainers."""
 LOW = {"dtypes": (torch.float32, torch.bfloat16, torch.float16)}
 """Of a head that computes in float32 whatever it is given."""
+SMOOTHED: dict[str, dict[str, Any]] = {"robust": {"label_smoothing": 0.1}}
+"""loss_type -> what it needs."""
 STOPPED = {"gradient": "it stops a gradient on purpose"}
 
 
@@ -66,24 +68,21 @@ class Peer(Loss):
         return LossOutput(type(self).fn(*args, **kwargs), {})
 
 
+def peer(kind: Kind, fn: Callable[..., Tensor], **more: Any) -> Peer:
+    """fn: called as our losses are, for the loss alone. more: attributes of the class."""
+    return type("Made", (Peer,), {"kind": kind, "fn": staticmethod(fn), **more})()
+
+
 def rollouts(fn: Callable[..., Tensor]) -> Peer:
-    """fn(policy, advantages, old, totals) -> the micro-batch's part of the step's loss."""
+    """fn(policy, advantages, old, totals, and ref where it is asked with one) -> the micro-batch's part of the step's
+    loss."""
 
     def called(
-        policy: CompletionLogps, advantages: Tensor, totals: Totals, old: CompletionLogps | None = None
+        policy: CompletionLogps, advantages: Tensor, totals: Totals, old: CompletionLogps | None = None, **ref: Any
     ) -> Tensor:
-        return fn(policy, advantages, old, totals)
+        return fn(policy, advantages, old, totals, **ref)
 
-    return type("Rollouts", (Peer,), {"kind": Kind.GROUPED, "fn": staticmethod(called)})()
-
-
-def sequences(fn: Callable[..., Tensor]) -> Peer:
-    """fn(policy, totals)."""
-
-    def called(policy: CompletionLogps, totals: Totals) -> Tensor:
-        return fn(policy, totals)
-
-    return type("Sequences", (Peer,), {"kind": Kind.SEQUENCE, "fn": staticmethod(called)})()
+    return peer(Kind.GROUPED, called)
 
 
 def pairs(fn: Callable[..., Tensor]) -> Peer:
@@ -93,7 +92,7 @@ def pairs(fn: Callable[..., Tensor]) -> Peer:
         logps = (policy.chosen.sums, policy.rejected.sums, ref.chosen.sums, ref.rejected.sums)
         return share(policy, totals) * fn(*logps)
 
-    return type("Pairs", (Peer,), {"kind": Kind.PAIRED, "wants_reference": True, "fn": staticmethod(called)})()
+    return peer(Kind.PAIRED, called, wants_reference=True)
 
 
 def pairs_alone(fn: Callable[..., Tensor], averages: bool) -> Peer:
@@ -103,4 +102,4 @@ def pairs_alone(fn: Callable[..., Tensor], averages: bool) -> Peer:
         given = [getattr(x, "averages" if averages else "sums") for x in (policy.chosen, policy.rejected)]
         return share(policy, totals) * fn(*given)
 
-    return type("PairsAlone", (Peer,), {"kind": Kind.PAIRED, "fn": staticmethod(called)})()
+    return peer(Kind.PAIRED, called)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from logratio.benchmarks.peers.text import table
 
 from .installed import INSTALL, PROJECTS
 from .reasons import reason_of
@@ -77,7 +79,7 @@ def _laws(rows: Sequence[dict[str, Any]]) -> str:
         return f"**{held} of {held + broken}**" if broken else f"{held} of {held}"
 
     lines = [[f"`{law}`", *(cell(law, project) for project in projects)] for law in laws if law not in OURS]
-    return _table(["law", *projects], lines)
+    return table(["law", *projects], lines)
 
 
 def _broken(rows: Sequence[dict[str, Any]]) -> str:
@@ -85,7 +87,8 @@ def _broken(rows: Sequence[dict[str, Any]]) -> str:
     grouped: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
     for row in rows:
         for law, said in row["broken"].items():
-            key = (row["project"], row["what"], law, reason_of(row, law))
+            known = reason_of(row, law)
+            key = (row["project"], row["what"], law, known[-1] if known else "")
             grouped.setdefault(key, []).append((row["name"], said))
     lines = []
     for (project, what, law, reason), seen in sorted(grouped.items(), key=_order):
@@ -95,7 +98,7 @@ def _broken(rows: Sequence[dict[str, Any]]) -> str:
         names = [f"all {len(seen)}"] if len(seen) == len(asked) > 2 else [name for name, _ in seen]
         more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
         lines.append([project, f"`{law}`", "; ".join([*names[:5], *more]), seen[0][1], reason])
-    return _table(["", "law", "of", "what was seen, of the first", "why"], lines)
+    return table(["", "law", "of", "what was seen, of the first", "why"], lines)
 
 
 def _order(item: tuple[tuple[str, str, str, str], Any]) -> tuple[int, int]:
@@ -111,8 +114,3 @@ def _not_asked(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(
         f"- {', '.join(f'`{law}`' for law in sorted(laws))}: {why}.\n" for why, laws in sorted(grouped.items())
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

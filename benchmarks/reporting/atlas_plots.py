@@ -6,7 +6,6 @@ Both show relative errors on a logarithmic scale with the bound of *equal* as a 
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .palette import GREY, GRID, colour
-from .plots import STYLE, WIDTH
+from .plots import STYLE, WIDTH, titled
 
 NAMES = {"ours": "logratio", "trl": "TRL", "liger": "Liger"}
 ERRORS = {"loss_rel_err": "relative error of the loss", "grad_rel_err": "relative error of the gradient"}
@@ -38,10 +37,7 @@ def draw(atlas: Mapping[str, Any], folder: Path) -> None:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         for (file, title), figure in zip(FILES.items(), (errors(atlas), splits(atlas)), strict=True):
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-            found = "; ".join([atlas["command"], *(f"{name} {v}" for name, v in atlas["versions"].items())])
-            foot = "\n".join(textwrap.wrap(found, width=int(WIDTH * 21)))
-            figure.supxlabel(foot, x=0.01, ha="left", fontsize=6, color="#666666")
+            titled(figure, title, [atlas["command"], *(f"{name} {v}" for name, v in atlas["versions"].items())])
             told = {"Software": None, "Source": stamp(atlas)}
             figure.savefig(folder / file, format="png", metadata=told)
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from logratio.trainers.data.tasks.arithmetic import TEST_SUMS
 from logratio.trainers.rollout.intervals import wilson
 
-from .rows import OURS, Row, quotient
-from .tables import matrix, number, times, titled
+from .rows import OURS, Row
+from .tables import beside_ours, matrix, number, titled
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """number of seeds -> how many standard errors of their mean hold 95 %, of Student's distribution."""
@@ -24,10 +24,7 @@ def learning_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
         low, high = row["between"]
         return f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})"
 
-    def cost(row: Row, base: Row | None) -> str:
-        seconds = f"{number(row.get('cpu_s'))} s" if absolute else ""
-        return ", ".join(filter(None, [seconds, times(quotient(row, base, "cpu_s"))]))
-
+    cost = beside_ours("cpu_s", (lambda row: f"{number(row.get('cpu_s'))} s") if absolute else None)
     each = [row | {"between": of_questions(row)} if row["status"] == "ok" else row for row in rows]
     before = "; ".join(
         f"seed {row['seed']}: {row['accuracy_before']:.1%}"

@@ -72,11 +72,11 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Plot]:
         matplotlib.rcParams.update(STYLE)
         for _, of_device in groups(rows, "device").items():
             for (suite,), of_suite in groups(of_device, "suite").items():
-                if suite.removeprefix("quick_") == "step":
+                if suite == "step":
                     for key, group in groups(of_suite, "model", "adapter", "workload").items():
                         keep(peers(group), named(key), " and ".join(kinds(group)), suite, group)
                         keep(parts(group), named(key), "where the time goes", suite, group)
-                if suite.removeprefix("quick_") == "scale":
+                if suite == "scale":
                     for key, group in groups(of_suite, "model", "adapter", "workload", "method", "axis").items():
                         keep(curves(group), named(key), "scaling", suite, group)
             foreseen = [row for row in of_device if row.get("predicted_peak_mem_mib") and row.get("peak_mem_mib")]
@@ -90,7 +90,6 @@ def absolute(rows: Sequence[Row]) -> bool:
 
 def finish(figure: Figure, plot: Plot, folder: Path) -> None:
     """Title, foot and file. Software and date are left out of the file, so that equal images are equal bytes."""
-    figure.suptitle(plot.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     certificates = [row["certificate"] for row in plot.rows]
     texts = [
         plot.device,
@@ -99,9 +98,15 @@ def finish(figure: Figure, plot: Plot, folder: Path) -> None:
         *sorted({f"{name} {v}" for c in certificates for name, v in (c.get("versions") or {}).items()}),
         lines_of(plot.rows),
     ]
+    titled(figure, plot.title, texts)
+    figure.savefig(folder / plot.file, format="png", metadata={"Software": None})
+
+
+def titled(figure: Figure, title: str, texts: Sequence[str]) -> None:
+    """texts: what its foot says."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     foot = "\n".join(textwrap.wrap("; ".join(texts), width=int(figure.get_figwidth() * 21)))
     figure.supxlabel(foot, x=0.01, ha="left", fontsize=6, color="#666666")
-    figure.savefig(folder / plot.file, format="png", metadata={"Software": None})
 
 
 def panels_of(rows: Sequence[Row], time: str) -> list[tuple[str, str]]:

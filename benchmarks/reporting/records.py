@@ -36,14 +36,14 @@ RESULTS = ("ok", "oom")
 
 
 class Records:
-    """A file of JSON lines that is only ever appended to."""
+    """A file of JSON lines that is only ever appended to. done: the newest line of each measurement that has ended."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_half_line(path)
         rows = [] if fresh else list(read(path))
-        self.done = {identity(row) for row in rows if row.get("status") in RESULTS}
+        self.done = {identity(row): row for row in rows if row.get("status") in RESULTS}
         self.failed = {(row["suite"], row["case"]) for row in rows if row.get("status") == "failed"}
         self.begun = path.with_suffix(".begun")
         if self.begun.exists() and not fresh:  # a run was ended in the middle of it
@@ -60,14 +60,14 @@ class Records:
         """Whether a line with the same identity, measured or out of memory, is already there."""
         return identity(row) in self.done
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Append one line; it is on the disk when this returns."""
         if row["status"] not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {row['status']!r}")
         with self.path.open("a") as file:
             file.write(json.dumps(row, sort_keys=False, allow_nan=False) + "\n")
         if row["status"] in RESULTS:
-            self.done.add(identity(row))
+            self.done[identity(row)] = row
 
 
 def cut_half_line(path: Path) -> None:
@@ -86,13 +86,12 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["suite"], row["case"], row["contestant"], device, certificate["commit"], settings
 
 
-def read(*paths: Path) -> Iterator[dict[str, Any]]:
-    """The lines of files, or of all *.jsonl in folders, each with `source`: file name and line number.
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, or of all *.jsonl in a folder, each with `source`: file name and line number.
 
     A last line that a killed run left half-written is passed over; any other that is no JSON raises ValueError.
     """
-    files = [f for p in paths for f in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p]) if f.exists()]
-    for file in files:
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
         lines = file.read_text().split("\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():

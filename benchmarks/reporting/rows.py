@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from logratio.trainers.errors import counted
@@ -130,11 +131,7 @@ def lines_of(rows: Iterable[Row]) -> str:
         files.setdefault(file, []).append(int(line))
     out = []
     for file, numbers in sorted(files.items()):
-        runs: list[list[int]] = []
-        for line in sorted(numbers):
-            if runs and line == runs[-1][1] + 1:
-                runs[-1][1] = line
-            else:
-                runs.append([line, line])
-        out.append(f"{file}:" + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
+        runs = [[*run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+        ends = [(run[0][1], run[-1][1]) for run in runs]  # of lines that follow one another
+        out.append(f"{file}:" + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ends))
     return "; ".join(out)

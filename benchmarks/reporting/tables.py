@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
 from .rows import SAID, Row, bases, contestants, groups, quotient
 
 LONGEST = 200
@@ -17,6 +21,17 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(_escaped(line[i]) for i in kept) + " |" for line in cells) + "\n"
+
+
+def on_screen(title: str, heads: Sequence[str], lines: Iterable[Sequence[str]], padding: Any = (0, 1)) -> Table:
+    """A table for a terminal: numbers to the right, words in its first column, and in those without a name, to the
+    left."""
+    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=padding)
+    for at, head in enumerate(heads):
+        shown.add_column(head, justify="left" if at == 0 or not head else "right", overflow="fold")
+    for line in lines:
+        shown.add_row(*map(escape, line))
+    return shown
 
 
 def _escaped(text: str) -> str:
@@ -43,6 +58,16 @@ def spread(row: Row, stem: str) -> str:
     """p50 (p20-p80)."""
     low, middle, high = (number(row.get(f"{stem}_{p}")) for p in ("p20", "p50", "p80"))
     return f"{middle} ({low}-{high})" if low and high else middle
+
+
+def joined(*parts: str) -> str:
+    """Those that say something."""
+    return ", ".join(filter(None, parts))
+
+
+def beside_ours(key: str, shown: Callable[[Row], str] | None) -> Callable[[Row, Row | None], str]:
+    """What a cell says of a field: the number, unless `shown` is None, and how many times ours it is."""
+    return lambda row, base: joined(shown(row) if shown else "", times(quotient(row, base, key)))
 
 
 def reason(row: Row) -> str:
@@ -94,20 +119,17 @@ def head_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     """Time, share of the ceiling, memory and errors of the LM head, each a line for every shape."""
     keys = {"H": "hidden_size", "V": "vocab_size", "tokens": "num_tokens", "dtype": "dtype", "head": "head"}
 
-    def time(row: Row, base: Row | None) -> str:
-        ratio = times(quotient(row, base, "time_ms_p50"))
-        return ", ".join(filter(None, [spread(row, "time_ms") if absolute else "", ratio]))
-
     def rate(row: Row, base: Row | None) -> str:
         share = row.get("share_of_gemm")
         rate = number(row.get("tflops")) if absolute else ""
-        return ", ".join(filter(None, [rate, "" if share is None else f"{100 * share:.0f} %"]))
+        return joined(rate, "" if share is None else f"{100 * share:.0f} %")
 
     def errors(row: Row, base: Row | None) -> str:
         found = [small(row.get(key)) or "-" for key in ("logps_err", "grad_hidden_err", "grad_weight_err")]
         return " / ".join(found) if set(found) != {"-"} else ""
 
     unit = "ms, p50 (p20-p80), and" if absolute else "as"
+    time = beside_ours("time_ms_p50", (lambda row: spread(row, "time_ms")) if absolute else None)
     return titled(
         rows,
         {
@@ -123,8 +145,7 @@ def head_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     )
 
 
-def _memory(row: Row, base: Row | None) -> str:
-    return ", ".join(filter(None, [number(row.get("peak_mem_mib"), 1), times(quotient(row, base, "peak_mem_mib"))]))
+_memory = beside_ours("peak_mem_mib", lambda row: number(row.get("peak_mem_mib"), 1))
 
 
 def titled(rows: Sequence[Row], tables: dict[str, str]) -> list[str]:
@@ -202,21 +223,16 @@ def ledger(entries: dict[str, float | None]) -> str:
 def scale_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     """Time and memory along one axis, of a model, adapter, workload and method: a line for each value."""
     keys = {str(rows[0]["axis"]).replace("_", " "): "value"}
-
-    def time(row: Row, base: Row | None) -> str:
-        ratio = times(quotient(row, base, "step_ms_p50"))
-        return ", ".join(filter(None, [spread(row, "step_ms") if absolute else "", ratio]))
-
-    def prediction(row: Row, base: Row | None) -> str:
-        return predicted(row)
-
+    time = beside_ours("step_ms_p50", (lambda row: spread(row, "step_ms")) if absolute else None)
     unit = "ms of a step, p50 (p20-p80), and" if absolute else "as"
     return titled(
         rows,
         {
             f"Time, {unit} multiple of ours": matrix(rows, keys, time, base="(1×)"),
             "Peak memory in MiB, and as multiple of ours": matrix(rows, keys, _memory, base="(1×)"),
-            "Predicted peak memory in MiB (off what was measured)": matrix(rows, keys, prediction),
+            "Predicted peak memory in MiB (off what was measured)": matrix(
+                rows, keys, lambda row, base: predicted(row)
+            ),
         },
     )
 
@@ -234,25 +250,19 @@ def host_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
 def rollout_tables(rows: Sequence[Row], absolute: bool) -> list[str]:
     """Sampling, and the steps that learn from it: a line for each shape of prompts, completions and limit."""
     keys = {"prompts": "prompts", "group": "completions each", "tokens": "up to tokens", "ends": "some end before"}
-
-    def of(stem: str) -> Callable[[Row, Row | None], str]:
-        def cell(row: Row, base: Row | None) -> str:
-            ratio = times(quotient(row, base, f"{stem}_p50"))
-            return ", ".join(filter(None, [number(row.get(f"{stem}_p50")) if absolute else "", ratio]))
-
-        return cell
+    step = beside_ours("step_ms_p50", (lambda row: number(row.get("step_ms_p50"))) if absolute else None)
 
     def a_token(row: Row, base: Row | None) -> str:
         """Of completions that end, which nobody has as many tokens of as another, their times would not do."""
         ratio = times(None if base is None else quotient(base, row, "rollout_tokens_per_s"))
-        return ", ".join(filter(None, [number(row.get("rollout_ms_p50")) if absolute else "", ratio]))
+        return joined(number(row.get("rollout_ms_p50")) if absolute else "", ratio)
 
     unit = "ms (p50), and " if absolute else ""
     return titled(
         rows,
         {
             f"Rollouts, {unit}a token's time as multiple of ours": matrix(rows, keys, a_token, base="(1×)"),
-            f"Whole GRPO steps, {unit}as multiple of ours": matrix(rows, keys, of("step_ms"), base="(1×)"),
+            f"Whole GRPO steps, {unit}as multiple of ours": matrix(rows, keys, step, base="(1×)"),
         },
     )
 

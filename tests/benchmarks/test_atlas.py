@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 
 from logratio.benchmarks import atlas
-from logratio.benchmarks.peers import peers, tensors
+from logratio.benchmarks.peers import peers
 from logratio.benchmarks.peers.compared import ATLAS, Compared, same
-from logratio.benchmarks.peers.faults import FAULTS, Fault, guarded, measure_faults, sound
 from logratio.benchmarks.peers.reasons import REASONS
-from logratio.benchmarks.peers.tensors import Outcome, Rollout
+from logratio.benchmarks.peers.truths import difference
+from logratio.benchmarks.projects.faults import (
+    FAULTS,
+    Fault,
+    Outcome,
+    Rollout,
+    guarded,
+    measure_fault,
+    pairs,
+    rollout,
+    sound,
+)
 from logratio.trainers.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,7 +47,7 @@ def measured() -> dict[str, Any]:
     cases = [same("dpo", loss_type="aot"), same("dpo", loss_type="hinge")]
     cases.append(Compared("dpo", smoothed, asked, label="sigmoid with e = 0.1"))
     cases.append(same("dpo", loss_type=("sigmoid", "sft"), use_weighting=True))
-    return atlas.measure(cases)
+    return {"faults": [], "laws": []} | atlas.measure(["variants"], cases)
 
 
 def test_equal_different_and_refused(measured: dict) -> None:
@@ -67,10 +77,10 @@ def test_liger_is_measured_too() -> None:
 
 @needs_liger
 def test_a_rollouts_tokens_are_counted_over_the_step_if_liger_is_told() -> None:
-    whole = peers.ligers("GRPO", {"beta": 0.0})
+    whole = peers.ligers("GRPO", {"beta": 0.0}).grads
     told = {"beta": 0.0, "num_items_in_batch": True}
-    assert peers.change(whole, peers.ligers("GRPO", told, 4)) < 1e-5
-    assert peers.change(whole, peers.ligers("GRPO", {"beta": 0.0}, 4)) > 0.01
+    assert difference(peers.ligers("GRPO", told, 4).grads, whole) < 1e-5
+    assert difference(peers.ligers("GRPO", {"beta": 0.0}, 4).grads, whole) > 0.01
 
 
 # ---------------------------------------------------------------------------------------------- what is an error
@@ -114,7 +124,7 @@ def test_a_reason_for_a_row_that_is_not_there_is_an_error(measured: dict, monkey
 def test_a_wrong_reason_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "ATLAS", [same("sft", loss_type="nll")])
     monkeypatch.setattr(atlas, "FAULTS", [])
     monkeypatch.setattr(atlas, "TRAINERS", {})
@@ -134,7 +144,7 @@ def test_a_wrong_reason_fails_the_command(
 def test_a_part_is_measured_again_and_the_others_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     stored = json.loads((DOCS / "atlas.json").read_text()) | {"versions": peers.versions()}
     (tmp_path / "atlas.json").write_text(json.dumps(stored))
     monkeypatch.setattr(atlas, "measure_runs", lambda: RUNS)
@@ -149,15 +159,17 @@ def test_a_part_is_measured_again_and_the_others_are_kept(
 
 
 def test_the_command_needs_liger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: None)
+    monkeypatch.setattr(atlas, "installed", lambda name: None)
     with pytest.raises(UserError, match=r"needs liger-kernel==0.8.5, found None: pip install"):
         atlas.main([])
-    with pytest.raises(UserError, match="unknown method 'ppo'"):
-        atlas.main(["--method", "ppo"])
+    for method in ("ppo", "listwise"):
+        said = f"^unknown method '{method}', expected one of: sft, dpo, kto, orpo, cpo, tpo, grpo$"
+        with pytest.raises(UserError, match=said):
+            atlas.main(["--method", method])
 
 
 def test_the_command_needs_matplotlib_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "liger_installed", lambda: peers.LIGER_VERSION)
+    monkeypatch.setattr(atlas, "installed", lambda name: peers.LIGER_VERSION)
     monkeypatch.setattr(atlas, "measure", lambda *_: pytest.fail("it has measured"))
     for name in ("matplotlib", "logratio.benchmarks.reporting.atlas_plots"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -188,8 +200,8 @@ BENIGN = {
 def test_on_ordinary_inputs_a_peer_gives_what_we_do(peer: str, method: str) -> None:
     """So that a fault is the peer's, and not of the way in which it is run."""
     inputs, options = BENIGN[method]
-    expected = getattr(tensors, f"our_{method}")(*inputs, **options)
-    found = getattr(tensors, f"{peer}_{method}")(*inputs, **options)
+    runs = rollout(*inputs, **options) if method == "grpo" else pairs(method, *inputs, liger=peer == "liger", **options)
+    expected, found = runs["ours"](), runs[peer]()
     assert found.error == "" and found[:2] == pytest.approx(expected[:2], rel=1e-5) and expected.value != 0
 
 
@@ -197,19 +209,19 @@ def test_trls_faults_are_seen_in_its_own_trainers() -> None:
     named = [
         f for f in FAULTS if f.name.startswith(("DPO discopop", "ORPO, a_w = 0", "GRPO with beta 1, log p_ref - l"))
     ]
-    for row in measure_faults([Fault(f.name, f.cause, f.exact, f.ours, f.trl) for f in named]):
+    for row in (measure_fault(Fault(f.name, f.cause, f.exact, f.ours, f.trl)) for f in named):
         assert not row["trl"]["sound"] and row["ours"]["sound"], row
 
 
 @needs_liger
 def test_ligers_faults_are_seen() -> None:
-    rows = measure_faults([Fault(f.name, f.cause, f.exact, f.ours, liger=f.liger) for f in FAULTS if f.liger])
+    rows = [measure_fault(Fault(f.name, f.cause, f.exact, f.ours, liger=f.liger)) for f in FAULTS if f.liger]
     assert len(rows) > 5 and not any(row["liger"]["sound"] for row in rows)
 
 
 def test_a_fault_that_is_gone_and_one_of_ours_are_errors(measured: dict) -> None:
     fault = Fault("F", "why", 1.0, ours=lambda: Outcome(2.0, 0.0), trl=lambda: Outcome(1.0, 0.0))
-    found = atlas.problems(measured | {"faults": measure_faults([fault])})
+    found = atlas.problems(measured | {"faults": [measure_fault(fault)]})
     assert found == ["trl, F: no fault was seen (1, gradient 0)", "ours, F: 2, gradient 0"]
     assert not sound(Outcome(float("nan"), 0.0), None) and not sound(Outcome(1.0, float("inf")), None)
     assert not sound(Outcome(error="RuntimeError"), None) and sound(Outcome(1.0005, 0.0), 1.0)

@@ -1,6 +1,7 @@
 """Other projects' functions are held to our laws: mistakes are named, verdicts need reasons, files load alone."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ from logratio.benchmarks.projects.examples import batch_of, examples
 from logratio.benchmarks.projects.installed import PROJECTS, StandIn, module_of
 from logratio.benchmarks.projects.measured import SUBJECTS, hold_loss, measure_subject, rounding, seen, shortened
 from logratio.benchmarks.projects.reasons import project_problems
-from logratio.benchmarks.projects.subjects import FLOAT32, GIVEN_SUMS, of, pairs, rollouts, sequences, share
+from logratio.benchmarks.projects.subjects import FLOAT32, GIVEN_SUMS, OURS, of, pairs, peer, rollouts, share
 from logratio.benchmarks.projects.text import project_tables
-from logratio.losses import DPOLoss, GRPOLoss
+from logratio.losses import DPOLoss, GRPOLoss, Kind
 from logratio.reference._law_runs import arguments
-from logratio.reference.laws import check_advantage, check_loss
+from logratio.reference.laws import LAWS, check_advantage, check_loss
 
 STORED = json.loads((Path(__file__).parents[2] / "docs" / "atlas.json").read_text())
 
@@ -74,11 +75,18 @@ def test_the_examples_are_the_same_every_time():
         hold_loss("split", rollouts(MISTAKES["split"]))
 
 
+@pytest.mark.parametrize("law", sorted(LAWS.keys() - OURS.keys()))
+def test_every_law_is_asked_with_what_its_equation_speaks_of(law):
+    for kind in ("grouped", "paired"):
+        for example in examples(law, kind):
+            inspect.signature(LAWS[law].check).bind(None, **example)
+
+
 def test_what_cannot_be_asked_says_why():
     loss = pairs(lambda a, b, ref_a, ref_b: -torch.nn.functional.logsigmoid(a - b - ref_a + ref_b).mean())
     row = measure_subject(of("X", "loss", "dpo", loss, not_asked=GIVEN_SUMS))
     assert {*GIVEN_SUMS} <= {*row["not_asked"]} and {"split", "permutation", "finite"} <= {*row["held"]}
-    nll = sequences(lambda policy, totals: -policy.sums.sum() / max(totals.num_tokens, 1))
+    nll = peer(Kind.SEQUENCE, lambda policy, totals: -policy.sums.sum() / max(totals.num_tokens, 1))
     assert measure_subject(of("X", "loss", "nll", nll))["broken"] == {}
 
 

@@ -17,7 +17,6 @@ import sys
 import pytest
 
 from logratio.benchmarks.comparing import command as compare
-from logratio.benchmarks.comparing.contestants import contestants
 from logratio.benchmarks.own.command import parsed, train_words
 from logratio.trainers import cli
 from logratio.trainers.config import RunConfig
@@ -109,8 +108,8 @@ def test_what_needs_a_gpu_or_the_hub_has_options_that_there_are(page, line, monk
     elif words[0] == "train":
         assert program == "logratio" and isinstance(parse_train(words[1:]).resolved(1), RunConfig)
     elif words[0] == "compare":
-        specs, options, common = compare.parsed(words[1:])
-        configs = [one.config(common) for one in contestants(specs)]
+        those, options, common = compare.parsed(words[1:])
+        configs = [one.config(common) for one in those]
         assert program == "logratio" and options.budget and len(configs) > 1
     elif words[0] == "bench":
         assert program == "logratio" and isinstance(parse_train(train_words(*parsed(words[1:]))), RunConfig)

@@ -62,6 +62,10 @@ class Contestant(Protocol):
     def logps(self, examples: Sequence[Example]) -> Tensor:
         """Of every completion's tokens, flat, without gradient, as the step's forward pass computes them."""
 
+    def computed(self, window: Sequence[Example]) -> tuple[int, int]:
+        """Tokens that the step's forward pass computes, padding and repeated prompts included, and those that are no
+        padding."""
+
 
 def apply_update(optimizer: torch.optim.Optimizer, max_grad_norm: float = MAX_GRAD_NORM) -> None:
     """What both sides do with a gradient."""
@@ -143,9 +147,17 @@ class Ours:
     def logps(self, examples: Sequence[Example]) -> Tensor:
         return policy_logps(self.policy, examples)
 
+    def computed(self, window: Sequence[Example]) -> tuple[int, int]:
+        return computed_in(self.step.micro_batches(window))
+
     def timed_parts(self, window: list[Example]) -> dict[str, float]:
         """As `timed_parts`, of these examples."""
         return timed_parts(self.step, self.device, window, lambda: self.micro_batches(window), self.update)
+
+
+def computed_in(micros: Sequence[MicroBatch]) -> tuple[int, int]:
+    """See `Contestant.computed`."""
+    return sum(m.batch.input_ids.numel() for m in micros), sum(m.batch.num_tokens for m in micros)
 
 
 def timed_parts(
@@ -187,9 +199,9 @@ def policy_logps(policy: Policy, examples: Sequence[Example]) -> Tensor:
     parts = []
     with inference(policy):
         for example in examples:
-            for batch in pack([example], 1 << 30, **policy.packing):
-                moved = batch.to(device)
-                parts.append(policy(moved).logps[moved.scored])
+            (batch,) = pack([example], 1 << 30, **policy.packing)
+            moved = batch.to(device)
+            parts.append(policy(moved).logps[moved.scored])
     return torch.cat(parts)
 
 

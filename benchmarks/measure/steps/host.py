@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from logratio.losses import Kind
 from logratio.trainers.data.examples import Example
 from logratio.trainers.policy.tiny import tiny_model
 
@@ -47,13 +47,10 @@ def run(
     case: StepCase, device: torch.device, *, repeats: int, seed: int, only: Sequence[str] = CONTESTANTS
 ) -> dict[str, Figures]:
     """{contestant: status and figures}; units: of a step. passes_units: of its model's forward and backward alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ExitStack() as stack:
-            return measured(case, device, repeats, seed, only, stack)
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        return measured(case, device, repeats, seed, only, stack)
 
 
 def measured(
@@ -63,7 +60,7 @@ def measured(
     plain = deep_model(seed)
     model = with_adapters(copy.deepcopy(plain), lora_r=case.lora_r)
     window = case.window(plain.config.vocab_size, seed)
-    old = old_logps(case, model, [window], seed) if case.loss.kind is Kind.GROUPED else None
+    old = old_logps(case, model, [window], seed)
     rows: dict[str, Figures] = {}
     running: dict[str, Contestant] = {}
     for name in sorted(only, key=CONTESTANTS.index):
@@ -76,13 +73,13 @@ def measured(
     times = interleaved(works, device, repeats=repeats, warmup=2, clock=cpu_ms)
     for name in running:
         rows[name] |= percentiles(times[name], "step_ms") | {
-            "units": median_ratio(times, name, PLAIN),
-            "passes_units": median_ratio(times, name + PASSES, PLAIN),
+            "units": median_ratio(times[name], times[PLAIN]),
+            "passes_units": median_ratio(times[name + PASSES], times[PLAIN]),
             "plain_ms_p50": statistics.median(times[PLAIN]),
             "times_ms": times[name],
         }
         if "logratio" in running:
-            rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
+            rows[name]["time_to_ours"] = median_ratio(times[name], times["logratio"])
     return rows
 
 
@@ -94,9 +91,8 @@ def deep_model(seed: int) -> Any:
 
 def padded(window: Sequence[Example]) -> Tensor:
     """The token ids of two sequences of each example, one a row; of a single completion the same twice."""
-    rows = [e.prompt_ids + c.ids for e in window for c in (e.completions * 2)[:2]]
-    longest = max(map(len, rows))
-    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows])
+    rows = [torch.tensor(e.prompt_ids + c.ids) for e in window for c in (e.completions * 2)[:2]]
+    return pad_sequence(rows, batch_first=True)
 
 
 def passes(model: Any, ids: Tensor, round_: int) -> None:

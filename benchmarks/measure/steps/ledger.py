@@ -88,14 +88,6 @@ def gradient(contestant: Contestant, examples: Sequence[Example]) -> Gradient:
     return {name: g for name, g in found.items() if g is not None}
 
 
-def difference(a: Gradient, b: Gradient) -> float:
-    """|a - b| / |b| of whole gradients. Raises ValueError where they are not of the same parameters."""
-    if a.keys() != b.keys():
-        raise ValueError(f"gradients of different parameters: {sorted(a.keys() ^ b.keys())[:4]}")
-    above = sum((a[k].double() - b[k].double()).square().sum().item() for k in b)
-    return (above / sum(b[k].double().square().sum().item() for k in b)) ** 0.5
-
-
 def cosine(a: Gradient, b: Gradient) -> float:
     """Of whole gradients."""
     dot = sum((a[k].double() * b[k].to(a[k].device).double()).sum().item() for k in b)

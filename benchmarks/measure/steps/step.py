@@ -21,14 +21,13 @@ from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import inference, tokens_key
 
 from ...memory.activations import Batch
-from ...memory.gpus import known_as
-from ...memory.peak import Setup, predicted_peak_mem_mib
-from ...reporting.records import device_name
-from ..clock import allocated_mib, free_memory, interleaved, median_ratio, peak_mem, percentiles
+from ...memory.peak import Setup, predict
+from ...peers.truths import difference
+from ..clock import allocated_mib, free_memory, gpu_of, interleaved, median_ratio, peak_mem, percentiles
 from ..models import build
 from ..saved import saved_mib
 from .contestants import Contestant, OldLogps, Ours, kept_mib, share_frozen, trainable_copy
-from .ledger import LARGEST_TRUTH, Gradient, Truth, difference, gradient, ledger, truth
+from .ledger import LARGEST_TRUTH, Gradient, Truth, gradient, ledger, truth
 from .step_cases import StepCase
 from .trl_contestant import Trl
 
@@ -58,7 +57,7 @@ def run(
     model = build_of(case, device, seed)
     vocab = model.get_output_embeddings().weight.shape[0]
     windows = [case.window(vocab, seed + i) for i in range(min(WINDOWS, repeats))]
-    old = old_logps(case, model, windows, seed) if case.loss.kind is Kind.GROUPED else None
+    old = old_logps(case, model, windows, seed)
     rows: dict[str, Figures] = {}
     trial = on_trial(case, windows[0])
     # before there are contestants: accelerate's state, which this resets, and most of the memory are theirs afterwards
@@ -78,10 +77,9 @@ def run(
             attempt(name, rows, running, partial(warmed, name, running[name], windows, works))
         times = interleaved(works, device, repeats=repeats, warmup=0) if works else {}
         for name, values in times.items():
-            rows[name] |= rates(values, windows) | {"attention": running[name].attention}
+            rows[name] |= rates(values, windows) | told(running[name], windows)
             if "logratio" in times:
-                rows[name]["time_to_ours"] = median_ratio(times, name, "logratio")
-        told(case, rows, running, windows)
+                rows[name]["time_to_ours"] = median_ratio(values, times["logratio"])
         if isinstance(ours := running.get("logratio"), Ours):
             rows["logratio"] |= beside(partial(ours.timed_parts, windows[0]), "parts")
             if device.type == "cuda":
@@ -89,26 +87,21 @@ def run(
     return rows
 
 
-class _Built:
-    """The model of the case before, by what it was built of: the next case is often of the same."""
-
-    key: Any = None
-    model: Any = None
+_BUILT: dict[Any, Any] = {}
+"""The model of the case before, by what it was built of: the next case is often of the same."""
 
 
 def build_of(case: StepCase, device: torch.device, seed: int) -> Any:
     """The case's model, which contestants copy; what does not train they share, and nobody changes."""
     key = (case.model, case.adapter, case.dtype, case.lora_r, case.vocab_size, device, seed)
-    if _Built.key == key:
-        return _Built.model
-    _Built.key = _Built.model = None
+    if key in _BUILT:
+        return _BUILT[key]
+    _BUILT.clear()
     free_memory()
-    dtype = getattr(torch, case.dtype)
-    model = build(
-        case.model, case.adapter, dtype=dtype, device=device, seed=seed, lora_r=case.lora_r, vocab_size=case.vocab_size
-    )
+    sizes: dict[str, Any] = {"lora_r": case.lora_r, "vocab_size": case.vocab_size}
+    model = build(case.model, case.adapter, dtype=getattr(torch, case.dtype), device=device, seed=seed, **sizes)
     if case.adapter != "full":  # whose weights train
-        _Built.key, _Built.model = key, model
+        _BUILT[key] = model
     return model
 
 
@@ -170,15 +163,16 @@ def attempt(name: str, rows: dict[str, Figures], running: dict[str, Contestant],
     free_memory()
 
 
-def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps:
-    """Log-probs of a policy some updates ago: today's, with noise that takes some ratios beyond the clip range."""
+def old_logps(case: StepCase, model: Any, windows: Sequence[list[Example]], seed: int) -> OldLogps | None:
+    """Of rollouts: log-probs of a policy some updates ago, today's with noise beyond the clip range."""
+    if case.loss.kind is not Kind.GROUPED:
+        return None
     policy = Policy(model)
     generator = torch.Generator().manual_seed(seed)
     table: OldLogps = {}
-    device = next(model.parameters()).device
     for batch in pack([e for window in windows for e in window], case.micro_batch_tokens, shared=False):
         with inference(policy):
-            logps = policy(batch.to(device)).logps
+            logps = policy(batch.to(model.device)).logps
         for example, parts in per_example(batch, logps):
             table[tokens_key(example)] = [x + 0.1 * torch.randn(x.shape, generator=generator) for x in parts]
     return table
@@ -200,14 +194,19 @@ def compare(
         row: Figures = {"ledger": ledger(running[name], grads[name], exact, trial)}
         if "logratio" not in grads or name == "logratio":
             return row
-        row["grad_rel_err"] = error = difference(grads.pop(name), grads["logratio"])
-        limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" else case.dtype]
-        if not error <= limit:  # nor NaN
-            raise ArithmeticError(f"its gradient differs by {error:.1e}; at most {limit:g} is rounding")
-        return row
+        return row | agreeing(case, grads.pop(name), grads["logratio"])
 
     for name in list(running):
         attempt(name, rows, running, partial(of, name))
+
+
+def agreeing(case: StepCase, theirs: Gradient, ours: Gradient) -> Figures:
+    """ArithmeticError where the two differ by more than rounding."""
+    error = difference(theirs, ours)
+    limit = MAX_GRAD_REL_ERR["bfloat16" if case.adapter == "qlora" or case.dtype != "float32" else "float32"]
+    if not error <= limit:  # nor NaN
+        raise ArithmeticError(f"its gradient differs by {error:.1e}, where at most {limit:g} is rounding: not timed")
+    return {"grad_rel_err": error}
 
 
 def memory(case: StepCase, contestant: Contestant, window: list[Example], device: torch.device) -> Figures:
@@ -217,8 +216,7 @@ def memory(case: StepCase, contestant: Contestant, window: list[Example], device
     """
     work = step_of(contestant, [contestant.prepare(window)])
     if device.type != "cuda":
-        models = [m for m in (contestant.model, contestant.ref_model) if m is not None]
-        kept = saved_mib(partial(work, 0), *models)
+        kept = saved_mib(partial(work, 0), contestant.model, contestant.ref_model)
         return {"peak_mem_mib": None, "saved_mib": None if case.gradient_checkpointing else kept}
     work(0)
     free_memory()
@@ -253,9 +251,8 @@ def best_truth(
 
 
 def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None:
-    """What `logratio plan` would have said of the peak, of the micro-batch that needs most; None of a GPU that it does
-    not know."""
-    gpu = known_as(device_name(ours.device), torch.cuda.get_device_properties(ours.device).total_memory)
+    """What `logratio plan` would have said of the largest micro-batch's peak; None of a GPU that it does not know."""
+    gpu = gpu_of(ours.device)
     if gpu is None:
         return None
     packed = [micro.batch for micro in ours.step.micro_batches(window)]
@@ -270,7 +267,7 @@ def predicted(case: StepCase, ours: Ours, window: list[Example]) -> float | None
         gpu=gpu,
     )
     config = ours.policy.causal_lm.config
-    return max(predicted_peak_mem_mib(config, setup, Batch.of(batch)) for batch in packed)
+    return max(predict(config, setup, Batch.of(batch)).peak_mem_mib for batch in packed)
 
 
 def step_of(contestant: Contestant, batches: list[Any]) -> Callable[[int], None]:
@@ -295,15 +292,8 @@ def rates(times_ms: list[float], windows: Sequence[list[Example]]) -> Figures:
     }
 
 
-def told(
-    case: StepCase, rows: dict[str, Figures], running: dict[str, Contestant], windows: list[list[Example]]
-) -> None:
-    """Tokens that each side's forward pass really computes, padding and repeated prompts included, per step; and
-    the share of it that is padding."""
-    for name, contestant in running.items():
-        if isinstance(contestant, Ours):
-            batches = [m.batch for w in windows for m in contestant.step.micro_batches(w)]
-            padded, real = sum(b.input_ids.numel() for b in batches), sum(b.num_tokens for b in batches)
-        else:
-            padded, real = sum(map(case.padded_by_peer, windows)), sum(map(count_tokens, windows))
-        rows[name] |= {"num_padded_tokens": padded // len(windows), "padding": 1 - real / padded}
+def told(contestant: Contestant, windows: Sequence[list[Example]]) -> Figures:
+    """The attention that it takes, what its forward pass computes in a step, and the share of it that is padding."""
+    computed, real = map(sum, zip(*map(contestant.computed, windows), strict=True))
+    tokens = {"num_padded_tokens": computed // len(windows), "padding": 1 - real / computed}
+    return tokens | {"attention": contestant.attention}

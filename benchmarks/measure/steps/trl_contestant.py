@@ -18,6 +18,7 @@ from logratio.losses import Kind
 from logratio.reference._trl_batches import rollouts
 from logratio.reference._trl_drive import constructed
 from logratio.trainers.data.examples import Completion, Example
+from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import inference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
@@ -88,9 +89,11 @@ class Trl:
     def prepare(self, window: Sequence[Example], per_micro_batch: int | None = None) -> list[Any]:
         """The step's micro-batches, collated by the trainer."""
         per = per_micro_batch or self.case.per_micro_batch(list(window))
-        rows = ROWS[self.case.method](self.case, list(window), self.old)
-        for row, logps in zip(rows, of_rollouts(window, self.ref), strict=self.ref is not None):
-            row["ref_per_token_logps"] = logps
+        rows = ROWS[self.case.method](self.case, window)
+        for who, table in (("old", self.old), ("ref", self.ref)):
+            if table is not None:  # without old ones, the policy that sampled the rollouts is today's
+                logps = [x for e in window for x in table[tokens_key(e)]]
+                rows = [row | {f"{who}_per_token_logps": x} for row, x in zip(rows, logps, strict=True)]
         parts = [rows[i : i + per] for i in range(0, len(rows), per)]
         if self.case.loss.kind is not Kind.GROUPED:
             return [self.trainer.data_collator(part) for part in parts]
@@ -107,6 +110,9 @@ class Trl:
 
     def update(self) -> None:
         apply_update(self.optimizer, self.max_grad_norm)
+
+    def computed(self, window: Sequence[Example]) -> tuple[int, int]:
+        return self.case.padded_by_peer(list(window)), count_tokens(window)
 
     def logps(self, examples: Sequence[Example]) -> Tensor:
         parts = []
@@ -154,8 +160,7 @@ def put_in(names: dict[str, Any], values: Mapping[str, Any]) -> Iterator[None]:
 
 def placeholder(case: StepCase) -> list[dict[str, Any]]:
     """Rows that the trainer may tokenize when it is built; it is never trained on them."""
-    row: dict[str, Any] = {"prompt": "a b", "completion": " c", "chosen": " c", "rejected": " d", "label": True}
-    row["reference"] = " e"
+    row = {"prompt": "a b", "completion": " c", "chosen": " c", "rejected": " d", "reference": " e", "label": True}
     names = {
         Kind.PAIRED: ("prompt", "chosen", "rejected", *(["reference"] if case.loss.scores_gold else [])),
         Kind.LABELED: ("prompt", "completion", "label"),
@@ -164,7 +169,7 @@ def placeholder(case: StepCase) -> list[dict[str, Any]]:
     return [{name: row[name] for name in names} for _ in range(4)]
 
 
-def sft_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
+def sft_rows(case: StepCase, window: Sequence[Example]) -> list[dict[str, Any]]:
     return [
         {"input_ids": e.prompt_ids + c.ids, "labels": [-100] * len(e.prompt_ids) + scored_ids(c)}
         for e in window
@@ -179,19 +184,16 @@ def scored_ids(completion: Completion) -> list[int]:
     return [i if on else -100 for i, on in zip(completion.ids, completion.scored, strict=True)]
 
 
-def dpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
+def pair_rows(case: StepCase, window: Sequence[Example]) -> list[dict[str, Any]]:
+    """TPO's with the gold answer, where the loss scores it."""
+    names = ("chosen", "rejected", "reference")
     return [
-        {"prompt_ids": e.prompt_ids, "chosen_ids": e.completions[0].ids, "rejected_ids": e.completions[1].ids}
+        {"prompt_ids": e.prompt_ids, **{f"{n}_ids": c.ids for n, c in zip(names, e.completions, strict=False)}}
         for e in window
     ]
 
 
-def tpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
-    gold = [{"reference_ids": e.completions[2].ids} if case.loss.scores_gold else {} for e in window]
-    return [row | more for row, more in zip(dpo_rows(case, window, old), gold, strict=True)]
-
-
-def kto_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
+def kto_rows(case: StepCase, window: Sequence[Example]) -> list[dict[str, Any]]:
     others = mismatched(window, case.max_length)
     return [
         {
@@ -204,7 +206,7 @@ def kto_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> lis
     ]
 
 
-def orpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
+def orpo_rows(case: StepCase, window: Sequence[Example]) -> list[dict[str, Any]]:
     rows = []
     for e in window:
         row: dict[str, Any] = {"prompt_input_ids": e.prompt_ids, "prompt_attention_mask": [1] * len(e.prompt_ids)}
@@ -216,30 +218,21 @@ def orpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> li
     return rows
 
 
-def grpo_rows(case: StepCase, window: list[Example], old: OldLogps | None) -> list[dict[str, Any]]:
-    """old: None, the policy that sampled them is today's."""
-    rows: list[dict[str, Any]] = [
+def grpo_rows(case: StepCase, window: Sequence[Example]) -> list[dict[str, Any]]:
+    return [
         {"prompt_ids": e.prompt_ids, "completion_ids": c.ids, "advantage": a}
         for e in window
         for c, a in zip(e.completions, e.advantages or (), strict=True)
     ]
-    for row, logps in zip(rows, of_rollouts(window, old), strict=old is not None):
-        row["old_per_token_logps"] = logps
-    return rows
-
-
-def of_rollouts(window: Sequence[Example], table: OldLogps | None) -> list[Tensor]:
-    """Of each completion in turn; nothing without a table."""
-    return [] if table is None else [logps for e in window for logps in table[tokens_key(e)]]
 
 
 ROWS = {
     "sft": sft_rows,
-    "dpo": dpo_rows,
+    "dpo": pair_rows,
     "kto": kto_rows,
     "orpo": orpo_rows,
     "cpo": orpo_rows,
-    "tpo": tpo_rows,
+    "tpo": pair_rows,
     "grpo": grpo_rows,
 }
 """method -> examples as the rows that TRL's collator takes."""

@@ -15,7 +15,7 @@ from typing import Any
 from logratio.losses import Kind, Loss
 from logratio.trainers.data.examples import Completion, Example
 
-from ...memory.roofline import LIST
+from ...memory.roofline import completions_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ WORKLOADS = {
 def examples(loss: Loss, lengths: Lengths, count: int, *, vocab_size: int, seed: int, group: int = 8) -> list[Example]:
     """`count` examples of the loss's kind. group: completions of a prompt, where the loss learns from rollouts."""
     rng = random.Random(seed)
-    pair = 3 if loss.scores_gold else 2
-    completions = {Kind.PAIRED: pair, Kind.LISTED: LIST, Kind.GROUPED: group}.get(loss.kind, 1)
+    completions = completions_of(loss, group)
 
     def ids(n: int) -> list[int]:
         return [rng.randrange(vocab_size) for _ in range(n)]

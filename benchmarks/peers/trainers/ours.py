@@ -26,9 +26,9 @@ from logratio.trainers.ground.given import giving
 from logratio.trainers.loop import train_run
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
-from logratio.trainers.setup import Run, build
+from logratio.trainers.setup import build
 
-from .theirs import Rows, ids_of, text_of, text_rows
+from .theirs import Rows, copied, gradient_of, ids_of, text_of, text_rows
 
 EPS = 1e-3
 """AdamW's: at its default the rounding of a gradient that is 0 would move weights."""
@@ -109,23 +109,16 @@ def once(words: list[str], rows: Rows, stop: int | None) -> dict[str, Any]:
     gradient: dict[str, Tensor] = {}
     with giving(objects), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
         run = build(parse_train(words))
-        named = {name: p for name, p in run.policy.named_parameters() if p.requires_grad}
 
         def keep(*_: Any) -> None:
             if not gradient:
-                gradient.update(
-                    {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
-                )
+                gradient.update(gradient_of(run.policy))
 
         run.optimizer.optimizer.register_step_pre_hook(keep)  # type: ignore[attr-defined]
-        start = copied(run)
+        start, trained = copied(run.policy), list(gradient_of(run.policy))
         told = lambda row, saved: losses.append(row["loss"])  # noqa: E731
         train_run(run, until=lambda run, row: row["step"] == stop, told=told, quiet=True)
-    return {"losses": losses, "start": start, "end": copied(run), "trained": list(named), "gradient": gradient}
-
-
-def copied(run: Run) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in run.policy.named_parameters()}
+    return {"losses": losses, "start": start, "end": copied(run.policy), "trained": trained, "gradient": gradient}
 
 
 def said_in(rows: Rows, prompts: list[str]) -> dict[str, Any]:

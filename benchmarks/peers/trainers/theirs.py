@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from logratio.reference._trl_drive import DEFAULTS, built
@@ -77,13 +78,13 @@ class Watch(TrainerCallback):
         self.losses.append(self.so_far)
         self.so_far = 0.0
         if not self.gradient:
-            named = kwargs["model"].named_parameters()
-            self.gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
-            self.gradient = {n: g for n, g in self.gradient.items() if n in self.trained(kwargs["model"])}
+            self.gradient = gradient_of(kwargs["model"])
 
-    @staticmethod
-    def trained(model: Any) -> set[str]:
-        return {name for name, p in model.named_parameters() if p.requires_grad}
+
+def gradient_of(model: Any) -> dict[str, Tensor]:
+    """A copy, of every parameter that trains."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in trained.items()}
 
 
 def watched(trainer: Any, learning_rate: float) -> Trained:
@@ -91,7 +92,7 @@ def watched(trainer: Any, learning_rate: float) -> Trained:
     watch = Watch(trainer)
     start = copied(trainer.model)
     trainer.train()
-    trained = Watch.trained(trainer.model)
+    trained = set(gradient_of(trainer.model))
     return Trained(watch.losses, start, copied(trainer.model), trained, watch.gradient, sgd(learning_rate))
 
 
@@ -156,12 +157,11 @@ def transformers_trainer(
 
 def collated(rows: Rows) -> dict[str, Tensor]:
     """Padded on the right."""
-    width = max(len(row["prompt"] + row["completion"]) for row in rows)
-    ids, labels, seen = torch.zeros(len(rows), width, dtype=torch.int64), [], []
-    for i, row in enumerate(rows):
-        line = row["prompt"] + row["completion"]
-        ids[i, : len(line)] = torch.tensor(line)
-        rest = [-100] * (width - len(line))
-        labels.append([-100] * len(row["prompt"]) + row["completion"] + rest)
-        seen.append([1] * len(line) + [0] * (width - len(line)))
-    return {"input_ids": ids, "labels": torch.tensor(labels), "attention_mask": torch.tensor(seen)}
+    prompts, said = ([row[part] for row in rows] for part in ("prompt", "completion"))
+    ids = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, said, strict=True)]
+    labels = [torch.tensor([-100] * len(p) + completion) for p, completion in zip(prompts, said, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "attention_mask": pad_sequence([torch.ones_like(line) for line in ids], batch_first=True),
+    }

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from logratio.benchmarks.comparing.command import CONTEST, parsed
-from logratio.benchmarks.comparing.contestants import DECIDED, contestant, contestants
+from logratio.benchmarks.comparing.contestants import DECIDED, check_contestants, contestant
 from logratio.trainers.errors import UserError
 
 OWN = """
@@ -48,19 +48,20 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
 def test_a_file_has_contestants_and_options(tmp_path):
     path = tmp_path / "contest.yaml"
     path.write_text("contestants:\n  a: dpo\n  b: dpo:ipo --beta 2\nseeds: 4\nlora_r: 4\nfresh: true\nmax_steps: 5\n")
-    specs, options, common = parsed([str(path), "sft", "--seeds", "5"])
-    assert [one.name for one in contestants(specs)] == ["a", "b", "sft"]
+    those, options, common = parsed([str(path), "sft", "--seeds", "5"])
+    assert [one.name for one in those] == ["a", "b", "sft"]
     assert (options.seeds, options.fresh, common, str(options.budget)) == (5, True, ["--lora_r", "4"], "5 steps")
     path.write_text("contestants: [dpo, sft]\ngradient_checkpointing: false\nlora_r: null\nreward_funcs: [a, b]\n")
     _, options, common = parsed([str(path)])
     assert (options.reward_funcs, common) == (("a", "b"), ["--no-gradient_checkpointing"])
     path.write_text("contestants: [dpo, 'x=sft']\n")
-    assert [one.name for one in contestants(parsed([str(path)])[0])] == ["dpo", "x"]
+    assert [one.name for one in parsed([str(path)])[0]] == ["dpo", "x"]
 
 
 def test_without_contestants_five_of_the_embedded_task():
-    specs, options, common = parsed([])
-    assert specs == list(CONTEST) and [one.name for one in contestants(specs)] == ["sft", "dpo", "ipo", "orpo", "grpo"]
+    those, options, common = parsed([])
+    assert [one.spec for one in those] == list(CONTEST)
+    assert [one.name for one in those] == ["sft", "dpo", "ipo", "orpo", "grpo"]
     assert options.budget.unit == "tokens" and common == []
     assert parsed(["--dataset_name", "mine.jsonl", "--max_steps", "3"])[0] == []
 
@@ -85,7 +86,7 @@ REFUSED = [
 @pytest.mark.parametrize(("specs", "message"), REFUSED)
 def test_what_is_no_contestant_is_said(specs, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        contestants(specs)
+        check_contestants([contestant(spec) for spec in specs])
 
 
 def test_what_all_share_is_no_contestants_own():

@@ -10,7 +10,9 @@ from rich.console import Console
 from logratio.benchmarks.comparing.draw import curves, frontier, intervals, over_seeds
 from logratio.benchmarks.comparing.intervals import Comparison, Estimate
 from logratio.benchmarks.comparing.outcome import advice, as_lines, outcome, summary, verdict
-from logratio.benchmarks.comparing.told import SHORT, comparison_rows, contestant_rows, table
+from logratio.benchmarks.comparing.scores import METRICS
+from logratio.benchmarks.comparing.told import NARROW, comparison_rows, contestant_rows
+from logratio.benchmarks.reporting.tables import on_screen
 
 ROWS = 8
 
@@ -111,7 +113,8 @@ def test_a_table_of_every_metric_fits_a_screen_of_80_columns():
     """No word and no number of it is folded."""
     row = ["start", "0.843", "0.921", "0.018", "0.758", "3.15", "0.285", "5.07", "0.455", "126", "4.3 s"]
     console = Console(width=80, file=io.StringIO(), force_terminal=False, color_system=None)
-    console.print(table("means", ["", *SHORT.values(), "own loss", "steps", "time"], [row]))
+    short = [one.short for one in METRICS.values()]
+    console.print(on_screen("means", ["", *short, "own loss", "steps", "time"], [row], padding=NARROW))
     heads, _, found = console.file.getvalue().removeprefix("means").partition("─" * 70)
-    assert sorted(heads.split()) == sorted([*SHORT.values(), "own", "loss", "steps", "time"])
+    assert sorted(heads.split()) == sorted([*short, "own", "loss", "steps", "time"])
     assert found.strip("─ \n").split() == " ".join(row).split()

@@ -16,9 +16,10 @@ from logratio.benchmarks.measure.steps.contestants import (
     policy_logps,
     share_frozen,
 )
-from logratio.benchmarks.measure.steps.ledger import cosine, difference, gradient, plain, share_changed
+from logratio.benchmarks.measure.steps.ledger import cosine, gradient, plain, share_changed
 from logratio.benchmarks.measure.steps.step_cases import METHODS, StepCase
 from logratio.benchmarks.measure.steps.workloads import Lengths
+from logratio.benchmarks.peers.truths import difference
 from logratio.losses import DPOLoss
 from logratio.reference._trl_batches import unpadded
 from logratio.trainers.policy.policy import Policy
@@ -77,7 +78,7 @@ def test_trl_is_fed_the_same_tokens():
         old = None
         if method == "grpo":
             old = step.old_logps(case, build("tiny", "lora", dtype=torch.float32, device=CPU), [window], 0)
-        rows = trl_contestant.ROWS[method](case, window, old)
+        rows = trl_contestant.ROWS[method](case, window)
         with step.ExitStack() as stack:
             model = build("tiny", "lora", dtype=torch.float32, device=CPU)
             trl = trl_contestant.Trl(case, model, None, CPU, stack, old=old)

@@ -26,7 +26,7 @@ def test_checkpointing_is_on_on_both_sides_or_on_neither(method):
         case = tiny_case(method, gradient_checkpointing=on)
         model = build("tiny", "lora", dtype=torch.float32, device=CPU, lora_r=4)
         window = case.window(259, 0)
-        old = step.old_logps(case, model, [window], 0) if method == "grpo" else None
+        old = step.old_logps(case, model, [window], 0)
         with step.ExitStack() as stack:
             for name in ("logratio", "trl"):
                 one = step.make(name, case, model, CPU, stack, old)

@@ -24,7 +24,6 @@ from logratio.benchmarks.memory.peak import (
     largest_fitting,
     optimizer_bytes,
     predict,
-    predicted_peak_mem_mib,
     trained_bytes,
     trained_sizes,
     weight_bytes,
@@ -290,7 +289,7 @@ def test_models_methods_and_adapters_make_sense(name, load_in_4bit, method):
     assert step.largest.tokens <= 8192 and step.tokens >= step.largest.tokens
     assert step.largest.scored_tokens < step.largest.tokens
     assert base.needed < 100 * 2**30
-    assert predicted_peak_mem_mib(size, setup, step.largest) * 2**20 == base.peak.total
+    assert base.peak_mem_mib * 2**20 == base.peak.total
 
     def peak(**options):
         return predict(size, dataclasses.replace(setup, **options), step.largest).peak.total

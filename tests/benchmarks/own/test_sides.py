@@ -71,6 +71,15 @@ def test_full_training_needs_no_room_and_has_the_memory_that_the_plan_reckons(tm
         assert measured[part] == pytest.approx(mib, rel=0.02, abs=1e-3), part
 
 
+def test_a_teacher_is_a_part_of_its_own(tmp_path):
+    words = "sft --loss_type gkd --teacher_model_name_or_path tiny --lora_r 2 --batch_size 4 --micro_batch_tokens 64"
+    _, subject = subject_of(words, tmp_path, 1)
+    settle(subject)
+    measured, plan = measured_parts(subject), reckoned(subject)
+    assert measured["teacher"] == pytest.approx(plan.parts["teacher"], rel=0.02) and measured["teacher"] > 1
+    assert measured["teacher"] == pytest.approx(measured["weights"], rel=0.02)
+
+
 def test_rollouts_are_sampled_once_and_cut_by_any_budget(tmp_path):
     _, subject = subject_of(f"grpo {ROLLOUTS}", tmp_path, 1)
     assert len(subject.rollout_ms) == 1 and [len(e.completions) for e in subject.windows[0]] == [4, 4]
@@ -242,6 +251,8 @@ def test_the_plan_is_of_the_step_as_it_was_packed():
         ("sft --mixed_precision bf16", "the plan does not model autocast"),
         ("sft --lora_r 2 --lora_dropout 0.1", "the plan does not model dropout"),
         ("sft --lora_r 2 --lora_target_modules q_proj", "the plan is of adapters on all linear layers"),
+        ("sft --lora_r 2 --use_dora", "the plan does not model DoRA"),
+        ("sft --lora_r 2 --lora_modules_to_save lm_head", "the plan does not model modules that train whole"),
         ("sft --lora_r 2", ""),
     ],
 )

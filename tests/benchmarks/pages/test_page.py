@@ -193,6 +193,8 @@ def test_plan_stands_beside_what_was_measured_on_a_gpu(tmp_path: Path):
     shape = {"model_name_or_path": "Qwen2.5-0.5B", "lora_r": 16, "prompt_tokens": 100, "completion_tokens": 51}
     mib = planned(Options(**shape, method="dpo", gpu="H100"))["predicted_peak_mem_mib"]
     assert f"peak memory 700 MiB {mib:,.0f} MiB {700 / mib:.2f}" in told
+    own = page(folder(tmp_path / "own", [preference(1)], {**config, "loss_class": "my:Own"}, data_card=card)).words
+    assert "No plan stands beside it: the plan knows no loss of one's own." in own
     config["model"]["model_name_or_path"] = "nobody/knows-it"
     told = page(folder(tmp_path / "unknown", [preference(1)], config, data_card=card)).words
     assert "No plan stands beside it: nothing is known of the model 'nobody/knows-it'" in told

@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, tensor
 
-from logratio.losses import CompletionLogps, CPOLoss, PairLogps, Totals
+from logratio.benchmarks.peers.peers import data_of, ours, the_model, trls
+from logratio.losses import CompletionLogps, CPOLoss, DPOLoss, GRPOLoss, Kind, ORPOLoss, PairLogps, Totals
 from logratio.losses.advantages import advantages_of
 from logratio.reference import trl
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
-from . import tensors as on
-from .peers import Gradient, data_of, ours, the_model, trls
-from .tensors import Outcome, Rollout, guarded
+from . import of_liger, of_trl
+from .subjects import peer
 
 TOLERANCE = 1e-3
 """Relative error beyond which a value is wrong."""
+
+
+class Outcome(NamedTuple):
+    """A loss and the largest entry of its gradient; or what was raised."""
+
+    value: float = float("nan")
+    gradient: float = float("nan")
+    error: str = ""
+
+
+def outcome(leaf: Tensor, loss: Tensor) -> Outcome:
+    """leaf: what the gradient is taken with respect to. A NaN among its entries is the largest."""
+    loss.sum().backward()
+    assert leaf.grad is not None
+    return Outcome(loss.sum().item(), leaf.grad.abs().max().item())
+
+
+def guarded(compute: Callable[[], Outcome]) -> Outcome:
+    """An error is an outcome."""
+    try:
+        return compute()
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        return Outcome(error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
 @dataclass(frozen=True)
@@ -38,18 +63,14 @@ class Fault:
     liger: Callable[[], Outcome] | None = None
 
 
-def measure_faults(faults: Sequence[Fault]) -> list[dict[str, Any]]:
-    """One row a fault, with what came out of everyone."""
-    rows = []
-    for fault in faults:
-        row: dict[str, Any] = {"fault": fault.name, "cause": fault.cause, "exact": fault.exact}
-        for name in ("trl", "liger", "ours"):
-            run = getattr(fault, name)
-            if run is not None:
-                out = guarded(run)
-                row[name] = {"shown": shown(out), "sound": sound(out, fault.exact)}
-        rows.append(row)
-    return rows
+def measure_fault(fault: Fault) -> dict[str, Any]:
+    """Its row, with what came out of everyone."""
+    row: dict[str, Any] = {"fault": fault.name, "cause": fault.cause, "exact": fault.exact}
+    for name in ("trl", "liger", "ours"):
+        if (run := getattr(fault, name)) is not None:
+            out = guarded(run)
+            row[name] = {"shown": shown(out), "sound": sound(out, fault.exact)}
+    return row
 
 
 def sound(out: Outcome, exact: float | None) -> bool:
@@ -64,24 +85,84 @@ def shown(out: Outcome) -> str:
     return out.error[:60] or f"{out.value:.4g}, gradient {out.gradient:.4g}"
 
 
+def pair(logps: Tensor) -> PairLogps:
+    """Of two completions of one token."""
+    chosen, rejected = (CompletionLogps(x.reshape(1, 1), torch.ones(1, 1, dtype=torch.bool)) for x in logps)
+    return PairLogps(chosen, rejected)
+
+
+def of_pair(opened: AbstractContextManager[Any], scores: Sequence[float]) -> Outcome:
+    """scores: of chosen and rejected, sums and averages at once; log-ratios where the loss has a reference."""
+    with opened as loss:
+        leaf = tensor([min(x, 0.0) for x in scores] if loss.wants_reference else scores).requires_grad_()
+        policy = pair(leaf)
+        ref = {"ref": pair(tensor([min(-x, 0.0) for x in scores]))} if loss.wants_reference else {}
+        return outcome(leaf, loss(policy, **ref, totals=Totals.of(policy)).loss)
+
+
+def odds(beta: float = 1.0) -> Any:
+    """ORPO's odds term alone: the NLL, which is linear, is taken off."""
+    loss = ORPOLoss(beta=beta)
+    return peer(Kind.PAIRED, lambda policy, totals: loss(policy, totals=totals).loss + policy.chosen.sums.sum())
+
+
+OURS: dict[str, Callable[..., Any]] = {
+    "dpo": DPOLoss,
+    "cpo": lambda **options: CPOLoss(cpo_alpha=0.0, **options),
+    "orpo": odds,
+}
+
+
 def pairs(method: str, *scores: float, liger: bool = False, **options: Any) -> dict[str, Callable[[], Outcome]]:
     """The same pair under everyone."""
-    runs = {"ours": lambda: getattr(on, f"our_{method}")(*scores, **options)}
-    runs["trl"] = lambda: getattr(on, f"trl_{method}")(*scores, **options)
-    return runs | ({"liger": lambda: getattr(on, f"liger_{method}")(*scores, **options)} if liger else {})
+    runs = {
+        "ours": lambda: of_pair(nullcontext(OURS[method](**options)), scores),
+        "trl": lambda: of_pair(getattr(of_trl, method)(**options), scores),
+    }
+    if liger:
+        runs["liger"] = lambda: of_pair(nullcontext(getattr(of_liger, method)(**options)), scores)
+    return runs
+
+
+class Rollout(NamedTuple):
+    """One completion: log-probs of its tokens under the three models, its advantage, and the width it is padded to."""
+
+    logps: Sequence[float]
+    old: Sequence[float]
+    ref: Sequence[float] | None = None
+    advantage: float = 1.0
+    width: int | None = None
+
+    def of(self, values: Sequence[float] | Tensor, padding: float = 0.0) -> CompletionLogps:
+        padded = torch.full((1, self.width or len(self.logps)), padding)
+        padded[0, : len(values)] = torch.as_tensor(values)
+        return CompletionLogps(padded, torch.arange(padded.shape[1])[None] < len(self.logps))
+
+
+def of_rollout(
+    opened: AbstractContextManager[Any], one: Rollout, reference: bool = True, padding: float = 0.0
+) -> Outcome:
+    """reference: whether the loss takes one. padding: of the policy's log-probs."""
+    with opened as loss:
+        leaf = tensor(one.logps).requires_grad_()
+        policy = one.of(leaf, padding)
+        ref = {"ref": one.of(one.ref or one.logps)} if reference else {}
+        given: dict[str, Any] = {"advantages": tensor([one.advantage]), "old": one.of(one.old), **ref}
+        return outcome(leaf, loss(policy, **given, totals=Totals.of(policy)).loss)
 
 
 def rollout(one: Rollout, *, trl: str | None = "grpo", liger: bool = True, **options: Any) -> dict[str, Any]:
     """The same rollout under everyone."""
-    runs: dict[str, Any] = {"ours": lambda: on.our_grpo(one, **options)}
+    loss = GRPOLoss(**options)
+    # what is masked is never read
+    runs: dict[str, Any] = {"ours": lambda: of_rollout(nullcontext(loss), one, loss.wants_reference, math.nan)}
     if trl:
         asked = {k: v for k, v in options.items() if trl == "grpo" or k != "loss_type"}
-        runs["trl"] = lambda: on.trl_grpo(one, trl, **asked)
-    return runs | ({"liger": lambda: on.liger_grpo(one, **options)} if liger else {})
+        runs["trl"] = lambda: of_rollout(of_trl.grpo(trl, **asked), one)
+    return runs | ({"liger": lambda: of_rollout(nullcontext(of_liger.grpo(**options)), one)} if liger else {})
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
-def of_gradient(gradient: Gradient) -> Outcome:
+def of_gradient(gradient: Any) -> Outcome:
     return Outcome(gradient.loss, max(g.abs().max().item() for g in gradient.grads.values()))
 
 
@@ -94,40 +175,29 @@ def trl_equal_rewards() -> Outcome:
     return Outcome(values[0], 0.0)
 
 
-def our_equal_rewards() -> Outcome:
-    return Outcome(advantages_of(torch.tensor(EQUAL_REWARDS).T).flatten()[0].item(), 0.0)
-
-
 SIMPO: dict[str, Any] = {"loss_type": "simpo", "cpo_alpha": 0.0}
 
 
 def trl_empty_completion() -> Outcome:
     """Two pairs; the second one's prompt fills `max_length`."""
     rows = [data_of("cpo").rows[0], dict(data_of("cpo").rows[1], prompt="long " * 40)]
-    result = trl.loss_and_grads("cpo", the_model(), tiny_tokenizer(), rows, max_length=200, **SIMPO)
-    return of_gradient(Gradient(result.loss, result.scale, result.grads))
+    return of_gradient(trl.loss_and_grads("cpo", the_model(), tiny_tokenizer(), rows, max_length=200, **SIMPO))
 
 
 def our_empty_completion() -> Outcome:
     leaf = torch.full((2, 1), -1.0, requires_grad=True)
     side = CompletionLogps(leaf, torch.tensor([[True], [False]]))
     policy = PairLogps(side, side)
-    return on.outcome(leaf, CPOLoss(**SIMPO)(policy, totals=Totals.of(policy)).loss)
-
-
-def softplus(x: float) -> float:
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+    return outcome(leaf, CPOLoss(**SIMPO)(policy, totals=Totals.of(policy)).loss)
 
 
 def alphapo(chosen: float, rejected: float, alpha: float, beta: float, gamma: float) -> float:
     scores = [-math.expm1(-alpha * a) / alpha for a in (chosen, rejected)]
-    return softplus(gamma - beta * (scores[0] - scores[1]))
+    x = gamma - beta * (scores[0] - scores[1])
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 far, wide = Rollout([-1.0], [-91.0]), Rollout([-1.0] * 3, [-1.0 - math.log(1.1)] * 3, width=9)
-small: dict[str, Any] = {"loss_type": "alphapo", "alpha": 1e-6, "beta": 2.5, "simpo_gamma": 0.5}
-summed: dict[str, Any] = {"loss_type": "sigmoid", "alpha": 0.25}
-curved: dict[str, Any] = {"loss_type": "alphapo", "alpha": 0.25}
 
 FAULTS = [
     Fault(
@@ -159,19 +229,19 @@ FAULTS = [
         "CPO alphapo, a_w = -110 (alpha 0.25)",
         "(1 - exp(a)^(-alpha)) / alpha with exp(a) = 0 beyond a < -104",
         alphapo(-110.0, -1.0, 0.25, 0.1, 0.5),
-        **pairs("cpo", -110.0, -1.0, **curved),
+        **pairs("cpo", -110.0, -1.0, loss_type="alphapo", alpha=0.25),
     ),
     Fault(
         "CPO sigmoid with alpha 0.25, s_w = -150, s_l = -120",
         "the same of sums over tokens: inf - inf at completions of ordinary length",
         alphapo(-150.0, -120.0, 0.25, 0.1, 0.0),
-        **pairs("cpo", -150.0, -120.0, **summed),
+        **pairs("cpo", -150.0, -120.0, loss_type="sigmoid", alpha=0.25),
     ),
     Fault(
         "CPO alphapo, alpha 1e-6, a_w = -1, a_l = -2",
         "1 - exp(a)^(-alpha) cancels; expm1 does not",
         alphapo(-1.0, -2.0, 1e-6, 2.5, 0.5),
-        **pairs("cpo", -1.0, -2.0, **small),
+        **pairs("cpo", -1.0, -2.0, loss_type="alphapo", alpha=1e-6, beta=2.5, simpo_gamma=0.5),
     ),
     Fault(
         "CPO simpo, a prompt that fills max_length",
@@ -190,8 +260,7 @@ FAULTS = [
         "ORPO, a_w = -1e-8",
         "log1p(-exp(a)) = log(0) in float32 from a > -6e-8 on",
         None,
-        ours=lambda: on.our_orpo(-1e-8, -1.0),
-        liger=lambda: on.liger_orpo(-1e-8, -1.0),
+        **{who: run for who, run in pairs("orpo", -1e-8, -1.0, liger=True).items() if who != "trl"},
     ),
     Fault("GRPO dapo, log-ratio 90, A = 1", "clipped, but rho = inf: gradient 0 * inf", -1.2, **rollout(far)),
     Fault("GRPO dapo, log-ratio 90, A = -1", "rho = inf", None, **rollout(far._replace(advantage=-1.0))),
@@ -224,7 +293,7 @@ FAULTS = [
         "Advantages of eight equal rewards 0.3",
         "the rounding of their mean in float32, over std + 1e-4",
         0.0,
-        ours=our_equal_rewards,
+        ours=lambda: Outcome(advantages_of(torch.tensor(EQUAL_REWARDS).T)[0, 0].item(), 0.0),
         trl=trl_equal_rewards,
     ),
 ]
