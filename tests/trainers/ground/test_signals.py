@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.trainers import cli, loop
+from logratio.trainers.checkpoints import model
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
+from logratio.trainers.checkpoints.output_dir import BASE_MODEL
+from logratio.trainers.errors import UserError
 from logratio.trainers.ground import signals
 from logratio.trainers.step import Step
 
@@ -131,3 +134,20 @@ def test_a_limit_of_the_disk_costs_a_checkpoint_and_no_run(at_step, capfd):
     assert [step for step, _ in checkpoints_in(Path("out"))] == [4, 3, 1]
     assert all(damage(folder) is None for _, folder in checkpoints_in(Path("out")))
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_checkpoint_that_is_there_is_named_whatever_failed_behind_it(monkeypatch, capfd):
+    """The embedded model, written beside an adapter's first checkpoint, meets the full disk."""
+    whole = model.write_whole
+
+    def but_base(folder, fill):
+        if folder.name == BASE_MODEL:
+            raise UserError(f"{folder} could not be saved: No space left on device")
+        whole(folder, fill)
+
+    monkeypatch.setattr(model, "write_whole", but_base)
+    assert cli.main(["train", "sft", *WORDS, "--lora_r", "2", "--save_steps", "1", "--output_dir", "out"]) == 1
+    said = (
+        "step 1: out/base_model could not be saved: No space left on device; the run goes on, checkpoint-1 is the last"
+    )
+    assert said in capfd.readouterr().out and damage(Path("out/checkpoint-1")) is None
