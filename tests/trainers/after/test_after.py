@@ -246,7 +246,7 @@ def test_a_chat_that_cannot_be_held_ends_in_a_sentence(gpt2, capsys):
         chat.answer(chat.Options(model="m"), model, tokenizer, [], "")
     for template, wrong in {
         "{{ raise_exception('no system') }}": "the chat template does not render this conversation: no system",
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "message 0: its 'content' is not in the text",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "message 0: its 'content' is not in",
     }.items():
         tokenizer.chat_template = template
         with pytest.raises(UserError, match=f"^the conversation.*{wrong}"):
