@@ -5,12 +5,14 @@ import json
 import math
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -18,7 +20,7 @@ from logratio.trainers import cli
 from logratio.trainers.after import chat
 from logratio.trainers.after.trained import base_of, load_trained
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.tiny import tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -128,6 +130,35 @@ def test_a_merged_model_is_the_base_with_the_adapter(name, runs, tmp_path, capsy
     assert run(capsys, "merge", runs / name, tmp_path / "merged", status=1).endswith(
         "merged is there and not empty; name another"
     )
+
+
+def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(tmp_path, capsys):
+    """W + B A is what tokens are looked up in, and W stays what the hidden states are multiplied with."""
+    tiny_model(1, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of the tie
+        lora = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(base, lora)
+        adapted.save_pretrained(tmp_path / "adapter")
+        run(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.arange(40, 60)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    wanted = adapted.get_base_model().get_output_embeddings().weight
+    assert torch.equal(merged.get_output_embeddings().weight, wanted)
+    assert not torch.equal(merged.get_input_embeddings().weight, wanted)
+
+
+def test_what_cannot_be_merged_is_said_and_leaves_nothing(tmp_path, runs, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shared tensors\n in detail")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", broken)
+    said = run(capsys, "merge", runs / "lora", tmp_path / "merged", status=1)
+    assert said == f"logratio: {runs / 'lora'} could not be merged: RuntimeError: shared tensors"
+    assert not list(tmp_path.iterdir())
 
 
 def test_in_16_bits_the_difference_is_said(runs, tmp_path, capsys):
