@@ -332,7 +332,7 @@ def test_what_is_pushed(runs, capsys, monkeypatch):
     assert asked[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert asked[1]["folder_path"] == runs / "lora"
     more = ["checkpoint-4/model.safetensors", "completions.parquet/step-1.parquet", "skipped_rows.1.jsonl", ".lock"]
-    more.append("notes.jsonl")
+    more += ["notes.jsonl", "report.html"]
     files = [path.name for path in (runs / "lora").iterdir() if path.is_file()] + more
     sent = set(filter_repo_objects(files, ignore_patterns=asked[1]["ignore_patterns"]))
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run_config.json"} <= sent

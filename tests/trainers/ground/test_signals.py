@@ -99,6 +99,16 @@ def test_a_second_signal_of_another_kind_changes_nothing(at_step):
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 75
 
 
+def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(at_step):
+    at_step(2, lambda: send("SIGHUP"))
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+    assert Path("out/model.safetensors").exists()
+
+
 def test_a_signal_in_the_last_step_is_too_late(at_step):
     at_step(4, lambda: send("SIGTERM"))
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 0
