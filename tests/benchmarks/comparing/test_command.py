@@ -155,6 +155,7 @@ def test_a_process_that_is_ended_from_outside_is_said(monkeypatch):
         list(command.ended([(signal.SIGKILL, {})], isolate=1))
 
 
+@pytest.mark.slow
 def test_an_interrupt_waits_for_no_run(monkeypatch):
     monkeypatch.setattr(command, "run_job", time.sleep)
     under_way = command.ended([(0, {}), (600, {}), (600, {})], isolate=2)
