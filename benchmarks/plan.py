@@ -73,7 +73,7 @@ def of_run(run: RunConfig, asked: PlanConfig) -> dict[str, Any]:
 
 def show(answer: dict[str, Any]) -> None:
     """Two tables and three lines."""
-    console = Console()
+    console = Console(markup=False)
     trained = f"{answer['trained_parameters'] / 1e6:,.1f} M of {answer['parameters'] / 1e6:,.1f} M parameters trained"
     console.print(f"{answer['model']}: {answer['geometry']}; {answer['method']}, {trained}")
     batch = answer["micro_batch"]

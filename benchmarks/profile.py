@@ -31,6 +31,7 @@ from .measure.clock import time_ms
 from .measure.profiled import figures, figures_of_cpu, profiled_once
 from .measure.steps import step
 from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
+from .pages.page import write
 from .reporting.records import certificate
 
 
@@ -64,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = profiled(cases[options.case], options.contestant, device, options)
     print(table(found))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        write(options.out, (json.dumps(found, indent=1) + "\n").encode(), "--out")
     return 0
 
 

@@ -149,10 +149,7 @@ def page_of_benchmarks(results: Path, out: Path) -> int:
 
 def load(results: Path) -> list[Row]:
     """All lines, with the device that they are of: a GPU's name, or a CPU's."""
-    try:
-        rows = list(read(results))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    rows = list(read(results))
     for row in rows:
         where = f"{results / row['source']}"
         for key in NEEDED:

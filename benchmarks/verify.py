@@ -27,6 +27,7 @@ from transformers import LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
+from .pages.page import write
 from .peers.case import Case
 from .peers.cases import CASES
 from .peers.sides import oracles, ours, trls
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             progress.step(line(row))
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(options.json, (json.dumps(rows, indent=1) + "\n").encode(), "--json")
     for case in cases:
         if case.differs:
             print(f"not compared with TRL: {case.method} {case.name}: {case.differs}")

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ PLANNERS = "logratio.planners"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `logratio`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: what its encoding lacks is written out
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A run goes on when nobody reads what it prints any more; a command that only prints ends then.
     with lasting_streams() if argv[:1] == ["train"] else contextlib.nullcontext():
         try:

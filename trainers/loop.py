@@ -20,6 +20,7 @@ import torch
 from logratio.losses import Mean
 
 from .again import learn
+from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
 from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
@@ -164,7 +165,8 @@ def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, a
     except UserError as error:
         if stops:
             raise
-        kept = f"checkpoint-{progress.saved} is the last" if progress.saved is not None else "there is none yet"
+        last = next((path.name for _, path in checkpoints_in(Path(run.config.train.output_dir))), None)
+        kept = f"{last} is the last" if last else "there is none yet"
         log.alarm(f"step {step}: {error}; the run goes on, {kept}")
     if stops:
         raise Stopped(

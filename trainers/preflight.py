@@ -99,14 +99,19 @@ def check_before(
 
 def check_found(config: RunConfig, found: Extremes, shapes: Sequence[Shape]) -> list[str]:
     """Raise UserError where a token or a position is beyond a model's tables; returns what to tell."""
+    option = "--max_length or --max_completion_length" if config.rollout else "--max_length"
+    return check_tables(found, longest_sequence(config, found), shapes, option)
+
+
+def check_tables(found: Extremes, sequence: tuple[int, int], shapes: Sequence[Shape], option: str) -> list[str]:
+    """As `check_found`. sequence: of `longest_sequence`. option: with which it is made shorter."""
     for shape in shapes:
         check_ids(found, shape)
-    row, longest = longest_sequence(config, found)
+    row, longest = sequence
     notes = []
     for shape in shapes:
         said = f"row {row} of the data set makes a sequence of {longest} tokens, more than the {{}} positions {{}}"
         if shape.learned is not None and longest > shape.learned:
-            option = "--max_length or --max_completion_length" if config.rollout else "--max_length"
             raise UserError(f"{said.format(shape.learned, f'that {shape.name!r} has learned')}; lower {option}")
         if shape.made_for is not None and longest > shape.made_for:
             notes.append(f"{said.format(shape.made_for, f'that {shape.name!r} was made for')}, where it may do badly")

@@ -17,16 +17,17 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
+from transformers.utils import logging
 
 from logratio.trainers.config.words import hints_of, refuse_misfits
 from logratio.trainers.data.rows import EMBEDDED
@@ -147,8 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--baseline {options.baseline}: no contestant is called so ({', '.join(c.name for c in those)})"
         )
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
     with made(options.output_dir, "--output_dir"):
@@ -256,13 +255,22 @@ def ended(
     if not isolate:
         yield from ((one, run_job(one[0])) for one in left)
         return
-    pool = ProcessPoolExecutor(isolate, mp_context=get_context("spawn"), max_tasks_per_child=1)
-    try:
-        futures = {pool.submit(run_job, one[0]): one for one in left}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    context, quiet = get_context("spawn"), logging.disable_progress_bar
+    with ProcessPoolExecutor(isolate, context, initializer=quiet, max_tasks_per_child=1) as pool:
+        try:
+            futures = {pool.submit(run_job, one[0]): one for one in left}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenExecutor as error:
+            raise UserError(
+                "the process of a run was ended from outside, as where memory runs out: fewer at a time (--isolate) "
+                "take less, and the same command goes on with the runs that have no line yet"
+            ) from error
+        except BaseException:  # an interrupt, where the pool would wait for all that run to end
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            raise
 
 
 def written(

@@ -86,6 +86,9 @@ def summary(found: Outcome) -> str:
     """One sentence of what the metric that decides says."""
     if len(found.names) < 2:
         return "there are no two contestants to compare"
+    unlike = [one for one in found.comparisons[found.metric] if not alike(one)]
+    if not unlike:
+        return f"all have the same {found.metric} with every seed on every row, of which none is better"
     best = found.ranked[0]
     beaten: list[str] = []
     equal: list[str] = []
@@ -99,9 +102,15 @@ def summary(found: Outcome) -> str:
     return ", ".join(said)
 
 
+def alike(comparison: Comparison) -> bool:
+    """Whether nothing in which the two differ was met: how large a difference could be is unknown then."""
+    found = comparison.difference
+    return found.low == found.mean == found.high == 0
+
+
 def advice(found: Outcome) -> str:
     """What would narrow the intervals of the metric that decides: seeds, or rows."""
-    unsure = [one for one in found.comparisons.get(found.metric, []) if not one.difference.sign]
+    unsure = [one for one in found.comparisons.get(found.metric, []) if not (one.difference.sign or alike(one))]
     if not unsure:
         return ""
     share = float(np.mean([one.difference.of_seeds for one in unsure]))

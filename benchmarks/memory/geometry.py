@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from logratio.trainers.errors import UserError
+from logratio.trainers.errors import UserError, shown
 
 from .shapes import SHAPES
 
@@ -86,6 +86,11 @@ class Geometry:
 
         attention = field("attention_bias", False)
         heads = config.num_attention_heads
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "head_dim"):
+            value = field(name, 0 if name in sizes else 1)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} of the model's configuration must be a positive integer, got {shown(value)}")
         return cls(
             vocab=config.vocab_size,
             hidden=config.hidden_size,

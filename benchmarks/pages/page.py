@@ -118,10 +118,12 @@ def write(path: Path, data: bytes, option: str = "--output") -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path} could not be written: {error.strerror}; choose another {option}") from error
 
 

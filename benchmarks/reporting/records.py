@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from logratio.trainers.errors import UserError
 from logratio.trainers.ground.provenance import commit, versions
 
 STATUSES = {
@@ -89,7 +90,7 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file, or of all *.jsonl in a folder, each with `source`: file name and line number.
 
-    A last line that a killed run left half-written is passed over; any other that is no JSON raises ValueError.
+    A last line that a killed run left half-written is passed over; any other that is no JSON raises UserError.
     """
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []:
         lines = file.read_text().split("\n")
@@ -101,9 +102,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError as error:
                 if number == len(lines):  # no line break after it: it was being written
                     continue
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+                raise UserError(f"{file}:{number} is not JSON, so take that line out: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file}:{number} is no JSON object, but: {line[:40]}")
+                raise UserError(f"{file}:{number} is no JSON object, so take that line out: {line[:40]}")
             yield row | {"source": f"{file.name}:{number}"}
 
 

@@ -86,6 +86,15 @@ def test_cases_have_names_of_their_own() -> None:
     assert len({(case.method, case.name) for case in CASES}) == len(CASES)
 
 
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logratio.benchmarks.verify.verify", lambda *_: iter(()))
+    for place, why in ((tmp_path, "Is a directory"), (Path(__file__) / "x.json", "File exists|Not a directory")):
+        with pytest.raises(UserError, match=f"^{place} could not be written: ({why}); choose another --json$"):
+            main(["--json", str(place)])
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*partial"))
+    assert main(["--json", str(tmp_path / "new" / "rows.json")]) == 0 and (tmp_path / "new" / "rows.json").exists()
+
+
 def test_a_wrong_loss_is_found_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

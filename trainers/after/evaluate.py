@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +29,12 @@ from ..config import RolloutConfig
 from ..data.examples import prepare, prepare_prompts
 from ..data.files import file_type
 from ..data.rows import EMBEDDED, Rows, load_rows
+from ..data.table.extremes import Extremes, extremes_of
 from ..errors import UserError, first_line
 from ..policy.policy import Policy
 from ..policy.reference import inference
 from ..policy.sharing import share_prompts
+from ..preflight import check_tables, shape_of
 from ..rollout.evaluation import figures
 from ..rollout.generation import numbered
 from ..rollout.rewards import load_rewards
@@ -147,6 +150,8 @@ def scored(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict
     pairs = isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
     loss: Loss = CPOLoss() if pairs else SFTLoss()
     examples, report = prepare(rows, loss.kind, tokenizer, max_length=options.max_length)
+    extremes = extremes_of(examples)
+    fits(options, policy, extremes, extremes.sequence, "--max_length")
     device = policy.causal_lm.device
     nothing = torch.zeros((), dtype=torch.float64, device=device)
     result = StepResult(nothing)
@@ -163,6 +168,14 @@ def scored(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict
     if "nll" in answer:
         answer |= {"perplexity": math.exp(min(answer["nll"], 700.0)), "scored_tokens": int(result.metrics["nll"].count)}
     return answer
+
+
+def fits(options: Options, policy: Policy, found: Extremes, longest: tuple[int, int], option: str) -> None:
+    """As training is held to them: UserError where a token or a position is beyond the model's tables. longest: tokens
+    of a prompt with a completion, and its row. option: with which it is made shorter."""
+    shape = shape_of(policy.causal_lm, options.model)
+    for note in check_tables(found, longest[::-1], [shape], option):
+        print(note, file=sys.stderr)
 
 
 def likely(policy: Any) -> dict[str, Mean]:
@@ -184,6 +197,9 @@ def preferred(policy: Any) -> dict[str, Mean]:
 def sampled(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict[str, Any]:
     """Of completions that the model samples."""
     prompts, report = prepare_prompts(rows, tokenizer, max_length=options.max_length)
+    extremes = extremes_of(prompts)
+    longest = extremes.prompt[0] + options.max_completion_length, extremes.prompt[1]
+    fits(options, policy, extremes, longest, "--max_length or --max_completion_length")
     kept = {"device": policy.causal_lm.device, "dtype": options.dtype}
     rewards = load_rewards(options.reward_funcs, prompts[0].columns, **kept)
     if options.num_generations < 2:

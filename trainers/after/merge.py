@@ -21,6 +21,7 @@ from logratio.losses import CompletionLogps
 
 from ..checkpoints.folder import write_whole
 from ..errors import UserError
+from ..policy.checks import foreign
 from .trained import Dtype, base_of, device_of, load_trained, was_quantized
 
 TEXT = (
@@ -74,13 +75,15 @@ def merged(options: Options) -> dict[str, Any]:
     with trained.disable_adapter():
         base = logps(trained, tokenizer)
     model = load_trained(options.run, "float32", device, dequantize=True)[0] if was_quantized(options.run) else trained
-    whole = model.merge_and_unload().to(getattr(torch, options.dtype))
+    part_from_head(model.get_base_model())
 
     def fill(partial: Path) -> None:
         whole.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
-    write_whole(folder, fill)
+    with foreign(f"{options.run} could not be merged"):
+        whole = model.merge_and_unload().to(getattr(torch, options.dtype))
+        write_whole(folder, fill)
     again, _ = load_trained(str(folder), options.dtype, device)
     difference = (logps(again, tokenizer) - before).abs()
     answer = {
@@ -94,6 +97,15 @@ def merged(options: Options) -> dict[str, Any]:
     }
     (folder / "merge.json").write_text(json.dumps(answer, indent=2) + "\n")
     return answer
+
+
+def part_from_head(base: Any) -> None:
+    """Give the LM head weights of its own where it has the embedding's and an adapter is on that: the adapter changes
+    what is looked up, and not the head, and in one tensor both would be changed."""
+    head, words = base.get_output_embeddings(), base.get_input_embeddings()
+    if hasattr(words, "lora_embedding_A") and words.base_layer.weight is head.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
 
 
 @torch.no_grad()

@@ -46,14 +46,15 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def no_room(what: str, partial: Path) -> Iterator[None]:
-    """Turn what libraries raise when a disk does not take their files into a UserError, and remove `partial` then."""
+    """Turn what libraries raise when a disk does not take their files into a UserError; whatever it was that ended the
+    writing, `partial` is removed."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
         # tokenizers raises a plain Exception that quotes the system's error
         if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise UserError(f"{what}: {reason}") from error
 

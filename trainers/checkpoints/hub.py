@@ -16,6 +16,7 @@ LEFT_OUT = [
     "completions*",
     "metrics*",
     "notes*",
+    "report.html",
     "tensorboard*",
     "wandb*",
 ]

@@ -38,11 +38,12 @@ def check_output(config: RunConfig) -> None:
     if not name.strip():
         raise UserError("--output_dir is empty; give a folder")
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output_dir {name} is a file; give a folder")
         existing = nearest(folder)
         if not existing.is_dir():
-            raise UserError(f"--output_dir {name} cannot be made, because {existing} is a file; give another folder")
+            kind = "a file" if existing.exists() else "a link that leads nowhere"
+            if existing == folder.absolute():
+                raise UserError(f"--output_dir {name} is {kind}; give a folder")
+            raise UserError(f"--output_dir {name} cannot be made, because {existing} is {kind}; give another folder")
         if len(max(folder.parts, key=len, default="").encode()) > os.pathconf(existing, "PC_NAME_MAX"):
             raise UserError(f"--output_dir {name[:40]}... has a name too long for a folder; give a shorter one")
         with tempfile.TemporaryFile(dir=existing):
@@ -105,7 +106,7 @@ def goes_on_in(config: RunConfig, folder: Path) -> bool:
 def nearest(folder: Path) -> Path:
     """The folder itself, or what exists of the way to it."""
     folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 

@@ -12,7 +12,7 @@ from types import FrameType
 STATUS = 75
 """Exit status of a run that a signal ended: all is saved, and the same command with --resume_from_checkpoint latest
 goes on (EX_TEMPFAIL of sysexits.h, "try again")."""
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
 
 class Stop:
@@ -36,12 +36,15 @@ class Stop:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stop]:
-    """Inside, the signals of `NAMES` are noted. Outside of the main thread, which alone gets signals, none is."""
+    """Inside, the signals of `NAMES` are noted; of a closed terminal, SIGHUP, unless `nohup` has it ignored. Outside of
+    the main thread, which alone gets signals, none is."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     kept = {number: signal.getsignal(number) for name in NAMES if (number := getattr(signal, name, None)) is not None}
+    if kept.get(signal.SIGHUP) is signal.SIG_IGN:
+        del kept[signal.SIGHUP]
     for number in kept:
         signal.signal(number, stop)
     try:

@@ -1,7 +1,10 @@
 """`logratio compare` as a user calls it: what it runs, leaves and says, and that it goes on where it was cut."""
 
 import json
+import multiprocessing
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,24 @@ def test_a_process_for_each_run_gives_the_same_lines(compared, tmp_path):
     assert compare(tmp_path, *THREE, "--isolate", "2") == 0
     alone = {(x["contestant"], x["seed"]): x["rows"] for x in lines(tmp_path)}
     assert alone == {(x["contestant"], x["seed"]): x["rows"] for x in lines(compared)}
+
+
+def test_a_process_that_is_ended_from_outside_is_said(monkeypatch):
+    """As by the system, where memory runs out."""
+    monkeypatch.setattr(command, "run_job", signal.raise_signal)
+    with pytest.raises(UserError, match="ended from outside, .* the same command goes on with the runs that have no"):
+        list(command.ended([(signal.SIGKILL, {})], isolate=1))
+
+
+@pytest.mark.slow
+def test_an_interrupt_waits_for_no_run(monkeypatch):
+    monkeypatch.setattr(command, "run_job", time.sleep)
+    under_way = command.ended([(0, {}), (600, {}), (600, {})], isolate=2)
+    assert next(under_way) == ((0, {}), None)
+    under_way.close()
+    for child in multiprocessing.active_children():
+        child.join(60)
+    assert not multiprocessing.active_children()
 
 
 def test_the_budget_in_tokens_ends_at_the_first_step_that_reaches_it():

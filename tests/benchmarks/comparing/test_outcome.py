@@ -54,6 +54,13 @@ def test_a_contestant_that_failed_with_one_seed_is_in_no_comparison():
     assert found.names == ["a", "b"] and found.failed == ["c with seed 1 failed: too hot"]
 
 
+def test_where_nothing_differs_none_is_best_and_no_bound_is_claimed():
+    """As of rewards that are 0 throughout: the interval has no width, and says nothing of what was not met."""
+    found = outcome(LINES, ["b", "c"], None, None)
+    assert summary(found) == "all have the same reward with every seed on every row, of which none is better"
+    assert advice(found) == "" and not any(one.difference.sign for one in found.comparisons["reward"])
+
+
 def compared(mean, low, high, of_seeds=0.5):
     return Comparison("a", "b", Estimate(mean, low, high, of_seeds))
 

@@ -124,6 +124,14 @@ def test_a_folder_that_describes_no_decoder_is_refused(tmp_path, text):
         find(str(tmp_path))
 
 
+@pytest.mark.parametrize("said", [{"num_attention_heads": 0}, {"hidden_size": -4}, {"intermediate_size": None}])
+def test_a_size_that_none_can_have_is_named(tmp_path, said):
+    fields = json.loads(KINDS["llama"]().to_json_string()) | said
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=f"{next(iter(said))} of the model's configuration must be a positive integer"):
+        find(str(tmp_path))
+
+
 def test_a_name_that_nobody_knows_is_refused():
     for name in ("nobody/nothing", "a/b/c", "no such folder"):
         with pytest.raises(UserError, match="neither a folder"):

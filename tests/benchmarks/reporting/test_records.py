@@ -12,6 +12,7 @@ import torch
 
 from logratio.benchmarks.reporting import records
 from logratio.benchmarks.reporting.records import Records, certificate, identity, read
+from logratio.trainers.errors import UserError
 from logratio.trainers.ground.provenance import commit
 
 
@@ -92,7 +93,7 @@ def test_any_other_malformed_line_is_named(tmp_path: Path, bad: str) -> None:
     file = tmp_path / "step.jsonl"
     for after in (json.dumps(row()) + "\n", ""):
         file.write_text(json.dumps(row()) + "\n\n" + bad + "\n" + after)
-        with pytest.raises(ValueError, match=r"step\.jsonl:3 is no"):
+        with pytest.raises(UserError, match=r"step\.jsonl:3 is no.*take that line out"):
             list(read(file))
 
 

@@ -3,18 +3,24 @@
 import io
 import json
 import math
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import RepoUrl
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from logratio.trainers import cli
 from logratio.trainers.after import chat
-from logratio.trainers.after.trained import load_trained
+from logratio.trainers.after.trained import base_of, load_trained
+from logratio.trainers.errors import UserError
+from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -25,7 +31,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ways = {"lora": ["--lora_r", "4"], "qlora": ["--lora_r", "4", "--load_in_4bit"], "full": []}
+    ways = {"lora": ["--lora_r", "4"], "qlora": ["--lora_r", "4", "--load_in_4bit", "--save_steps", "12"], "full": []}
     for name, way in ways.items():
         words = ["train", "sft", "--dataset_name", str(folder / "rows.jsonl"), "--max_steps", "12", *way]
         assert cli.main([*words, "--learning_rate", "1e-2", "--output_dir", str(folder / name)]) == 0
@@ -126,6 +132,35 @@ def test_a_merged_model_is_the_base_with_the_adapter(name, runs, tmp_path, capsy
     )
 
 
+def test_an_adapter_on_a_tied_embedding_leaves_the_head_as_it_was(tmp_path, capsys):
+    """W + B A is what tokens are looked up in, and W stays what the hidden states are multiplied with."""
+    tiny_model(1, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of the tie
+        lora = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = get_peft_model(base, lora)
+        adapted.save_pretrained(tmp_path / "adapter")
+        run(capsys, "merge", tmp_path / "adapter", tmp_path / "merged")
+    ids = torch.arange(40, 60)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(ids).logits, adapted.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    wanted = adapted.get_base_model().get_output_embeddings().weight
+    assert torch.equal(merged.get_output_embeddings().weight, wanted)
+    assert not torch.equal(merged.get_input_embeddings().weight, wanted)
+
+
+def test_what_cannot_be_merged_is_said_and_leaves_nothing(tmp_path, runs, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shared tensors\n in detail")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", broken)
+    said = run(capsys, "merge", runs / "lora", tmp_path / "merged", status=1)
+    assert said == f"logratio: {runs / 'lora'} could not be merged: RuntimeError: shared tensors"
+    assert not list(tmp_path.iterdir())
+
+
 def test_in_16_bits_the_difference_is_said(runs, tmp_path, capsys):
     run(capsys, "merge", runs / "lora", tmp_path / "merged", "--dtype", "bfloat16")
     answer = json.loads((tmp_path / "merged" / "merge.json").read_text())
@@ -154,6 +189,36 @@ def test_what_an_adapter_was_trained_on_is_not_guessed(tmp_path, capsys):
             )
     (tmp_path / "adapter_config.json").write_text("[]")
     assert "adapter_config.json cannot be read: " in run(capsys, "chat", tmp_path, status=1)
+
+
+def test_a_checkpoint_is_on_the_weights_of_its_run(runs, capsys):
+    """Quantized ones: on others its figures would be nobody's."""
+    words = ["--dataset_name", runs / "rows.jsonl", "--json"]
+    of_run, of_last = (
+        json.loads(run(capsys, "eval", folder, *words)) for folder in (runs / "qlora", runs / "qlora" / "checkpoint-12")
+    )
+    assert of_last == of_run
+    (runs / "qlora" / "checkpoint-13").mkdir()
+    (runs / "qlora" / "checkpoint-13" / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    (runs / "qlora" / "checkpoint-13" / "trainer_state.json").write_text("{")
+    said = run(capsys, "chat", runs / "qlora" / "checkpoint-13", status=1)
+    assert "trainer_state.json cannot be read, which says on which weights" in said
+
+
+def test_a_run_that_has_been_moved_has_its_own_base(runs, tmp_path, capsys):
+    """Not what has come to lie in its old place; of another model, the file that names it is said."""
+    shutil.copytree(runs / "lora", tmp_path / "moved")
+    assert base_of(str(runs / "lora")) == str(runs / "lora" / "base_model")
+    assert base_of(str(tmp_path / "moved")) == str(tmp_path / "moved" / "base_model")
+    shutil.copytree(runs / "lora", tmp_path / "moved" / "checkpoint-1", ignore=lambda *_: ["base_model"])
+    assert base_of(str(tmp_path / "moved" / "checkpoint-1")) == str(tmp_path / "moved" / "base_model")
+    settings = tmp_path / "moved" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "/gone/away"}))
+    assert run(capsys, "chat", tmp_path / "moved", status=1).startswith(
+        f"logratio: {tmp_path / 'moved'}: the base model that its adapter_config.json names (base_model_name_or_path): "
+        "the model /gone/away does not exist"
+    )
+    assert run(capsys, "chat", "/gone/away", status=1).startswith("logratio: the model /gone/away does not exist")
 
 
 def likeliest(folder, said, tokens=4):
@@ -187,6 +252,58 @@ def test_a_model_without_a_template_goes_on_with_text(runs):
     assert chat.answer(options, model, tokenizer, [], "3+1=") == likeliest(runs / "full", "3+1=")
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A folder of a model that has learned 12 positions, without a chat template."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=12, **ids)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_that_cannot_be_held_ends_in_a_sentence(gpt2, capsys):
+    said = run(capsys, "chat", gpt2, "--prompt", "hi", "--system", "Be kind.", status=1)
+    assert said.endswith("has no chat template, which it would be a part of: begin the text with it")
+    said = run(capsys, "chat", gpt2, "--prompt", "x" * 20, status=1)
+    assert said.endswith("has learned 12 positions, the answer's among them: begin a shorter one")
+    run(capsys, "chat", gpt2, "--prompt", "x" * 8, "--max_new_tokens", "99")  # ends at the last position
+    model, tokenizer = load_trained(str(gpt2), "float32", CPU)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")  # no token in front
+    with pytest.raises(UserError, match="no chat template, so give it some text$"):
+        chat.answer(chat.Options(model="m"), model, tokenizer, [], "")
+    for template, wrong in {
+        "{{ raise_exception('no system') }}": "the chat template does not render this conversation: no system",
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}": "message 0: its 'content' is not in",
+    }.items():
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=f"^the conversation.*{wrong}"):
+            chat.answer(chat.Options(model="m"), model, tokenizer, [{"role": "system", "content": "Be kind."}], "hi")
+
+
+def test_bytes_that_are_no_text_are_taken_as_such(runs, capsys, monkeypatch):
+    words = ["chat", runs / "full", "--temperature", "0", "--max_new_tokens", "4"]
+    wanted = run(capsys, *words, "--prompt", "3+\ufffd1=")
+    assert run(capsys, *words, "--prompt", "3+\udcff1=") == wanted
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"3+\xff1=\n"), "utf-8"))
+    assert run(capsys, *words) == wanted
+
+
+def test_evaluations_are_held_to_the_models_tables(gpt2, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2", "answer": "2"}\n' * 2)
+    (tmp_path / "long.jsonl").write_text('{"prompt": "1+1=", "completion": "22222222222222"}\n')
+    words = ["--dataset_name", tmp_path / "rows.jsonl", "--reward_funcs", "exact_answer", "--max_completion_length"]
+    run(capsys, "eval", gpt2, *words, "7")
+    assert run(capsys, "eval", gpt2, *words, "50", status=1).endswith(
+        f"more than the 12 positions that '{gpt2}' has learned; lower --max_length or --max_completion_length"
+    )
+    said = run(capsys, "eval", gpt2, "--dataset_name", tmp_path / "long.jsonl", status=1)
+    assert said.endswith(f"more than the 12 positions that '{gpt2}' has learned; lower --max_length")
+
+
 def test_messages_go_through_the_template(runs, capsys, monkeypatch):
     model, tokenizer = load_trained(str(runs / "full"), "float32", CPU)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -215,7 +332,7 @@ def test_what_is_pushed(runs, capsys, monkeypatch):
     assert asked[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert asked[1]["folder_path"] == runs / "lora"
     more = ["checkpoint-4/model.safetensors", "completions.parquet/step-1.parquet", "skipped_rows.1.jsonl", ".lock"]
-    more.append("notes.jsonl")
+    more += ["notes.jsonl", "report.html"]
     files = [path.name for path in (runs / "lora").iterdir() if path.is_file()] + more
     sent = set(filter_repo_objects(files, ignore_patterns=asked[1]["ignore_patterns"]))
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run_config.json"} <= sent

@@ -45,6 +45,8 @@ def never(*args, **kwargs):
     [
         ("rows.jsonl", "--output_dir rows.jsonl is a file; give a folder"),
         ("rows.jsonl/out", "--output_dir rows.jsonl/out cannot be made, because .*rows.jsonl is a file; give another"),
+        ("link", "--output_dir link is a link that leads nowhere; give a folder"),
+        ("link/out", "--output_dir link/out cannot be made, because .*link is a link that leads nowhere; give another"),
         ("/proc/out", r"--output_dir /proc/out cannot be written to \(.*\); give another folder"),
         ("x" * 300, r"--output_dir x+\.* (has a name too long|cannot be written to)"),
         (" ", "--output_dir is empty; give a folder"),
@@ -52,6 +54,7 @@ def never(*args, **kwargs):
 )
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_loaded(folder, message, monkeypatch, capsys):
     monkeypatch.setattr("logratio.trainers.setup.read_model", never)
+    Path("link").symlink_to("nowhere")
     before = set(os.listdir())
     assert re.match(message, train("--output_dir", folder, capsys=capsys))
     assert set(os.listdir()) == before

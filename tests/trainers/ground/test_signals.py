@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.trainers import cli, loop
+from logratio.trainers.checkpoints import model
 from logratio.trainers.checkpoints.folder import checkpoints_in, damage
+from logratio.trainers.checkpoints.output_dir import BASE_MODEL
+from logratio.trainers.errors import UserError
 from logratio.trainers.ground import signals
 from logratio.trainers.step import Step
 
@@ -96,6 +99,16 @@ def test_a_second_signal_of_another_kind_changes_nothing(at_step):
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 75
 
 
+def test_a_closed_terminal_is_nothing_to_a_run_under_nohup(at_step):
+    at_step(2, lambda: send("SIGHUP"))
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+    assert Path("out/model.safetensors").exists()
+
+
 def test_a_signal_in_the_last_step_is_too_late(at_step):
     at_step(4, lambda: send("SIGTERM"))
     assert cli.main(["train", "sft", *WORDS, "--output_dir", "out"]) == 0
@@ -131,3 +144,20 @@ def test_a_limit_of_the_disk_costs_a_checkpoint_and_no_run(at_step, capfd):
     assert [step for step, _ in checkpoints_in(Path("out"))] == [4, 3, 1]
     assert all(damage(folder) is None for _, folder in checkpoints_in(Path("out")))
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_checkpoint_that_is_there_is_named_whatever_failed_behind_it(monkeypatch, capfd):
+    """The embedded model, written beside an adapter's first checkpoint, meets the full disk."""
+    whole = model.write_whole
+
+    def but_base(folder, fill):
+        if folder.name == BASE_MODEL:
+            raise UserError(f"{folder} could not be saved: No space left on device")
+        whole(folder, fill)
+
+    monkeypatch.setattr(model, "write_whole", but_base)
+    assert cli.main(["train", "sft", *WORDS, "--lora_r", "2", "--save_steps", "1", "--output_dir", "out"]) == 1
+    said = (
+        "step 1: out/base_model could not be saved: No space left on device; the run goes on, checkpoint-1 is the last"
+    )
+    assert said in capfd.readouterr().out and damage(Path("out/checkpoint-1")) is None

@@ -112,3 +112,11 @@ def test_the_streams_are_given_back(capsys):
         raise KeyError
     assert (sys.stdout, sys.stderr) == kept and capsys.readouterr().out == "seen\n"
     assert cli.main(["train", "nope"]) == 1 and "unknown method" in capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_ends_no_command(monkeypatch):
+    """As a minus sign of `logratio compare` where the locale is C."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    monkeypatch.setattr(cli, "dispatch", lambda words: print("a \u2212 b") or 0)
+    assert cli.main(["compare"]) == 0 and shown.getvalue() == b"a \\u2212 b\n"
