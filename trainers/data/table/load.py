@@ -175,7 +175,6 @@ def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Ro
         split=asked.split,
         config=asked.name,
         seed=config.train.seed,
-        keep_bad=config.data.on_bad_row == "skip",
         check=False,
         streaming=streaming,
     )

@@ -68,7 +68,7 @@ def _bad_behind(row: int, rows: Rows, kind: Kind, tokenizer: Any, options: dict[
     if not looked:
         return ""
     try:
-        preparation = Preparation(rows.keeping_bad(), kind, tokenizer, **{**options, "on_bad_row": "skip"})
+        preparation = Preparation(rows, kind, tokenizer, **{**options, "on_bad_row": "skip"})
         for _ in preparation.made(row + 1, row + 1 + looked):
             pass
     except UserError:  # what is wrong there is said when its turn comes
