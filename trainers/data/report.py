@@ -91,34 +91,35 @@ class Report:
         self.examples += len(made)
         labels = [label for one in made if (label := getattr(one, "label", None)) is not None]
         if labels:
-            self._add_labels((sum(labels), len(labels) - sum(labels)))
+            desirable, undesirable = self.labels or (0, 0)
+            self.labels = (desirable + sum(labels), undesirable + len(labels) - sum(labels))
 
     def add(self, other: Report) -> None:
-        """The counts of a part of the same rows."""
+        """The counts and the skipped rows of a part of the same rows."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.labels:
-            self._add_labels(other.labels)
+            desirable, undesirable = self.labels or (0, 0)
+            self.labels = (desirable + other.labels[0], undesirable + other.labels[1])
+        if self.bad and other.bad:
+            self.bad.found |= other.bad.found
 
-    def _add_labels(self, more: tuple[int, int]) -> None:
-        desirable, undesirable = self.labels or (0, 0)
-        self.labels = (desirable + more[0], undesirable + more[1])
+    @property
+    def errors(self) -> list[RowError]:
+        """Of the rows that were skipped, in their order."""
+        return self.bad.errors() if self.bad else []
+
+    def counts(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in COUNTS}, "labels": self.labels}
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and the skipped rows, without the data set's name, as JSON has them; see `from_dict`."""
-        found = self.bad.errors() if self.bad else []
-        return {
-            **{name: getattr(self, name) for name in COUNTS},
-            "labels": self.labels,
-            "skipped": [[error.row, str(error)[len(error.place) :]] for error in found],
-        }
+        return {**self.counts(), "skipped": [[error.row, str(error)[len(error.place) :]] for error in self.errors]}
 
     def card(self, rows: int | None) -> dict[str, Any]:
         """What data_card.json has of the data set. rows: how many it has, where one knows."""
-        errors = self.bad.errors() if self.bad else []
-        counts = {name: getattr(self, name) for name in COUNTS}
-        skipped = {"skipped": len(errors), "skipped_reasons": count_reasons(errors)}
-        return {"name": self.name, "rows": rows, **counts, "labels": self.labels, **skipped}
+        skipped = {"skipped": len(self.errors), "skipped_reasons": count_reasons(self.errors)}
+        return {"name": self.name, "rows": rows, **self.counts(), **skipped}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], rows: Rows) -> Report:
@@ -151,8 +152,7 @@ class Report:
             notes.append(f"{self.labels[0]} of them desirable")
         if self.weighted:
             notes.append(f"{self.weighted} of them with weights other than 1")
-        if self.bad and self.bad.found:
-            errors = self.bad.errors()
+        if errors := self.errors:
             notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
         if self.dropped:
             notes.append(f"{self.dropped} dropped, without room for a completion within max_length")
