@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..errors import UserError
 from .columns import Source, read_sources
 from .layout import Layout
 from .report import BadRows
-from .tokenization import Encoder, with_eos
+from .tokenization import Encoder, Piece, with_eos
 
 BATCH = 1000  # rows tokenized by one call, which uses all cores
 
@@ -59,26 +59,16 @@ def _one_by_one(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Lay
 
 
 def _tokenize(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Layout) -> list[Tokenized]:
-    where = bad.rows.where
-    with_prompt = [source for source in batch if source.prompt is not None]
-    prompts = encoder.prompts(
-        [source.prompt for source in with_prompt if source.prompt is not None],
-        [source.options for source in with_prompt],
-        [where(source.row) for source in with_prompt],
-        to_generate=layout.kind == Kind.GROUPED,
-    )
-    pieces = [(whole, source) for source in batch for whole in whole_texts(source, encoder.tokenizer)]
-    wholes = iter(
-        encoder.wholes(
-            [whole for whole, _ in pieces],
-            [source.options for _, source in pieces],
-            [where(source.row) for _, source in pieces],
-        )
-    )
-    alone: list[Any] = list(prompts) if with_prompt else [None] * len(batch)
+    def pieces(texts: Callable[[Source], list[Any]]) -> list[Piece]:
+        return [Piece(text, source.options, bad.rows.where(source.row)) for source in batch for text in texts(source)]
+
+    prompts: list[Any] = [None] * len(batch)
+    if batch[0].prompt is not None:
+        prompts = encoder.prompts(pieces(lambda source: [source.prompt]), to_generate=layout.kind == Kind.GROUPED)
+    wholes = iter(encoder.wholes(pieces(lambda source: whole_texts(source, encoder.tokenizer))))
     return [
         (source, prompt, [next(wholes) for _ in source.completions])
-        for source, prompt in zip(batch, alone, strict=True)
+        for source, prompt in zip(batch, prompts, strict=True)
     ]
 
 
