@@ -27,7 +27,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import StoredReference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.calling.asked import TrainerState
 from logratio.trainers.rollout.sets.flights import Flights
 from logratio.trainers.rollout.sets.rolled import Rolled
 from logratio.trainers.step import Step

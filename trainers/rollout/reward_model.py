@@ -28,7 +28,7 @@ from ..data.tokenization import Text
 from ..errors import UserError
 from ..policy.checks import check_finite, check_folder, foreign, learned_positions
 from ..policy.reach import asking_once
-from .calling import CompletionError
+from .calling.asked import CompletionError
 
 TOKENS = 16_384
 """In a forward pass, with padding."""

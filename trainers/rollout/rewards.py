@@ -28,7 +28,7 @@ from ..ground.given import given
 from ..ground.plugins import import_object, names_a_model
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
-from .calling import Reward, check_signature, names_of
+from .calling.asked import Reward, check_signature, names_of
 from .reward_model import is_module, reward_model
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from ..errors import UserError, counted
 from ..ground.folder import staying
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from .calling import Asked, Calls, Reward, RewardLog, TrainerState
+from .calling.asked import Asked, Reward, RewardLog, TrainerState
+from .calling.calls import Calls
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling

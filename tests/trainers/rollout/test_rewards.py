@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import names_of
+from logratio.trainers.rollout.calling.asked import names_of
 from logratio.trainers.rollout.rewards import REWARDS, answer_format, load_reward, load_rewards, overlong
 
 

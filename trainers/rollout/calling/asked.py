@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...data.tokenization import Text, shown
-from ...errors import UserError
+from ...data.tokenization import Text
+from ...errors import UserError, shown
+from ..answers import text_of
 from ..kept import check_extra
 
 Reward = Callable[..., Any]
@@ -109,8 +110,7 @@ class Asked:
         """Which completion it is, for a message."""
         row = self.rows[index]
         number = self.rows[:index].count(row)
-        text = self.completions[index]
-        text = text if isinstance(text, str) else str(text[-1].get("content") or "")
+        text = text_of(self.completions[index])
         return f"completion {number} of row {row} of the data set, {text[:57] + '...' if len(text) > 60 else text!r}"
 
     def question(self, reward: Reward, log: RewardLog, **more: Any) -> Callable[[], Any]:

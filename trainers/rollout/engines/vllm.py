@@ -111,7 +111,7 @@ class VLLM:
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
         """The same with the policy of now in the background; what is raised is this process's alone."""
         name = self.adapters.name
-        self.begun = [begun for begun in self.begun if begun.alive]
+        self.begun = [begun for begun in self.begun if not begun.done()]
         self.begun.append(Begun(lambda stop: self._sample(requests, sampling, name, stop)))
         return self.begun[-1]
 
@@ -146,9 +146,6 @@ class VLLM:
             options = {**options, "temperature": 0.0}
         else:
             options = {**options, "seed": seed - 2**64 if seed >= 2**63 else seed}  # the protocol's have a sign
-        return self._completed(server, options, stop)
-
-    def _completed(self, server: Server, options: dict[str, Any], stop: threading.Event) -> Sample:
         name = options["model"]
         body = {"n": 1, "logprobs": 0, "return_token_ids": True, **options}
 
@@ -204,9 +201,9 @@ class VLLM:
         that a bias makes certain has 0 then only in the distribution that it is drawn from."""
         if server in self.processed:
             return
-        options = {"model": name, "prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1)), "seed": 0}
+        options = {"model": name, "prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1))}
         options["logit_bias"] = {str(self.vocabulary // 2): CERTAIN}
-        if self._completed(server, options, stop).logps[0] < -0.05:
+        if self._say(server, options, 0, stop).logps[0] < -0.05:
             raise UserError(
                 f"the vLLM server {server.url} gives log-probabilities before temperature, penalties and cuts: start "
                 "it with --logprobs-mode processed_logprobs"

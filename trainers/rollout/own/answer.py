@@ -29,9 +29,9 @@ from typing import Any, get_args
 from logratio.losses import Support
 
 from ...data.examples import Prompt
-from ...data.tokenization import shown
-from ...errors import UserError, counted
-from ..calling import GIVEN
+from ...data.tokenization import common_prefix
+from ...errors import UserError, counted, shown
+from ..calling.asked import GIVEN
 from ..engines.protocol import FinishReason, Sample
 from .turns import Turns, checked_id
 
@@ -125,41 +125,47 @@ def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[in
     return Sample(ids, reason, logps, version, support_of(known, written, spans), mask)
 
 
+def as_list(values: Any) -> list[Any] | None:
+    """A list, tuple, tensor or array as a list; None of anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, list | tuple) else None
+
+
 def listed(name: Any, values: Any, count: int) -> list[Any]:
     """A list with an entry for each of the prompts."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple):
+    found = as_list(values)
+    if found is None:
         raise UserError(
             f"{name} must be a list with an entry for each of {counted(count, 'completion')}, got {shown(values)}"
         )
-    if len(values) != count:
+    if len(found) != count:
         raise UserError(
-            f"{name} has the length {len(values)} for {counted(count, 'completion')}: a function is given a prompt as "
+            f"{name} has the length {len(found)} for {counted(count, 'completion')}: a function is given a prompt as "
             "often as completions of it are wanted, and answers each time with one"
         )
-    return list(values)
+    return found
 
 
 def tokens(name: str, ids: Any, words: int) -> list[int]:
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(ids, list | tuple) or not ids:
+    found = as_list(ids)
+    if not found:
         raise UserError(f"its {name} must be a list of token ids, one at least; got {shown(ids)}")
-    return [checked_id(token, words) for token in ids]
+    return [checked_id(token, words) for token in found]
 
 
 def mask_of(mask: Any, count: int) -> list[bool]:
     """Of each of so many tokens, whether the model wrote it."""
     if mask is None:
         return [True] * count
-    mask = mask.tolist() if hasattr(mask, "tolist") else mask
-    if not isinstance(mask, list | tuple) or len(mask) != count or not all(one in (0, 1) for one in mask):
+    found = as_list(mask)
+    if found is None or len(found) != count or not all(one in (0, 1) for one in found):
         raise UserError(
             f"its env_mask must have a 1 for each of its {counted(count, 'token')} that the model wrote and a 0 for "
             f"each other, got {shown(mask)}"
         )
-    if not any(mask):
+    if not any(found):
         raise UserError("by its env_mask the model wrote none of it: let the model write one token at least")
-    return [bool(one) for one in mask]
+    return list(map(bool, found))
 
 
 def spans_of(written: Sequence[bool]) -> list[tuple[int, int]]:
@@ -180,31 +186,25 @@ def as_heard(
         at = begin
         while at < end:
             before = [*prompt_ids, *ids[:at]]
-            tried = [
-                (alike(sample.ids, ids[at:end]), k) for k, (context, sample) in enumerate(heard) if context == before
-            ]
-            length, which = max(tried, default=(0, 0))
+            own = [sample for context, sample in heard if context == before]
+            lengths = [common_prefix(sample.ids, ids[at:end]) for sample in own]
+            length, which = max(((length, k) for k, length in enumerate(lengths)), default=(0, 0))
             if not length:
                 return at
-            found.append(heard[which][1].first(length))
+            found.append(own[which].first(length))
             at += length
     return found
 
 
-def alike(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many of the first are the same."""
-    return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
-
-
 def given_logps(logprobs: Any, written: Sequence[bool]) -> list[float]:
     """As they were given, 0 where the model did not write."""
-    logprobs = logprobs.tolist() if hasattr(logprobs, "tolist") else logprobs
-    if not isinstance(logprobs, list | tuple) or len(logprobs) != len(written):
+    given = as_list(logprobs)
+    if given is None or len(given) != len(written):
         raise UserError(
             f"its logprobs must have a number for each of its {counted(len(written), 'token')}, got {shown(logprobs)}"
         )
     found = [0.0] * len(written)
-    for at, (logp, mine) in enumerate(zip(logprobs, written, strict=True)):
+    for at, (logp, mine) in enumerate(zip(given, written, strict=True)):
         if mine:
             if isinstance(logp, bool) or not isinstance(logp, int | float) or not -math.inf < logp <= ROUNDING:
                 raise UserError(

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +25,8 @@ from ...ground.plugins import import_object
 from ...policy.checks import learned_positions
 from ...policy.policy import Policy
 from ...processes.once import raised_together
-from ..calling import Reward, TrainerState, check_signature
+from ..calling.asked import Reward, TrainerState, check_signature
+from ..calling.said import raised_at
 from ..engines.protocol import Engine, Sample, Sampling, Say
 from .answer import Limits, read
 from .turns import Turns
@@ -109,12 +109,8 @@ class OwnRollouts:
         except UserError as error:
             raise UserError(f"{OPTION} {self.name}: {error}") from error
         except (Exception, SystemExit) as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-            own = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0].filename]
-            place = f" ({own[-1]})" if own else ""
-            raise UserError(
-                f"{OPTION} {self.name} raised {type(error).__name__}: {first_line(error)}{place}"
-            ) from error
+            said = f"{type(error).__name__}: {first_line(error)}{raised_at(error, __file__)}"
+            raise UserError(f"{OPTION} {self.name} raised {said}") from error
         for i, (prompt, ids) in enumerate(zip(prompts, found.prompt_ids, strict=True)):
             fields = {name: values[i] for name, values in found.fields.items()}
             told = dataclasses.replace(prompt, prompt_ids=ids, columns={**prompt.columns, **fields})

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data.examples import Prompt
 from ...errors import UserError, counted
-from ..calling import TrainerState
+from ..calling.asked import TrainerState
 from ..engines.protocol import Request, Sample, Sampling, Say
 from ..generation import turn_seed
 

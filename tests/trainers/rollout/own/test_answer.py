@@ -6,7 +6,7 @@ import torch
 from logratio.losses import Support
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.calling.asked import TrainerState
 from logratio.trainers.rollout.engines.protocol import Sample, Sampling
 from logratio.trainers.rollout.own.answer import Limits, read
 from logratio.trainers.rollout.own.turns import Turns
