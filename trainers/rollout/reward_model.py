@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -104,15 +105,11 @@ class RewardModel:
     @torch.inference_mode()
     def scored(self, rows: Any, batch: Sequence[int]) -> list[float]:
         """The logits of these texts."""
-        length = max(len(rows["input_ids"][i]) for i in batch)
-        filled = {"input_ids": self.tokenizer.pad_token_id}  # all else, a mask or types, with 0
-        given = {
-            name: torch.tensor(
-                [[*values[i], *[filled.get(name, 0)] * (length - len(values[i]))] for i in batch],
-                device=self.model.device,
-            )
-            for name, values in rows.items()
-        }
+        given = {}
+        for name, values in rows.items():
+            filling = self.tokenizer.pad_token_id if name == "input_ids" else 0  # of a mask, or of types
+            padded = pad_sequence([torch.tensor(values[i]) for i in batch], batch_first=True, padding_value=filling)
+            given[name] = padded.to(self.model.device)
         scores: list[float] = self.model(**given, **self.options).logits[:, 0].tolist()
         return scores
 

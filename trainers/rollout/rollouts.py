@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors import UserError, counted
 from ..ground.folder import staying
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
+from ..processes.once import raised_together
 from .calling.asked import Asked, Reward, RewardLog, TrainerState
 from .calling.calls import Calls
 from .engines.background import Begun
@@ -180,45 +182,33 @@ class Rollouts:
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:
         """What the rewards say. Raises UserError on all processes where a reward fails on one of them."""
-        log, error, texts = RewardLog(len(sampled)), None, []
+        log, texts = RewardLog(len(sampled)), []
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
-        if sampled:
-            texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
-            chat = [not isinstance(p.prompt, str) for p in prompts]
-            asked = Asked(
-                prompts=[p.prompt for p in prompts],
-                completions=[
-                    [{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)
-                ],
-                completion_ids=[s.ids for s in sampled],
-                columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
-                rows=[p.row for p in prompts],
-            )
-            limit = self.max_completion_length
-            try:
+        alone = self.accelerator is None or self.accelerator.num_processes == 1
+        with contextlib.nullcontext() if self.accelerator is None else raised_together(self.accelerator):
+            if sampled:
+                texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
+                asked = Asked(
+                    prompts=[p.prompt for p in prompts],
+                    completions=[
+                        t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}]
+                        for p, t in zip(prompts, texts, strict=True)
+                    ],
+                    completion_ids=[s.ids for s in sampled],
+                    columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
+                    rows=[p.row for p in prompts],
+                )
+                limit = self.max_completion_length
                 by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)
-            except UserError as failed:
-                error = failed
-        names = self._agree(error, sorted(log.metrics))
+        said = list(log.metrics) if alone else gather_object(list(log.metrics))
+        names = sorted(set(said))
         if not self.config.log_completions:
             self.watch.columns(log.columns)
         logged = {name: Mean.of(torch.tensor(log.metrics[name], dtype=torch.float64)) for name in names}
         return Scored(scores, texts, logged, log.columns)
-
-    def _agree(self, error: UserError | None, names: list[str]) -> list[str]:
-        """The names that any process has; where one has an error, all raise it: none waits for one that has gone."""
-        alone = self.accelerator is None or self.accelerator.num_processes == 1
-        said = [(str(error) if error else None, names)]
-        said = said if alone else gather_object(said)
-        if error is not None:
-            raise error
-        for message, _ in said:
-            if message is not None:
-                raise UserError(message)
-        return sorted({name for _, some in said for name in some})
 
     def advantages(
         self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None, taught: Tensor | None = None

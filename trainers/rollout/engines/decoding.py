@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from logratio.losses import Support, Transform
@@ -113,9 +114,7 @@ class Decoder:
             chosen.setdefault(i, len(chosen))
         prompts = [requests[i].prompt_ids for i in chosen]
         lengths = torch.tensor([len(p) for p in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+        ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
         cache = DynamicCache()  # of whole rows in every layer, whatever its window
         out = self.decoder(input_ids=ids.to(self.device), use_cache=True, **{self.keeps: cache})
         lengths = lengths.to(self.device)

@@ -91,22 +91,18 @@ class InProcess:
     def rounds(self) -> Iterator[Say]:
         """Inside, whole weights are at hand."""
         with gathered(self.policy, self.accelerator):
-            yield self._round
+            yield self._say
 
     @torch.no_grad()
-    def _round(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
-        with mixed, inference(self.policy):
-            return self.say(requests, sampling)
-
-    def say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """The same, by the policy as it is."""
+    def _say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         done: dict[tuple[int, int], Sample] = {}
         wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
         while len(done) < len(wanted):
             rows = min(self.rows, len(wanted))
+            mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
             try:
-                self._run(requests, sampling, done, rows)
+                with mixed, inference(self.policy):
+                    self._run(requests, sampling, done, rows)
                 continue
             except torch.OutOfMemoryError:
                 self.rows = rows // 2

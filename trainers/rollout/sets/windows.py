@@ -162,11 +162,7 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
 
     micros: these examples packed, with `old` and `ref` filled. Raises UserError where a divergence is not finite.
     """
-    first, count = {}, 0
-    for example in examples:
-        first[id(example)] = count
-        count += len(example.completions)
-    sums = torch.zeros(count, dtype=torch.float64)
+    found: dict[int, Tensor] = {}
     tokens = torch.zeros(())
     for micro in micros:
         if micro.batch.is_filler:
@@ -174,17 +170,16 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
         assert micro.old is not None and micro.ref is not None
         kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
         tokens += micro.batch.scored.sum().cpu()
-        at = 0
-        for example in micro.batch.examples:
-            start, n = first[id(example)], len(example.completions)
-            sums[start : start + n] = kl[at : at + n].sum(-1).cpu()
-            at += n
-    for example in examples:
-        if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
+        inside = [c for example in micro.batch.examples for c in example.completions]
+        found |= {id(c): one for c, one in zip(inside, kl.sum(-1).cpu(), strict=True)}
+    each = [(example.row, found[id(c)]) for example in examples for c in example.completions]
+    for row, one in each:
+        if not one.isfinite():
             raise UserError(
-                f"the divergence from the reference is not finite (row {example.row} of the data set); "
+                f"the divergence from the reference is not finite (row {row} of the data set); "
                 "take another --reward_kl_estimator, a smaller --learning_rate, or float32 where it is not"
             )
+    sums = torch.stack([one for _, one in each]) if each else torch.zeros(0, dtype=torch.float64)
     return sums, Mean(sums.sum(), tokens)
 
 
