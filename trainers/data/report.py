@@ -154,18 +154,14 @@ class Report:
             notes.append(f"{self.weighted} of them with weights other than 1")
         if errors := self.errors:
             notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
-        if self.dropped:
-            notes.append(f"{self.dropped} dropped, without room for a completion within max_length")
-        if self.truncated:
-            notes.append(
-                f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"
-            )
-        if self.identical:
-            notes.append(f"{counted(self.identical, 'pair')} with identical chosen and rejected")
-        if self.moved:
-            notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
-        if self.begun:
-            notes.append(f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows")
-        if self.special:
-            notes.append(f"{self.special} whose own text has special tokens, which are read as such")
+        cut = f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"
+        others = {
+            f"{self.dropped} dropped, without room for a completion within max_length": self.dropped,
+            cut: self.truncated,
+            f"{counted(self.identical, 'pair')} with identical chosen and rejected": self.identical,
+            f"{self.moved} whose prompt ends in other tokens once its completion follows": self.moved,
+            f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows": self.begun,
+            f"{self.special} whose own text has special tokens, which are read as such": self.special,
+        }
+        notes += [note for note, count in others.items() if count]
         return "; ".join(notes)

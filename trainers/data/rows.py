@@ -26,7 +26,7 @@ class Rows:
     """A data set's rows and the name that messages call it by.
 
     rows: each a mapping from columns to values; in place of one that could not be read, its RowError.
-    lines: each row's line number in a JSON-lines file.
+    lines: each row's line number in a JSON-lines file. numbers: which rows of the data set these are; None: all.
     columns: the only ones that count, where not all do.
     """
 
@@ -34,6 +34,7 @@ class Rows:
     rows: Any
     lines: Sequence[int] | None = None
     columns: tuple[str, ...] | None = None
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,7 +96,9 @@ class Rows:
 
     def where(self, row: int) -> str:
         """The row's place, as an error's sentence begins with it."""
-        return f"{self.name}, line {self.lines[row]}" if self.lines else f"{self.name}, row {row} (counted from 0)"
+        if self.lines:
+            return f"{self.name}, line {self.lines[row]}"
+        return f"{self.name}, row {self.numbers[row] if self.numbers else row} (counted from 0)"
 
 
 def _digest(rows: Any) -> str:

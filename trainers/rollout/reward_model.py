@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -69,7 +68,14 @@ class RewardModel:
         texts = [self.text(i, *both) for i, both in enumerate(zip(prompts, completions, strict=True))]
         rows = self.tokenizer(text=texts, add_special_tokens=False, verbose=False)
         for i, ids in enumerate(rows["input_ids"]):
-            self.check_length(i, len(ids))
+            if not ids:
+                raise CompletionError(i, "with its prompt it has no token to score")
+            if len(ids) > self.longest:
+                raise CompletionError(
+                    i,
+                    f"with its prompt it has {len(ids)} tokens, and this reward model takes up to {self.longest}: "
+                    "lower --max_length and --max_completion_length, or take another reward model",
+                )
         scores = [0.0] * len(texts)
         for batch in batches([len(ids) for ids in rows["input_ids"]], self.tokens):
             for i, score in zip(batch, self.scored(rows, batch), strict=True):
@@ -90,17 +96,6 @@ class RewardModel:
             return self.template.text(self.template.normal([*prompt, *completion], "it"), {}, "it")
         except UserError as error:
             raise CompletionError(index, str(error)) from error
-
-    def check_length(self, index: int, length: int) -> None:
-        """UserError unless the model can score so many tokens."""
-        if not length:
-            raise CompletionError(index, "with its prompt it has no token to score")
-        if length > self.longest:
-            raise CompletionError(
-                index,
-                f"with its prompt it has {length} tokens, and this reward model takes up to {self.longest}: lower "
-                "--max_length and --max_completion_length, or take another reward model",
-            )
 
     @torch.inference_mode()
     def scored(self, rows: Any, batch: Sequence[int]) -> list[float]:
@@ -184,7 +179,3 @@ def load_classifier(name: str, dtype: str) -> Any:
         )
     check_finite(model, repr(name))
     return model
-
-
-def is_module(reward: Any) -> bool:
-    return isinstance(reward, nn.Module | OwnReward)

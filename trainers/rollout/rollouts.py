@@ -27,7 +27,7 @@ from .calling.calls import Calls
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
-from .generation import Purpose, requests_of, sampling_of, stop_ids
+from .generation import Purpose, requests_of, stop_ids
 from .kept import Keeper
 from .metrics import completion_metrics, reward_metrics, time_metrics
 from .own.function import Function, OwnRollouts
@@ -150,8 +150,18 @@ class Rollouts:
 
     def sampling(self, prompts: Sequence[Prompt]) -> Sampling:
         """How completions of these prompts are drawn."""
-        stops = stop_ids(self.policy.causal_lm, self.tokenizer, prompts)
-        return sampling_of(self.config, self.max_completion_length, stops)
+        config = self.config
+        return Sampling(
+            max_new_tokens=self.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty,
+            stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
+            stop_strings=config.stop_strings,
+            keep_support=config.keep_sampling_mask,
+        )
 
     def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Said:
         """What the engine says to the requests, which are of these prompts."""

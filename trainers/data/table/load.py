@@ -157,8 +157,7 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
 
 def check_columns(prompts: Examples) -> None:
     """Raise UserError where the prompts of several data sets bring other columns for rewards."""
-    firsts = [next(iter(Examples([table], [name]))) for table, name in zip(prompts.tables, prompts.names, strict=True)]
-    columns = [sorted(first.columns) if isinstance(first, Prompt) else [] for first in firsts]
+    columns = [sorted(first.columns) if isinstance(first := table[0], Prompt) else [] for table in prompts.tables]
     for name, own in zip(prompts.names, columns, strict=True):
         if own != columns[0]:
             raise UserError(

@@ -22,13 +22,12 @@ PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 @dataclass
 class Part:
-    """A range of rows, and the tables of what has become of them; number: in the order of the rows.
+    """A range of rows, and the tables of what has become of them.
 
     report: a `Report` as a dict. seen, failed: as those of a `ChatTemplate`. error: the type of what it ended with, and
     the arguments.
     """
 
-    number: int
     start: int
     stop: int
     path: Path
@@ -54,7 +53,7 @@ def in_processes(preparation: Preparation, work: Work, count: int, own: Path, do
     total = len(preparation.rows)
     cuts = [total * n // count for n in range(count + 1)]
     parts = [
-        Part(n, cuts[n], cuts[n + 1], own.with_name(f"{own.name}.{n}"), own.with_name(f"{own.name}.{n}.late"))
+        Part(cuts[n], cuts[n + 1], own.with_name(f"{own.name}.{n}"), own.with_name(f"{own.name}.{n}.late"))
         for n in range(count)
     ]
     template = preparation.encoder.template

@@ -189,8 +189,7 @@ def of_examples(advantages: Tensor, rolled: Rolled) -> list[float | tuple[float,
     if advantages.ndim == 2:
         each: list[float | tuple[float, ...]] = advantages.flatten().tolist()
         return each
-    completions = [c for example in rolled.examples for c in example.completions]
-    scored = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
+    scored = [c.num_scored for example in rolled.examples for c in example.completions]
     return [tuple(row[:n].tolist()) for row, n in zip(advantages.flatten(0, 1), scored, strict=True)]
 
 
