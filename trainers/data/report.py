@@ -41,12 +41,6 @@ class BadRows:
     def errors(self) -> list[RowError]:
         return [self.found[row] for row in sorted(self.found)]
 
-    def listed(self) -> list[dict[str, Any]]:
-        """One entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
-        lines = self.rows.lines
-        place = {row: {"row": row} if lines is None else {"row": row, "line": lines[row]} for row in self.found}
-        return [{"data": self.rows.name, **place[error.row], "reason": error.reason} for error in self.errors()]
-
 
 def count_reasons(errors: list[RowError]) -> str:
     """How many rows are bad for which reason, whatever the value or the position; the rare reasons are only counted."""
@@ -132,8 +126,10 @@ class Report:
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """The rows that were skipped, as `BadRows.listed` has them."""
-        return self.bad.listed() if self.bad else []
+        """An entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
+        lines = self.bad.rows.lines if self.bad else None
+        place = {e.row: {"row": e.row} if lines is None else {"row": e.row, "line": lines[e.row]} for e in self.errors}
+        return [{"data": self.name, **place[e.row], "reason": e.reason} for e in self.errors]
 
     def check_left(self, max_length: int | None) -> None:
         """Raise UserError where no example remains."""

@@ -85,15 +85,17 @@ class Kept(NamedTuple):
 class Keeper:
     """What is kept of the rollouts since it was last taken, in their order.
 
-    engine: what sampled them. weights: of the rewards, by whose names.
+    engine: what sampled them. weights: of the rewards, by whose names. wanted: False: nothing is kept.
     """
 
-    def __init__(self, rewards: Sequence[str], weights: Tensor, engine: str) -> None:
-        self.rewards, self.weights, self.engine = list(rewards), weights, engine
+    def __init__(self, rewards: Sequence[str], weights: Tensor, engine: str, *, wanted: bool = True) -> None:
+        self.rewards, self.weights, self.engine, self.wanted = list(rewards), weights, engine, wanted
         self.kept: list[Kept] = []
 
     def keep(self, step: int, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
         """step: that they are first learned from. advantages: None of those that nothing is learned from."""
+        if not self.wanted:
+            return
         group = rolled.by_function.shape[1]
         rows = self.rows(step, rolled, advantages)
         groups = {at: rows[i * group :][:group] for i, at in enumerate(rolled.places or range(len(rolled.examples)))}

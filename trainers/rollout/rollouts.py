@@ -26,7 +26,8 @@ from .calling.asked import Asked, Reward, RewardLog, TrainerState
 from .calling.calls import Calls
 from .engines.background import Begun
 from .engines.choosing import engine_of
-from .engines.protocol import Background, Request, Said, Sample, Sampling
+from .engines.protocol import Request, Said, Sample, Sampling
+from .engines.vllm import VLLM
 from .generation import Purpose, requests_of, stop_ids
 from .kept import Keeper
 from .metrics import completion_metrics, reward_metrics, time_metrics
@@ -73,7 +74,7 @@ class Rollouts:
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
-        self.keeper = Keeper(list(rewards), self.weights, self.engine.name)
+        self.keeper = Keeper(list(rewards), self.weights, self.engine.name, wanted=config.log_completions)
         self.flights = Flights(self.begin, config.max_staleness)
         self.own = None
         if rollout_func is not None:
@@ -106,33 +107,32 @@ class Rollouts:
         prompts: this process's part of the step's `numbered` ones. said: what was sampled of them already.
         """
         with staying(lambda: self.watch.note("folder", MOVED)):
-            return self._rolled(prompts, purpose, said)
-
-    def _rolled(self, prompts: Sequence[Prompt], purpose: Purpose, said: Said | None) -> Rolled:
-        group, greedy = self.group(purpose), self.greedy(purpose)
-        if said is None:
-            said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
-        sampled = [sample for samples in said for sample in samples[:group]]
-        repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
-        scored = self.score(repeated, sampled)
-        by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
-        baseline = None
-        if greedy:
-            best = [samples[-1] for samples in said]
-            rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
-            baseline = sum_then_normalize(rewards[:, None], self.weights)
-        examples = [
-            Example(
-                repeated[i * group].prompt_ids,
-                [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
-                row=prompt.row,
-                occurrence=prompt.occurrence,
+            group, greedy = self.group(purpose), self.greedy(purpose)
+            if said is None:
+                said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
+            sampled = [sample for samples in said for sample in samples[:group]]
+            repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
+            scored = self.score(repeated, sampled)
+            by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
+            baseline = None
+            if greedy:
+                best = [samples[-1] for samples in said]
+                rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
+                baseline = sum_then_normalize(rewards[:, None], self.weights)
+            examples = [
+                Example(
+                    repeated[i * group].prompt_ids,
+                    [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
+                    row=prompt.row,
+                    occurrence=prompt.occurrence,
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
+            texts = [prompt.prompt for prompt in repeated]
+            return Rolled(
+                examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra
             )
-            for i, prompt in enumerate(prompts)
-        ]
-        ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
-        texts = [prompt.prompt for prompt in repeated]
-        return Rolled(examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra)
 
     def group(self, purpose: Purpose) -> int:
         """Sampled completions of a prompt."""
@@ -176,7 +176,7 @@ class Rollouts:
 
     def begin(self, prompts: Sequence[Prompt], first: int) -> Begun[Said]:
         """Let the engine sample in the background what is first learned from when so many steps are done."""
-        assert isinstance(self.engine, Background)
+        assert isinstance(self.engine, VLLM)
         self.engine.sync(self.state.global_step)
         return self.engine.begin(self.requests(prompts, "train", first), self.sampling(prompts))
 
@@ -262,14 +262,8 @@ class Rollouts:
         if taught is not None:
             of_rewards = advantages[..., : taught.shape[2]] if advantages.ndim == 3 else advantages[..., None]
             advantages = of_rewards + (config.teacher_coef or 0.0) * taught
-        if self.config.log_completions:
-            self.keeper.keep(self.state.global_step + 1, rolled, advantages, accelerator)
+        self.keeper.keep(self.state.global_step + 1, rolled, advantages, accelerator)
         return advantages
-
-    def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
-        """Let the `keeper` have completions that nothing is learned from, which have no advantage."""
-        if self.config.log_completions:
-            self.keeper.keep(self.state.global_step + 1, rolled, None, accelerator)
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
         """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of

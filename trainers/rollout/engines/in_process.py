@@ -21,7 +21,7 @@ from ...processes.sharding import gathered
 from .captured import LEAST_ROWS, Captured, NotCaptured
 from .decoding import Decoder
 from .generating import generated
-from .protocol import Request, Sample, Sampling, Say
+from .protocol import Engine, Request, Sample, Sampling, Say
 
 ROWS = 256
 """Completions said at a time at first."""
@@ -42,7 +42,7 @@ TRIAL = ([3, 5, 7, 11, 13], [17, 19, 23])
 TRIAL_TOKENS = 4
 
 
-class InProcess:
+class InProcess(Engine):
     """rows: completions said at a time, memory and speed, not what is said; halved where they do not fit.
 
     tell(key, text): what to tell the user, each thing once. accelerator: of the run, where there is one.
@@ -81,15 +81,10 @@ class InProcess:
             self.captured.release()
         self.captured = None
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
-        which each takes its time."""
-        with self.rounds() as say:
-            return say(requests, sampling)
-
     @contextlib.contextmanager
     def rounds(self) -> Iterator[Say]:
-        """Inside, whole weights are at hand."""
+        """Inside, whole weights are at hand, and as many requests are under way as fit into memory. Raises UserError
+        where one alone does not."""
         with gathered(self.policy, self.accelerator):
             yield self._say
 

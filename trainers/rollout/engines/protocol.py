@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import torch
 
 from logratio.losses import Support
 
 from ...data.examples import Prompt
-from .background import Begun
 
 FinishReason = Literal["stop", "length"]
 
@@ -119,18 +118,15 @@ class Engine(Protocol):
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said: ...
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
+        """Called on all processes, each with requests of its own."""
+        said: Said = []
+        with self.rounds() as say:
+            said = say(requests, sampling)
+        return said
 
     def rounds(self) -> AbstractContextManager[Say]:
         """Inside, each process may ask as often as it likes; entered and left by all together."""
 
     def close(self) -> None:
         """Give back what it holds; nothing is sampled afterwards."""
-
-
-@runtime_checkable
-class Background(Protocol):
-    """An engine that samples elsewhere, while the policy goes on learning."""
-
-    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
-        """As `sample`, of the policy as it is now, in the background. What it raises, this process alone raises."""

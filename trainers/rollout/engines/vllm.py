@@ -31,7 +31,7 @@ from ...ground.finite import is_finite
 from ...policy.policy import Policy
 from ...processes.once import raised_together
 from .background import Begun
-from .protocol import Request, Said, Sample, Sampling, Say
+from .protocol import Engine, Request, Said, Sample, Sampling, Say
 from .pushing import Adapters, version_of
 from .server import Refused, Server, Unavailable
 
@@ -51,10 +51,10 @@ ROUNDING = 1e-3
 """Nats by which the log-probability of a certain token may be above 0."""
 
 
-class VLLM:
+class VLLM(Engine):
     """urls: of the servers. timeout: seconds that one may be silent. folder: of this run alone, for adapters, on a disk
-    that the servers see under the same path. rows: requests of a `sample` under way at a time at each server. behind:
-    versions by which what is still sampled may lag behind the last one."""
+    that the servers see under the same path. behind: versions by which what is still sampled may lag behind the last
+    one."""
 
     def __init__(
         self,
@@ -64,14 +64,13 @@ class VLLM:
         timeout: float,
         folder: Path,
         accelerator: Accelerator | None = None,
-        rows: int = ROWS,
         behind: int = 1,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
         self.servers = [Server(url, timeout) for url in urls]
         self.adapters = Adapters(policy, self.servers, folder, self.accelerator, behind=behind)
         self.vocabulary = int(policy.causal_lm.get_output_embeddings().weight.shape[0])
-        self.rows, self.version = rows, -1
+        self.rows, self.version = ROWS, -1
         self.processed: set[Server] = set()  # those that were seen to give the log-probs of what they sample from
         self.begun: list[Begun[Any]] = []
 
@@ -93,13 +92,6 @@ class VLLM:
         self.begun.clear()
         self.adapters.close()
         self.version = -1
-
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
-        """Of this process's requests; what one process raises, all raise."""
-        said: Said = []
-        with self.rounds() as say:
-            said = say(requests, sampling)
-        return said
 
     @contextlib.contextmanager
     def rounds(self) -> Iterator[Say]:

@@ -63,7 +63,8 @@ def sample_differing(
         )
     metrics["dynamic/rounds"] = Mean(torch.tensor(float(len(rounds))), torch.tensor(1.0))
     metrics["dynamic/filtered"] = Mean(torch.tensor(float(len(left_out))), torch.tensor(float(len(prompts))))
-    rollouts.keep_left_out(mine.take([i for i, place in enumerate(mine.places) if place in left_out]), accelerator)
+    unlearned = mine.take([i for i, place in enumerate(mine.places) if place in left_out])
+    rollouts.keeper.keep(rollouts.state.global_step + 1, unlearned, None, accelerator)
     everyone = mine if accelerator.num_processes == 1 else joined(gather_object([mine]))
     at = {place: i for i, place in enumerate(everyone.places)}
     chosen = [at[place] for place in range(len(prompts)) if place not in left_out]
