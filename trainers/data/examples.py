@@ -33,16 +33,16 @@ from .types import Completion, Example, Prompt
 __all__ = ["Completion", "Example", "Prompt", "Report", "Rows", "load_rows", "prepare", "prepare_prompts"]
 
 OnBadRow = Literal["error", "skip"]
-# What rewards are given beside the data set's columns.
 REWARD_ARGUMENTS = (
-    "completion_ids",
+    "prompts",
     "completions",
+    "completion_ids",
+    "max_completion_length",
+    "trainer_state",
     "log_extra",
     "log_metric",
-    "max_completion_length",
-    "prompts",
-    "trainer_state",
 )
+"""What every reward may take by name, beside the columns of the data set."""
 
 
 class Preparation:

@@ -6,15 +6,23 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from logratio.losses import Support
 
 from ...data.examples import Prompt
+from ...ground.finite import is_finite
 
 FinishReason = Literal["stop", "length"]
+ROUNDING = 1e-3
+"""Nats by which the log-probability of a certain token may be above 0."""
+
+
+def is_logp(value: Any) -> bool:
+    """A finite number, not above 0."""
+    return is_finite(value) and value <= ROUNDING
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from ...errors import UserError
-from ...ground.finite import is_finite
 from ...policy.policy import Policy
 from ...processes.once import raised_together
 from .background import Begun
-from .protocol import Engine, Request, Said, Sample, Sampling, Say
+from .protocol import Engine, Request, Said, Sample, Sampling, Say, is_logp
 from .pushing import Adapters, version_of
 from .server import Refused, Server, Unavailable
 
@@ -47,8 +46,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "finish_reason": lambda given: given is not None,
 }
 """Of a completion, and whether one has it."""
-ROUNDING = 1e-3
-"""Nats by which the log-probability of a certain token may be above 0."""
 
 
 class VLLM(Engine):
@@ -237,8 +234,3 @@ def choice_of(server: Server, answer: Any) -> dict[str, Any]:
             "newer"
         )
     return choice
-
-
-def is_logp(value: Any) -> bool:
-    """A finite number, not above 0."""
-    return is_finite(value) and value <= ROUNDING

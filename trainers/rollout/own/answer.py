@@ -21,23 +21,20 @@ lengths do not, as in TRL.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from logratio.losses import Support
 
-from ...data.examples import Prompt
+from ...data.examples import REWARD_ARGUMENTS, Prompt
 from ...data.tokenization import common_prefix
 from ...errors import UserError, counted, shown
-from ..calling.asked import GIVEN
-from ..engines.protocol import FinishReason, Sample
+from ..engines.protocol import FinishReason, Sample, is_logp
 from .turns import Turns, checked_id
 
 LISTS = ("completion_ids", "env_mask", "logprobs", "prompt_ids", "finish_reason")
-ROUNDING = 1e-3
-"""Above 0, in nats, that a log-probability may be."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +48,9 @@ class Limits:
     support: bool
 
 
-@dataclass(frozen=True)
-class Read:
-    """Of each completion: its prompt's ids, the completion, and the fields by name."""
-
-    prompt_ids: list[list[int]]
-    samples: list[Sample]
-    fields: dict[str, list[Any]]
-
-
-def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -> Read:
-    """prompts: that the function was given. UserError, with the place and the remedy, for what cannot be trained on."""
+def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -> list[Sample]:
+    """The completions, each `told` with its own prompt_ids and the fields. prompts: that the function was given.
+    UserError, with the place and the remedy, for what cannot be trained on."""
     if not isinstance(answer, Mapping) or answer.get("completion_ids") is None:
         raise UserError(
             'it must return a dict with "completion_ids", and perhaps env_mask, logprobs, prompt_ids, finish_reason '
@@ -86,7 +75,12 @@ def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -
             row = prompts[i].row
             number = [p.row for p in prompts[:i]].count(row)
             raise UserError(f"completion {number} of row {row} of the data set: {error}") from error
-    return Read(prompt_ids, samples, fields_of(answer, turns, len(prompts)))
+    fields = fields_of(answer, turns, len(prompts))
+    for i, prompt in enumerate(prompts):
+        columns = {**prompt.columns, **{name: values[i] for name, values in fields.items()}}
+        told = dataclasses.replace(prompt, prompt_ids=prompt_ids[i], columns=columns)
+        samples[i] = dataclasses.replace(samples[i], told=told)
+    return samples
 
 
 def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[int], limits: Limits) -> Sample:
@@ -206,7 +200,7 @@ def given_logps(logprobs: Any, written: Sequence[bool]) -> list[float]:
     found = [0.0] * len(written)
     for at, (logp, mine) in enumerate(zip(given, written, strict=True)):
         if mine:
-            if isinstance(logp, bool) or not isinstance(logp, int | float) or not -math.inf < logp <= ROUNDING:
+            if not is_logp(logp):
                 raise UserError(
                     f"the logprob of its token {at} is {shown(logp)}: the log-probability that the model drew it with, "
                     "a finite number not above 0, or leave logprobs out where sample() drew"
@@ -243,7 +237,7 @@ def fields_of(answer: Mapping[Any, Any], turns: Turns, count: int) -> dict[str, 
     for name, values in answer.items():
         if name in LISTS:
             continue
-        if not isinstance(name, str) or name in GIVEN or name in turns.columns:
+        if not isinstance(name, str) or name in REWARD_ARGUMENTS or name in turns.columns:
             other = "a column of the data set has" if name in turns.columns else "rewards are given something else by"
             raise UserError(f"its field {name!r} has a name that {other}: choose another")
         found[name] = listed(name, values, count) if isinstance(values, list) else [values] * count

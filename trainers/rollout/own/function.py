@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,16 +102,12 @@ class OwnRollouts:
         limits = Limits(self.words, self.positions, sampling.stop_ids, sampling.keep_support)
         try:
             answer = self.function(copy.deepcopy([p.prompt for p in prompts]), turns)
-            found = read(answer, turns, prompts, limits)
+            samples = read(answer, turns, prompts, limits)
             for reward, function in self.rewards.items():
-                check_signature(reward, function, [*prompts[0].columns, *found.fields])
+                check_signature(reward, function, samples[0].told.columns if samples[0].told else ())
         except UserError as error:
             raise UserError(f"{OPTION} {self.name}: {error}") from error
         except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {first_line(error)}{raised_at(error, __file__)}"
             raise UserError(f"{OPTION} {self.name} raised {said}") from error
-        for i, (prompt, ids) in enumerate(zip(prompts, found.prompt_ids, strict=True)):
-            fields = {name: values[i] for name, values in found.fields.items()}
-            told = dataclasses.replace(prompt, prompt_ids=ids, columns={**prompt.columns, **fields})
-            found.samples[i] = dataclasses.replace(found.samples[i], told=told)
-        return found.samples
+        return samples

@@ -48,17 +48,20 @@ def test_what_trl_is_answered_is_read():
         level=3,
     )
     found = read(answer, turns_of(group=2), PROMPTS, FREE)
-    assert found.prompt_ids == [[8, 9], [8, 9], [3]]
-    assert [(s.ids, s.logps, s.written, s.own_logps) for s in found.samples] == [
+    assert [s.told.prompt_ids for s in found] == [[8, 9], [8, 9], [3]]
+    assert [(s.ids, s.logps, s.written, s.own_logps) for s in found] == [
         ([4, 5], [-1.0, 0.0], [True, False], [-1.0]),
         ([6], [-3.0], None, [-3.0]),
         ([7, 99], [-4.0, -5.0], None, [-4.0, -5.0]),
     ]
-    assert [s.finish_reason for s in found.samples] == ["length", "length", "stop"], "by the last token, as in TRL"
-    assert found.fields == {"reward_of_game": [0.5, 1.0, None], "level": [3, 3, 3]}
-    assert [s.version for s in found.samples] == [4] * 3
+    assert [s.finish_reason for s in found] == ["length", "length", "stop"], "by the last token, as in TRL"
+    assert [s.told.columns for s in found] == [
+        {"answer": prompt.columns["answer"], "reward_of_game": game, "level": 3}
+        for prompt, game in zip(PROMPTS, [0.5, 1.0, None], strict=True)
+    ]
+    assert [s.version for s in found] == [4] * 3
     told = read(given(finish_reason=["stop", "length", "length"]), turns_of(), PROMPTS, FREE)
-    assert [s.finish_reason for s in told.samples] == ["stop", "length", "length"]
+    assert [s.finish_reason for s in told] == ["stop", "length", "length"]
 
 
 HEARD = (
@@ -74,7 +77,7 @@ ANSWER = {
 
 def test_log_probs_and_supports_are_the_samples():
     """Of several turns, of a second try, and of a sample that was cut."""
-    found = read(ANSWER, turns_of(*HEARD), PROMPTS, FREE).samples
+    found = read(ANSWER, turns_of(*HEARD), PROMPTS, FREE)
     assert [s.logps for s in found] == [[-1.0, -2.0, 0.0, 0.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]]
     assert [s.finish_reason for s in found] == ["stop", "stop", "length"]
     assert [s and [part.tolist() for part in s] for s in (s.support for s in found)] == [
@@ -87,7 +90,7 @@ def test_log_probs_and_supports_are_the_samples():
 
 def test_where_the_environment_has_the_last_word_no_sample_says_why_it_ended():
     answer = {"completion_ids": [[4, 5, 50], [6, 7, 99], [7, 98]], "env_mask": [[1, 1, 0], [1, 1, 0], [1, 1]]}
-    found = read(answer, turns_of(*HEARD), PROMPTS, FREE).samples
+    found = read(answer, turns_of(*HEARD), PROMPTS, FREE)
     assert [s.finish_reason for s in found] == ["length", "stop", "length"], "by the last token"
 
 
