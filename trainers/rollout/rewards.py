@@ -35,9 +35,9 @@ CPU = torch.device("cpu")
 
 
 def exact_answer(completions: list[Text], answer: list[Any], **_: Any) -> list[float | None]:
-    """1 where the completion's `final_answer` is that of the column `answer`, else 0."""
+    """1 where the completion's `final_answer` is that of the column `answer`, else 0; None where that is null."""
     return [
-        float(final_answer(text_of(completion)) == final_answer(str(expected)))
+        None if expected is None else float(final_answer(text_of(completion)) == final_answer(str(expected)))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from logratio.losses import Kind
 
-from ...config import RunConfig
+from ...config import DataConfig, RunConfig
 from ...config.numbers import number_of
 from ...errors import UserError, counted
 from ...processes.once import once
@@ -95,6 +95,8 @@ def lengths(examples: Sequence[Any]) -> dict[str, float | None]:
 def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
     """Raises UserError for what in the data or the options does not fit, on all processes alike."""
     asked = data_sets(config.data)
+    if not config.data.streaming and config.data.streaming_buffer != DataConfig.streaming_buffer:
+        raise UserError("--streaming_buffer is of rows that are streamed: add --streaming, or leave it out")
     stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
     wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
 
@@ -142,6 +144,7 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
         or asked[0].fraction,
         "--precompute_ref_log_probs keeps something of each row; leave it out": config.model.precompute_ref_log_probs,
         "the end of an epoch is not known; say --max_steps": train.max_steps is None,
+        "--dataset_num_proc deals them out; leave it at 1": data.dataset_num_proc > 1 and not data.dataset_test_split,
     }
     for why, given in refused.items():
         if given:
