@@ -134,8 +134,6 @@ def _decoded(path: Path, data: bytes, before: int = 0) -> str:
 class ListRows(list[Any]):
     """The rows of a JSON list. digest: SHA-256 of the text."""
 
-    lines = None
-
     def __init__(self, path: Path) -> None:
         text = _decoded(path, b"".join(_chunks(path)))
         self.digest = hashlib.sha256(text.encode()).hexdigest()
@@ -240,8 +238,6 @@ class LineRows(_OneFile):
 
 class ParquetRows(_OneFile):
     """Rows of a Parquet file, read by record batches. digest: SHA-256 of the file."""
-
-    lines = None
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

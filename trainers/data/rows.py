@@ -189,10 +189,8 @@ def _read_folder(path: Path, split: str, config: str | None, check: bool, stream
 
 def _file_rows(path: Path, check: bool, streaming: bool) -> Rows:
     found = open_file(path)
-    if streaming:
-        return Rows(str(path), found)
-    rows = Rows(str(path), found, found.lines)
-    return rows.check() if check else rows
+    rows = Rows(str(path), found, None if streaming else getattr(found, "lines", None))
+    return rows.check() if check and not streaming else rows
 
 
 def is_saved(folder: Path) -> bool:

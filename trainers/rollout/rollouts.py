@@ -30,7 +30,7 @@ from .engines.protocol import Request, Said, Sample, Sampling
 from .engines.vllm import VLLM
 from .generation import Purpose, requests_of, stop_ids
 from .kept import Keeper
-from .metrics import completion_metrics, reward_metrics, time_metrics
+from .metrics import completion_metrics, reward_metrics, tokens_of
 from .own.function import Function, OwnRollouts
 from .sets.flights import Flights
 from .sets.rolled import Rolled, Scored
@@ -70,7 +70,7 @@ class Rollouts:
             device=None if accelerator is None else accelerator.device,
             tell=lambda text: self.watch.note("draw", text),
         )
-        self.timed: dict[str, Mean] = {}  # of the last rollouts
+        self.timed = (0.0, 0)  # seconds and tokens of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
@@ -171,7 +171,7 @@ class Rollouts:
             said = self.engine.sample(requests, self.sampling(prompts))
         else:
             said = self.own(prompts, [request.seeds for request in requests], self.sampling(prompts))
-        self.timed = time_metrics(time.perf_counter() - started, said)
+        self.timed = time.perf_counter() - started, tokens_of(said)
         return said
 
     def begin(self, prompts: Sequence[Prompt], first: int) -> Begun[Said]:

@@ -19,6 +19,7 @@ from ...errors import UserError
 from ...policy.teacher import log_ratios
 from ...step import MicroBatch, Position, Step, Window
 from ..engines.protocol import Said
+from ..metrics import time_metrics
 from ..rollouts import Rollouts
 from .dynamic import sample_differing
 from .flights import Coming
@@ -92,7 +93,7 @@ def sampled(
 ) -> Share:
     """The process's share of a set of rollouts. said, timed: what was sampled of it already, and metrics of that."""
     rolled = dataclasses.replace(rollouts(coming.prompts, said=said), places=coming.places)
-    metrics = {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
+    metrics = {**rollouts.metrics(rolled, accelerator), **(time_metrics(*rollouts.timed) if timed is None else timed)}
     return Share(rolled, coming.counts, metrics)
 
 
