@@ -23,7 +23,7 @@ from logratio.losses import Kind
 from ..errors import UserError
 from .columns import Source
 from .layout import find_layout
-from .report import BadRows, Report
+from .report import Report
 from .rows import Rows, load_rows
 from .token_weights import has_weights, token_weights
 from .tokenization import Encoder, check_tokenizer, common_prefix
@@ -64,8 +64,8 @@ class Preparation:
     ) -> None:
         self.rows, self.kind, self.max_length = rows, kind, max_length
         self.completion_only_loss, self.assistant_only_loss = completion_only_loss, assistant_only_loss
-        self.bad = BadRows(rows, skip=on_bad_row == "skip")
-        self.layout = find_layout(self.bad, kind, gold=gold, margin=margin)
+        self.report = Report(rows, skip=on_bad_row == "skip")
+        self.layout = find_layout(self.report, kind, gold=gold, margin=margin)
         check_tokenizer(tokenizer, conversational=self.layout.conversational, assistant_only_loss=assistant_only_loss)
         if completion_only_loss and self.layout.prompt is None:
             raise UserError(
@@ -79,15 +79,14 @@ class Preparation:
                     "rename the column"
                 )
         self.encoder = Encoder(tokenizer)
-        self.report = Report(rows.name, bad=self.bad)
 
     def made(self, start: int = 0, stop: int | None = None) -> Iterator[Example | Prompt]:
         """What the rows from `start` to `stop` become, in their order, counted in `report`.
 
         Raises UserError at the first row that cannot be used, unless these are skipped.
         """
-        for source, prompt, wholes in tokenized(self.encoder, self.bad, self.layout, start, stop):
-            own = Report(self.rows.name)
+        for source, prompt, wholes in tokenized(self.encoder, self.report, self.layout, start, stop):
+            own = Report(self.rows)
             place = self.rows.where(source.row)
             made: Sequence[Example | Prompt]
             try:
@@ -96,7 +95,7 @@ class Preparation:
                 else:
                     made = self._examples(source, prompt, wholes, place, own)
             except UserError as error:
-                self.bad.take(error, source.row)
+                self.report.take(error, source.row)
                 continue
             own.count(made)
             self.report.add(own)

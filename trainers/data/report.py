@@ -15,33 +15,6 @@ SHOWN_REASONS = 3
 COUNTS = ("examples", "truncated", "tokens_cut", "dropped", "identical", "moved", "weighted", "begun", "special")
 
 
-class BadRows:
-    """Rows that cannot be used: the first ends the run, or (skip) each is left out and kept here, by its index."""
-
-    def __init__(self, rows: Rows, *, skip: bool) -> None:
-        self.rows, self.skip = rows, skip
-        self.found: dict[int, RowError] = {}
-
-    def take(self, error: UserError, row: int) -> None:
-        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
-        own = RowError.of(error, self.rows.where(row), row)
-        if own is None:
-            raise error
-        if not self.skip:
-            raise own from None
-        self.found.setdefault(row, own)
-
-    def check_left(self) -> None:
-        """Raise UserError where no row can be used."""
-        if len(self.found) == len(self.rows):
-            count = len(self.rows)
-            none = "its only row cannot" if count == 1 else f"none of its {counted(count, 'row')} can"
-            raise UserError(f"{self.rows.name}: {none} be used: {count_reasons(self.errors())}")
-
-    def errors(self) -> list[RowError]:
-        return [self.found[row] for row in sorted(self.found)]
-
-
 def count_reasons(errors: list[RowError]) -> str:
     """How many rows are bad for which reason, whatever the value or the position; the rare reasons are only counted."""
     reasons = Counter(_kind(error.reason) for error in errors).most_common()
@@ -64,10 +37,12 @@ class Report:
     from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
     completion behind it, so that the completion starts where the two part. weighted: examples with weights other
     than 1. begun: examples whose prompt ends with an assistant's turn. special: examples whose own text has special
-    tokens, which are read as such. labels: (True, False) counts. bad: the rows that were skipped.
+    tokens, which are read as such. labels: (True, False) counts. found: the rows that cannot be used, by their index,
+    each left out (skip); else the first ends the run.
     """
 
-    name: str
+    rows: Rows = field(repr=False)
+    skip: bool = False
     examples: int = 0
     truncated: int = 0
     tokens_cut: int = 0
@@ -78,7 +53,20 @@ class Report:
     begun: int = 0
     special: int = 0
     labels: tuple[int, int] | None = None
-    bad: BadRows | None = field(default=None, repr=False)
+    found: dict[int, RowError] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.rows.name
+
+    def take(self, error: UserError, row: int) -> None:
+        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
+        own = RowError.of(error, self.rows.where(row), row)
+        if own is None:
+            raise error
+        if not self.skip:
+            raise own from None
+        self.found.setdefault(row, own)
 
     def count(self, made: Sequence[Any]) -> None:
         """Examples, or prompts, that a row has become."""
@@ -95,13 +83,12 @@ class Report:
         if other.labels:
             desirable, undesirable = self.labels or (0, 0)
             self.labels = (desirable + other.labels[0], undesirable + other.labels[1])
-        if self.bad and other.bad:
-            self.bad.found |= other.bad.found
+        self.found |= other.found
 
     @property
     def errors(self) -> list[RowError]:
         """Of the rows that were skipped, in their order."""
-        return self.bad.errors() if self.bad else []
+        return [self.found[row] for row in sorted(self.found)]
 
     def counts(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in COUNTS}, "labels": self.labels}
@@ -118,16 +105,14 @@ class Report:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], rows: Rows) -> Report:
         """What `as_dict` has said of these rows, perhaps under another name."""
-        bad = BadRows(rows, skip=True)
-        for row, rest in stored["skipped"]:
-            bad.found[row] = RowError(rows.where(row), rest, row)
+        found = {row: RowError(rows.where(row), rest, row) for row, rest in stored["skipped"]}
         labels = stored["labels"] and (stored["labels"][0], stored["labels"][1])
-        return cls(rows.name, labels=labels, bad=bad, **{name: stored[name] for name in COUNTS})
+        return cls(rows, labels=labels, found=found, **{name: stored[name] for name in COUNTS})
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
         """An entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
-        lines = self.bad.rows.lines if self.bad else None
+        lines = self.rows.lines
         place = {e.row: {"row": e.row} if lines is None else {"row": e.row, "line": lines[e.row]} for e in self.errors}
         return [{"data": self.name, **place[e.row], "reason": e.reason} for e in self.errors]
 
@@ -135,8 +120,9 @@ class Report:
         """Raise UserError where no example remains."""
         if self.examples:
             return
-        if self.bad:
-            self.bad.check_left()
+        if self.found and len(self.found) == (count := len(self.rows)):
+            none = "its only row cannot" if count == 1 else f"none of its {counted(count, 'row')} can"
+            raise UserError(f"{self.name}: {none} be used: {count_reasons(self.errors)}")
         raise UserError(
             f"{self.name}: no example is left, since none has room for a token to learn, or to sample, behind its "
             f"prompt within max_length={max_length}: raise max_length"

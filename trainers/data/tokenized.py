@@ -11,7 +11,7 @@ from logratio.losses import Kind
 from ..errors import UserError
 from .columns import Source, read_sources
 from .layout import Layout
-from .report import BadRows
+from .report import Report
 from .tokenization import Encoder, Piece, with_eos
 
 BATCH = 1000  # rows tokenized by one call, which uses all cores
@@ -20,13 +20,13 @@ Tokenized = tuple[Source, list[int] | None, list[list[int]]]
 
 
 def tokenized(
-    encoder: Encoder, bad: BadRows, layout: Layout, start: int = 0, stop: int | None = None
+    encoder: Encoder, report: Report, layout: Layout, start: int = 0, stop: int | None = None
 ) -> Iterator[Tokenized]:
     """Every usable row with the ids of its prompt alone (None: it has none) and of its prompt with each completion.
 
     Raises UserError at the first row that is not, after all before it, however many are tokenized at a time.
     """
-    sources = read_sources(bad, layout, start, stop)
+    sources = read_sources(report, layout, start, stop)
     ended: UserError | None = None
     while ended is None:
         batch: list[Source] = []
@@ -38,29 +38,31 @@ def tokenized(
         if not batch:
             break
         try:
-            done = _tokenize(encoder, batch, bad, layout)
+            done = _tokenize(encoder, batch, report, layout)
         except UserError:
-            yield from _one_by_one(encoder, batch, bad, layout)
+            yield from _one_by_one(encoder, batch, report, layout)
         else:
             yield from done
     if ended is not None:
         raise ended
 
 
-def _one_by_one(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Layout) -> Iterator[Tokenized]:
+def _one_by_one(encoder: Encoder, batch: list[Source], report: Report, layout: Layout) -> Iterator[Tokenized]:
     """The same, to find out whose error it was."""
     for source in batch:
         try:
-            (done,) = _tokenize(encoder, [source], bad, layout)
+            (done,) = _tokenize(encoder, [source], report, layout)
         except UserError as error:
-            bad.take(error, source.row)
+            report.take(error, source.row)
         else:
             yield done
 
 
-def _tokenize(encoder: Encoder, batch: list[Source], bad: BadRows, layout: Layout) -> list[Tokenized]:
+def _tokenize(encoder: Encoder, batch: list[Source], report: Report, layout: Layout) -> list[Tokenized]:
     def pieces(texts: Callable[[Source], list[Any]]) -> list[Piece]:
-        return [Piece(text, source.options, bad.rows.where(source.row)) for source in batch for text in texts(source)]
+        return [
+            Piece(text, source.options, report.rows.where(source.row)) for source in batch for text in texts(source)
+        ]
 
     prompts: list[Any] = [None] * len(batch)
     if batch[0].prompt is not None:

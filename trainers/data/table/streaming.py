@@ -21,7 +21,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..examples import Preparation
-from ..report import BadRows, Report
+from ..report import Report
 from ..rows import Rows
 from .extremes import Extremes, extremes_of
 
@@ -48,7 +48,7 @@ class Stream(Sequence[Any]):
         self._preparation = prepare(self._drawn(head))
         self._first = self._made(head)
         self._preparation.report.check_left(self._preparation.max_length)
-        self.report = Report(rows.name)
+        self.report = Report(rows)
         self.check: Callable[[Extremes], Any] = lambda found: None
 
     def __len__(self) -> int:
@@ -125,5 +125,5 @@ class Stream(Sequence[Any]):
     def _made(self, chunk: Sequence[Numbered]) -> list[Any]:
         """What these rows become, with their numbers in the data set; the preparation's report is of them alone."""
         preparation, drawn = self._preparation, self._drawn(chunk)
-        preparation.rows, preparation.bad, preparation.report = drawn, BadRows(drawn, skip=False), Report(drawn.name)
+        preparation.rows, preparation.report = drawn, Report(drawn)
         return [dataclasses.replace(made, row=chunk[made.row][0]) for made in preparation.made()]
