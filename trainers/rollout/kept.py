@@ -76,11 +76,6 @@ class Kept(NamedTuple):
     groups: Mapping[int, list[dict[str, Any]]]
     completions: list[Completion]
 
-    def learned(self, differences: Mapping[int, float]) -> None:
-        """Fill in what is known now, by the id of a completion."""
-        for row, completion in zip(chain.from_iterable(self.groups.values()), self.completions, strict=True):
-            row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
-
 
 class Keeper:
     """What is kept of the rollouts since it was last taken, in their order.
@@ -140,8 +135,9 @@ class Keeper:
         sampler's."""
         if self.kept:
             found = differences(micros)
-            for some in self.kept:
-                some.learned(found)
+            for _, groups, completions in self.kept:
+                for row, completion in zip(chain.from_iterable(groups.values()), completions, strict=True):
+                    row["logp_diff"] = found.get(id(completion), row["logp_diff"])
 
 
 def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,7 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
     assert train.max_steps and train.batch_size
     rows = rows_of(config, asked[0], streaming=True)
 
-    def prepare(head: Rows) -> Preparation:
-        return Preparation(head, config.loss.kind, tokenizer, **options_of(config))
-
+    prepare = partial(Preparation, kind=config.loss.kind, tokenizer=tokenizer, **options_of(config))
     return Stream(rows, prepare, buffer=data.streaming_buffer, epoch_size=train.max_steps * train.batch_size)
 
 

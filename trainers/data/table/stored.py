@@ -62,8 +62,8 @@ class Table:
     def __getitem__(self, index: int) -> Example | Prompt:
         """index: from 0 to len - 1."""
         self._read += 1
-        if self._read % GIVEN_BACK == 0:
-            self._give_back()
+        if self._read % GIVEN_BACK == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
         number = bisect_right(self._starts, index) - 1
         if number not in self._batches:
             self._batches[number] = self._file.get_batch(number)
@@ -89,10 +89,6 @@ class Table:
             margin=None if math.isnan(margin) else margin,
             rewards=None if rewards is None else tuple(rewards),
         )
-
-    def _give_back(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Row(int):

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from ...errors import UserError
 from ..types import Completion, Example, Prompt
@@ -64,10 +65,8 @@ class Digest:
         for name, (counts, values) in self._parts.items():
             column = batch.column(name)
             if pa.types.is_list(column.type):
-                lengths = np.diff(column.offsets.to_numpy())
-                if column.null_count:
-                    lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), lengths, -1)
-                counts.update(np.ascontiguousarray(lengths, np.int32).data)
+                lengths = pa.compute.list_value_length(column).fill_null(-1)
+                counts.update(np.ascontiguousarray(lengths.to_numpy()).data)
                 column = column.values
             values.update(np.ascontiguousarray(column.to_numpy()).data)
 

@@ -203,7 +203,7 @@ class Decoder:
     def say(self, rows: Sequence[Row], logits: Tensor, start: int) -> None:
         """Draw the next token of each of these rows, the last of the live ones from `start` on."""
         numbers = torch.tensor([row.numbers[len(row.ids)] for row in rows], dtype=torch.float64)
-        history = self.history(rows) if self.draw.wants_history else None
+        history = self.history(rows) if self.draw.penalty is not None else None
         tokens, logps, kept = self.draw(logits, numbers.to(self.device), history, some_greedy=self.some_greedy)
         self.tokens[start : start + len(rows)] = tokens
         supports = [None] * len(rows) if kept is None else support_of_each(kept)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from logratio.losses import Support
@@ -37,20 +36,10 @@ from .turns import Turns, checked_id
 LISTS = ("completion_ids", "env_mask", "logprobs", "prompt_ids", "finish_reason")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """words: rows of the embeddings. positions: of the model, None: as many as one likes. ends: tokens that end a
-    completion. support: whether it has to be known what each token was drawn from."""
-
-    words: int
-    positions: int | None
-    ends: Collection[int]
-    support: bool
-
-
-def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -> list[Sample]:
+def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], positions: int | None) -> list[Sample]:
     """The completions, each `told` with its own prompt_ids and the fields. prompts: that the function was given.
-    UserError, with the place and the remedy, for what cannot be trained on."""
+    positions: that the model has learned; None: there is no end of them. UserError, with the place and the remedy, for
+    what cannot be trained on."""
     if not isinstance(answer, Mapping) or answer.get("completion_ids") is None:
         raise UserError(
             'it must return a dict with "completion_ids", and perhaps env_mask, logprobs, prompt_ids, finish_reason '
@@ -63,14 +52,14 @@ def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -
         one = {name: values[i] for name, values in lists.items()}
         try:
             if "prompt_ids" in one:
-                prompt_ids[i] = tokens("prompt_ids", one["prompt_ids"], limits.words)
+                prompt_ids[i] = tokens("prompt_ids", one["prompt_ids"], turns.words)
                 first = i - i % turns.num_generations
                 if prompt_ids[i] != prompt_ids[first]:
                     raise UserError(
                         "its prompt_ids are others than those of the prompt's first completion: let what differs begin "
                         "the completion_ids, false in env_mask"
                     )
-            samples.append(completion(one, turns, i, prompt_ids[i], limits))
+            samples.append(completion(one, turns, i, prompt_ids[i], positions))
         except UserError as error:
             row = prompts[i].row
             number = [p.row for p in prompts[:i]].count(row)
@@ -83,26 +72,27 @@ def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -
     return samples
 
 
-def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[int], limits: Limits) -> Sample:
+def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[int], positions: int | None) -> Sample:
     """The completion at place i."""
-    ids = tokens("completion_ids", one["completion_ids"], limits.words)
+    ids = tokens("completion_ids", one["completion_ids"], turns.words)
     most = turns.max_completion_length
     if len(ids) > most:
         raise UserError(
             f"it has {counted(len(ids), 'token')}, the environment's among them, and --max_completion_length is "
             f"{most}: leave out what does not fit, or allow more"
         )
-    if limits.positions is not None and len(prompt_ids) + len(ids) > limits.positions:
+    if positions is not None and len(prompt_ids) + len(ids) > positions:
         raise UserError(
             f"it and its prompt have {len(prompt_ids) + len(ids)} tokens, and the model has learned "
-            f"{limits.positions} positions: make them shorter"
+            f"{positions} positions: make them shorter"
         )
     written = mask_of(one.get("env_mask"), len(ids))
     spans = spans_of(written)
     heard = as_heard(turns.heard[i], prompt_ids, ids, spans)
-    if isinstance(heard, int) and ("logprobs" not in one or limits.support):
-        needs = "--keep_sampling_mask needs what could have been drawn" if limits.support else 'there are no "logprobs"'
-        remedy = "leave that option out" if limits.support else "return logprobs"
+    support = turns.sampling.keep_support  # it has to be known what each token was drawn from
+    if isinstance(heard, int) and ("logprobs" not in one or support):
+        needs = "--keep_sampling_mask needs what could have been drawn" if support else 'there are no "logprobs"'
+        remedy = "leave that option out" if support else "return logprobs"
         raise UserError(
             f"its token {heard} is the model's by env_mask, but not what sample() gave behind those before it, and "
             f"{needs}: hand on its ids as they are, not text that is tokenized again, or {remedy}"
@@ -115,7 +105,7 @@ def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[in
         logps = [next(drawn) if mine else 0.0 for mine in written]
     version = min((s.version for s in known), default=turns.state.global_step)
     mask = None if all(written) else written
-    reason = reason_of(one.get("finish_reason"), ids, known if written[-1] else [], limits.ends)
+    reason = reason_of(one.get("finish_reason"), ids, known if written[-1] else [], turns.sampling.stop_ids)
     return Sample(ids, reason, logps, version, support_of(known, written, spans), mask)
 
 

@@ -27,7 +27,7 @@ from ...processes.once import raised_together
 from ..calling.asked import Reward, TrainerState, check_signature
 from ..calling.said import raised_at
 from ..engines.protocol import Engine, Sample, Sampling, Say
-from .answer import Limits, read
+from .answer import read
 from .turns import Turns
 
 Function = Callable[[list[Any], Any], Any]
@@ -99,10 +99,9 @@ class OwnRollouts:
             state=self.state,
             words=self.words,
         )
-        limits = Limits(self.words, self.positions, sampling.stop_ids, sampling.keep_support)
         try:
             answer = self.function(copy.deepcopy([p.prompt for p in prompts]), turns)
-            samples = read(answer, turns, prompts, limits)
+            samples = read(answer, turns, prompts, self.positions)
             for reward, function in self.rewards.items():
                 check_signature(reward, function, samples[0].told.columns if samples[0].told else ())
         except UserError as error:
