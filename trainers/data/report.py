@@ -129,21 +129,19 @@ class Report:
         )
 
     def __str__(self) -> str:
-        notes = [f"{self.name}: {counted(self.examples, 'example')}"]
-        if self.labels:
-            notes.append(f"{self.labels[0]} of them desirable")
-        if self.weighted:
-            notes.append(f"{self.weighted} of them with weights other than 1")
-        if errors := self.errors:
-            notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
-        cut = f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"
-        others = {
+        errors = self.errors
+        notes = {
+            f"{(self.labels or (0,))[0]} of them desirable": self.labels,
+            f"{self.weighted} of them with weights other than 1": self.weighted,
+            f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})": errors,
             f"{self.dropped} dropped, without room for a completion within max_length": self.dropped,
-            cut: self.truncated,
+            f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all": (
+                self.truncated
+            ),
             f"{counted(self.identical, 'pair')} with identical chosen and rejected": self.identical,
             f"{self.moved} whose prompt ends in other tokens once its completion follows": self.moved,
             f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows": self.begun,
             f"{self.special} whose own text has special tokens, which are read as such": self.special,
         }
-        notes += [note for note, count in others.items() if count]
-        return "; ".join(notes)
+        counts = [note for note, there_are in notes.items() if there_are]
+        return "; ".join([f"{self.name}: {counted(self.examples, 'example')}", *counts])

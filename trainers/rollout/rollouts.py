@@ -26,8 +26,7 @@ from .calling.asked import Asked, Reward, RewardLog, TrainerState
 from .calling.calls import Calls
 from .engines.background import Begun
 from .engines.choosing import engine_of
-from .engines.protocol import Request, Said, Sample, Sampling
-from .engines.vllm import VLLM
+from .engines.protocol import Background, Request, Said, Sample, Sampling
 from .generation import Purpose, requests_of, stop_ids
 from .kept import Keeper
 from .metrics import completion_metrics, reward_metrics, tokens_of
@@ -176,7 +175,7 @@ class Rollouts:
 
     def begin(self, prompts: Sequence[Prompt], first: int) -> Begun[Said]:
         """Let the engine sample in the background what is first learned from when so many steps are done."""
-        assert isinstance(self.engine, VLLM)
+        assert isinstance(self.engine, Background)
         self.engine.sync(self.state.global_step)
         return self.engine.begin(self.requests(prompts, "train", first), self.sampling(prompts))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -14,6 +14,7 @@ from logratio.losses import Support
 
 from ...data.examples import Prompt
 from ...ground.finite import is_finite
+from .background import Begun
 
 FinishReason = Literal["stop", "length"]
 ROUNDING = 1e-3
@@ -138,3 +139,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give back what it holds; nothing is sampled afterwards."""
+
+
+@runtime_checkable
+class Background(Protocol):
+    """An engine that samples elsewhere, while the policy goes on learning."""
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
+        """As `sample`, of the policy as it is now, in the background. What it raises, this process alone raises."""
