@@ -86,10 +86,10 @@ class InProcess(Engine):
         """Inside, whole weights are at hand, and as many requests are under way as fit into memory. Raises UserError
         where one alone does not."""
         with gathered(self.policy, self.accelerator):
-            yield self._say
+            yield self.say
 
     @torch.no_grad()
-    def _say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+    def say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
         done: dict[tuple[int, int], Sample] = {}
         wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
         while len(done) < len(wanted):
