@@ -31,7 +31,7 @@ from .measure.clock import time_ms
 from .measure.profiled import figures, figures_of_cpu, profiled_once
 from .measure.steps import step
 from .measure.steps.step_cases import StepCase, cpu_cases, gpu_cases, quick_cases
-from .pages.page import write
+from .reporting.files import write
 from .reporting.records import certificate
 
 

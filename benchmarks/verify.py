@@ -27,12 +27,12 @@ from transformers import LlamaConfig, Qwen2Config
 from logratio.losses import LOSSES
 from logratio.trainers.errors import UserError
 
-from .pages.page import write
 from .peers.case import Case
 from .peers.cases import CASES
 from .peers.sides import oracles, ours, trls
 from .peers.truths import Gradient, Subject, difference, subject_of
 from .progress import Progress
+from .reporting.files import write
 
 BOUNDS = {"trl": 1e-5, "oracle": 1e-10}
 TINY = 1e-6

@@ -39,7 +39,7 @@ from .preflight import check_before, describe_stuck, read_model
 from .processes.launching import check_alike, check_processes, describe_processes, load_everywhere, refuse_untried
 from .processes.sharding import describe_whole, wrap
 from .processes.watching import watch_over
-from .rollout.calling import Reward, TrainerState
+from .rollout.calling.asked import Reward, TrainerState
 from .rollout.ends import name_ends
 from .rollout.own.function import Function, load_function
 from .rollout.rewards import load_rewards

@@ -35,8 +35,8 @@ from logratio.trainers.errors import UserError, counted
 from logratio.trainers.policy.tiny import TINY
 
 from ..pages.page import check_target, made
-from ..pages.page import write as write_page
 from ..progress import say
+from ..reporting.files import write as write_page
 from ..reporting.records import Records, certificate, device_name, identity
 from . import told
 from .beginning import begin

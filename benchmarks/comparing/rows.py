@@ -19,7 +19,7 @@ from logratio.losses import Kind
 from logratio.trainers.data.rows import EMBEDDED, load_rows
 from logratio.trainers.errors import RowError, UserError
 
-from ..pages.page import write as write_whole
+from ..reporting.files import write as write_whole
 
 Row = Mapping[str, Any]
 ANSWERS = ("chosen", "rejected", "reference")

@@ -29,8 +29,9 @@ from logratio.trainers.memory import no_room
 from logratio.trainers.migrate import METHODS, method_of
 from logratio.trainers.options import RUN, options_among, parse_train
 
-from ..pages.page import check_target, made, write
+from ..pages.page import check_target, made
 from ..progress import say
+from ..reporting.files import write
 from ..reporting.records import Records, certificate, device_name
 from ..reporting.tables import on_screen
 from . import told

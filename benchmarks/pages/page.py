@@ -15,6 +15,7 @@ from markupsafe import Markup
 from logratio.benchmarks.reporting.palette import GRID, SERIES
 from logratio.trainers.errors import UserError, counted
 
+from ..reporting.files import write
 from .card import write_card
 from .charts import Chart, learning, rest
 from .charts import cost as cost_charts
@@ -112,19 +113,6 @@ def template(path: Path) -> Template:
     found = Environment(loader=where, autoescape=True, undefined=kind, trim_blocks=True, lstrip_blocks=True)
     found.filters |= {"plain": plain, "number": number, "shortened": shortened}
     return found.get_template(path.name)
-
-
-def write(path: Path, data: bytes, option: str = "--output") -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"{path} could not be written: {error.strerror}; choose another {option}") from error
 
 
 def rendered(runs: Sequence[Run]) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.loop import train_run
 from logratio.trainers.policy.reference import StoredReference, tokens_key
 from logratio.trainers.policy.tiny import tiny_tokenizer
-from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.calling.asked import TrainerState
 from logratio.trainers.rollout.sets.flights import Flights
 from logratio.trainers.rollout.sets.rolled import Rolled
 from logratio.trainers.step import Step
@@ -124,7 +124,7 @@ class GivenRollouts:
     """Its prompts are examples that have completions and advantages already."""
 
     config = RolloutConfig(num_generations=2)
-    timed: ClassVar[dict[str, Any]] = {}
+    timed = (0.0, 0)
 
     def __init__(self) -> None:
         self.state, self.flights = TrainerState(), Flights(self.begin, 0)

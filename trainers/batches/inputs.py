@@ -12,7 +12,7 @@ from torch import Tensor
 from logratio.losses import CompletionLogps, Kind, Loss, LossOutput, PairLogps, TokenLogps, Totals
 from logratio.losses.types import misfit
 
-from ..data.examples import Completion, Example
+from ..data.examples import Example
 from ..errors import UserError
 from .packing import PackedBatch
 
@@ -24,16 +24,16 @@ def count_totals(examples: Sequence[Example], loss: Loss) -> Totals:
     return Totals(
         num_sequences=sum(len(e.completions) for e in examples) if per_completion else len(examples),
         num_prompts=len(examples),
-        num_tokens=sum(sum(_scored(c)) for e in examples for c in e.completions),
-        num_chosen_tokens=sum(sum(_scored(e.completions[0])) for e in examples),
-        num_gold_tokens=sum(sum(_scored(e.completions[2])) for e in examples) if loss.scores_gold else 0,
+        num_tokens=sum(c.num_scored for e in examples for c in e.completions),
+        num_chosen_tokens=sum(e.completions[0].num_scored for e in examples),
+        num_gold_tokens=sum(e.completions[2].num_scored for e in examples) if loss.scores_gold else 0,
         num_prompt_tokens=sum(_prompt_tokens(e) for e in examples) if loss.scores_prompt else 0,
         num_positive_tokens=sum(_positive_tokens(e) for e in examples) if rewarded else None,
         sum_weights=sum(
             weight
             for e in examples
             for c in e.completions
-            for weight, scored in zip(c.weights or [1.0] * len(c.ids), _scored(c), strict=True)
+            for weight, scored in zip(c.weights or [1.0] * len(c.ids), c.mask, strict=True)
             if scored
         ),
     )
@@ -62,19 +62,15 @@ def state_after(loss: Loss, totals: Totals) -> Mapping[str, float]:
     return state
 
 
-def _scored(completion: Completion) -> Sequence[bool]:
-    return [True] * len(completion.ids) if completion.scored is None else completion.scored
-
-
 def _prompt_tokens(example: Example) -> int:
     chosen = example.completions[0]
-    return len(example.prompt_ids) - 1 + (0 if chosen.scored is None else len(chosen.ids) - sum(chosen.scored))
+    return len(example.prompt_ids) - 1 + len(chosen.ids) - chosen.num_scored
 
 
 def _positive_tokens(rollouts: Example) -> int:
     """Scored tokens whose own, or whose completion's, advantage is above 0."""
     given = zip(rollouts.completions, rollouts.advantages or (), strict=True)
-    return sum(sum(x > 0 for x in a) if isinstance(a, tuple) else (a > 0) * sum(_scored(c)) for c, a in given)
+    return sum(sum(x > 0 for x in a) if isinstance(a, tuple) else (a > 0) * c.num_scored for c, a in given)
 
 
 def loss_inputs(
@@ -95,24 +91,24 @@ def loss_inputs(
         logps["ref"] = _reference(loss, ref, mask)
     if loss.kind is Kind.PAIRED:
         return {name: _pairs(batch, values, loss, name == "policy") for name, values in logps.items()}
+
+    def there(values: Sequence[Any] | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """On the device, without a wait for all that a GPU still has to do."""
+        return torch.as_tensor(values, dtype=dtype).to(mask.device, non_blocking=True)
+
     inputs: dict[str, Any] = dict(logps)
     if loss.kind is Kind.LABELED:
-        label = torch.tensor([bool(e.label) for e in batch.examples])
-        inputs["label"] = label.to(
-            mask.device, non_blocking=True
-        )  # else the host would wait for all that a GPU has to do
+        inputs["label"] = there([bool(e.label) for e in batch.examples])
     if loss.kind is Kind.LISTED:
-        rewards = [reward for e in batch.examples for reward in e.rewards or ()]
-        inputs["rewards"] = torch.tensor(rewards, dtype=out.logps.dtype).to(mask.device, non_blocking=True)
+        inputs["rewards"] = there([reward for e in batch.examples for reward in e.rewards or ()], out.logps.dtype)
         inputs["sizes"] = [len(e.completions) for e in batch.examples]
     if loss.kind is Kind.GROUPED:
-        inputs["advantages"] = _advantages(batch, out.logps.dtype).to(mask.device, non_blocking=True)
+        inputs["advantages"] = there(_advantages(batch, out.logps.dtype))
+        of_paths = [e for e in batch.examples for _ in e.completions]
         if loss.wants_prompt_tokens:
-            tokens = torch.tensor([e.prompt_tokens for e in batch.examples for _ in e.completions])
-            inputs["prompt_tokens"] = tokens.to(mask.device, non_blocking=True)
+            inputs["prompt_tokens"] = there([e.prompt_tokens for e in of_paths])
         if loss.wants_prompts:
-            prompts = torch.tensor([e.row + (e.occurrence << 32) for e in batch.examples for _ in e.completions])
-            inputs["prompts"] = prompts.to(mask.device, non_blocking=True)
+            inputs["prompts"] = there([e.row + (e.occurrence << 32) for e in of_paths])
         inputs["old"] = None if old is None else CompletionLogps(old, mask)
         if loss.wants_behavior:
             inputs["behavior"] = None if behavior is None else CompletionLogps(behavior, mask)
@@ -137,7 +133,7 @@ def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     if not batch.is_filler:
         completions = [c for e in batch.examples for c in e.completions]
         for row, completion, a in zip(out, completions, given, strict=True):
-            places = [place for place, scored in enumerate(_scored(completion)) if scored]
+            places = [place for place, scored in enumerate(completion.mask) if scored]
             row[places] = torch.as_tensor(a, dtype=dtype)
     return out
 

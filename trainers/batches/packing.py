@@ -148,7 +148,7 @@ def pack(
     pieces = [_pieces(example, i, shared) for i, example in enumerate(examples)]
     pieces.sort(key=lambda own: -max(p.length for p in own))
     if sequences and shared:
-        best = _cut_long(pieces, micro_batch_tokens // ROW_MULTIPLE * ROW_MULTIPLE)
+        best = _cut(pieces, micro_batch_tokens // ROW_MULTIPLE * ROW_MULTIPLE, 0, True, one_row=True)
     else:
         cuts = [_cut(pieces, micro_batch_tokens, fill, shared) for fill in ROW_FILLS]
         costs = [sum(len(rows) * _length(rows) + micro_batch_cost for rows in cut) for cut in cuts]
@@ -185,22 +185,15 @@ def _pieces(example: Example, index: int, shared: bool) -> list[_Piece]:
 
 
 def _cut(
-    waiting: list[list[_Piece]], micro_batch_tokens: int, row_fill: float, shared: bool
+    waiting: list[list[_Piece]], micro_batch_tokens: int, row_fill: float, shared: bool, *, one_row: bool = False
 ) -> list[list[list[_Piece]]]:
-    """The rows of every micro-batch. waiting: every example's pieces, longest first."""
+    """The rows of every micro-batch. waiting: every example's pieces, longest first. one_row: of all its tokens."""
     batches = []
     while waiting:
-        longest = max(p.length for p in waiting[0])
-        rows, waiting = _fill(waiting, longest, max(1, micro_batch_tokens // longest), row_fill * longest, shared)
-        batches.append(rows)
-    return batches
-
-
-def _cut_long(waiting: list[list[_Piece]], room: int) -> list[list[list[_Piece]]]:
-    """The same, one row each."""
-    batches = []
-    while waiting:
-        rows, waiting = _fill(waiting, max(room, waiting[0][0].length), 1, 0, True)
+        length = max(p.length for p in waiting[0])
+        if one_row:
+            length = max(length, micro_batch_tokens)
+        rows, waiting = _fill(waiting, length, max(1, micro_batch_tokens // length), row_fill * length, shared)
         batches.append(rows)
     return batches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import compress, repeat
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
     if not batch.is_filler:
         completions = [c for e in batch.examples for c in e.completions]
         for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
-            scored = torch.ones(len(c.ids), dtype=torch.bool) if c.scored is None else torch.tensor(c.scored)
-            scored = scored[: out.shape[1]]  # beyond that nothing is, of any completion
+            scored = torch.tensor(c.mask, dtype=torch.bool)[: out.shape[1]]  # beyond that nothing is, of any completion
             out[path, : len(scored)][scored] = values
     return out.to(batch.scored.device, non_blocking=True)
 
@@ -64,5 +63,5 @@ def behavior_of(batch: PackedBatch) -> Tensor | None:
     completions = [c for e in batch.examples for c in e.completions]
     if any(c.behavior is None for c in completions):
         return None
-    values = [torch.tensor(list(compress(c.behavior or (), c.scored or repeat(True)))) for c in completions]
+    values = [torch.tensor(list(compress(c.behavior or (), c.mask))) for c in completions]
     return laid_out(batch, values)

@@ -13,7 +13,7 @@ from ..ground.finite import is_finite
 from .chat.conversations import as_messages, check_media, check_value, is_written_out, template_options, with_system
 from .layout import GOLD, Layout, columns_of
 from .lists import REWARDS, taken_apart
-from .report import BadRows
+from .report import Report
 from .tokenization import Text, check_messages, implicit_prompt, is_conversation
 
 
@@ -41,19 +41,19 @@ class Source:
     rewards: tuple[float, ...] | None = None
 
 
-def read_sources(bad: BadRows, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Source]:
+def read_sources(report: Report, layout: Layout, start: int = 0, stop: int | None = None) -> Iterator[Source]:
     """The rows of one data set from `start` to `stop`, all in the columns and the format (plain or conversational) of
     `layout`.
 
-    A row that cannot be used is a UserError that names its place and column, given to `bad`.
+    A row that cannot be used is a UserError that names its place and column, given to `report`.
     """
-    for index, row in bad.rows.between(start, stop):
+    for index, row in report.rows.between(start, stop):
         try:
             if isinstance(row, RowError):
                 raise row
-            source = _read(row, bad.rows.where(index), index, layout)
+            source = _read(row, report.rows.where(index), index, layout)
         except UserError as error:
-            bad.take(error, index)
+            report.take(error, index)
         else:
             yield source
 

@@ -28,11 +28,8 @@ def file_type(name: str) -> str | None:
     return next((suffix for suffix in FILE_TYPES if name.lower().endswith(suffix)), None)
 
 
-def open_file(path: Path, *, keep_bad: bool = False) -> ListRows | LineRows | ParquetRows:
-    """The file's rows.
-
-    keep_bad: a line that is no row becomes its RowError, in its place among the rows, instead of ending everything.
-    """
+def open_file(path: Path) -> ListRows | LineRows | ParquetRows:
+    """The file's rows; what is no row, of a list or a line, is its RowError, in its place among them."""
     known = file_type(path.name)
     if known is None:
         raise UserError(
@@ -41,8 +38,8 @@ def open_file(path: Path, *, keep_bad: bool = False) -> ListRows | LineRows | Pa
         )
     if known == ".parquet":
         return ParquetRows(path)
-    lines = LineRows(path, keep_bad)
-    return ListRows(path, keep_bad) if lines.holds_list else lines
+    lines = LineRows(path)
+    return ListRows(path) if lines.holds_list else lines
 
 
 def parse_json(text: str) -> Any:
@@ -92,6 +89,13 @@ class _OneFile:
         self.path = path
         self._first = self._state()
 
+    def __iter__(self) -> Iterator[Any]:
+        return self.starting(0)
+
+    def starting(self, row: int) -> Iterator[Any]:
+        """The rows from this one on."""
+        raise NotImplementedError
+
     def _state(self) -> tuple[int, int] | None:
         try:
             found = self.path.stat()
@@ -130,9 +134,7 @@ def _decoded(path: Path, data: bytes, before: int = 0) -> str:
 class ListRows(list[Any]):
     """The rows of a JSON list. digest: SHA-256 of the text."""
 
-    lines = None
-
-    def __init__(self, path: Path, keep_bad: bool) -> None:
+    def __init__(self, path: Path) -> None:
         text = _decoded(path, b"".join(_chunks(path)))
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         try:
@@ -142,22 +144,18 @@ class ListRows(list[Any]):
             raise UserError(place + _problem(error)) from None
         for index, row in enumerate(self):
             if not isinstance(row, dict):
-                bad = RowError(f"{path}, row {index} (counted from 0)", f" must be one object, got {shown(row)}", index)
-                if not keep_bad:
-                    raise bad
-                self[index] = bad
+                place = f"{path}, row {index} (counted from 0)"
+                self[index] = RowError(place, f" must be one object, got {shown(row)}", index)
 
 
 class LineRows(_OneFile):
     """JSON lines. lines: each row's line number, from 1. digest: SHA-256 of the (unpacked) file.
 
-    holds_list: it is no JSON lines, but one list. Raises UserError where the file cannot be read or is no UTF-8, and,
-    while the rows are iterated over, at a line that is no object.
+    holds_list: it is no JSON lines, but one list. Raises UserError where the file cannot be read or is no UTF-8.
     """
 
-    def __init__(self, path: Path, keep_bad: bool) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.keep_bad = keep_bad
         first = next(self._lines(), None)
         self.holds_list = first is not None and first[1].lstrip().startswith("[")
 
@@ -187,11 +185,7 @@ class LineRows(_OneFile):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __iter__(self) -> Iterator[Any]:
-        return (row for _, row in self.numbered())
-
     def starting(self, row: int) -> Iterator[Any]:
-        """The rows from this one on."""
         return (found for _, found in self.numbered(row))
 
     def numbered(self, row: int = 0) -> Iterator[tuple[int, Any]]:
@@ -213,12 +207,7 @@ class LineRows(_OneFile):
                     f"{self.path} holds a single object over several lines: write the rows as a list, [{{...}}, ...], "
                     "or each on a line of its own"
                 ) from None
-        if problem is None:
-            return row
-        bad = RowError(f"{self.path}, line {number}", problem, index)
-        if not self.keep_bad:
-            raise bad
-        return bad
+        return row if problem is None else RowError(f"{self.path}, line {number}", problem, index)
 
     def _lines(self, place: Place = START, digest: Any = None) -> Iterator[tuple[int, str, Place]]:
         """(number, text, place to begin at for it) of the lines from `place` on that are not blank.
@@ -250,8 +239,6 @@ class LineRows(_OneFile):
 class ParquetRows(_OneFile):
     """Rows of a Parquet file, read by record batches. digest: SHA-256 of the file."""
 
-    lines = None
-
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with self._said():
@@ -271,11 +258,7 @@ class ParquetRows(_OneFile):
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.starting(0)
-
     def starting(self, row: int) -> Iterator[Any]:
-        """The rows from this one on."""
         passed = 0
         with self._said():
             for batch in self._open().iter_batches(APART):

@@ -12,7 +12,7 @@ from logratio.losses import LOSSES, Kind
 from ..errors import RowError, UserError, shown
 from .chat.conversations import is_written_out
 from .lists import COMPLETIONS, REWARDS, taken_apart
-from .report import BadRows
+from .report import Report
 from .tokenization import is_conversation
 
 # For each kind the sets of columns that will do, the preferred one first. ShareGPT's `conversations` is a whole
@@ -54,20 +54,20 @@ class Layout:
         return self.completions if self.prompt is None else (self.prompt, *self.completions)
 
 
-def find_layout(bad: BadRows, kind: Kind, *, gold: bool = False, margin: bool = False) -> Layout:
+def find_layout(report: Report, kind: Kind, *, gold: bool = False, margin: bool = False) -> Layout:
     """Raises UserError where the first row has no set of columns that will do, naming those that it has.
 
     gold: pairs have a third completion. margin: they have a margin. Where bad rows are skipped, the first row that has
     the columns counts, and where none has them, the first one is named.
     """
     first: UserError | None = None
-    for index, row in enumerate(bad.rows):
+    for index, row in enumerate(report.rows):
         try:
             if isinstance(row, RowError):
                 raise row
-            return replace(_layout(row, bad.rows.where(index), kind, gold), margin=margin)
+            return replace(_layout(row, report.rows.where(index), kind, gold), margin=margin)
         except UserError as error:
-            if not bad.skip:
+            if not report.skip:
                 raise
             first = first or error
     assert first is not None

@@ -15,39 +15,6 @@ SHOWN_REASONS = 3
 COUNTS = ("examples", "truncated", "tokens_cut", "dropped", "identical", "moved", "weighted", "begun", "special")
 
 
-class BadRows:
-    """Rows that cannot be used: the first ends the run, or (skip) each is left out and kept here, by its index."""
-
-    def __init__(self, rows: Rows, *, skip: bool) -> None:
-        self.rows, self.skip = rows, skip
-        self.found: dict[int, RowError] = {}
-
-    def take(self, error: UserError, row: int) -> None:
-        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
-        own = RowError.of(error, self.rows.where(row), row)
-        if own is None:
-            raise error
-        if not self.skip:
-            raise own from None
-        self.found.setdefault(row, own)
-
-    def check_left(self) -> None:
-        """Raise UserError where no row can be used."""
-        if len(self.found) == len(self.rows):
-            count = len(self.rows)
-            none = "its only row cannot" if count == 1 else f"none of its {counted(count, 'row')} can"
-            raise UserError(f"{self.rows.name}: {none} be used: {count_reasons(self.errors())}")
-
-    def errors(self) -> list[RowError]:
-        return [self.found[row] for row in sorted(self.found)]
-
-    def listed(self) -> list[dict[str, Any]]:
-        """One entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
-        lines = self.rows.lines
-        place = {row: {"row": row} if lines is None else {"row": row, "line": lines[row]} for row in self.found}
-        return [{"data": self.rows.name, **place[error.row], "reason": error.reason} for error in self.errors()]
-
-
 def count_reasons(errors: list[RowError]) -> str:
     """How many rows are bad for which reason, whatever the value or the position; the rare reasons are only counted."""
     reasons = Counter(_kind(error.reason) for error in errors).most_common()
@@ -70,10 +37,12 @@ class Report:
     from which nothing can be learned. moved: examples whose prompt, tokenized alone, ends otherwise than with its
     completion behind it, so that the completion starts where the two part. weighted: examples with weights other
     than 1. begun: examples whose prompt ends with an assistant's turn. special: examples whose own text has special
-    tokens, which are read as such. labels: (True, False) counts. bad: the rows that were skipped.
+    tokens, which are read as such. labels: (True, False) counts. found: the rows that cannot be used, by their index,
+    each left out (skip); else the first ends the run.
     """
 
-    name: str
+    rows: Rows = field(repr=False)
+    skip: bool = False
     examples: int = 0
     truncated: int = 0
     tokens_cut: int = 0
@@ -84,88 +53,95 @@ class Report:
     begun: int = 0
     special: int = 0
     labels: tuple[int, int] | None = None
-    bad: BadRows | None = field(default=None, repr=False)
+    found: dict[int, RowError] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.rows.name
+
+    def take(self, error: UserError, row: int) -> None:
+        """An error that came up at this row: raised where rows are not skipped, or it is not about the row."""
+        own = RowError.of(error, self.rows.where(row), row)
+        if own is None:
+            raise error
+        if not self.skip:
+            raise own from None
+        self.found.setdefault(row, own)
 
     def count(self, made: Sequence[Any]) -> None:
         """Examples, or prompts, that a row has become."""
         self.examples += len(made)
         labels = [label for one in made if (label := getattr(one, "label", None)) is not None]
         if labels:
-            self._add_labels((sum(labels), len(labels) - sum(labels)))
+            desirable, undesirable = self.labels or (0, 0)
+            self.labels = (desirable + sum(labels), undesirable + len(labels) - sum(labels))
 
     def add(self, other: Report) -> None:
-        """The counts of a part of the same rows."""
+        """The counts and the skipped rows of a part of the same rows."""
         for name in COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.labels:
-            self._add_labels(other.labels)
+            desirable, undesirable = self.labels or (0, 0)
+            self.labels = (desirable + other.labels[0], undesirable + other.labels[1])
+        self.found |= other.found
 
-    def _add_labels(self, more: tuple[int, int]) -> None:
-        desirable, undesirable = self.labels or (0, 0)
-        self.labels = (desirable + more[0], undesirable + more[1])
+    @property
+    def errors(self) -> list[RowError]:
+        """Of the rows that were skipped, in their order."""
+        return [self.found[row] for row in sorted(self.found)]
+
+    def counts(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in COUNTS}, "labels": self.labels}
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and the skipped rows, without the data set's name, as JSON has them; see `from_dict`."""
-        found = self.bad.errors() if self.bad else []
-        return {
-            **{name: getattr(self, name) for name in COUNTS},
-            "labels": self.labels,
-            "skipped": [[error.row, str(error)[len(error.place) :]] for error in found],
-        }
+        return {**self.counts(), "skipped": [[error.row, str(error)[len(error.place) :]] for error in self.errors]}
 
     def card(self, rows: int | None) -> dict[str, Any]:
         """What data_card.json has of the data set. rows: how many it has, where one knows."""
-        errors = self.bad.errors() if self.bad else []
-        counts = {name: getattr(self, name) for name in COUNTS}
-        skipped = {"skipped": len(errors), "skipped_reasons": count_reasons(errors)}
-        return {"name": self.name, "rows": rows, **counts, "labels": self.labels, **skipped}
+        skipped = {"skipped": len(self.errors), "skipped_reasons": count_reasons(self.errors)}
+        return {"name": self.name, "rows": rows, **self.counts(), **skipped}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], rows: Rows) -> Report:
         """What `as_dict` has said of these rows, perhaps under another name."""
-        bad = BadRows(rows, skip=True)
-        for row, rest in stored["skipped"]:
-            bad.found[row] = RowError(rows.where(row), rest, row)
+        found = {row: RowError(rows.where(row), rest, row) for row, rest in stored["skipped"]}
         labels = stored["labels"] and (stored["labels"][0], stored["labels"][1])
-        return cls(rows.name, labels=labels, bad=bad, **{name: stored[name] for name in COUNTS})
+        return cls(rows, labels=labels, found=found, **{name: stored[name] for name in COUNTS})
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """The rows that were skipped, as `BadRows.listed` has them."""
-        return self.bad.listed() if self.bad else []
+        """An entry a row, as skipped_rows.jsonl has them; rows are counted from 0, lines of the file from 1."""
+        lines = self.rows.lines
+        place = {e.row: {"row": e.row} if lines is None else {"row": e.row, "line": lines[e.row]} for e in self.errors}
+        return [{"data": self.name, **place[e.row], "reason": e.reason} for e in self.errors]
 
     def check_left(self, max_length: int | None) -> None:
         """Raise UserError where no example remains."""
         if self.examples:
             return
-        if self.bad:
-            self.bad.check_left()
+        if self.found and len(self.found) == (count := len(self.rows)):
+            none = "its only row cannot" if count == 1 else f"none of its {counted(count, 'row')} can"
+            raise UserError(f"{self.name}: {none} be used: {count_reasons(self.errors)}")
         raise UserError(
             f"{self.name}: no example is left, since none has room for a token to learn, or to sample, behind its "
             f"prompt within max_length={max_length}: raise max_length"
         )
 
     def __str__(self) -> str:
-        notes = [f"{self.name}: {counted(self.examples, 'example')}"]
-        if self.labels:
-            notes.append(f"{self.labels[0]} of them desirable")
-        if self.weighted:
-            notes.append(f"{self.weighted} of them with weights other than 1")
-        if self.bad and self.bad.found:
-            errors = self.bad.errors()
-            notes.append(f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})")
-        if self.dropped:
-            notes.append(f"{self.dropped} dropped, without room for a completion within max_length")
-        if self.truncated:
-            notes.append(
-                f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all"
-            )
-        if self.identical:
-            notes.append(f"{counted(self.identical, 'pair')} with identical chosen and rejected")
-        if self.moved:
-            notes.append(f"{self.moved} whose prompt ends in other tokens once its completion follows")
-        if self.begun:
-            notes.append(f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows")
-        if self.special:
-            notes.append(f"{self.special} whose own text has special tokens, which are read as such")
-        return "; ".join(notes)
+        errors = self.errors
+        notes = {
+            f"{(self.labels or (0,))[0]} of them desirable": self.labels,
+            f"{self.weighted} of them with weights other than 1": self.weighted,
+            f"{counted(len(errors), 'row')} skipped ({count_reasons(errors)})": errors,
+            f"{self.dropped} dropped, without room for a completion within max_length": self.dropped,
+            f"{counted(self.truncated, 'completion')} truncated by {counted(self.tokens_cut, 'token')} in all": (
+                self.truncated
+            ),
+            f"{counted(self.identical, 'pair')} with identical chosen and rejected": self.identical,
+            f"{self.moved} whose prompt ends in other tokens once its completion follows": self.moved,
+            f"{self.begun} whose prompt ends with an assistant's turn, which a turn of its own follows": self.begun,
+            f"{self.special} whose own text has special tokens, which are read as such": self.special,
+        }
+        counts = [note for note, there_are in notes.items() if there_are]
+        return "; ".join([f"{self.name}: {counted(self.examples, 'example')}", *counts])

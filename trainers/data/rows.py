@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,7 @@ from logratio.losses import Kind
 
 from ..errors import RowError, UserError, first_line
 from ..ground.given import given
-from .files import FILE_TYPES, LineRows, file_type, open_file
+from .files import FILE_TYPES, file_type, open_file
 from .tasks.arithmetic import arithmetic_rows
 from .tasks.shopping import shopping_rows
 
@@ -28,7 +26,7 @@ class Rows:
     """A data set's rows and the name that messages call it by.
 
     rows: each a mapping from columns to values; in place of one that could not be read, its RowError.
-    lines: each row's line number in a JSON-lines file.
+    lines: each row's line number in a JSON-lines file. numbers: which rows of the data set these are; None: all.
     columns: the only ones that count, where not all do.
     """
 
@@ -36,6 +34,7 @@ class Rows:
     rows: Any
     lines: Sequence[int] | None = None
     columns: tuple[str, ...] | None = None
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,14 +56,6 @@ class Rows:
                 raise UserError(f"{self.where(index)} cannot be read: {_said(error)}") from error
             yield index, self._cut(row)
             index += 1
-
-    def keeping_bad(self) -> Rows:
-        """The same, but a line that is no row is its RowError, as `load_rows` has it with `keep_bad`."""
-        if not isinstance(self.rows, LineRows):
-            return self
-        rows = copy.copy(self.rows)
-        rows.keep_bad = True
-        return dataclasses.replace(self, rows=rows)
 
     def numbered(self) -> Iterator[tuple[int | None, Any]]:
         """The rows with the numbers of their lines, if they have such; nothing is looked through before."""
@@ -88,8 +79,9 @@ class Rows:
 
     def check(self) -> Rows:
         """These rows, all of which have been read once: UserError for what cannot be."""
-        for _ in self:
-            pass
+        for row in self:
+            if isinstance(row, RowError):
+                raise row
         return self
 
     def check_unchanged(self) -> None:
@@ -104,7 +96,9 @@ class Rows:
 
     def where(self, row: int) -> str:
         """The row's place, as an error's sentence begins with it."""
-        return f"{self.name}, line {self.lines[row]}" if self.lines else f"{self.name}, row {row} (counted from 0)"
+        if self.lines:
+            return f"{self.name}, line {self.lines[row]}"
+        return f"{self.name}, row {self.numbers[row] if self.numbers else row} (counted from 0)"
 
 
 def _digest(rows: Any) -> str:
@@ -118,33 +112,12 @@ def _digest(rows: Any) -> str:
     # datasets' own fingerprint says where rows came from, not what they are
     found.update(f"{rows.features} {rows.format}".encode())
     for table in (rows.data.table, rows._indices and rows._indices.table):
-        if table is not None:
-            with pyarrow.ipc.new_stream(pyarrow.PythonFile(_Sink(found), "w"), table.schema) as stream:
-                stream.write_table(table, max_chunksize=1000)
+        for batch in () if table is None else table.to_batches(max_chunksize=1000):
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+                stream.write_batch(batch)
+            found.update(sink.getvalue())
     return found.hexdigest()
-
-
-class _Sink:
-    """A file that is written into a hash."""
-
-    closed = False
-
-    def __init__(self, found: Any) -> None:
-        self.found, self.written = found, 0
-
-    def write(self, data: bytes) -> int:
-        self.found.update(data)
-        self.written += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.written
-
-    def flush(self) -> None:
-        """Nothing is waiting."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def load_rows(
@@ -154,7 +127,6 @@ def load_rows(
     split: str = "train",
     config: str | None = None,
     seed: int = 0,
-    keep_bad: bool = False,
     check: bool = True,
     streaming: bool = False,
 ) -> Rows:
@@ -164,8 +136,8 @@ def load_rows(
         file of one of `FILE_TYPES` (its one split is "train"), a folder (`{split}.jsonl` and its like, what
         `Dataset.save_to_disk` wrote, or whatever `datasets.load_dataset` can read), or a data set of the Hub.
     split, config: as `datasets.load_dataset` takes them ("train[:10%]" too) for folders and the Hub.
-    keep_bad: lines that are no rows are kept as their errors, for `prepare` to skip.
-    check: read a file's rows once, to raise here what cannot be read; else it is raised where they are iterated over.
+    check: read a file's rows once, to raise here what cannot be read; else what is no row is among them as its error,
+        for `prepare` to raise or to skip, and all else is raised where they are iterated over.
     streaming: nothing is read before the rows are iterated over, and how many there are is not known.
     """
     if not dataset_name.strip():
@@ -189,9 +161,9 @@ def load_rows(
             raise UserError(
                 f"{path} is a single file, which has the split 'train' only, not {split!r}: name another file"
             )
-        rows = _file_rows(path, keep_bad, check, streaming)
+        rows = _file_rows(path, check, streaming)
     elif is_dir:
-        rows = _read_folder(path, split, config, keep_bad, check, streaming)
+        rows = _read_folder(path, split, config, check, streaming)
     elif exists:
         raise UserError(f"{path} is neither a file nor a folder")
     elif file_type(path.name) or dataset_name.startswith((".", "/", "~")):
@@ -203,24 +175,22 @@ def load_rows(
     return rows
 
 
-def _read_folder(path: Path, split: str, config: str | None, keep_bad: bool, check: bool, streaming: bool) -> Rows:
+def _read_folder(path: Path, split: str, config: str | None, check: bool, streaming: bool) -> Rows:
     named = [found for suffix in FILE_TYPES if (found := path / f"{split}{suffix}").is_file()]
     if config is None and named:
         if len(named) > 1:
             names = " and ".join(found.name for found in named)
             raise UserError(f"{path} holds {names}, each of which may be the split {split!r}: name the file itself")
-        return _file_rows(named[0], keep_bad, check, streaming)
+        return _file_rows(named[0], check, streaming)
     if is_saved(path):
         return Rows(f"{path} ({split})", _load_from_disk(path, split))
     return Rows(f"{path} ({split})", _load(str(path), split, config, streaming))
 
 
-def _file_rows(path: Path, keep_bad: bool, check: bool, streaming: bool) -> Rows:
-    found = open_file(path, keep_bad=keep_bad)
-    if streaming:
-        return Rows(str(path), found)
-    rows = Rows(str(path), found, found.lines)
-    return rows.check() if check else rows
+def _file_rows(path: Path, check: bool, streaming: bool) -> Rows:
+    found = open_file(path)
+    rows = Rows(str(path), found, None if streaming else getattr(found, "lines", None))
+    return rows.check() if check and not streaming else rows
 
 
 def is_saved(folder: Path) -> bool:
@@ -252,7 +222,7 @@ def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
     # datasets reports what is wrong with a name, a split, a configuration, a file or the network by as many types
     # of exceptions, its own, pyarrow's, the Hub client's; each says in its first line what it missed.
     try:
-        return datasets.load_dataset(name, config, split=split, **({"streaming": True} if streaming else {}))
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise UserError(
             f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError, first_line, shown
 from .chat.assistant_masks import assistant_spans, marks_turns, token_mask
@@ -71,7 +71,7 @@ def check_tokenizer(tokenizer: Any, *, conversational: bool, assistant_only_loss
             "the data are conversations, but the tokenizer has no chat template: "
             "name one (--chat_template_path), or turn the data into plain text"
         )
-    if assistant_only_loss and not (marks_turns(tokenizer, {}) or ChatTemplate(tokenizer).closing()[0]):
+    if assistant_only_loss and not (marks_turns(tokenizer, {}) or ChatTemplate(tokenizer).closing[0]):
         raise UserError(
             "assistant_only_loss needs a chat template that marks the assistant's turns with "
             "{% generation %} ... {% endgeneration %}, or at least closes them with a token of their own, and this "
@@ -79,11 +79,22 @@ def check_tokenizer(tokenizer: Any, *, conversational: bool, assistant_only_loss
         )
 
 
-class Encoder:
-    """The tokenizer with its chat template, for the rows of one data set.
+class Piece(NamedTuple):
+    """A text to tokenize. options: what the chat template of a conversation is given beside the messages, as `tools`.
+    place: of its row, with which a UserError begins where it cannot be rendered or tokenized."""
 
-    places: of the rows, with which the UserError of one begins that cannot be rendered or tokenized.
-    """
+    text: Text
+    options: dict[str, Any]
+    place: str
+
+
+def _are_plain(pieces: Sequence[Piece]) -> bool:
+    """Whether they are plain text, as all of a data set are or none."""
+    return not pieces or isinstance(pieces[0].text, str)
+
+
+class Encoder:
+    """The tokenizer with its chat template, for the rows of one data set."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -92,40 +103,20 @@ class Encoder:
         special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
-    def wholes(
-        self, texts: Sequence[Text], options: Sequence[dict[str, Any]], places: Sequence[str]
-    ) -> list[list[int]]:
-        """Ids of texts to learn from. Plain ones have ended in EOS since `with_eos`, which is then the last id.
+    def wholes(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Ids of texts to learn from. Plain ones have ended in EOS since `with_eos`, which is then the last id."""
+        eos, plain = [self.tokenizer.eos_token_id], _are_plain(pieces)
+        return [[*ids, *eos] if plain and ids[-1:] != eos else ids for ids in self._ids(pieces)]
 
-        options: for each conversation what its chat template is given beside the messages, as `tools`.
-        """
-        plain = not texts or isinstance(texts[0], str)
-        eos = self.tokenizer.eos_token_id
-        result = []
-        for ids in self._ids(self._strings(texts, options, places), places, plain):
-            ids = ids[self._bounds(ids, plain)]
-            result.append([*ids, eos] if plain and ids[-1:] != [eos] else ids)
-        return result
-
-    def prompts(
-        self,
-        texts: Sequence[Text],
-        options: Sequence[dict[str, Any]],
-        places: Sequence[str],
-        *,
-        to_generate: bool = False,
-    ) -> list[list[int]]:
+    def prompts(self, pieces: Sequence[Piece], *, to_generate: bool = False) -> list[list[int]]:
         """Ids of prompts alone, conversations with the generation prompt; to_generate: never with EOS at the end."""
-        plain = not texts or isinstance(texts[0], str)
-        eos = self.tokenizer.eos_token_id
+        eos, plain = self.tokenizer.eos_token_id, _are_plain(pieces)
         result = []
-        strings = self._strings(texts, options, places, add_generation_prompt=True)
-        for ids, place in zip(self._ids(strings, places, plain), places, strict=True):
-            ids = ids[self._bounds(ids, plain)]
+        for ids, piece in zip(self._ids(pieces, add_generation_prompt=True), pieces, strict=True):
             if to_generate and not plain and ids[-1:] == [eos]:
                 raise UserError(
-                    f"{place}: the prompt as rendered ends with EOS, behind which nothing can be generated: use a "
-                    "chat template that writes a generation prompt"
+                    f"{piece.place}: the prompt as rendered ends with EOS, behind which nothing can be generated: use "
+                    "a chat template that writes a generation prompt"
                 )
             # A lone EOS that is BOS, too, is a beginning.
             while to_generate and ids[-1:] == [eos] and not (len(ids) == 1 and eos == self.tokenizer.bos_token_id):
@@ -156,32 +147,26 @@ class Encoder:
                 count += sum(len(self._special.findall(content_text(message.get("content")))) for message in text)
         return count
 
-    def _strings(
-        self, texts: Sequence[Text], options: Sequence[dict[str, Any]], places: Sequence[str], **more: bool
-    ) -> list[str]:
-        return [
-            text if isinstance(text, str) else self.template.render(text, given, place, **more)
-            for text, given, place in zip(texts, options, places, strict=True)
-        ]
-
-    def _ids(self, strings: list[str], places: Sequence[str], plain: bool) -> list[list[int]]:
-        """All at once, which uses all cores; one by one where that fails, to find whose fault it is."""
-        if not strings:
+    def _ids(self, pieces: Sequence[Piece], *, add_generation_prompt: bool = False) -> list[list[int]]:
+        """All at once, which uses all cores. A text that the tokenizer does not take is one of them, not always the
+        first, whose place the error has."""
+        if not pieces:
             return []
-        # verbose=False: lengths beyond the model's are our caller's to cut, and need no warning.
-        options = {"add_special_tokens": plain, "verbose": False, "return_attention_mask": False}
+        plain = _are_plain(pieces)
+        strings = [
+            text
+            if isinstance(text, str)
+            else self.template.render(text, options, place, add_generation_prompt=add_generation_prompt)
+            for text, options, place in pieces
+        ]
         try:
-            return list(self.tokenizer(strings, **options)["input_ids"])
+            # verbose=False: lengths beyond the model's are our caller's to cut, and need no warning.
+            encoded = self.tokenizer(strings, add_special_tokens=plain, verbose=False, return_attention_mask=False)
         except UserError:  # knows its place
             raise
-        except Exception:
-            result = []
-            for string, place in zip(strings, places, strict=True):
-                try:
-                    result.append(self.tokenizer(string, **options)["input_ids"])
-                except Exception as error:
-                    raise UserError(f"{place}: {_why_no_ids(string, error)}") from error
-            return result
+        except Exception as error:
+            raise UserError(f"{pieces[0].place}: the tokenizer does not take the text: {first_line(error)}") from error
+        return [ids[self._bounds(ids, plain)] for ids in encoded["input_ids"]]
 
     def _bounds(self, ids: list[int], plain: bool) -> slice:
         """What stays: nothing that the tokenizer adds at the end, one BOS at the start at most, one EOS at the end."""
@@ -204,15 +189,6 @@ def _added_behind(tokenizer: Any) -> list[int]:
         if bare and whole[at : at + len(bare)] == bare:
             return list(whole[at + len(bare) :])
     return []
-
-
-def _why_no_ids(text: str, error: Exception) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as found:
-        half = f"\\u{ord(text[found.start]):04x}"
-        return f"the text has half of a surrogate pair ({half}), which is no character: remove it or write it whole"
-    return f"the tokenizer does not take the text: {first_line(error)}"
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")

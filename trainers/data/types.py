@@ -27,6 +27,15 @@ class Completion:
     behavior: list[float] | None = None
     support: Support | None = None
 
+    @property
+    def mask(self) -> list[bool]:
+        """`scored`, written out."""
+        return [True] * len(self.ids) if self.scored is None else self.scored
+
+    @property
+    def num_scored(self) -> int:
+        return len(self.ids) if self.scored is None else sum(self.scored)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -55,8 +64,7 @@ class Example:
     @property
     def prompt_tokens(self) -> int:
         """Scored tokens of all completions of the prompt, those of other parts of the example too."""
-        own = sum(len(c.ids) if c.scored is None else sum(c.scored) for c in self.completions)
-        return own if self.whole_tokens is None else self.whole_tokens
+        return sum(c.num_scored for c in self.completions) if self.whole_tokens is None else self.whole_tokens
 
     def take(self, completions: Sequence[int]) -> Example:
         """The same prompt with some of its completions."""

@@ -79,15 +79,15 @@ def check_written(tokenizer: Any, added: Sequence[str], said: str) -> list[str]:
     """Raise UserError where a conversation is written with tokens, of those added to another tokenizer, that this one
     has not; returns what to tell of how an answer ends. said: the option, for messages."""
     template, vocabulary = ChatTemplate(tokenizer), tokenizer.get_vocab()
-    written = template.example()
-    if written is None:
+    written = template.example
+    if not written:
         raise UserError(f"{said}: the template renders no conversation of a question and an answer")
     if missing := [token for token in added if token in written and token not in vocabulary]:
         raise UserError(
             f"{said} writes {', '.join(missing)}, which the model's tokenizer does not have: use a template of tokens "
             "that it has, or add these to it and to the model's embeddings beforehand"
         )
-    if template.closing()[0]:
+    if template.closing[0]:
         return []
     return [f"{said} closes an answer with no token of its own: nothing teaches the model where to end"]
 

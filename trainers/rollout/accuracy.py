@@ -21,7 +21,7 @@ from typing import Any
 from ..data.tokenization import Text
 from ..errors import UserError
 from .answers import final_answer, text_of
-from .calling import main_thread
+from .calling.asked import main_thread
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 _COMMAND = re.compile(r"\\(?:text|mathrm|textbf)\{[^}]*\}|\\[A-Za-z]+")

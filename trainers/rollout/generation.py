@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..config import RolloutConfig
 from ..data.examples import Prompt
 from ..policy.policy import Policy
 from .ends import ends_of, named_ends
@@ -41,7 +40,10 @@ def completion_seed(purpose: Purpose, seed: int, step: int, row: int, number: in
     seed: the run's. step: optimizer steps that are done when it is first learned from, or evaluated. row: of the data
     set. number: of the completion among those that the step has of this row.
     """
-    name = f"{purpose}/{seed}/{step}/{row}/{number}"
+    return _seed_of(f"{purpose}/{seed}/{step}/{row}/{number}")
+
+
+def _seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
@@ -58,26 +60,9 @@ def requests_of(
     return [Request(prompt.prompt_ids, seeds(prompt)) for prompt in prompts]
 
 
-def sampling_of(config: RolloutConfig, max_new_tokens: int, stops: frozenset[int]) -> Sampling:
-    """As the options of a run have it. stops: see `stop_ids`."""
-    return Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=config.repetition_penalty,
-        stop_ids=stops,
-        stop_strings=config.stop_strings,
-        keep_support=config.keep_sampling_mask,
-    )
-
-
 def turn_seed(seed: int | None, turn: int) -> int | None:
     """Of the random numbers of one of a completion's turns: in the first its own; None: of a greedy one."""
-    if seed is None or not turn:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{turn}".encode()).digest()[:8], "little")
+    return seed if seed is None or not turn else _seed_of(f"{seed}/{turn}")
 
 
 def stop_ids(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> frozenset[int]:

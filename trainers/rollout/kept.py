@@ -16,10 +16,8 @@ from torch import Tensor
 from logratio.losses.advantages import sum_then_normalize
 
 from ..data.examples import Completion
-from ..data.tokenization import Text
 from ..errors import UserError
 from ..step import MicroBatch
-from .engines.protocol import Sample
 from .sets.rolled import Rolled
 
 COLUMNS = (
@@ -62,45 +60,6 @@ def in_table(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def kept_rows(
-    step: int,
-    *,
-    prompts: Sequence[Text],
-    rows: Sequence[int],
-    completions: Sequence[str],
-    samples: Sequence[Sample],
-    engine: str,
-    by_function: Mapping[str, Tensor],
-    rewards: Tensor,
-    advantages: Tensor | None,
-    extra: Mapping[str, Sequence[str | None]],
-) -> list[dict[str, Any]]:
-    """A row for each of a process's completions. Lists and tensors are as long as `completions`; of the rewards NaN is
-    one that nobody gave; advantages are None of completions that nothing is learned from. completion_length: tokens
-    that the model wrote; sampler_logp: the mean over them, in nats; logp_diff: see `differences`, not known yet;
-    policy_version: the steps that the policy had taken which said it.
-    """
-    return [
-        {
-            "step": step,
-            "row": rows[i],
-            "prompt": prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], ensure_ascii=False),
-            "completion": completions[i],
-            **{f"rewards/{name}": known(values[i]) for name, values in by_function.items()},
-            "reward": known(rewards[i]),
-            "advantage": None if advantages is None else float(advantages[i]),
-            "completion_length": len(samples[i].own_logps),
-            "finish_reason": samples[i].finish_reason,
-            "sampler_logp": mean(samples[i].own_logps),
-            "logp_diff": None,
-            "policy_version": samples[i].version,
-            "engine": engine,
-            **{column: values[i] for column, values in extra.items()},
-        }
-        for i in range(len(completions))
-    ]
-
-
 def of_completions(advantages: Tensor, lengths: Tensor) -> Tensor:
     """[n]: advantages [prompts, G], or of tokens [prompts, G, T] their mean over the completion's, of `lengths`."""
     if advantages.ndim == 2:
@@ -117,40 +76,53 @@ class Kept(NamedTuple):
     groups: Mapping[int, list[dict[str, Any]]]
     completions: list[Completion]
 
-    def learned(self, differences: Mapping[int, float]) -> None:
-        """Fill in what is known now, by the id of a completion."""
-        for row, completion in zip(chain.from_iterable(self.groups.values()), self.completions, strict=True):
-            row["logp_diff"] = differences.get(id(completion), row["logp_diff"])
-
 
 class Keeper:
     """What is kept of the rollouts since it was last taken, in their order.
 
-    engine: what sampled them. weights: of the rewards, by whose names.
+    engine: what sampled them. weights: of the rewards, by whose names. wanted: False: nothing is kept.
     """
 
-    def __init__(self, rewards: Sequence[str], weights: Tensor, engine: str) -> None:
-        self.rewards, self.weights, self.engine = list(rewards), weights, engine
+    def __init__(self, rewards: Sequence[str], weights: Tensor, engine: str, *, wanted: bool = True) -> None:
+        self.rewards, self.weights, self.engine, self.wanted = list(rewards), weights, engine, wanted
         self.kept: list[Kept] = []
 
     def keep(self, step: int, rolled: Rolled, advantages: Tensor | None, accelerator: Accelerator) -> None:
         """step: that they are first learned from. advantages: None of those that nothing is learned from."""
+        if not self.wanted:
+            return
         group = rolled.by_function.shape[1]
-        places = rolled.places or range(len(rolled.examples))
-        rows = kept_rows(
-            step,
-            prompts=rolled.prompts,
-            rows=[example.row for example in rolled.examples for _ in range(group)],
-            completions=rolled.texts,
-            samples=rolled.samples,
-            engine=self.engine,
-            by_function=dict(zip(self.rewards, rolled.by_function.flatten(0, 1).unbind(-1), strict=True)),
-            rewards=sum_then_normalize(rolled.by_function, self.weights).flatten(),
-            advantages=None if advantages is None else of_completions(advantages, rolled.lengths),
-            extra=rolled.extra,
-        )
-        groups = {at: rows[i * group :][:group] for i, at in enumerate(places)}
+        rows = self.rows(step, rolled, advantages)
+        groups = {at: rows[i * group :][:group] for i, at in enumerate(rolled.places or range(len(rolled.examples)))}
         self.kept.append(Kept(accelerator, groups, [c for e in rolled.examples for c in e.completions]))
+
+    def rows(self, step: int, rolled: Rolled, advantages: Tensor | None) -> list[dict[str, Any]]:
+        """A row for each completion. A reward that nobody gave is None. completion_length: tokens that the model wrote;
+        sampler_logp: the mean over them, in nats; logp_diff: see `differences`, not known yet; policy_version: the
+        steps that the policy had taken which said it."""
+        group = rolled.by_function.shape[1]
+        by_function = rolled.by_function.flatten(0, 1).tolist()
+        rewards = sum_then_normalize(rolled.by_function, self.weights).flatten().tolist()
+        own = None if advantages is None else of_completions(advantages, rolled.lengths).tolist()
+        return [
+            {
+                "step": step,
+                "row": rolled.examples[i // group].row,
+                "prompt": prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
+                "completion": rolled.texts[i],
+                **{f"rewards/{name}": known(x) for name, x in zip(self.rewards, by_function[i], strict=True)},
+                "reward": known(rewards[i]),
+                "advantage": own and own[i],
+                "completion_length": len(sample.own_logps),
+                "finish_reason": sample.finish_reason,
+                "sampler_logp": sum(sample.own_logps) / len(sample.own_logps) if sample.own_logps else None,
+                "logp_diff": None,
+                "policy_version": sample.version,
+                "engine": self.engine,
+                **{column: values[i] for column, values in rolled.extra.items()},
+            }
+            for i, (prompt, sample) in enumerate(zip(rolled.prompts, rolled.samples, strict=True))
+        ]
 
     def taken(self) -> list[dict[str, Any]]:
         """The completions that were sampled for training since the last time, of all processes, which all call it;
@@ -163,8 +135,9 @@ class Keeper:
         sampler's."""
         if self.kept:
             found = differences(micros)
-            for some in self.kept:
-                some.learned(found)
+            for _, groups, completions in self.kept:
+                for row, completion in zip(chain.from_iterable(groups.values()), completions, strict=True):
+                    row["logp_diff"] = found.get(id(completion), row["logp_diff"])
 
 
 def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:
@@ -185,13 +158,8 @@ def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:
     return found
 
 
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def known(value: Tensor) -> float | None:
-    number = float(value)
-    return None if math.isnan(number) else number
+def known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def of_all(accelerator: Accelerator, groups: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -29,10 +29,14 @@ def completion_metrics(lengths: Tensor, ended: Tensor) -> dict[str, Mean]:
     return metrics
 
 
-def time_metrics(seconds: float, said: Said) -> dict[str, Mean]:
+def tokens_of(said: Said) -> int:
+    """That the model wrote."""
+    return sum(len(s.own_logps) for samples in said for s in samples)
+
+
+def time_metrics(seconds: float, tokens: int) -> dict[str, Mean]:
     """Of a process's rollouts, which took so long: means over processes of their times, and of all their tokens over
     all their times."""
-    tokens = sum(len(s.own_logps) for samples in said for s in samples)
     return {
         "rollout_ms": Mean(torch.tensor(1e3 * seconds), torch.tensor(1.0)),
         "rollout_tokens_per_s": Mean(torch.tensor(float(tokens)), torch.tensor(seconds)),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ from ..data.tokenization import Text
 from ..errors import UserError
 from ..policy.checks import check_finite, check_folder, learned_positions
 from ..policy.reach import loaded
-from .calling import CompletionError
+from .calling.asked import CompletionError
 
 TOKENS = 16_384
 """In a forward pass, with padding."""
@@ -68,7 +68,14 @@ class RewardModel:
         texts = [self.text(i, *both) for i, both in enumerate(zip(prompts, completions, strict=True))]
         rows = self.tokenizer(text=texts, add_special_tokens=False, verbose=False)
         for i, ids in enumerate(rows["input_ids"]):
-            self.check_length(i, len(ids))
+            if not ids:
+                raise CompletionError(i, "with its prompt it has no token to score")
+            if len(ids) > self.longest:
+                raise CompletionError(
+                    i,
+                    f"with its prompt it has {len(ids)} tokens, and this reward model takes up to {self.longest}: "
+                    "lower --max_length and --max_completion_length, or take another reward model",
+                )
         scores = [0.0] * len(texts)
         for batch in batches([len(ids) for ids in rows["input_ids"]], self.tokens):
             for i, score in zip(batch, self.scored(rows, batch), strict=True):
@@ -90,29 +97,14 @@ class RewardModel:
         except UserError as error:
             raise CompletionError(index, str(error)) from error
 
-    def check_length(self, index: int, length: int) -> None:
-        """UserError unless the model can score so many tokens."""
-        if not length:
-            raise CompletionError(index, "with its prompt it has no token to score")
-        if length > self.longest:
-            raise CompletionError(
-                index,
-                f"with its prompt it has {length} tokens, and this reward model takes up to {self.longest}: lower "
-                "--max_length and --max_completion_length, or take another reward model",
-            )
-
     @torch.inference_mode()
     def scored(self, rows: Any, batch: Sequence[int]) -> list[float]:
         """The logits of these texts."""
-        length = max(len(rows["input_ids"][i]) for i in batch)
-        filled = {"input_ids": self.tokenizer.pad_token_id}  # all else, a mask or types, with 0
-        given = {
-            name: torch.tensor(
-                [[*values[i], *[filled.get(name, 0)] * (length - len(values[i]))] for i in batch],
-                device=self.model.device,
-            )
-            for name, values in rows.items()
-        }
+        given = {}
+        for name, values in rows.items():
+            filling = self.tokenizer.pad_token_id if name == "input_ids" else 0  # of a mask, or of types
+            padded = pad_sequence([torch.tensor(values[i]) for i in batch], batch_first=True, padding_value=filling)
+            given[name] = padded.to(self.model.device)
         scores: list[float] = self.model(**given, **self.options).logits[:, 0].tolist()
         return scores
 
@@ -185,7 +177,3 @@ def load_classifier(name: str, dtype: str) -> Any:
         )
     check_finite(model, repr(name))
     return model
-
-
-def is_module(reward: Any) -> bool:
-    return isinstance(reward, nn.Module | OwnReward)

@@ -28,16 +28,16 @@ from ..ground.given import given
 from ..ground.plugins import import_object, names_a_model
 from .accuracy import accuracy_reward, check_installed
 from .answers import final_answer, text_of
-from .calling import Reward, check_signature, names_of
-from .reward_model import is_module, reward_model
+from .calling.asked import Reward, check_signature, names_of
+from .reward_model import OwnReward, reward_model
 
 CPU = torch.device("cpu")
 
 
 def exact_answer(completions: list[Text], answer: list[Any], **_: Any) -> list[float | None]:
-    """1 where the completion's `final_answer` is that of the column `answer`, else 0."""
+    """1 where the completion's `final_answer` is that of the column `answer`, else 0; None where that is null."""
     return [
-        float(final_answer(text_of(completion)) == final_answer(str(expected)))
+        None if expected is None else float(final_answer(text_of(completion)) == final_answer(str(expected)))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
@@ -114,7 +114,7 @@ def load_reward(name: str, device: torch.device = CPU, dtype: str = "float32") -
 
 def checked(reward: Any, name: str, device: torch.device, dtype: str) -> Reward:
     """What is called, of whatever has been named. Raises UserError where that is nothing to call."""
-    if is_module(reward):
+    if isinstance(reward, torch.nn.Module | OwnReward):
         return reward_model(reward, device, dtype)
     if inspect.isclass(reward) and issubclass(reward, torch.nn.Module):
         raise UserError(f"reward={name!r} is a class of models: name a model, or write a function that calls it")

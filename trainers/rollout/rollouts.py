@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,13 +21,15 @@ from ..errors import UserError, counted
 from ..ground.folder import staying
 from ..policy.policy import Policy
 from ..processes.dealing import gather_rows
-from .calling import Asked, Calls, Reward, RewardLog, TrainerState
+from ..processes.once import raised_together
+from .calling.asked import Asked, Reward, RewardLog, TrainerState
+from .calling.calls import Calls
 from .engines.background import Begun
 from .engines.choosing import engine_of
 from .engines.protocol import Background, Request, Said, Sample, Sampling
-from .generation import Purpose, requests_of, sampling_of, stop_ids
+from .generation import Purpose, requests_of, stop_ids
 from .kept import Keeper
-from .metrics import completion_metrics, reward_metrics, time_metrics
+from .metrics import completion_metrics, reward_metrics, tokens_of
 from .own.function import Function, OwnRollouts
 from .sets.flights import Flights
 from .sets.rolled import Rolled, Scored
@@ -66,11 +69,11 @@ class Rollouts:
             device=None if accelerator is None else accelerator.device,
             tell=lambda text: self.watch.note("draw", text),
         )
-        self.timed: dict[str, Mean] = {}  # of the last rollouts
+        self.timed = (0.0, 0)  # seconds and tokens of the last rollouts
         self.engine = engine_of(
             config, policy, tokenizer, tell=self.watch.note, accelerator=accelerator, output_dir=output_dir
         )
-        self.keeper = Keeper(list(rewards), self.weights, self.engine.name)
+        self.keeper = Keeper(list(rewards), self.weights, self.engine.name, wanted=config.log_completions)
         self.flights = Flights(self.begin, config.max_staleness)
         self.own = None
         if rollout_func is not None:
@@ -103,33 +106,32 @@ class Rollouts:
         prompts: this process's part of the step's `numbered` ones. said: what was sampled of them already.
         """
         with staying(lambda: self.watch.note("folder", MOVED)):
-            return self._rolled(prompts, purpose, said)
-
-    def _rolled(self, prompts: Sequence[Prompt], purpose: Purpose, said: Said | None) -> Rolled:
-        group, greedy = self.group(purpose), self.greedy(purpose)
-        if said is None:
-            said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
-        sampled = [sample for samples in said for sample in samples[:group]]
-        repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
-        scored = self.score(repeated, sampled)
-        by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
-        baseline = None
-        if greedy:
-            best = [samples[-1] for samples in said]
-            rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
-            baseline = sum_then_normalize(rewards[:, None], self.weights)
-        examples = [
-            Example(
-                repeated[i * group].prompt_ids,
-                [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
-                row=prompt.row,
-                occurrence=prompt.occurrence,
+            group, greedy = self.group(purpose), self.greedy(purpose)
+            if said is None:
+                said = self.sample(self.requests(prompts, purpose, self.state.global_step), prompts)
+            sampled = [sample for samples in said for sample in samples[:group]]
+            repeated = [sample.told or prompts[i // group] for i, sample in enumerate(sampled)]
+            scored = self.score(repeated, sampled)
+            by_function = scored.rewards.reshape(len(prompts), group, len(self.rewards))
+            baseline = None
+            if greedy:
+                best = [samples[-1] for samples in said]
+                rewards = self.score([s.told or p for s, p in zip(best, prompts, strict=True)], best).rewards
+                baseline = sum_then_normalize(rewards[:, None], self.weights)
+            examples = [
+                Example(
+                    repeated[i * group].prompt_ids,
+                    [self.completion(s) for s in sampled[i * group : (i + 1) * group]],
+                    row=prompt.row,
+                    occurrence=prompt.occurrence,
+                )
+                for i, prompt in enumerate(prompts)
+            ]
+            ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
+            texts = [prompt.prompt for prompt in repeated]
+            return Rolled(
+                examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra
             )
-            for i, prompt in enumerate(prompts)
-        ]
-        ended = torch.tensor([float(s.ended) for s in sampled]).reshape(len(prompts), group)
-        texts = [prompt.prompt for prompt in repeated]
-        return Rolled(examples, by_function, baseline, ended, scored.logged, texts, sampled, scored.texts, scored.extra)
 
     def group(self, purpose: Purpose) -> int:
         """Sampled completions of a prompt."""
@@ -147,8 +149,18 @@ class Rollouts:
 
     def sampling(self, prompts: Sequence[Prompt]) -> Sampling:
         """How completions of these prompts are drawn."""
-        stops = stop_ids(self.policy.causal_lm, self.tokenizer, prompts)
-        return sampling_of(self.config, self.max_completion_length, stops)
+        config = self.config
+        return Sampling(
+            max_new_tokens=self.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty,
+            stop_ids=stop_ids(self.policy.causal_lm, self.tokenizer, prompts),
+            stop_strings=config.stop_strings,
+            keep_support=config.keep_sampling_mask,
+        )
 
     def sample(self, requests: Sequence[Request], prompts: Sequence[Prompt]) -> Said:
         """What the engine says to the requests, which are of these prompts."""
@@ -158,7 +170,7 @@ class Rollouts:
             said = self.engine.sample(requests, self.sampling(prompts))
         else:
             said = self.own(prompts, [request.seeds for request in requests], self.sampling(prompts))
-        self.timed = time_metrics(time.perf_counter() - started, said)
+        self.timed = time.perf_counter() - started, tokens_of(said)
         return said
 
     def begin(self, prompts: Sequence[Prompt], first: int) -> Begun[Said]:
@@ -179,45 +191,33 @@ class Rollouts:
 
     def score(self, prompts: Sequence[Prompt], sampled: Sequence[Sample]) -> Scored:
         """What the rewards say. Raises UserError on all processes where a reward fails on one of them."""
-        log, error, texts = RewardLog(len(sampled)), None, []
+        log, texts = RewardLog(len(sampled)), []
         scores = torch.full((len(sampled), len(self.rewards)), torch.nan, dtype=torch.float64)
-        if sampled:
-            texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
-            chat = [not isinstance(p.prompt, str) for p in prompts]
-            asked = Asked(
-                prompts=[p.prompt for p in prompts],
-                completions=[
-                    [{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat, strict=True)
-                ],
-                completion_ids=[s.ids for s in sampled],
-                columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
-                rows=[p.row for p in prompts],
-            )
-            limit = self.max_completion_length
-            try:
+        alone = self.accelerator is None or self.accelerator.num_processes == 1
+        with contextlib.nullcontext() if self.accelerator is None else raised_together(self.accelerator):
+            if sampled:
+                texts = self.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True)
+                asked = Asked(
+                    prompts=[p.prompt for p in prompts],
+                    completions=[
+                        t if isinstance(p.prompt, str) else [{"role": "assistant", "content": t}]
+                        for p, t in zip(prompts, texts, strict=True)
+                    ],
+                    completion_ids=[s.ids for s in sampled],
+                    columns={key: [p.columns[key] for p in prompts] for key in prompts[0].columns},
+                    rows=[p.row for p in prompts],
+                )
+                limit = self.max_completion_length
                 by_reward = self.calls(self.rewards, asked, max_completion_length=limit, state=self.state, log=log)
                 for column, values in enumerate(by_reward):
                     known = [torch.nan if value is None else value for value in values]
                     scores[:, column] = torch.tensor(known, dtype=torch.float64)
-            except UserError as failed:
-                error = failed
-        names = self._agree(error, sorted(log.metrics))
+        said = list(log.metrics) if alone else gather_object(list(log.metrics))
+        names = sorted(set(said))
         if not self.config.log_completions:
             self.watch.columns(log.columns)
         logged = {name: Mean.of(torch.tensor(log.metrics[name], dtype=torch.float64)) for name in names}
         return Scored(scores, texts, logged, log.columns)
-
-    def _agree(self, error: UserError | None, names: list[str]) -> list[str]:
-        """The names that any process has; where one has an error, all raise it: none waits for one that has gone."""
-        alone = self.accelerator is None or self.accelerator.num_processes == 1
-        said = [(str(error) if error else None, names)]
-        said = said if alone else gather_object(said)
-        if error is not None:
-            raise error
-        for message, _ in said:
-            if message is not None:
-                raise UserError(message)
-        return sorted({name for _, some in said for name in some})
 
     def advantages(
         self, rolled: Rolled, accelerator: Accelerator, kl: Tensor | None = None, taught: Tensor | None = None
@@ -261,14 +261,8 @@ class Rollouts:
         if taught is not None:
             of_rewards = advantages[..., : taught.shape[2]] if advantages.ndim == 3 else advantages[..., None]
             advantages = of_rewards + (config.teacher_coef or 0.0) * taught
-        if self.config.log_completions:
-            self.keeper.keep(self.state.global_step + 1, rolled, advantages, accelerator)
+        self.keeper.keep(self.state.global_step + 1, rolled, advantages, accelerator)
         return advantages
-
-    def keep_left_out(self, rolled: Rolled, accelerator: Accelerator) -> None:
-        """Let the `keeper` have completions that nothing is learned from, which have no advantage."""
-        if self.config.log_completions:
-            self.keeper.keep(self.state.global_step + 1, rolled, None, accelerator)
 
     def metrics(self, rolled: Rolled, accelerator: Accelerator) -> dict[str, Mean]:
         """TRL's, of what the reward functions said (a KL penalty is not in them), over all processes; and the share of

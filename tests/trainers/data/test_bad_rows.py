@@ -122,7 +122,7 @@ def test_prompts_keep_their_rows_too():
 def test_lines_that_are_no_json_are_skipped_and_named_by_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(f'{json.dumps(GOOD)}\n\n{{"prompt": \n{json.dumps({**GOOD, "label": 1})}\n')
-    examples, report = skipping(load_rows(str(path), Kind.PAIRED, keep_bad=True), Kind.PAIRED)
+    examples, report = skipping(load_rows(str(path), Kind.PAIRED, check=False), Kind.PAIRED)
     assert [example.row for example in examples] == [0, 2]
     reason = "column 12 is not valid JSON: Expecting value"
     assert report.skipped == [{"data": str(path), "row": 1, "line": 3, "reason": reason}]

@@ -185,7 +185,7 @@ def test_a_row_that_datasets_cannot_decode_is_named():
 
 def test_bad_lines_are_kept_in_their_place_where_asked(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": \n3\n{"text": "b"}\n')
-    rows = load(tmp_path / "a.jsonl", keep_bad=True)
+    rows = load(tmp_path / "a.jsonl", check=False)
     first, cut, number, last = rows
     assert (first, last) == ({"text": "a"}, {"text": "b"}) and rows.lines == [1, 3, 4, 5]
     assert isinstance(cut, RowError) and isinstance(number, RowError)

@@ -238,7 +238,7 @@ def test_odd_lines_of_a_file_are_rows_or_one_sentence(tmp_path):
         for kind in Kind:
             for skip in (False, True):
                 try:
-                    rows = load_rows(str(path), kind, keep_bad=skip)
+                    rows = load_rows(str(path), kind, check=not skip)
                     read(rows, kind, rng, "skip" if skip else "error")
                 except UserError as error:
                     assert "\n" not in str(error) and str(path) in str(error)

@@ -5,7 +5,6 @@ from tokenizers import processors
 
 from logratio.losses import Kind
 from logratio.trainers.data.examples import Rows, prepare, prepare_prompts
-from logratio.trainers.data.tokenization import Encoder
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -90,14 +89,24 @@ def test_one_token_may_be_both():
     assert prompt.prompt_ids == [eos]
 
 
-def test_the_row_that_a_batch_fails_at_is_found():
-    texts = ["a"] * 1500
-    texts[1234] = "b\udc80"
-    places = [f"line {i}" for i in range(1500)]
-    with pytest.raises(UserError, match=r"^line 1234: the text has half of a surrogate pair .\\udc80., which is no"):
-        Encoder(tiny_tokenizer()).prompts(texts, [{}] * 1500, places)
-    taken = Encoder(tiny_tokenizer()).prompts(texts[:1234], [{}] * 1234, places[:1234])
-    assert taken == [[ord("a")]] * 1234
+def test_the_row_that_a_batch_fails_at_is_found(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    encode = type(tokenizer).__call__
+
+    def picky(self, text, **options):
+        if any("\x00" in one for one in text):
+            raise RuntimeError("a NUL in it\nand more")
+        return encode(self, text, **options)
+
+    rows = [{"prompt": "a", "completion": "b"} for _ in range(2500)]
+    rows[1234] = {"prompt": "a", "completion": "b\x00"}
+    monkeypatch.setattr(type(tokenizer), "__call__", picky)
+    wanted = r"^data, row 1234 \(counted from 0\): the tokenizer does not take the text: a NUL in it$"
+    with pytest.raises(UserError, match=wanted):
+        prepare(Rows("data", rows), Kind.SEQUENCE, tokenizer)
+    examples, report = prepare(Rows("data", rows), Kind.SEQUENCE, tokenizer, on_bad_row="skip")
+    assert [e.row for e in examples] == [*range(1234), *range(1235, 2500)]
+    assert [entry["row"] for entry in report.skipped] == [1234]
 
 
 def test_answers_begun_in_the_prompt_are_counted():

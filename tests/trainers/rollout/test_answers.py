@@ -52,6 +52,10 @@ def test_exact_answer(completion, answer, right):
     assert exact_answer(completions=[completion], answer=[answer], prompts=[""]) == [float(right)]
 
 
+def test_a_row_without_an_answer_is_neither_right_nor_wrong():
+    assert exact_answer(completions=["None", "4", "4"], answer=[None, None, 4]) == [None, None, 1.0]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(-(10**9), 10**9))
 def test_a_number_is_its_own_answer_however_it_is_written(number):

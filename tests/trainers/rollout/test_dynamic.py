@@ -14,7 +14,8 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.options import parse_train
 from logratio.trainers.resume import Progress
-from logratio.trainers.rollout.sets.dynamic import differing, summed
+from logratio.trainers.rollout.rollouts import Rollouts
+from logratio.trainers.rollout.sets.dynamic import differing
 from logratio.trainers.rollout.sets.rolled import Rolled, joined
 
 from ._prompts import sample_of
@@ -122,13 +123,18 @@ def test_what_was_left_out_is_kept_without_an_advantage(words):
     assert [row["number"] for row in table] == ["0", "1", "0", "1", "2", "3", "0", "1"], "in its own round"
 
 
-def test_rounds_take_all_their_time_for_all_their_tokens():
-    def timed(ms, tokens):
-        values = {"rollout_ms": (ms, 1.0), "rollout_tokens_per_s": (tokens, ms / 1e3)}
-        return {name: Mean(*map(torch.tensor, mean)) for name, mean in values.items()}
+def test_rounds_take_all_their_time_for_all_their_tokens(words, monkeypatch):
+    times, sample = iter([(2.0, 100), (1.0, 20), (0.5, 10)]), Rollouts.sample
 
-    found = {name: tuple(map(float, mean)) for name, mean in summed([timed(2e3, 100.0), timed(1e3, 20.0)]).items()}
-    assert found == {"rollout_ms": (3e3, 1), "rollout_tokens_per_s": (120, 3)}
+    def timed(self, *asked):
+        said = sample(self, *asked)
+        self.timed = next(times)
+        return said
+
+    monkeypatch.setattr(Rollouts, "sample", timed)
+    _, (window,) = windows_of([*words, "--dynamic_sampling", "9"], steps=1)
+    found = {name: tuple(map(float, window.metrics[name])) for name in ("rollout_ms", "rollout_tokens_per_s")}
+    assert found == {"rollout_ms": (3500, 1), "rollout_tokens_per_s": (130, 3.5)} and next(times, None) is None
 
 
 @pytest.mark.parametrize("kind", ["remax", "reinforce_pp"])

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from logratio.trainers import cli
+from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.rollout import kept
 from logratio.trainers.rollout.engines.protocol import Sample
+from logratio.trainers.rollout.sets.rolled import Rolled
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(3)]
 TALK = [{"prompt": [{"role": "user", "content": f"{i}+1=é"}]} for i in range(3)]
@@ -85,12 +87,15 @@ def test_rows_of_all_processes_are_in_the_order_of_the_prompts(monkeypatch):
 
 
 def test_a_row_has_none_for_a_reward_that_nobody_gave():
-    nan = float("nan")
-    (row,) = kept.kept_rows(
-        7, prompts=["p"], rows=[3], completions=["c"], engine="logratio",
-        samples=[Sample([5, 6], "length", [-1.0, -2.0], 6)],
-        by_function={"one": torch.tensor([nan])}, rewards=torch.tensor([nan]), advantages=torch.tensor([0.0]),
-        extra={"why": ["x"]},
+    nan = torch.full((1, 1, 1), torch.nan, dtype=torch.float64)
+    keeper = kept.Keeper(["one"], torch.ones(1, dtype=torch.float64), "logratio")
+    (row,) = keeper.rows(
+        7,
+        Rolled(
+            [Example([1], [Completion([5, 6])], row=3)], nan, prompts=["p"], texts=["c"], extra={"why": ["x"]},
+            samples=[Sample([5, 6], "length", [-1.0, -2.0], 6)],
+        ),
+        torch.zeros(1, 1),
     )  # fmt: skip
     assert row == {
         "step": 7, "row": 3, "prompt": "p", "completion": "c", "rewards/one": None, "reward": None, "advantage": 0.0,

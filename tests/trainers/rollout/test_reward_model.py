@@ -12,7 +12,8 @@ from logratio.trainers import cli
 from logratio.trainers.errors import UserError
 from logratio.trainers.ground.given import giving
 from logratio.trainers.policy.tiny import tiny_config, tiny_model, tiny_tokenizer
-from logratio.trainers.rollout.calling import Asked, Calls, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.asked import Asked, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.calls import Calls
 from logratio.trainers.rollout.reward_model import OwnReward, RewardModel, batches
 from logratio.trainers.rollout.rewards import load_reward, load_rewards
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import names_of
+from logratio.trainers.rollout.calling.asked import names_of
 from logratio.trainers.rollout.rewards import REWARDS, answer_format, load_reward, load_rewards, overlong
 
 
@@ -139,14 +139,6 @@ def test_rewards_of_one_name_count_separately(modules):
             "the reward 'exact_answer' needs 'answer', which is neither a column .*.level. nor",
         ),
         (["exact_answer"], [], "neither a column of the data set .which has only the prompt. nor one of prompts, comp"),
-        (
-            ["overlong"],
-            ["completions"],
-            "the data set has a column 'completions', but rewards are given something else",
-        ),
-        (["overlong"], ["prompts"], "column 'prompts'.*rename it"),
-        (["overlong"], ["completion_ids"], "column 'completion_ids'.*rename it"),
-        (["overlong"], ["trainer_state"], "column 'trainer_state'.*rename it"),
     ],
 )
 def test_rewards_and_columns_are_held_together_before_anything_runs(specs, columns, message):

@@ -14,6 +14,7 @@ from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_model
+from logratio.trainers.processes import once
 from logratio.trainers.rollout import rollouts as rollouts_module
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.rollout.sets.windows import give_advantages
@@ -197,13 +198,14 @@ def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch
     """And a metric that only one process logs is one of all: they are added up in order."""
     prompts = [Prompt([65], "A", {}, 0)]
     sampled = [sample_of([66], True)]
-    said = []
+    told = []
 
-    def gathered(mine):
-        said.extend(mine)
+    def raised(mine):
+        told.extend(mine)
         return [*mine, elsewhere]
 
-    monkeypatch.setattr(rollouts_module, "gather_object", gathered)
+    monkeypatch.setattr(once, "gather_object", raised)
+    monkeypatch.setattr(rollouts_module, "gather_object", lambda names: [*names, "a", "b"])
 
     def score(reward):
         each = rollouts(policy, tokenizer, {"r": reward})
@@ -217,20 +219,20 @@ def test_an_error_on_one_process_is_raised_on_all(policy, tokenizer, monkeypatch
     def breaks(**_):
         raise ValueError("no")
 
-    elsewhere = (None, ["a", "b"])
+    elsewhere = None
     scored = score(logs)
     assert scored.rewards.tolist() == [[1.0]] and {k: tuple(map(float, v)) for k, v in scored.logged.items()} == {
         "a": (0, 0),
         "b": (3, 1),
     }
-    elsewhere = ("the judge is out", [])
+    elsewhere = "the judge is out"
     with pytest.raises(UserError, match="^the judge is out$"):
         score(logs)
-    elsewhere = (None, [])
+    elsewhere = None
     with pytest.raises(UserError, match="'r' raised ValueError") as caught:
         score(breaks)
     assert isinstance(caught.value.__cause__, ValueError), "its own, with the traceback"
-    assert said[-1][0].startswith("the reward 'r' raised ValueError: no"), "it was told before it was raised"
+    assert told[-1].startswith("the reward 'r' raised ValueError: no"), "it was told before it was raised"
 
 
 def by_length(completion_ids, **_):

@@ -223,7 +223,7 @@ def test_what_is_begun_ends_with_the_engine(small, engine_of):
     small.before = lambda path, body: never.wait(30) and None if path == "/v1/completions" else None
     begun = engine.begin(REQUESTS, SAMPLING)
     engine.close()
-    assert not begun.alive
+    assert begun.done()
     with pytest.raises(Cancelled):
         begun.result()
     never.set()

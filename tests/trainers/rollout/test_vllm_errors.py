@@ -230,7 +230,7 @@ def test_an_answer_that_is_not_wanted_any_more_is_let_go_in_its_middle(small, en
     time.sleep(0.3)
     started = time.monotonic()
     begun.close()
-    assert not begun.alive and time.monotonic() - started < 3
+    assert begun.done() and time.monotonic() - started < 3
 
 
 def test_prompts_that_are_too_long_for_the_server(small, engine):

@@ -46,7 +46,14 @@ def assistant_spans(
     text = template.render(messages, options, place)
     normal = template.normal(messages, place)
     if not marks_turns(template.tokenizer, options):
-        return text, _by_turns(template, normal, options, place, text)
+        by_turns = _turns(template, normal, options, text)
+        if by_turns is None:
+            raise UserError(
+                f"{place}: the chat template does not mark the assistant's turns with {{% generation %}} ... "
+                "{% endgeneration %}, and rendering turn by turn does not agree with the whole: use a template that "
+                "marks them, or give rows as prompt and completion"
+            )
+        return text, by_turns
     source = template.tokenizer.get_chat_template(tools=options.get("tools"))
     found: Any = render_jinja_template(  # whose annotation forgets the spans
         conversations=[normal],
@@ -76,20 +83,9 @@ def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return mask
 
 
-def _by_turns(template: ChatTemplate, messages: Messages, options: Any, place: str, text: str) -> list[Span]:
-    spans = _turns(template, messages, options, text)
-    if spans is None:
-        raise UserError(
-            f"{place}: the chat template does not mark the assistant's turns with {{% generation %}} ... "
-            "{% endgeneration %}, and rendering turn by turn does not agree with the whole: use a template that marks "
-            "them, or give rows as prompt and completion"
-        )
-    return spans
-
-
 def _turns(template: ChatTemplate, messages: Messages, options: Any, text: str) -> list[Span] | None:
     """The span of each assistant's turn; None where any of it does not agree with the whole."""
-    ids, space = template.closing()
+    ids, space = template.closing
     marks = _mark_places(template, messages, options, text)
     if not ids or marks is None:
         return None
@@ -125,10 +121,9 @@ def _start(
         found = text.rfind(prompt, 0, header) if prompt and header >= 0 else -1
         start = found + len(prompt)
         return start if found >= 0 and not text[start:header].strip() else None
-    try:
-        before = template.text(messages[:index], options, "", add_generation_prompt=True)
-        bare = template.text(messages[:index], options, "")
-    except UserError:
+    before = template.attempt(messages[:index], options, add_generation_prompt=True)
+    bare = template.attempt(messages[:index], options)
+    if before is None or bare is None:
         return None
     if text.startswith(before):
         content = content_text(messages[index].get("content")).strip()
@@ -153,11 +148,7 @@ def _mark_places(template: ChatTemplate, messages: Messages, options: Any, text:
             message = {**message, "content": _with_mark(content, mark, at_end=own)}
             expected.append(index)
         marked.append(message)
-    try:
-        rendered = template.text(marked, options, "")
-    except UserError:
-        return None
-    pieces = re.split(rf"{word}(\d+){word}", rendered)
+    pieces = re.split(rf"{word}(\d+){word}", template.attempt(marked, options) or "")
     if "".join(pieces[::2]) != text or [int(number) for number in pieces[1::2]] != expected:
         return None
     places, at = {}, 0

@@ -8,7 +8,7 @@ object of arguments); arguments in a JSON string keep theirs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import UserError, shown
@@ -43,14 +43,15 @@ def normal_messages(messages: Any, where: str) -> Messages:
 def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{place} must be a list of calls, each an object, got {shown(calls)}")
-    result = []
-    for call in calls:
-        call = without_nulls(call)
-        function = call["function"] if isinstance(call.get("function"), dict) else call
-        if "arguments" in function:
-            function["arguments"] = _arguments(function["arguments"], place)
-        result.append(call)
-    return result
+    return [_changed(without_nulls(call), lambda arguments: _arguments(arguments, place)) for call in calls]
+
+
+def _changed(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The call, which may stand in a `function` of its own, with other arguments, where it has any."""
+    inner = call["function"] if isinstance(call.get("function"), dict) else call
+    if "arguments" in inner:
+        inner = {**inner, "arguments": change(inner["arguments"])}
+    return {**call, "function": inner} if isinstance(call.get("function"), dict) else inner
 
 
 def _arguments(arguments: Any, place: str) -> dict[str, Any]:
@@ -67,18 +68,16 @@ def _arguments(arguments: Any, place: str) -> dict[str, Any]:
 
 def with_arguments_as_text(messages: Messages) -> Messages:
     """The normal messages with the arguments of their tool calls as JSON text, for templates that add it to text."""
-    result = []
-    for message in messages:
-        if "tool_calls" in message:
-            calls = []
-            for call in message["tool_calls"]:
-                inner = call["function"] if isinstance(call.get("function"), dict) else call
-                if isinstance(inner.get("arguments"), dict):
-                    inner = {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
-                calls.append({**call, "function": inner} if isinstance(call.get("function"), dict) else inner)
-            message = {**message, "tool_calls": calls}
-        result.append(message)
-    return result
+
+    def as_text(arguments: Any) -> Any:
+        return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+    return [
+        {**message, "tool_calls": [_changed(call, as_text) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def content_text(content: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Any
 
 from ...errors import UserError, first_line
@@ -31,8 +32,6 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.seen: set[Any] = set()
         self.failed: set[Any] = set()
-        self._closing: tuple[list[int], str] | None = None
-        self._takes: dict[str, bool] = {}
 
     def render(self, messages: Any, options: dict[str, Any], place: str, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises UserError, which begins with `place`, where the template raises, and where
@@ -46,9 +45,9 @@ class ChatTemplate:
     def normal(self, messages: Any, place: str) -> Messages:
         """The messages as the template is given them."""
         messages = normal_messages(messages, place)
-        if any("tool_calls" in message for message in messages) and self._takes_arguments("text"):
+        if any("tool_calls" in message for message in messages) and self._takes_text_alone:
             messages = with_arguments_as_text(messages)
-        if any(isinstance(message.get("content"), list) for message in messages) and not self._takes_parts():
+        if any(isinstance(message.get("content"), list) for message in messages) and not self._takes_parts:
             messages = [
                 {**m, "content": content_text(m["content"])} if isinstance(m.get("content"), list) else m
                 for m in messages
@@ -70,26 +69,38 @@ class ChatTemplate:
                 f"{place}: the chat template does not render this conversation: {first_line(error)}"
             ) from error
 
+    def attempt(
+        self, messages: Messages, options: dict[str, Any], *, add_generation_prompt: bool = False
+    ) -> str | None:
+        """The same, or None where the template raises."""
+        try:
+            return self.text(messages, options, "", add_generation_prompt=add_generation_prompt)
+        except UserError:
+            return None
+
+    @cached_property
     def closing(self) -> tuple[list[int], str]:
         """The token that closes an assistant's turn, as `closing_ids` has it, and the white space written behind it."""
-        if self._closing is None:
-            self._closing = next((self._closing_of(probe) for probe in _PROBES if self._try(probe)), ([], ""))
-        return self._closing
+        return self._closing_of(self.example)
 
-    def example(self) -> str | None:
-        """A short conversation as the template writes it; None where it writes none."""
-        return next((text for probe in _PROBES if (text := self._try(probe))), None)
+    @cached_property
+    def example(self) -> str:
+        """A short conversation as the template writes it; empty where it writes none."""
+        return next((text for probe in _PROBES if (text := self.attempt(probe, {}))), "")
 
     def generation_prompt(self) -> str:
         """What the template writes in front of an assistant's answer; empty where it writes nothing."""
         for probe in _PROBES:
-            with_prompt, without = self._try(probe[:-1], add_generation_prompt=True), self._try(probe[:-1])
+            with_prompt, without = (
+                self.attempt(probe[:-1], {}, add_generation_prompt=True),
+                self.attempt(probe[:-1], {}),
+            )
             if without and with_prompt and with_prompt.startswith(without):
                 return with_prompt[len(without) :]
         return ""
 
-    def _closing_of(self, probe: Messages) -> tuple[list[int], str]:
-        _, found, tail = (self._try(probe) or "").rpartition(_ANSWER)
+    def _closing_of(self, text: str) -> tuple[list[int], str]:
+        _, found, tail = text.rpartition(_ANSWER)
         added = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"] if found else []:
             if token in added:
@@ -99,37 +110,27 @@ class ChatTemplate:
                 break
         return [], ""
 
-    def _try(self, messages: Messages, **options: Any) -> str | None:
-        """A probe's text, or None where this template does not render it."""
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except Exception:
-            return None
-
+    @cached_property
     def _takes_parts(self) -> bool:
         """Whether a content of text parts is written as these texts, and not as the list that holds them."""
-        if "parts" not in self._takes:
-            parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
-            text = self._try([{"role": "user", "content": parts}]) or ""
-            self._takes["parts"] = "left" in text and "right" in text and not re.search(r"['\"]text['\"]", text)
-        return self._takes["parts"]
+        parts = [{"type": "text", "text": "left"}, {"type": "text", "text": "right"}]
+        text = self.attempt([{"role": "user", "content": parts}], {}) or ""
+        return "left" in text and "right" in text and not re.search(r"['\"]text['\"]", text)
 
-    def _takes_arguments(self, form: str) -> bool:
-        """Whether a tool call's arguments have to be of this form, since the template raises at an object ("text")."""
-        if form not in self._takes:
-            user: dict[str, Any] = {"role": "user", "content": "question"}
-            call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-            probe: Messages = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            as_text = self._try(with_arguments_as_text(probe))
-            self._takes[form] = self._try(probe) is None and as_text is not None and '{"a": 1}' in as_text
-        return self._takes[form]
+    @cached_property
+    def _takes_text_alone(self) -> bool:
+        """Whether a tool call's arguments have to be text, since the template raises at an object."""
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+        assistant: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        probe: Messages = [{"role": "user", "content": "question"}, assistant]
+        return self.attempt(probe, {}) is None and '{"a": 1}' in (self.attempt(with_arguments_as_text(probe), {}) or "")
 
     def _check_options(self, messages: Messages, options: dict[str, Any], place: str) -> None:
         tools = options.get("tools")
         kind = (frozenset(options), len(tools or ()) > 1, messages[0]["role"])
         if kind in self.seen:
             return
-        if tools and not self._differs(messages, messages, options, {**options, "tools": tools[:-1] or None}, place):
+        if tools and not self._differs(messages, messages, options, {**options, "tools": tools[:-1] or None}):
             self.failed.add(kind)
             raise UserError(
                 f"{place} has 'tools' that are not in the text that the chat template renders: use a template that "
@@ -158,7 +159,7 @@ class ChatTemplate:
                 cuts = (messages[: index + 1], messages)
                 others = ([*cut[:index], changed, *cut[index + 1 :]] for cut in cuts)
                 pairs = zip(cuts, others, strict=True)
-                if not any(self._differs(cut, other, options, options, place) for cut, other in pairs):
+                if not any(self._differs(cut, other, options, options) for cut, other in pairs):
                     self.failed.add(kind)
                     raise UserError(
                         f"{place}, message {index}: its {key!r} is not in the text that the chat template renders of "
@@ -166,16 +167,10 @@ class ChatTemplate:
                     )
             self.seen.add(kind)
 
-    def _differs(self, left: Messages, right: Messages, given: Any, other: Any, place: str) -> bool:
+    def _differs(self, left: Messages, right: Messages, given: dict[str, Any], other: dict[str, Any]) -> bool:
         """Whether the second is rendered otherwise than the first, or not at all; False where the first is not."""
-        try:
-            text = self.text(left, given, place)
-        except UserError:
-            return False
-        try:
-            return self.text(right, other, place) != text
-        except UserError:
-            return True
+        text = self.attempt(left, given)
+        return text is not None and self.attempt(right, other) != text
 
 
 def _changes(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -202,4 +197,4 @@ def closing_ids(tokenizer: Any) -> list[int]:
     Empty where there is no template, or where what follows the answer is ordinary text, at which nobody could stop.
     White space in front of the token is passed over ("answer </s>"), and what comes after it ("\\n") is no part of it.
     """
-    return ChatTemplate(tokenizer).closing()[0] if getattr(tokenizer, "chat_template", None) else []
+    return ChatTemplate(tokenizer).closing[0] if getattr(tokenizer, "chat_template", None) else []

@@ -102,7 +102,10 @@ def place(path: Path) -> Iterator[Path]:
     own = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        for left in path.parent.glob(f"*{UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > LEFT_BEHIND_S:
+                    left.unlink()
         yield own
         with own.open("rb") as file:
             os.fsync(file.fileno())
@@ -115,10 +118,3 @@ def place(path: Path) -> Iterator[Path]:
     finally:
         for left in path.parent.glob(f"{own.name}*"):
             left.unlink(missing_ok=True)
-
-
-def _sweep(kept: Path) -> None:
-    for file in kept.glob(f"*{UNFINISHED}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > LEFT_BEHIND_S:
-                file.unlink()

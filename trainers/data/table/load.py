@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 
 from logratio.losses import Kind
 
-from ...config import RunConfig
+from ...config import DataConfig, RunConfig
 from ...config.numbers import number_of
 from ...errors import UserError, counted
 from ...processes.once import once
@@ -95,6 +96,8 @@ def lengths(examples: Sequence[Any]) -> dict[str, float | None]:
 def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None = None) -> Data:
     """Raises UserError for what in the data or the options does not fit, on all processes alike."""
     asked = data_sets(config.data)
+    if not config.data.streaming and config.data.streaming_buffer != DataConfig.streaming_buffer:
+        raise UserError("--streaming_buffer is of rows that are streamed: add --streaming, or leave it out")
     stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
     wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
 
@@ -142,6 +145,7 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
         or asked[0].fraction,
         "--precompute_ref_log_probs keeps something of each row; leave it out": config.model.precompute_ref_log_probs,
         "the end of an epoch is not known; say --max_steps": train.max_steps is None,
+        "--dataset_num_proc deals them out; leave it at 1": data.dataset_num_proc > 1 and not data.dataset_test_split,
     }
     for why, given in refused.items():
         if given:
@@ -149,16 +153,13 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
     assert train.max_steps and train.batch_size
     rows = rows_of(config, asked[0], streaming=True)
 
-    def prepare(head: Rows) -> Preparation:
-        return Preparation(head, config.loss.kind, tokenizer, **options_of(config))
-
+    prepare = partial(Preparation, kind=config.loss.kind, tokenizer=tokenizer, **options_of(config))
     return Stream(rows, prepare, buffer=data.streaming_buffer, epoch_size=train.max_steps * train.batch_size)
 
 
 def check_columns(prompts: Examples) -> None:
     """Raise UserError where the prompts of several data sets bring other columns for rewards."""
-    firsts = [next(iter(Examples([table], [name]))) for table, name in zip(prompts.tables, prompts.names, strict=True)]
-    columns = [sorted(first.columns) if isinstance(first, Prompt) else [] for first in firsts]
+    columns = [sorted(first.columns) if isinstance(first := table[0], Prompt) else [] for table in prompts.tables]
     for name, own in zip(prompts.names, columns, strict=True):
         if own != columns[0]:
             raise UserError(
@@ -175,7 +176,6 @@ def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Ro
         split=asked.split,
         config=asked.name,
         seed=config.train.seed,
-        keep_bad=config.data.on_bad_row == "skip",
         check=False,
         streaming=streaming,
     )

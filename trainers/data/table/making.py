@@ -68,12 +68,12 @@ def _bad_behind(row: int, rows: Rows, kind: Kind, tokenizer: Any, options: dict[
     if not looked:
         return ""
     try:
-        preparation = Preparation(rows.keeping_bad(), kind, tokenizer, **{**options, "on_bad_row": "skip"})
+        preparation = Preparation(rows, kind, tokenizer, **{**options, "on_bad_row": "skip"})
         for _ in preparation.made(row + 1, row + 1 + looked):
             pass
     except UserError:  # what is wrong there is said when its turn comes
         return ""
-    errors = [error for error in preparation.bad.errors() if error.row > row]
+    errors = [error for error in preparation.report.errors if error.row > row]
     if not errors:
         return ""
     numbers = [error.row if rows.lines is None else rows.lines[error.row] for error in errors]

@@ -9,9 +9,9 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -25,33 +25,6 @@ from .writer import END, MARK
 # system's cache: after so many examples.
 GIVEN_BACK = 128
 CHUNK = 1 << 20  # bytes
-
-
-class Lists(NamedTuple):
-    """A column of lists; valid: which are not null (None: all)."""
-
-    offsets: Any
-    values: Any
-    valid: Any
-
-    def of(self, i: int) -> Any:
-        if self.valid is not None and not self.valid[i]:
-            return None
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-
-class Columns(NamedTuple):
-    """A record batch, not copied; None: a column without a value."""
-
-    ids: Lists
-    lengths: Lists
-    row: Any
-    label: Any
-    margin: Any
-    scored: Lists | None
-    weights: Lists | None
-    rewards: Lists | None
-    rest: Lists | None
 
 
 def is_whole(path: Path) -> bool:
@@ -80,7 +53,7 @@ class Table:
         self._starts = [0, *accumulate(self.about["batches"])]
         token, sequence, prompt, completion = self.about["extremes"]
         self.extremes = Extremes(tuple(token), tuple(sequence), tuple(prompt), completion)
-        self._columns: dict[int, Columns] = {}
+        self._batches: dict[int, pa.RecordBatch] = {}  # not copied
         self._read = 0
 
     def __len__(self) -> int:
@@ -89,53 +62,33 @@ class Table:
     def __getitem__(self, index: int) -> Example | Prompt:
         """index: from 0 to len - 1."""
         self._read += 1
-        if self._read % GIVEN_BACK == 0:
-            self._give_back()
-        batch = bisect_right(self._starts, index) - 1
-        columns, i = self._columns.get(batch) or self._load(batch), index - self._starts[batch]
-        ids, lengths, row = columns.ids.of(i).tolist(), columns.lengths.of(i).tolist(), int(columns.row[i])
-        if columns.rest is not None and (rest := columns.rest.of(i)) is not None:
-            prompt, others = from_json(rest.tobytes())
-            return Prompt(ids, prompt, others, row)
-        cuts = list(accumulate(lengths))
-        scored = None if columns.scored is None else columns.scored.of(i)
-        weights = None if columns.weights is None else columns.weights.of(i)
-        completions = [
-            Completion(
-                ids[start:end],
-                None if scored is None else scored.astype(bool).tolist(),
-                None if weights is None else weights.tolist(),
-            )
-            for start, end in zip(cuts, cuts[1:], strict=False)
-        ]
-        label, margin = int(columns.label[i]), float(columns.margin[i])
-        known = None if math.isnan(margin) else margin
-        rewards = None if columns.rewards is None else columns.rewards.of(i)
-        rewards = None if rewards is None else tuple(rewards.tolist())
-        known_label = None if label < 0 else bool(label)
-        return Example(ids[: cuts[0]], completions, known_label, row, margin=known, rewards=rewards)
-
-    def _load(self, number: int) -> Columns:
-        batch = self._file.get_batch(number)
-
-        def lists(name: str) -> Lists | None:
-            column = batch.column(name)
-            if column.null_count == len(column):
-                return None
-            valid = column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else None
-            return Lists(column.offsets.to_numpy(), column.values.to_numpy(), valid)
-
-        ids, lengths = lists("ids"), lists("lengths")
-        assert ids is not None and lengths is not None
-        row, label, margin = (batch.column(name).to_numpy() for name in ("row", "label", "margin"))
-        others = (lists(name) for name in ("scored", "weights", "rewards", "rest"))
-        columns = Columns(ids, lengths, row, label, margin, *others)
-        self._columns[number] = columns
-        return columns
-
-    def _give_back(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if self._read % GIVEN_BACK == 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+        number = bisect_right(self._starts, index) - 1
+        if number not in self._batches:
+            self._batches[number] = self._file.get_batch(number)
+        batch, i = self._batches[number], index - self._starts[number]
+
+        def listed(name: str) -> Any:
+            values = batch.column(name)[i].values
+            return None if values is None else values.to_numpy().tolist()
+
+        row, label, margin = (batch.column(name)[i].as_py() for name in ("row", "label", "margin"))
+        ids, (prompt, *lengths) = listed("ids"), listed("lengths")
+        if (rest := listed("rest")) is not None:
+            said, columns = from_json(bytes(rest))
+            return Prompt(ids, said, columns, row)
+        scored, weights, rewards = listed("scored"), listed("weights"), listed("rewards")
+        scored = None if scored is None else list(map(bool, scored))
+        cuts = pairwise(accumulate(lengths, initial=prompt))
+        return Example(
+            ids[:prompt],
+            [Completion(ids[start:end], scored, weights) for start, end in cuts],
+            None if label < 0 else bool(label),
+            row,
+            margin=None if math.isnan(margin) else margin,
+            rewards=None if rewards is None else tuple(rewards),
+        )
 
 
 class Row(int):

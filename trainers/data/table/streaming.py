@@ -21,7 +21,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..examples import Preparation
-from ..report import BadRows, Report
+from ..report import Report
 from ..rows import Rows
 from .extremes import Extremes, extremes_of
 
@@ -30,18 +30,6 @@ TOGETHER = 200  # rows that are tokenized at a time
 
 Position = dict[str, int]
 Numbered = tuple[int, int | None, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn(Rows):
-    """Rows in the order in which they were drawn. numbers: which rows of the data set they are."""
-
-    numbers: Sequence[int] = ()
-
-    def where(self, row: int) -> str:
-        line = self.lines[row] if self.lines else None
-        number = self.numbers[row]
-        return f"{self.name}, row {number} (counted from 0)" if line is None else f"{self.name}, line {line}"
 
 
 class Stream(Sequence[Any]):
@@ -60,7 +48,7 @@ class Stream(Sequence[Any]):
         self._preparation = prepare(self._drawn(head))
         self._first = self._made(head)
         self._preparation.report.check_left(self._preparation.max_length)
-        self.report = Report(rows.name)
+        self.report = Report(rows)
         self.check: Callable[[Extremes], Any] = lambda found: None
 
     def __len__(self) -> int:
@@ -130,12 +118,12 @@ class Stream(Sequence[Any]):
     def _numbered(self) -> Iterator[Numbered]:
         return ((index, line, row) for index, (line, row) in enumerate(self.rows.numbered()))
 
-    def _drawn(self, chunk: Sequence[Numbered]) -> Drawn:
+    def _drawn(self, chunk: Sequence[Numbered]) -> Rows:
         numbers, lines, rows = zip(*chunk, strict=True)
-        return Drawn(self.rows.name, rows, None if lines[0] is None else lines, numbers=numbers)
+        return Rows(self.rows.name, rows, None if lines[0] is None else lines, numbers=numbers)
 
     def _made(self, chunk: Sequence[Numbered]) -> list[Any]:
         """What these rows become, with their numbers in the data set; the preparation's report is of them alone."""
         preparation, drawn = self._preparation, self._drawn(chunk)
-        preparation.rows, preparation.bad, preparation.report = drawn, BadRows(drawn, skip=False), Report(drawn.name)
-        return [dataclasses.replace(made, row=drawn.numbers[made.row]) for made in preparation.made()]
+        preparation.rows, preparation.report = drawn, Report(drawn)
+        return [dataclasses.replace(made, row=chunk[made.row][0]) for made in preparation.made()]

@@ -22,22 +22,20 @@ PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 @dataclass
 class Part:
-    """A range of rows, and the tables of what has become of them; number: in the order of the rows.
+    """A range of rows, and the tables of what has become of them.
 
-    report, found: as those of a `Preparation`. seen, failed: as those of a `ChatTemplate`. error: with which it ended,
-    as arguments of its type.
+    report: a `Report` as a dict. seen, failed: as those of a `ChatTemplate`. error: the type of what it ended with, and
+    the arguments.
     """
 
-    number: int
     start: int
     stop: int
     path: Path
     late: Path
     report: dict[str, Any] = field(default_factory=dict)
-    found: dict[int, str] = field(default_factory=dict)
     seen: set[Any] = field(default_factory=set)
     failed: set[Any] = field(default_factory=set)
-    error: tuple[str, tuple[Any, ...]] | None = None
+    error: tuple[type[Exception], tuple[Any, ...]] | None = None
 
 
 Done = Callable[[int], None]
@@ -55,7 +53,7 @@ def in_processes(preparation: Preparation, work: Work, count: int, own: Path, do
     total = len(preparation.rows)
     cuts = [total * n // count for n in range(count + 1)]
     parts = [
-        Part(n, cuts[n], cuts[n + 1], own.with_name(f"{own.name}.{n}"), own.with_name(f"{own.name}.{n}.late"))
+        Part(cuts[n], cuts[n + 1], own.with_name(f"{own.name}.{n}"), own.with_name(f"{own.name}.{n}.late"))
         for n in range(count)
     ]
     template = preparation.encoder.template
@@ -70,10 +68,9 @@ def in_processes(preparation: Preparation, work: Work, count: int, own: Path, do
                 yield part
                 continue
             if part.error is not None:
-                raise _error(*part.error)
-            preparation.report.add(Report.from_dict({**part.report, "skipped": []}, preparation.rows))
-            for row, rest in part.found.items():
-                preparation.bad.found[row] = RowError(preparation.rows.where(row), rest, row)
+                kind, arguments = part.error
+                raise kind(*arguments)
+            preparation.report.add(Report.from_dict(part.report, preparation.rows))
             template.seen |= part.seen
             yield part
 
@@ -113,16 +110,14 @@ def _run(preparation: Preparation, work: Work, part: Part, sending: Connection) 
     try:
         work(preparation, part, sending.send)
     except RowError as error:
-        part.error = ("RowError", (error.place, str(error)[len(error.place) :], error.row))
+        part.error = (RowError, (error.place, str(error)[len(error.place) :], error.row))
     except UserError as error:
-        part.error = ("UserError", (str(error),))
+        part.error = (UserError, (str(error),))
     except OSError as error:
-        part.error = ("OSError", (error.errno, error.strerror or str(error)))
+        part.error = (OSError, (error.errno, error.strerror or str(error)))
     except Exception:
-        part.error = ("RuntimeError", (traceback.format_exc(),))
-    bad, template = preparation.bad, preparation.encoder.template
-    part.report = preparation.report.as_dict()
-    part.found = {row: str(error)[len(error.place) :] for row, error in bad.found.items()}
+        part.error = (RuntimeError, (traceback.format_exc(),))
+    part.report, template = preparation.report.as_dict(), preparation.encoder.template
     part.seen, part.failed = template.seen, template.failed
     sending.send(part)
     sending.close()
@@ -145,8 +140,3 @@ def _result(connection: Connection, running: list[Connection], finished: dict[Co
             else:
                 done(said)
     return finished[connection]
-
-
-def _error(name: str, arguments: tuple[Any, ...]) -> Exception:
-    kinds: dict[str, Any] = {"RowError": RowError, "UserError": UserError, "OSError": OSError}
-    return kinds.get(name, RuntimeError)(*arguments)

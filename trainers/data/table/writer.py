@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import struct
-from array import array
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +27,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from ...errors import UserError
-from ..types import Example, Prompt
+from ..types import Completion, Example, Prompt
 from .extremes import Extremes
 from .values import to_json
 
@@ -55,28 +55,6 @@ BATCH_ROWS = 2048
 BATCH_TOKENS = 1 << 20
 
 
-class Lists:
-    """Lists of one column that are being collected."""
-
-    def __init__(self, code: str) -> None:
-        self.values, self.counts = array(code), array("i")
-
-    def add(self, values: Any) -> None:
-        """One more list, or null."""
-        before = len(self.values)
-        if values is not None:
-            self.values.extend(values)
-        self.counts.append(-1 if values is None else len(self.values) - before)
-
-    def column(self, kind: pa.DataType) -> pa.Array:
-        counts = np.asarray(self.counts)
-        offsets = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(np.maximum(counts, 0), out=offsets[1:])
-        null = pa.array(counts < 0) if (counts < 0).any() else None
-        values = pa.array(np.asarray(self.values))
-        return pa.ListArray.from_arrays(pa.array(offsets), values, kind, mask=null)
-
-
 class Digest:
     """SHA-256 of what a table holds, however it is cut into record batches."""
 
@@ -87,10 +65,8 @@ class Digest:
         for name, (counts, values) in self._parts.items():
             column = batch.column(name)
             if pa.types.is_list(column.type):
-                lengths = np.diff(column.offsets.to_numpy())
-                if column.null_count:
-                    lengths = np.where(column.is_valid().to_numpy(zero_copy_only=False), lengths, -1)
-                counts.update(np.ascontiguousarray(lengths, np.int32).data)
+                lengths = pa.compute.list_value_length(column).fill_null(-1)
+                counts.update(np.ascontiguousarray(lengths.to_numpy()).data)
                 column = column.values
             values.update(np.ascontiguousarray(column.to_numpy()).data)
 
@@ -107,43 +83,40 @@ class TableWriter:
         self.digest, self.extremes = Digest(), Extremes()
         self._sink = pa.OSFile(str(path), "wb")
         self._file = pa.ipc.new_file(self._sink, SCHEMA)
-        self._begin()
-
-    def _begin(self) -> None:
-        codes = {pa.int32(): "i", pa.uint8(): "B", pa.float64(): "d"}
-        self._lists = {f.name: Lists(codes[f.type.value_type]) for f in SCHEMA if pa.types.is_list(f.type)}
-        self._rows, self._labels, self._margins = array("q"), array("b"), array("d")
+        self._rows: list[dict[str, Any]] = []
+        self._tokens = 0
 
     def add(self, made: Example | Prompt) -> None:
         """Raises UserError for a prompt whose columns hold what no file can."""
-        lists = self._lists
         completions = made.completions if isinstance(made, Example) else []
-        masked = completions[0] if len(completions) == 1 else None
-        if masked is None and any(c.scored is not None or c.weights is not None for c in completions):
+        masked = completions[0] if len(completions) == 1 else Completion([])
+        if any(c is not masked and (c.scored is not None or c.weights is not None) for c in completions):
             raise ValueError("only a completion that stands alone may have a mask or weights")
-        lists["ids"].add(chain(made.prompt_ids, *(c.ids for c in completions)))
-        lists["lengths"].add([len(made.prompt_ids), *(len(c.ids) for c in completions)])
-        lists["scored"].add(None if masked is None else masked.scored)
-        lists["weights"].add(None if masked is None else masked.weights)
-        lists["rewards"].add(made.rewards if isinstance(made, Example) else None)
-        lists["rest"].add(_rest(made) if isinstance(made, Prompt) else None)
-        label = made.label if isinstance(made, Example) else None
-        self._labels.append(-1 if label is None else label)
-        margin = made.margin if isinstance(made, Example) else None
-        self._margins.append(math.nan if margin is None else margin)
-        self._rows.append(made.row)
-        if len(self._rows) >= BATCH_ROWS or len(lists["ids"].values) >= BATCH_TOKENS:
+        ids = list(chain(made.prompt_ids, *(c.ids for c in completions)))
+        row: dict[str, Any] = {
+            "ids": ids,
+            "lengths": [len(made.prompt_ids), *(len(c.ids) for c in completions)],
+            "row": made.row,
+            "label": -1,
+            "margin": math.nan,
+            "scored": None if masked.scored is None else list(map(int, masked.scored)),
+            "weights": masked.weights,
+        }
+        if isinstance(made, Prompt):
+            row["rest"] = _rest(made)
+        else:
+            row["rewards"] = made.rewards
+            row["label"] = -1 if made.label is None else int(made.label)
+            row["margin"] = math.nan if made.margin is None else made.margin
+        self._rows.append(row)
+        self._tokens += len(ids)
+        if len(self._rows) >= BATCH_ROWS or self._tokens >= BATCH_TOKENS:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        columns = {name: lists.column(SCHEMA.field(name).type) for name, lists in self._lists.items()}
-        columns["row"] = pa.array(np.asarray(self._rows))
-        columns["label"] = pa.array(np.asarray(self._labels))
-        columns["margin"] = pa.array(np.asarray(self._margins))
-        self.append(pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA))
-        self._begin()
+        if self._rows:
+            self.append(pa.RecordBatch.from_pylist(self._rows, schema=SCHEMA))
+            self._rows, self._tokens = [], 0
 
     def append(self, batch: pa.RecordBatch) -> None:
         """Rows that another table has."""

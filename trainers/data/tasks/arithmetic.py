@@ -33,11 +33,6 @@ def questions(split: str = "train") -> list[tuple[int, int]]:
     return ordered
 
 
-def wrong_sum(a: int, b: int, rng: random.Random) -> int:
-    """The sum with one of `MISTAKES`."""
-    return a + b + rng.choice(MISTAKES)
-
-
 def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dict[str, Any]]:
     """Rows of one split in the columns that `kind` needs; `seed` draws the wrong answers.
 
@@ -49,7 +44,7 @@ def arithmetic_rows(kind: Kind, split: str = "train", seed: int = 0) -> list[dic
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     for a, b in questions(split):
-        prompt, right, wrong = f"{a}+{b}=", str(a + b), str(wrong_sum(a, b, rng))
+        prompt, right, wrong = f"{a}+{b}=", str(a + b), str(a + b + rng.choice(MISTAKES))
         if kind == Kind.SEQUENCE:
             rows.append({"prompt": prompt, "completion": right})
         elif kind == Kind.PAIRED:

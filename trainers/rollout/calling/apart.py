@@ -60,14 +60,11 @@ class Worker:
 
     def _work(self) -> None:
         with contextlib.suppress(LetGo):  # which may come when all is done
-            self._answer()
-
-    def _answer(self) -> None:
-        while (task := self._calls.get()) is not None:
-            call, future = task
-            if future.set_running_or_notify_cancel():
-                future.set_result(outcome_of(call))
-            del task, call, future  # completions are not kept until the next call
+            while (task := self._calls.get()) is not None:
+                call, future = task
+                if future.set_running_or_notify_cancel():
+                    future.set_result(outcome_of(call))
+                del task, call, future  # completions are not kept until the next call
 
 
 def outcome_of(call: Callable[[], Any]) -> Outcome:

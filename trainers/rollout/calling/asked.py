@@ -12,23 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...data.tokenization import Text, shown
-from ...errors import UserError
+from ...data.examples import REWARD_ARGUMENTS
+from ...data.tokenization import Text
+from ...errors import UserError, shown
+from ..answers import text_of
 from ..kept import check_extra
 
 Reward = Callable[..., Any]
 R = TypeVar("R", bound=Reward)
-
-GIVEN = (
-    "prompts",
-    "completions",
-    "completion_ids",
-    "max_completion_length",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-)
-"""What every reward may take by name, beside the columns of the data set."""
 
 LARGEST = torch.finfo(torch.float32).max
 _HINTS = {"prompt": "it is given as 'prompts'", "completion": "it is given as 'completions'"}
@@ -109,8 +100,7 @@ class Asked:
         """Which completion it is, for a message."""
         row = self.rows[index]
         number = self.rows[:index].count(row)
-        text = self.completions[index]
-        text = text if isinstance(text, str) else str(text[-1].get("content") or "")
+        text = text_of(self.completions[index])
         return f"completion {number} of row {row} of the data set, {text[:57] + '...' if len(text) > 60 else text!r}"
 
     def question(self, reward: Reward, log: RewardLog, **more: Any) -> Callable[[], Any]:
@@ -134,23 +124,17 @@ class Asked:
 
 
 def check_signature(name: str, reward: Reward, columns: Collection[str], *, more: bool = False) -> None:
-    """UserError where the reward wants what it will not be given, or a column has the name of what it is given. more:
-    it may be given others, too."""
-    for column in columns:
-        if column in GIVEN:
-            raise UserError(
-                f"the data set has a column {column!r}, but rewards are given something else by that name: rename it"
-            )
+    """UserError where the reward wants what it will not be given. more: it may be given others, too."""
     for parameter in _parameters(reward):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise UserError(f"the reward {name!r} takes {parameter.name!r} by position, but is called by name")
-        if parameter.default is parameter.empty and not more and parameter.name not in (*GIVEN, *columns):
+        if parameter.default is parameter.empty and not more and parameter.name not in (*REWARD_ARGUMENTS, *columns):
             hint = _HINTS.get(parameter.name)
             raise UserError(
                 f"the reward {name!r} needs {parameter.name!r}, which is neither a column of the data set "
-                f"({', '.join(columns) or 'which has only the prompt'}) nor one of {', '.join(GIVEN)}"
+                f"({', '.join(columns) or 'which has only the prompt'}) nor one of {', '.join(REWARD_ARGUMENTS)}"
                 + (f": {hint}" if hint else "")
             )
 

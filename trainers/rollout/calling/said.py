@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import UserError, listed, shown
 from .asked import Asked, CompletionError, finite
 
+HERE = str(Path(__file__).parent)
 AS_MESSAGES = ', each a list of messages, whose text is completion[0]["content"]'
 ALARM = ("signal only works in main thread", "signal.alarm")  # as Python says it, and math_verify
 FAILURES = (Exception, SystemExit, asyncio.CancelledError)  # an interrupt is none
@@ -28,7 +29,7 @@ def failed(name: str, error: BaseException, asked: Asked) -> UserError:
     if isinstance(error, ValueError) and any(word in said for word in ALARM):
         remedy = "; it sets an alarm, so mark it (REWARD.main_thread = True), and it is called where it can"
     return UserError(
-        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{_line(error)}; "
+        f"the reward {name!r} raised {type(error).__name__}{f': {said}' if said else ''}{raised_at(error, HERE)}; "
         f"{called_with(asked)}" + (AS_MESSAGES if isinstance(asked.completions[0], list) else "") + remedy
     )
 
@@ -45,10 +46,10 @@ def called_with(asked: Asked) -> str:
     return f"it was called with {len(asked.completions)} completions (rows {rows} of the data set)"
 
 
-def _line(error: BaseException) -> str:
-    """Where in the reward's file it was raised, or in what it called from there."""
-    here = Path(__file__).parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != here]
+def raised_at(error: BaseException, here: str) -> str:
+    """Where in a user's file it was raised, or in what that called. here: the folder or file that called it, and all
+    whose names begin so."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
     if not frames:
         return ""
     frame = [f for f in frames if f.filename == frames[0].filename][-1]

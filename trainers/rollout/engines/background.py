@@ -5,42 +5,34 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 T = TypeVar("T")
 GOODBYE_S = 5.0  # that the thread may take to end when its result is not wanted any more
 
 
-class Begun(Generic[T]):
+class Begun(Future[T]):
     """work(stop) in a thread of its own, begun at once; it touches neither policy nor other processes, and ends soon
     after `stop` is set. seconds: that it took, when it is done."""
 
     def __init__(self, work: Callable[[threading.Event], T]) -> None:
+        super().__init__()
         self.seconds = 0.0
         self._work, self._stop = work, threading.Event()
-        self._result: list[T] = []
-        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="sampling ahead", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            self._result.append(self._work(self._stop))
+            found = self._work(self._stop)
         except BaseException as error:
-            self._error = error
-        self.seconds = time.perf_counter() - started
-
-    def result(self) -> T:
-        """Waits for it; raises what the work raised, as often as it is asked for."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._result[0]
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+            self.seconds = time.perf_counter() - started
+            self.set_exception(error)
+        else:
+            self.seconds = time.perf_counter() - started
+            self.set_result(found)
 
     def stop(self) -> None:
         """The result is not wanted any more."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from logratio.losses import Support, Transform
@@ -113,9 +114,7 @@ class Decoder:
             chosen.setdefault(i, len(chosen))
         prompts = [requests[i].prompt_ids for i in chosen]
         lengths = torch.tensor([len(p) for p in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+        ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
         cache = DynamicCache()  # of whole rows in every layer, whatever its window
         out = self.decoder(input_ids=ids.to(self.device), use_cache=True, **{self.keeps: cache})
         lengths = lengths.to(self.device)
@@ -204,7 +203,7 @@ class Decoder:
     def say(self, rows: Sequence[Row], logits: Tensor, start: int) -> None:
         """Draw the next token of each of these rows, the last of the live ones from `start` on."""
         numbers = torch.tensor([row.numbers[len(row.ids)] for row in rows], dtype=torch.float64)
-        history = self.history(rows) if self.draw.wants_history else None
+        history = self.history(rows) if self.draw.penalty is not None else None
         tokens, logps, kept = self.draw(logits, numbers.to(self.device), history, some_greedy=self.some_greedy)
         self.tokens[start : start + len(rows)] = tokens
         supports = [None] * len(rows) if kept is None else support_of_each(kept)

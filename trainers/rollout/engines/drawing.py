@@ -87,10 +87,6 @@ class Drawing:
         """Whether nothing is looked at but logits and numbers, and nothing to be told but tokens and logps."""
         return not self.sampling.cut and self.penalty is None
 
-    @property
-    def wants_history(self) -> bool:
-        return self.penalty is not None
-
     def __call__(
         self, logits: Tensor, numbers: Tensor, history: Tensor | None = None, *, some_greedy: bool | None = None
     ) -> Draws:

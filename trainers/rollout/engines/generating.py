@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from logratio.losses import Support
@@ -107,10 +108,7 @@ def ends(tokens: Sequence[int], last: int, sampling: Sampling, tokenizer: Any) -
 
 def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """[prompts, longest] token ids with padding on the left, and where they are not padding."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(rows, padding_value=pad, **left)
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], **left)

@@ -22,7 +22,7 @@ from ...processes.sharding import gathered
 from .captured import LEAST_ROWS, Captured, NotCaptured
 from .decoding import Decoder
 from .generating import generated
-from .protocol import Request, Sample, Sampling, Say
+from .protocol import Engine, Request, Sample, Sampling, Say
 
 ROWS = 256
 """Completions said at a time at first."""
@@ -43,7 +43,7 @@ TRIAL = ([3, 5, 7, 11, 13], [17, 19, 23])
 TRIAL_TOKENS = 4
 
 
-class InProcess:
+class InProcess(Engine):
     """rows: completions said at a time, memory and speed, not what is said; halved where they do not fit.
 
     tell(key, text): what to tell the user, each thing once. accelerator: of the run, where there is one.
@@ -83,32 +83,23 @@ class InProcess:
             self.captured.release()
         self.captured = None
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """As many at a time as fit into memory. Raises UserError where one alone does not. Called on all processes, of
-        which each takes its time."""
-        with self.rounds() as say:
-            return say(requests, sampling)
-
     @contextlib.contextmanager
     def rounds(self) -> Iterator[Say]:
-        """Inside, whole weights are at hand."""
+        """Inside, whole weights are at hand, and as many requests are under way as fit into memory. Raises UserError
+        where one alone does not."""
         with gathered(self.policy, self.accelerator):
-            yield self._round
+            yield self.say
 
     @torch.no_grad()
-    def _round(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
-        with mixed, inference(self.policy):
-            return self.say(requests, sampling)
-
     def say(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
-        """The same, by the policy as it is."""
         done: dict[tuple[int, int], Sample] = {}
         wanted = [(i, k) for i, request in enumerate(requests) for k in range(len(request.seeds))]
         while len(done) < len(wanted):
             rows = min(self.rows, len(wanted))
+            mixed = contextlib.nullcontext() if self.accelerator is None else self.accelerator.autocast()
             try:
-                self._run(requests, sampling, done, rows)
+                with mixed, inference(self.policy):
+                    self._run(requests, sampling, done, rows)
                 continue
             except torch.OutOfMemoryError:
                 self.rows = rows // 2

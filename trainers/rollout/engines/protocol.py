@@ -6,16 +6,24 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from logratio.losses import Support
 
 from ...data.examples import Prompt
+from ...ground.finite import is_finite
 from .background import Begun
 
 FinishReason = Literal["stop", "length"]
+ROUNDING = 1e-3
+"""Nats by which the log-probability of a certain token may be above 0."""
+
+
+def is_logp(value: Any) -> bool:
+    """A finite number, not above 0."""
+    return is_finite(value) and value <= ROUNDING
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,12 @@ class Engine(Protocol):
     def sync(self, version: int) -> None:
         """The policy has changed, and is called `version` from now on."""
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said: ...
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
+        """Called on all processes, each with requests of its own."""
+        said: Said = []
+        with self.rounds() as say:
+            said = say(requests, sampling)
+        return said
 
     def rounds(self) -> AbstractContextManager[Say]:
         """Inside, each process may ask as often as it likes; entered and left by all together."""

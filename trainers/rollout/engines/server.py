@@ -27,20 +27,20 @@ class Unavailable(Exception):
     """No answer, or one that says to come back: the server may do better the next time."""
 
 
-class Failed(Unavailable):
+class Answered(Exception):
+    """An answer that is none. status: of HTTP. reason: in the server's own words."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status, self.reason = status, reason
+
+
+class Failed(Answered, Unavailable):
     """It answered that it failed, or that it has too much to do."""
 
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"{status}: {reason}")
-        self.status, self.reason = status, reason
 
-
-class Refused(Exception):
-    """The server does not want what it was asked. status: of HTTP. reason: in its own words."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"{status}: {reason}")
-        self.status, self.reason = status, reason
+class Refused(Answered):
+    """The server does not want what it was asked."""
 
 
 class Cancelled(Exception):

@@ -41,14 +41,14 @@ class SlotCache(Cache):
     """slots: rows at most. A pass over tokens lies between `begin` and `end`, which move lengths on once for all
     layers, on the device alone; `longest` is the host's.
 
-    at_once: bytes that may be taken for tokens that rows do not have yet. most: tokens that a row will ever have. Both
-    say how much room is made at a time, and nothing else.
+    at_once: bytes that may be taken for tokens that rows do not have yet. most: tokens that a row will ever have, 0:
+    nobody knows. Both say how much room is made at a time, and nothing else.
     """
 
-    def __init__(self, slots: int, device: torch.device, *, at_once: int = 0, most: int = 0) -> None:
+    def __init__(self, slots: int, device: torch.device, *, at_once: int = 0) -> None:
         super().__init__(layers=[])
         self.slots, self.rows, self.room = slots, 0, 0
-        self.at_once, self.most = at_once, most
+        self.at_once, self.most = at_once, 0
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.used = torch.zeros_like(self.lengths)
         self.index = torch.arange(slots, device=device)

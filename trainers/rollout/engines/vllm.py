@@ -27,11 +27,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from ...errors import UserError
-from ...ground.finite import is_finite
 from ...policy.policy import Policy
 from ...processes.once import raised_together
 from .background import Begun
-from .protocol import Request, Said, Sample, Sampling, Say
+from .protocol import Engine, Request, Said, Sample, Sampling, Say, is_logp
 from .pushing import Adapters, version_of
 from .server import Refused, Server, Unavailable
 
@@ -47,14 +46,12 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "finish_reason": lambda given: given is not None,
 }
 """Of a completion, and whether one has it."""
-ROUNDING = 1e-3
-"""Nats by which the log-probability of a certain token may be above 0."""
 
 
-class VLLM:
+class VLLM(Engine):
     """urls: of the servers. timeout: seconds that one may be silent. folder: of this run alone, for adapters, on a disk
-    that the servers see under the same path. rows: requests of a `sample` under way at a time at each server. behind:
-    versions by which what is still sampled may lag behind the last one."""
+    that the servers see under the same path. behind: versions by which what is still sampled may lag behind the last
+    one."""
 
     def __init__(
         self,
@@ -64,14 +61,13 @@ class VLLM:
         timeout: float,
         folder: Path,
         accelerator: Accelerator | None = None,
-        rows: int = ROWS,
         behind: int = 1,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
         self.servers = [Server(url, timeout) for url in urls]
         self.adapters = Adapters(policy, self.servers, folder, self.accelerator, behind=behind)
         self.vocabulary = int(policy.causal_lm.get_output_embeddings().weight.shape[0])
-        self.rows, self.version = rows, -1
+        self.rows, self.version = ROWS, -1
         self.processed: set[Server] = set()  # those that were seen to give the log-probs of what they sample from
         self.begun: list[Begun[Any]] = []
 
@@ -94,13 +90,6 @@ class VLLM:
         self.adapters.close()
         self.version = -1
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Said:
-        """Of this process's requests; what one process raises, all raise."""
-        said: Said = []
-        with self.rounds() as say:
-            said = say(requests, sampling)
-        return said
-
     @contextlib.contextmanager
     def rounds(self) -> Iterator[Say]:
         """What one process raises inside, all raise at the end."""
@@ -111,7 +100,7 @@ class VLLM:
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> Begun[Said]:
         """The same with the policy of now in the background; what is raised is this process's alone."""
         name = self.adapters.name
-        self.begun = [begun for begun in self.begun if begun.alive]
+        self.begun = [begun for begun in self.begun if not begun.done()]
         self.begun.append(Begun(lambda stop: self._sample(requests, sampling, name, stop)))
         return self.begun[-1]
 
@@ -146,9 +135,6 @@ class VLLM:
             options = {**options, "temperature": 0.0}
         else:
             options = {**options, "seed": seed - 2**64 if seed >= 2**63 else seed}  # the protocol's have a sign
-        return self._completed(server, options, stop)
-
-    def _completed(self, server: Server, options: dict[str, Any], stop: threading.Event) -> Sample:
         name = options["model"]
         body = {"n": 1, "logprobs": 0, "return_token_ids": True, **options}
 
@@ -204,9 +190,9 @@ class VLLM:
         that a bias makes certain has 0 then only in the distribution that it is drawn from."""
         if server in self.processed:
             return
-        options = {"model": name, "prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1)), "seed": 0}
+        options = {"model": name, "prompt": list(prompt_ids), **options_of(Sampling(max_new_tokens=1))}
         options["logit_bias"] = {str(self.vocabulary // 2): CERTAIN}
-        if self._completed(server, options, stop).logps[0] < -0.05:
+        if self._say(server, options, 0, stop).logps[0] < -0.05:
             raise UserError(
                 f"the vLLM server {server.url} gives log-probabilities before temperature, penalties and cuts: start "
                 "it with --logprobs-mode processed_logprobs"
@@ -248,8 +234,3 @@ def choice_of(server: Server, answer: Any) -> dict[str, Any]:
             "newer"
         )
     return choice
-
-
-def is_logp(value: Any) -> bool:
-    """A finite number, not above 0."""
-    return is_finite(value) and value <= ROUNDING

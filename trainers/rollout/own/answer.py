@@ -21,47 +21,25 @@ lengths do not, as in TRL.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from logratio.losses import Support
 
-from ...data.examples import Prompt
-from ...data.tokenization import shown
-from ...errors import UserError, counted
-from ..calling import GIVEN
-from ..engines.protocol import FinishReason, Sample
+from ...data.examples import REWARD_ARGUMENTS, Prompt
+from ...data.tokenization import common_prefix
+from ...errors import UserError, counted, shown
+from ..engines.protocol import FinishReason, Sample, is_logp
 from .turns import Turns, checked_id
 
 LISTS = ("completion_ids", "env_mask", "logprobs", "prompt_ids", "finish_reason")
-ROUNDING = 1e-3
-"""Above 0, in nats, that a log-probability may be."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """words: rows of the embeddings. positions: of the model, None: as many as one likes. ends: tokens that end a
-    completion. support: whether it has to be known what each token was drawn from."""
-
-    words: int
-    positions: int | None
-    ends: Collection[int]
-    support: bool
-
-
-@dataclass(frozen=True)
-class Read:
-    """Of each completion: its prompt's ids, the completion, and the fields by name."""
-
-    prompt_ids: list[list[int]]
-    samples: list[Sample]
-    fields: dict[str, list[Any]]
-
-
-def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -> Read:
-    """prompts: that the function was given. UserError, with the place and the remedy, for what cannot be trained on."""
+def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], positions: int | None) -> list[Sample]:
+    """The completions, each `told` with its own prompt_ids and the fields. prompts: that the function was given.
+    positions: that the model has learned; None: there is no end of them. UserError, with the place and the remedy, for
+    what cannot be trained on."""
     if not isinstance(answer, Mapping) or answer.get("completion_ids") is None:
         raise UserError(
             'it must return a dict with "completion_ids", and perhaps env_mask, logprobs, prompt_ids, finish_reason '
@@ -74,41 +52,47 @@ def read(answer: Any, turns: Turns, prompts: Sequence[Prompt], limits: Limits) -
         one = {name: values[i] for name, values in lists.items()}
         try:
             if "prompt_ids" in one:
-                prompt_ids[i] = tokens("prompt_ids", one["prompt_ids"], limits.words)
+                prompt_ids[i] = tokens("prompt_ids", one["prompt_ids"], turns.words)
                 first = i - i % turns.num_generations
                 if prompt_ids[i] != prompt_ids[first]:
                     raise UserError(
                         "its prompt_ids are others than those of the prompt's first completion: let what differs begin "
                         "the completion_ids, false in env_mask"
                     )
-            samples.append(completion(one, turns, i, prompt_ids[i], limits))
+            samples.append(completion(one, turns, i, prompt_ids[i], positions))
         except UserError as error:
             row = prompts[i].row
             number = [p.row for p in prompts[:i]].count(row)
             raise UserError(f"completion {number} of row {row} of the data set: {error}") from error
-    return Read(prompt_ids, samples, fields_of(answer, turns, len(prompts)))
+    fields = fields_of(answer, turns, len(prompts))
+    for i, prompt in enumerate(prompts):
+        columns = {**prompt.columns, **{name: values[i] for name, values in fields.items()}}
+        told = dataclasses.replace(prompt, prompt_ids=prompt_ids[i], columns=columns)
+        samples[i] = dataclasses.replace(samples[i], told=told)
+    return samples
 
 
-def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[int], limits: Limits) -> Sample:
+def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[int], positions: int | None) -> Sample:
     """The completion at place i."""
-    ids = tokens("completion_ids", one["completion_ids"], limits.words)
+    ids = tokens("completion_ids", one["completion_ids"], turns.words)
     most = turns.max_completion_length
     if len(ids) > most:
         raise UserError(
             f"it has {counted(len(ids), 'token')}, the environment's among them, and --max_completion_length is "
             f"{most}: leave out what does not fit, or allow more"
         )
-    if limits.positions is not None and len(prompt_ids) + len(ids) > limits.positions:
+    if positions is not None and len(prompt_ids) + len(ids) > positions:
         raise UserError(
             f"it and its prompt have {len(prompt_ids) + len(ids)} tokens, and the model has learned "
-            f"{limits.positions} positions: make them shorter"
+            f"{positions} positions: make them shorter"
         )
     written = mask_of(one.get("env_mask"), len(ids))
     spans = spans_of(written)
     heard = as_heard(turns.heard[i], prompt_ids, ids, spans)
-    if isinstance(heard, int) and ("logprobs" not in one or limits.support):
-        needs = "--keep_sampling_mask needs what could have been drawn" if limits.support else 'there are no "logprobs"'
-        remedy = "leave that option out" if limits.support else "return logprobs"
+    support = turns.sampling.keep_support  # it has to be known what each token was drawn from
+    if isinstance(heard, int) and ("logprobs" not in one or support):
+        needs = "--keep_sampling_mask needs what could have been drawn" if support else 'there are no "logprobs"'
+        remedy = "leave that option out" if support else "return logprobs"
         raise UserError(
             f"its token {heard} is the model's by env_mask, but not what sample() gave behind those before it, and "
             f"{needs}: hand on its ids as they are, not text that is tokenized again, or {remedy}"
@@ -121,45 +105,51 @@ def completion(one: Mapping[str, Any], turns: Turns, i: int, prompt_ids: list[in
         logps = [next(drawn) if mine else 0.0 for mine in written]
     version = min((s.version for s in known), default=turns.state.global_step)
     mask = None if all(written) else written
-    reason = reason_of(one.get("finish_reason"), ids, known if written[-1] else [], limits.ends)
+    reason = reason_of(one.get("finish_reason"), ids, known if written[-1] else [], turns.sampling.stop_ids)
     return Sample(ids, reason, logps, version, support_of(known, written, spans), mask)
+
+
+def as_list(values: Any) -> list[Any] | None:
+    """A list, tuple, tensor or array as a list; None of anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, list | tuple) else None
 
 
 def listed(name: Any, values: Any, count: int) -> list[Any]:
     """A list with an entry for each of the prompts."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple):
+    found = as_list(values)
+    if found is None:
         raise UserError(
             f"{name} must be a list with an entry for each of {counted(count, 'completion')}, got {shown(values)}"
         )
-    if len(values) != count:
+    if len(found) != count:
         raise UserError(
-            f"{name} has the length {len(values)} for {counted(count, 'completion')}: a function is given a prompt as "
+            f"{name} has the length {len(found)} for {counted(count, 'completion')}: a function is given a prompt as "
             "often as completions of it are wanted, and answers each time with one"
         )
-    return list(values)
+    return found
 
 
 def tokens(name: str, ids: Any, words: int) -> list[int]:
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(ids, list | tuple) or not ids:
+    found = as_list(ids)
+    if not found:
         raise UserError(f"its {name} must be a list of token ids, one at least; got {shown(ids)}")
-    return [checked_id(token, words) for token in ids]
+    return [checked_id(token, words) for token in found]
 
 
 def mask_of(mask: Any, count: int) -> list[bool]:
     """Of each of so many tokens, whether the model wrote it."""
     if mask is None:
         return [True] * count
-    mask = mask.tolist() if hasattr(mask, "tolist") else mask
-    if not isinstance(mask, list | tuple) or len(mask) != count or not all(one in (0, 1) for one in mask):
+    found = as_list(mask)
+    if found is None or len(found) != count or not all(one in (0, 1) for one in found):
         raise UserError(
             f"its env_mask must have a 1 for each of its {counted(count, 'token')} that the model wrote and a 0 for "
             f"each other, got {shown(mask)}"
         )
-    if not any(mask):
+    if not any(found):
         raise UserError("by its env_mask the model wrote none of it: let the model write one token at least")
-    return [bool(one) for one in mask]
+    return list(map(bool, found))
 
 
 def spans_of(written: Sequence[bool]) -> list[tuple[int, int]]:
@@ -180,33 +170,27 @@ def as_heard(
         at = begin
         while at < end:
             before = [*prompt_ids, *ids[:at]]
-            tried = [
-                (alike(sample.ids, ids[at:end]), k) for k, (context, sample) in enumerate(heard) if context == before
-            ]
-            length, which = max(tried, default=(0, 0))
+            own = [sample for context, sample in heard if context == before]
+            lengths = [common_prefix(sample.ids, ids[at:end]) for sample in own]
+            length, which = max(((length, k) for k, length in enumerate(lengths)), default=(0, 0))
             if not length:
                 return at
-            found.append(heard[which][1].first(length))
+            found.append(own[which].first(length))
             at += length
     return found
 
 
-def alike(some: Sequence[int], others: Sequence[int]) -> int:
-    """How many of the first are the same."""
-    return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
-
-
 def given_logps(logprobs: Any, written: Sequence[bool]) -> list[float]:
     """As they were given, 0 where the model did not write."""
-    logprobs = logprobs.tolist() if hasattr(logprobs, "tolist") else logprobs
-    if not isinstance(logprobs, list | tuple) or len(logprobs) != len(written):
+    given = as_list(logprobs)
+    if given is None or len(given) != len(written):
         raise UserError(
             f"its logprobs must have a number for each of its {counted(len(written), 'token')}, got {shown(logprobs)}"
         )
     found = [0.0] * len(written)
-    for at, (logp, mine) in enumerate(zip(logprobs, written, strict=True)):
+    for at, (logp, mine) in enumerate(zip(given, written, strict=True)):
         if mine:
-            if isinstance(logp, bool) or not isinstance(logp, int | float) or not -math.inf < logp <= ROUNDING:
+            if not is_logp(logp):
                 raise UserError(
                     f"the logprob of its token {at} is {shown(logp)}: the log-probability that the model drew it with, "
                     "a finite number not above 0, or leave logprobs out where sample() drew"
@@ -243,7 +227,7 @@ def fields_of(answer: Mapping[Any, Any], turns: Turns, count: int) -> dict[str, 
     for name, values in answer.items():
         if name in LISTS:
             continue
-        if not isinstance(name, str) or name in GIVEN or name in turns.columns:
+        if not isinstance(name, str) or name in REWARD_ARGUMENTS or name in turns.columns:
             other = "a column of the data set has" if name in turns.columns else "rewards are given something else by"
             raise UserError(f"its field {name!r} has a name that {other}: choose another")
         found[name] = listed(name, values, count) if isinstance(values, list) else [values] * count

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import inspect
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,9 +24,10 @@ from ...ground.plugins import import_object
 from ...policy.checks import learned_positions
 from ...policy.policy import Policy
 from ...processes.once import raised_together
-from ..calling import Reward, TrainerState, check_signature
+from ..calling.asked import Reward, TrainerState, check_signature
+from ..calling.said import raised_at
 from ..engines.protocol import Engine, Sample, Sampling, Say
-from .answer import Limits, read
+from .answer import read
 from .turns import Turns
 
 Function = Callable[[list[Any], Any], Any]
@@ -100,23 +99,14 @@ class OwnRollouts:
             state=self.state,
             words=self.words,
         )
-        limits = Limits(self.words, self.positions, sampling.stop_ids, sampling.keep_support)
         try:
             answer = self.function(copy.deepcopy([p.prompt for p in prompts]), turns)
-            found = read(answer, turns, prompts, limits)
+            samples = read(answer, turns, prompts, self.positions)
             for reward, function in self.rewards.items():
-                check_signature(reward, function, [*prompts[0].columns, *found.fields])
+                check_signature(reward, function, samples[0].told.columns if samples[0].told else ())
         except UserError as error:
             raise UserError(f"{OPTION} {self.name}: {error}") from error
         except (Exception, SystemExit) as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-            own = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0].filename]
-            place = f" ({own[-1]})" if own else ""
-            raise UserError(
-                f"{OPTION} {self.name} raised {type(error).__name__}: {first_line(error)}{place}"
-            ) from error
-        for i, (prompt, ids) in enumerate(zip(prompts, found.prompt_ids, strict=True)):
-            fields = {name: values[i] for name, values in found.fields.items()}
-            told = dataclasses.replace(prompt, prompt_ids=ids, columns={**prompt.columns, **fields})
-            found.samples[i] = dataclasses.replace(found.samples[i], told=told)
-        return found.samples
+            said = f"{type(error).__name__}: {first_line(error)}{raised_at(error, __file__)}"
+            raise UserError(f"{OPTION} {self.name} raised {said}") from error
+        return samples

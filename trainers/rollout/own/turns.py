@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data.examples import Prompt
 from ...errors import UserError, counted
-from ..calling import TrainerState
+from ..calling.asked import TrainerState
 from ..engines.protocol import Request, Sample, Sampling, Say
 from ..generation import turn_seed
 
@@ -24,6 +24,7 @@ class Turns:
     processing_class: the tokenizer. prompt_ids: of each prompt that the function is given, one for each completion.
     columns: of the data set, each a list as long. num_generations: as often each prompt stands in a row.
     max_completion_length: tokens of a completion, whoever writes them. state: global_step, max_steps and epoch.
+    sampling: how tokens are drawn. words: rows of the embeddings, which token ids are below.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Turns:
         state: TrainerState,
         words: int,
     ) -> None:
-        self._prompts, self._seeds, self._say, self._sampling, self._words = prompts, seeds, say, sampling, words
+        self._prompts, self._seeds, self._say = prompts, seeds, say
+        self.sampling, self.words = sampling, words
         self.processing_class, self.num_generations, self.state = processing_class, num_generations, state
         self.prompt_ids = [list(prompt.prompt_ids) for prompt in prompts]
         self.columns = {key: [p.columns[key] for p in prompts] for key in prompts[0].columns}
@@ -61,7 +63,7 @@ class Turns:
         max_completion_length, nothing is said, with the finish_reason "length". What is said depends on the
         completion's seed, on how often it was asked before, and on `ids`.
         """
-        contexts = [[checked_id(token, self._words) for token in one] for one in ids]
+        contexts = [[checked_id(token, self.words) for token in one] for one in ids]
         places = list(range(len(self._prompts))) if which is None else [operator.index(i) for i in which]
         self._check(contexts, places)
         asked: dict[tuple[tuple[int, ...], int], list[int]] = {}
@@ -78,7 +80,7 @@ class Turns:
             )
             for (context, room), own in asked.items()
         ]
-        sampling = self._sampling
+        sampling = self.sampling
         sampling = dataclasses.replace(sampling, stop_strings=(*sampling.stop_strings, *stop_strings))
         for own, samples in zip(asked.values(), self._say(requests, sampling), strict=True):
             for at, sample in zip(own, samples, strict=True):

@@ -9,7 +9,7 @@ where the rounds were not enough. TRL has nothing like it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from ...data.examples import Prompt
 from ...processes.dealing import gather_rows, shares
 from ...step import Position
 from ..generation import numbered
+from ..metrics import time_metrics
 from ..rollouts import Rollouts
 from .rolled import Rolled, Share, joined
 
@@ -38,7 +39,7 @@ def sample_differing(
     config, wanted = rollouts.config, sum(sizes)
     prompts: list[Prompt] = []
     rounds: list[Rolled] = []
-    timed: list[dict[str, Mean]] = []
+    seconds, tokens = 0.0, 0
     teaches: list[bool] = []
     while sum(teaches) < wanted and len(rounds) < config.dynamic_sampling:
         new = [next(source) for _ in range(wanted - sum(teaches))]
@@ -47,10 +48,10 @@ def sample_differing(
         places = range(len(teaches), len(prompts))[accelerator.process_index :: accelerator.num_processes]
         rolled = dataclasses.replace(rollouts([prompts[place] for place in places]), places=places)
         rounds.append(rolled)
-        timed.append(rollouts.timed)
+        seconds, tokens = seconds + rollouts.timed[0], tokens + rollouts.timed[1]
         teaches += differing(rollouts, in_order(accelerator, rolled)).tolist()
     mine = joined(rounds)
-    metrics = {**rollouts.metrics(mine, accelerator), **summed(timed)}
+    metrics = {**rollouts.metrics(mine, accelerator), **time_metrics(seconds, tokens)}
     equal = [place for place, taught in enumerate(teaches) if not taught]
     missing = wanted - sum(teaches)
     left_out = frozenset(equal[missing:])
@@ -63,7 +64,8 @@ def sample_differing(
         )
     metrics["dynamic/rounds"] = Mean(torch.tensor(float(len(rounds))), torch.tensor(1.0))
     metrics["dynamic/filtered"] = Mean(torch.tensor(float(len(left_out))), torch.tensor(float(len(prompts))))
-    rollouts.keep_left_out(mine.take([i for i, place in enumerate(mine.places) if place in left_out]), accelerator)
+    unlearned = mine.take([i for i, place in enumerate(mine.places) if place in left_out])
+    rollouts.keeper.keep(rollouts.state.global_step + 1, unlearned, None, accelerator)
     everyone = mine if accelerator.num_processes == 1 else joined(gather_object([mine]))
     at = {place: i for i, place in enumerate(everyone.places)}
     chosen = [at[place] for place in range(len(prompts)) if place not in left_out]
@@ -83,14 +85,3 @@ def in_order(accelerator: Accelerator, rolled: Rolled) -> Tensor:
     everyone, _ = gather_rows(accelerator, rolled.by_function)
     places, _ = gather_rows(accelerator, torch.tensor(rolled.places, dtype=torch.long))
     return everyone[places.argsort()]
-
-
-def summed(timed: Sequence[Mapping[str, Mean]]) -> dict[str, Mean]:
-    """Of several rounds: all their time, and all their tokens over it."""
-    first, *others = timed
-    found = dict(first)
-    for other in others:
-        total, count = found["rollout_ms"]
-        found["rollout_ms"] = Mean(total + other["rollout_ms"].total, count)
-        found["rollout_tokens_per_s"] = found["rollout_tokens_per_s"].joined(other["rollout_tokens_per_s"])
-    return found

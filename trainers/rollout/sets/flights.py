@@ -25,7 +25,7 @@ from ...step import Position
 from ..engines.background import Begun
 from ..engines.protocol import Said, Sample
 from ..generation import numbered
-from ..metrics import time_metrics
+from ..metrics import time_metrics, tokens_of
 from .ahead import Schedule, check_staleness
 
 Metrics = dict[str, Mean]
@@ -97,7 +97,7 @@ class Flights:
             said = result(flight.said)
             check_staleness(said, [prompt.row for prompt in flight.item.prompts], flight.first, self.staleness)
         waited = 1e3 * (time.perf_counter() - started)
-        took = time_metrics(flight.said.seconds, said) if isinstance(flight.said, Begun) else {}
+        took = time_metrics(flight.said.seconds, tokens_of(said)) if isinstance(flight.said, Begun) else {}
         took["rollout_wait_ms"] = Mean(torch.tensor(waited), torch.tensor(1.0))
         behind = torch.tensor([[float(flight.first - s.version)] for samples in said for s in samples])
         behind, _ = gather_rows(self.accelerator, behind)

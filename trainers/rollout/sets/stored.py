@@ -87,7 +87,7 @@ def restored_window(step: Step, shares: Sequence[Any], logps: Mapping[str, Tenso
     for (name, table), (i, own) in itertools.product(tables.items(), enumerate(examples)):
         if (values := logps.get(f"{i}/{name}")) is not None:
             completions = [c for e in own for c in e.completions]
-            counts = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
+            counts = [c.num_scored for c in completions]
             table |= {id(c): own for c, own in zip(completions, values.split(counts), strict=True)}
     if len(shares) == world:
         mine, metrics = examples[rank], shares[rank]["metrics"]

@@ -19,6 +19,7 @@ from ...errors import UserError
 from ...policy.teacher import log_ratios
 from ...step import MicroBatch, Position, Step, Window
 from ..engines.protocol import Said
+from ..metrics import time_metrics
 from ..rollouts import Rollouts
 from .dynamic import sample_differing
 from .flights import Coming
@@ -92,7 +93,7 @@ def sampled(
 ) -> Share:
     """The process's share of a set of rollouts. said, timed: what was sampled of it already, and metrics of that."""
     rolled = dataclasses.replace(rollouts(coming.prompts, said=said), places=coming.places)
-    metrics = {**rollouts.metrics(rolled, accelerator), **(rollouts.timed if timed is None else timed)}
+    metrics = {**rollouts.metrics(rolled, accelerator), **(time_metrics(*rollouts.timed) if timed is None else timed)}
     return Share(rolled, coming.counts, metrics)
 
 
@@ -162,11 +163,7 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
 
     micros: these examples packed, with `old` and `ref` filled. Raises UserError where a divergence is not finite.
     """
-    first, count = {}, 0
-    for example in examples:
-        first[id(example)] = count
-        count += len(example.completions)
-    sums = torch.zeros(count, dtype=torch.float64)
+    found: dict[int, Tensor] = {}
     tokens = torch.zeros(())
     for micro in micros:
         if micro.batch.is_filler:
@@ -174,17 +171,16 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
         assert micro.old is not None and micro.ref is not None
         kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
         tokens += micro.batch.scored.sum().cpu()
-        at = 0
-        for example in micro.batch.examples:
-            start, n = first[id(example)], len(example.completions)
-            sums[start : start + n] = kl[at : at + n].sum(-1).cpu()
-            at += n
-    for example in examples:
-        if not sums[first[id(example)] :][: len(example.completions)].isfinite().all():
+        inside = [c for example in micro.batch.examples for c in example.completions]
+        found |= {id(c): one for c, one in zip(inside, kl.sum(-1).cpu(), strict=True)}
+    each = [(example.row, found[id(c)]) for example in examples for c in example.completions]
+    for row, one in each:
+        if not one.isfinite():
             raise UserError(
-                f"the divergence from the reference is not finite (row {example.row} of the data set); "
+                f"the divergence from the reference is not finite (row {row} of the data set); "
                 "take another --reward_kl_estimator, a smaller --learning_rate, or float32 where it is not"
             )
+    sums = torch.stack([one for _, one in each]) if each else torch.zeros(0, dtype=torch.float64)
     return sums, Mean(sums.sum(), tokens)
 
 
@@ -194,8 +190,7 @@ def of_examples(advantages: Tensor, rolled: Rolled) -> list[float | tuple[float,
     if advantages.ndim == 2:
         each: list[float | tuple[float, ...]] = advantages.flatten().tolist()
         return each
-    completions = [c for example in rolled.examples for c in example.completions]
-    scored = [len(c.ids) if c.scored is None else sum(c.scored) for c in completions]
+    scored = [c.num_scored for example in rolled.examples for c in example.completions]
     return [tuple(row[:n].tolist()) for row, n in zip(advantages.flatten(0, 1), scored, strict=True)]
 
 

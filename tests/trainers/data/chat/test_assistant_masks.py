@@ -8,7 +8,7 @@ from tokenizers import processors
 from trl.chat_template_utils import get_training_chat_template
 
 from logratio.trainers.data.chat.assistant_masks import token_mask
-from logratio.trainers.data.tokenization import Encoder, check_tokenizer
+from logratio.trainers.data.tokenization import Encoder, Piece, check_tokenizer
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -95,7 +95,7 @@ def decoded(tokenizer, ids, mask):
 
 def ours(tokenizer, chat, **options):
     encoder = Encoder(tokenizer)
-    (ids,) = encoder.wholes([chat], [options], ["row 0"])
+    (ids,) = encoder.wholes([Piece(chat, options, "row 0")])
     return ids, encoder.assistant_mask(chat, options, "row 0")
 
 

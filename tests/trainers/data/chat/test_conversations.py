@@ -9,7 +9,7 @@ from logratio.trainers.data.chat.conversations import DEEPEST, check_value, mess
 from logratio.trainers.data.columns import read_sources
 from logratio.trainers.data.examples import Rows, load_rows, prepare, prepare_prompts
 from logratio.trainers.data.layout import find_layout
-from logratio.trainers.data.report import BadRows
+from logratio.trainers.data.report import Report
 from logratio.trainers.errors import UserError
 from logratio.trainers.policy.tiny import tiny_tokenizer
 
@@ -35,7 +35,7 @@ def gpt(text):
 
 def source(row, kind=Kind.SEQUENCE):
     """The row as it is before it is tokenized."""
-    bad = BadRows(Rows("data", [row]), skip=False)
+    bad = Report(Rows("data", [row]))
     return next(read_sources(bad, find_layout(bad, kind)))
 
 

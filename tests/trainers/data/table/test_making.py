@@ -48,7 +48,7 @@ def bad_lines(tmp_path, name="rows.jsonl"):
     lines = [json.dumps(row) for row in PAIRS]
     lines[3], lines[17] = '{"prompt"', json.dumps({**PAIRS[17], "chosen": ""})
     (tmp_path / name).write_text("\n\n".join(lines))
-    return load_rows(str(tmp_path / name), Kind.PAIRED, keep_bad=True, check=False)
+    return load_rows(str(tmp_path / name), Kind.PAIRED, check=False)
 
 
 def test_a_table_is_found_again_with_all_that_was_said_of_its_rows(tmp_path, monkeypatch):
@@ -256,6 +256,20 @@ def test_the_first_bad_row_is_told_whoever_met_one_first(at, bad, kept):
     assert not list(kept.iterdir())
 
 
+def test_what_stands_behind_a_bad_row_of_a_list_is_looked_at_as_behind_a_bad_line(tmp_path, kept):
+    rows = [PAIRS[0], 3, PAIRS[0], {**PAIRS[0], "chosen": ""}, None]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name, first, behind in (
+        ("list.json", "row 1 (counted from 0)", "rows 3, 4"),
+        ("lines.jsonl", "line 2", "lines 4, 5"),
+    ):
+        with pytest.raises(RowError, match="cannot be used either") as caught:
+            made(load_rows(str(tmp_path / name), Kind.PAIRED, check=False))
+        assert str(caught.value).startswith(f"{tmp_path / name}, {first} must be one object")
+        assert f"; 2 of the 3 rows behind it cannot be used either ({behind}: " in str(caught.value)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_rows_behind_the_first_bad_one_are_looked_at_too(processes, kept, monkeypatch):
     monkeypatch.setattr(making, "LOOKED_AT", 30)
@@ -317,7 +331,7 @@ def test_a_worker_that_is_killed_is_said(monkeypatch, kept):
     here, write = os.getpid(), making.write_in_worker
 
     def killed(preparation, part, done):
-        if part.number == 1 and os.getpid() != here:
+        if part.start and os.getpid() != here:
             os.kill(os.getpid(), signal.SIGKILL)
         write(preparation, part, done)
 

@@ -194,6 +194,7 @@ REFUSED = {
         "a",
         "b",
     ): "--dataset_weights and several data sets are drawn from by index;",
+    ("--max_steps", "1", "--dataset_num_proc", "2"): "--dataset_num_proc deals them out; leave it at 1",
     ("--max_steps", "1", "--precompute_ref_log_probs"): "--precompute_ref_log_probs keeps something of each row; leave",
 }
 
@@ -203,3 +204,19 @@ def test_what_needs_all_rows_beforehand_is_refused(tmp_path, options):
     with pytest.raises(UserError) as caught:
         load_data(config_of(tmp_path, "dpo", *options).resolved(1), TOKENIZER)
     assert str(caught.value).startswith(f"--streaming does not know the rows before they come: {REFUSED[options]}")
+
+
+def test_processes_may_tokenize_what_a_streamed_run_is_evaluated_on(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS[:4]))
+    words = ["--dataset_name", str(tmp_path / "rows"), "--dataset_test_split", "test", "--dataset_num_proc", "2"]
+    config = config_of(tmp_path, "dpo", *words, "--max_steps", "1").resolved(1)
+    assert len(load_data(config, TOKENIZER).evaluation) == 4
+
+
+def test_a_buffer_that_nothing_is_streamed_through_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    config = parse_train(["dpo", "--dataset_name", str(tmp_path / "rows.jsonl"), "--streaming_buffer", "5"])
+    with pytest.raises(UserError, match="^--streaming_buffer is of rows that are streamed: add --streaming, or leave"):
+        load_data(config.resolved(1), TOKENIZER)

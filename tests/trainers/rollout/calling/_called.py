@@ -2,7 +2,8 @@
 
 import asyncio
 
-from logratio.trainers.rollout.calling import Asked, Calls, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.asked import Asked, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.calls import Calls
 
 ASKED = Asked(["p", "p", "q"], ["one", "two", "three"], [[1], [2, 2], [3]], {}, [7, 7, 9])
 LONG = 60  # seconds, which no test waits for

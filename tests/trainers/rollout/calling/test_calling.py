@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import Asked, Calls, RewardLog, TrainerState, check_signature
+from logratio.trainers.rollout.calling.asked import Asked, RewardLog, TrainerState, check_signature
+from logratio.trainers.rollout.calling.calls import Calls
 
 
 def asked(**columns):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import Calls, main_thread
+from logratio.trainers.rollout.calling.asked import main_thread
+from logratio.trainers.rollout.calling.calls import Calls
 
 from ._called import LONG, called, later, quiet
 
@@ -135,7 +136,8 @@ import time
 import torch
 from logratio.trainers.errors import UserError
 from logratio.trainers.ground.signals import stopping
-from logratio.trainers.rollout.calling import Asked, Calls, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.asked import Asked, RewardLog, TrainerState
+from logratio.trainers.rollout.calling.calls import Calls
 
 def called(timeout, reward):
     asked = Asked(["p"], ["c"], [[1]], {}, [0])

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import Calls, RewardLog, calls, main_thread
-from logratio.trainers.rollout.calling.calls import DRAW
+from logratio.trainers.rollout.calling import calls
+from logratio.trainers.rollout.calling.asked import RewardLog, main_thread
+from logratio.trainers.rollout.calling.calls import DRAW, Calls
 
 from ._called import LONG, called, later, quiet, told
 

@@ -6,9 +6,9 @@ import torch
 from logratio.losses import Support
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.calling.asked import TrainerState
 from logratio.trainers.rollout.engines.protocol import Sample, Sampling
-from logratio.trainers.rollout.own.answer import Limits, read
+from logratio.trainers.rollout.own.answer import read
 from logratio.trainers.rollout.own.turns import Turns
 
 PROMPTS = [
@@ -16,13 +16,12 @@ PROMPTS = [
     Prompt([1, 2], "ab", {"answer": "x"}, 7),
     Prompt([3], "c", {"answer": "y"}, 9),
 ]
-FREE = Limits(words=100, positions=None, ends={99}, support=False)
 
 
-def turns_of(*heard, group=1):
+def turns_of(*heard, group=1, **sampling):
     """heard: of each completion [(what the model went on from, what it said, its log-probs)]."""
     known = {"processing_class": None, "num_generations": group, "state": TrainerState(global_step=4), "words": 100}
-    turns = Turns(PROMPTS, [1, 2, 3], None, Sampling(max_new_tokens=6), **known)
+    turns = Turns(PROMPTS, [1, 2, 3], None, Sampling(max_new_tokens=6, stop_ids=frozenset({99}), **sampling), **known)
     for own, some in zip(turns.heard, heard, strict=False):
         own += [(context, Sample(ids, "stop", logps, 3, support)) for context, ids, logps, support in some]
     return turns
@@ -47,18 +46,21 @@ def test_what_trl_is_answered_is_read():
         reward_of_game=[0.5, 1.0, None],
         level=3,
     )
-    found = read(answer, turns_of(group=2), PROMPTS, FREE)
-    assert found.prompt_ids == [[8, 9], [8, 9], [3]]
-    assert [(s.ids, s.logps, s.written, s.own_logps) for s in found.samples] == [
+    found = read(answer, turns_of(group=2), PROMPTS, None)
+    assert [s.told.prompt_ids for s in found] == [[8, 9], [8, 9], [3]]
+    assert [(s.ids, s.logps, s.written, s.own_logps) for s in found] == [
         ([4, 5], [-1.0, 0.0], [True, False], [-1.0]),
         ([6], [-3.0], None, [-3.0]),
         ([7, 99], [-4.0, -5.0], None, [-4.0, -5.0]),
     ]
-    assert [s.finish_reason for s in found.samples] == ["length", "length", "stop"], "by the last token, as in TRL"
-    assert found.fields == {"reward_of_game": [0.5, 1.0, None], "level": [3, 3, 3]}
-    assert [s.version for s in found.samples] == [4] * 3
-    told = read(given(finish_reason=["stop", "length", "length"]), turns_of(), PROMPTS, FREE)
-    assert [s.finish_reason for s in told.samples] == ["stop", "length", "length"]
+    assert [s.finish_reason for s in found] == ["length", "length", "stop"], "by the last token, as in TRL"
+    assert [s.told.columns for s in found] == [
+        {"answer": prompt.columns["answer"], "reward_of_game": game, "level": 3}
+        for prompt, game in zip(PROMPTS, [0.5, 1.0, None], strict=True)
+    ]
+    assert [s.version for s in found] == [4] * 3
+    told = read(given(finish_reason=["stop", "length", "length"]), turns_of(), PROMPTS, None)
+    assert [s.finish_reason for s in told] == ["stop", "length", "length"]
 
 
 HEARD = (
@@ -74,7 +76,7 @@ ANSWER = {
 
 def test_log_probs_and_supports_are_the_samples():
     """Of several turns, of a second try, and of a sample that was cut."""
-    found = read(ANSWER, turns_of(*HEARD), PROMPTS, FREE).samples
+    found = read(ANSWER, turns_of(*HEARD), PROMPTS, None)
     assert [s.logps for s in found] == [[-1.0, -2.0, 0.0, 0.0, -3.0], [-4.0, -5.0], [-6.0, -7.0]]
     assert [s.finish_reason for s in found] == ["stop", "stop", "length"]
     assert [s and [part.tolist() for part in s] for s in (s.support for s in found)] == [
@@ -87,7 +89,7 @@ def test_log_probs_and_supports_are_the_samples():
 
 def test_where_the_environment_has_the_last_word_no_sample_says_why_it_ended():
     answer = {"completion_ids": [[4, 5, 50], [6, 7, 99], [7, 98]], "env_mask": [[1, 1, 0], [1, 1, 0], [1, 1]]}
-    found = read(answer, turns_of(*HEARD), PROMPTS, FREE).samples
+    found = read(answer, turns_of(*HEARD), PROMPTS, None)
     assert [s.finish_reason for s in found] == ["length", "stop", "length"], "by the last token"
 
 
@@ -162,7 +164,7 @@ OTHERS = {"env_mask": [[1, 1], None, [1, 1]], "finish_reason": ["stop"] * 3, "pr
 def test_what_is_no_answer_is_told(what):
     answer, message = OF_ALL[what]
     with pytest.raises(UserError) as told:
-        read(answer, turns_of(), PROMPTS, FREE)
+        read(answer, turns_of(), PROMPTS, None)
     assert str(told.value) == message
 
 
@@ -170,25 +172,22 @@ def test_what_is_no_answer_is_told(what):
 def test_a_completion_that_cannot_be_trained_on_is_named(key, value, message):
     around = given().get(key) or OTHERS[key]
     with pytest.raises(UserError) as told:
-        read(given(**{key: [around[0], value, around[2]]}), turns_of(group=2), PROMPTS, FREE)
+        read(given(**{key: [around[0], value, around[2]]}), turns_of(group=2), PROMPTS, None)
     assert str(told.value) == f"completion 1 of row 7 of the data set: {message}"
-
-
-KEEPS = Limits(words=100, positions=None, ends=(), support=True)
 
 
 def test_what_no_sample_explains_is_named():
     """Text that was tokenized again, or a context that the model was not given: the token at which it shows."""
     told = {}
-    for name, ids, limits in (
-        ("again", [4, 9, 50, 51, 6], FREE),
-        ("context", [4, 5, 50, 52, 6], FREE),
-        ("support", [4, 9, 50, 51, 6], KEEPS),
+    for name, ids, keeps in (
+        ("again", [4, 9, 50, 51, 6], False),
+        ("context", [4, 5, 50, 52, 6], False),
+        ("support", [4, 9, 50, 51, 6], True),
     ):
         answer = {**ANSWER, "completion_ids": [ids, *ANSWER["completion_ids"][1:]]}
-        answer |= {"logprobs": [[-1.0] * 5, [-1.0] * 2, [-1.0] * 2]} if limits is KEEPS else {}
+        answer |= {"logprobs": [[-1.0] * 5, [-1.0] * 2, [-1.0] * 2]} if keeps else {}
         with pytest.raises(UserError) as error:
-            read(answer, turns_of(*HEARD), PROMPTS, limits)
+            read(answer, turns_of(*HEARD, keep_support=keeps), PROMPTS, None)
         told[name] = str(error.value)
     at = (
         "completion 0 of row 7 of the data set: its token {} is the model's by env_mask, but not what sample() gave "
@@ -202,9 +201,8 @@ def test_what_no_sample_explains_is_named():
 
 
 def test_positions_that_were_learned_are_not_passed():
-    limits = Limits(words=100, positions=3, ends=(), support=False)
     with pytest.raises(
         UserError,
         match="^completion 0 of row 7 .*: it and its prompt have 4 tokens, and the model has learned 3 positions",
     ):
-        read(given(), turns_of(), PROMPTS, limits)
+        read(given(), turns_of(), PROMPTS, 3)

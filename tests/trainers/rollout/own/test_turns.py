@@ -3,7 +3,7 @@
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.rollout.calling import TrainerState
+from logratio.trainers.rollout.calling.asked import TrainerState
 from logratio.trainers.rollout.engines.in_process import InProcess
 from logratio.trainers.rollout.engines.protocol import Request, Sampling
 from logratio.trainers.rollout.generation import turn_seed
