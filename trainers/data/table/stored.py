@@ -53,7 +53,7 @@ class Table:
         self._starts = [0, *accumulate(self.about["batches"])]
         token, sequence, prompt, completion = self.about["extremes"]
         self.extremes = Extremes(tuple(token), tuple(sequence), tuple(prompt), completion)
-        self._batches: dict[int, pa.RecordBatch] = {}  # not copied
+        self._batches: dict[int, dict[str, pa.Array]] = {}  # their columns, not copied
         self._read = 0
 
     def __len__(self) -> int:
@@ -66,18 +66,19 @@ class Table:
             self._map.madvise(mmap.MADV_DONTNEED)
         number = bisect_right(self._starts, index) - 1
         if number not in self._batches:
-            self._batches[number] = self._file.get_batch(number)
-        batch, i = self._batches[number], index - self._starts[number]
+            batch = self._file.get_batch(number)
+            self._batches[number] = dict(zip(batch.schema.names, batch.columns, strict=True))
+        columns, i = self._batches[number], index - self._starts[number]
 
         def listed(name: str) -> Any:
-            values = batch.column(name)[i].values
+            values = columns[name][i].values
             return None if values is None else values.to_numpy().tolist()
 
-        row, label, margin = (batch.column(name)[i].as_py() for name in ("row", "label", "margin"))
+        row, label, margin = (columns[name][i].as_py() for name in ("row", "label", "margin"))
         ids, (prompt, *lengths) = listed("ids"), listed("lengths")
         if (rest := listed("rest")) is not None:
-            said, columns = from_json(bytes(rest))
-            return Prompt(ids, said, columns, row)
+            said, kept = from_json(bytes(rest))
+            return Prompt(ids, said, kept, row)
         scored, weights, rewards = listed("scored"), listed("weights"), listed("rewards")
         scored = None if scored is None else list(map(bool, scored))
         cuts = pairwise(accumulate(lengths, initial=prompt))
