@@ -110,11 +110,19 @@ def not_adaptable(model: Any) -> list[str]:
         own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
         if not own or type(module).__module__.startswith("bitsandbytes"):  # whose weights have another shape
             continue
-        with torch.no_grad():
-            y = module(module.weight.new_zeros(2, module.in_features))
-        if not isinstance(y, torch.Tensor) or y.shape != (2, module.out_features):
+        if name.rpartition(".")[2] not in found and not maps_rows(module):
             found.add(name.rpartition(".")[2])
     return sorted(found)
+
+
+@torch.no_grad()
+def maps_rows(module: nn.Linear) -> bool:
+    """Whether it makes of each row another, as a linear layer does."""
+    try:
+        y: Any = module(module.weight.new_zeros(2, module.in_features))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it wants another shape, or more than rows
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (2, module.out_features)
 
 
 def check_head(model: Any, adapted: str, saved: str) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.errors import UserError
-from logratio.trainers.policy.adapters import add_adapters, check_targets, describe
+from logratio.trainers.policy.adapters import add_adapters, check_targets, describe, not_adaptable
 from logratio.trainers.policy.policy import Policy
 
 IDS = torch.arange(26).view(2, 13) * 7 % 97
@@ -154,6 +154,18 @@ def test_routers_that_choose_experts_get_no_adapters(random_model, name):
     assert str(told.value) == (
         "--lora_target_modules router: no adapter could be added to what router returns; leave it out"
     )
+
+
+def test_what_does_not_take_rows_at_all_gets_no_adapter(random_model):
+    """As products of several blocks, which want a dimension for them."""
+
+    class Grouped(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.unflatten(0, (3, -1)))
+
+    model = random_model("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Grouped
+    assert not_adaptable(model) == ["up_proj"]
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
