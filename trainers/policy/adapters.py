@@ -159,7 +159,7 @@ def describe(model: Any) -> list[str]:
     notes: list[str] = []
     if excluded := model.peft_config["default"].exclude_modules:
         left_out = excluded if isinstance(excluded, str) else ", ".join(sorted(excluded))
-        notes.append(f"without adapters, which could not be added to what they return: {left_out}")
+        notes.append(f"left without adapters: {left_out}")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kinds = {
         "DoRA": any(layer.lora_variant for layer in layers),
