@@ -45,8 +45,9 @@ def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
     """
     options = config.model
     name = options.model_name_or_path
-    bare = skeleton_of(name)
-    tokenizer, notes = with_template(load_tokenizer(name), config.data.chat_template_path, config.data.template_values)
+    bare = skeleton_of(name, revision=options.model_revision)
+    tokenizer = load_tokenizer(name, options.model_revision)
+    tokenizer, notes = with_template(tokenizer, config.data.chat_template_path, config.data.template_values)
     shapes = [shape_of(bare, name)]
     if options.lora_target_modules:
         check_targets(bare, list(options.lora_target_modules))
@@ -60,9 +61,9 @@ def read_model(config: RunConfig) -> tuple[Any, list[Shape], list[str]]:
     return tokenizer, shapes, [*notes, *pad_within(tokenizer, min(s.rows for s in shapes), name)]
 
 
-def skeleton_of(name: str, option: str = "--model_name_or_path") -> Any:
+def skeleton_of(name: str, option: str = "--model_name_or_path", revision: str | None = None) -> Any:
     """The model without weights."""
-    return skeleton(tiny_config() if name == TINY else check_architecture(name, option), name)
+    return skeleton(tiny_config() if name == TINY else check_architecture(name, option, revision), name)
 
 
 def shape_of(model: Any, name: str) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
 from .policy.reference import autocast_of, make_reference, reference_model
 from .policy.reference_sync import ReferenceSync, make_sync
+from .policy.revision import pinned
 from .policy.sharing import share_prompts
 from .policy.teacher import make_teacher
 from .policy.tiny import TINY
@@ -100,6 +102,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     config = config.resolved(accelerator.num_processes)
     check_output(config)
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
+    began = checkpoint.state["config"]["model"] if checkpoint else {}
+    config = dataclasses.replace(config, model=pinned(config.model, began.get("model_revision")))
     set_seed(config.train.seed)
     tokenizer, shapes, model_notes = read_model(config)
     data = load_data(config, tokenizer, accelerator)
@@ -249,6 +253,8 @@ def make_policy(config: RunConfig, device: torch.device) -> tuple[Policy, list[s
     """The policy on its device, and what to tell about it."""
     notes: list[str] = []
     model = load_model(config.model, device, seed=config.train.seed, notes=notes)
+    if commit := config.model.model_revision:
+        notes.append(f"{config.model.model_name_or_path} is the Hub's commit {commit}")
     model = add_adapters(model, config.model, frozen_copy=config.keeps_start)
     check_trainable(model)
     compared = config.wants_reference or config.anchored or config.rollout is not None

@@ -108,20 +108,22 @@ def evaluated(options: Options) -> dict[str, Any]:
 
 def rows_of(options: Options, kind: Kind) -> Rows:
     """The rows, the first of them where so many are asked for."""
-    name, config, usual = options.dataset_name, options.dataset_config, "test"
+    name, config, revision, usual = options.dataset_name, options.dataset_config, None, "test"
     if name is None:
-        name, own_config, usual = of_the_run(options.model, options.dataset_test_split)
+        name, own_config, revision, usual = of_the_run(options.model, options.dataset_test_split)
         config = config or own_config
     elif file_type(name):
         usual = "train"
-    rows = load_rows(name, kind, split=options.dataset_test_split or usual, config=config, seed=options.seed)
+    split = options.dataset_test_split or usual
+    rows = load_rows(name, kind, split=split, config=config, revision=revision, seed=options.seed)
     if options.max_rows is None:
         return rows
     return dataclasses.replace(rows, rows=[row for _, row in rows.between(0, options.max_rows)])
 
 
-def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str]:
-    """The data set that the run was trained on, its configuration, and the split to evaluate on, unless one is given.
+def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str | None, str]:
+    """The data set that the run was trained on, its configuration and revision, and the split to evaluate on, unless
+    one is given.
 
     Raises UserError where the folder is not a run's, or the run knows of no such split."""
     settings = Path(folder) / "run_config.json"
@@ -141,7 +143,7 @@ def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str]:
             f"{folder} was trained on {name} and has no split of it to evaluate on: name rows (--dataset_name), or a "
             "split (--dataset_test_split)"
         )
-    return name, config, split
+    return name, config, data.get("dataset_revision"), split
 
 
 def scored(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict[str, Any]:

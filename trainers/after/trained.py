@@ -26,22 +26,29 @@ def device_of(asked: str) -> torch.device:
 
 
 def base_of(path: str) -> str | None:
-    """The base model that a folder's adapter names; None where the folder holds no adapter.
+    """The base model that a folder's adapter names; None where the folder holds no adapter."""
+    return based_on(path)[0]
+
+
+def based_on(path: str) -> tuple[str | None, str | None]:
+    """As `base_of`, and of a hub name the revision.
 
     Of the embedded model it is the one in the run's own folder, wherever that has been moved since.
     """
     config = Path(path) / "adapter_config.json"
     if not config.is_file():
-        return None
+        return None, None
     try:
-        named = json.loads(config.read_text()).get("base_model_name_or_path")
+        said = json.loads(config.read_text())
+        named, revision = said.get("base_model_name_or_path"), said.get("revision")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{config} cannot be read: {error}") from error
     if not named:
         raise UserError(f"{config} names no base model (base_model_name_or_path)")
     folder = Path(path).resolve()
     beside = (folder / BASE_MODEL, folder.parent / BASE_MODEL)  # of a run, of a checkpoint in it
-    return next((str(own) for own in beside if own.is_dir() and Path(named).name == BASE_MODEL), str(named))
+    found = next((own for own in beside if own.is_dir() and Path(named).name == BASE_MODEL), named)
+    return str(found), revision
 
 
 def was_quantized(path: str) -> dict[str, bool]:
@@ -63,12 +70,12 @@ def was_quantized(path: str) -> dict[str, bool]:
     return {name: True for name in ("load_in_4bit", "load_in_8bit") if isinstance(said, dict) and said.get(name)}
 
 
-def check_base(path: str, base: str | None) -> None:
+def check_base(path: str, base: str | None, revision: str | None = None) -> None:
     """Raise UserError, which says who names it, where there is no such model."""
     if (base or path) == TINY:
         return
     try:
-        check_architecture(base or path, "the model")
+        check_architecture(base or path, "the model", revision)
     except UserError as error:
         named = f"{path}: the base model that its adapter_config.json names (base_model_name_or_path): "
         raise UserError(f"{named if base else ''}{error}") from error
@@ -81,11 +88,12 @@ def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: b
     dequantize: in their place the weights that they stand for.
     """
     logging.disable_progress_bar()  # of reading and writing weights, in the middle of what a command prints
-    base = base_of(path)
+    base, revision = based_on(path)
     quantized = was_quantized(path) if base else {}
-    check_base(path, base)
+    check_base(path, base, revision)
     config = ModelConfig(
         model_name_or_path=base or path,
+        model_revision=revision,
         adapter_name_or_path=path if base else None,
         dtype=dtype,
         fused_lora=False,  # what is merged is PEFT's
@@ -96,5 +104,6 @@ def load_trained(path: str, dtype: Dtype, device: torch.device, *, dequantize: b
     if dequantize:
         model = model.dequantize(getattr(torch, dtype))
     model = add_adapters(model, config, frozen_copy=False) if base else model
-    own = base is None or (Path(path) / "tokenizer_config.json").is_file()
-    return model.eval(), load_tokenizer(path if own and path != TINY else base or TINY)
+    if base is None or (Path(path) / "tokenizer_config.json").is_file():
+        return model.eval(), load_tokenizer(path)
+    return model.eval(), load_tokenizer(base, revision)

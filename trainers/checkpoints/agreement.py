@@ -10,7 +10,7 @@ from ..errors import UserError
 
 MAY_CHANGE = frozenset(
     {
-        *("output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"),
+        *("output_dir", "model_revision", "save_steps", "save_total_limit", "micro_batch_tokens"),
         *("ddp_timeout", "dataset_num_proc", "log_completions", "log_completions_steps"),
         *("report_to", "push_to_hub", "hub_model_id", "hub_private_repo"),
         *("vllm_server_base_url", "vllm_server_timeout"),

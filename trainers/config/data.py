@@ -22,10 +22,12 @@ class DataConfig:
     dataset_weights: tuple[float, ...] | None = None
     """In which proportions an epoch draws rows of several data sets, none of them twice (default: all of each)."""
     datasets: tuple[str, ...] | None = None
-    """In a YAML file, TRL's form of several data sets: a list of mappings with path, name (a configuration), split,
-    columns and fraction (a weight)."""
+    """In a YAML file, TRL's form of several data sets: a list of mappings with path, name (a configuration),
+    revision, split, columns and fraction (a weight)."""
     dataset_config: str | None = None
     """Configuration of a hub data set."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub data set (default: main)."""
     dataset_train_split: str = "train"
     """Split to train on."""
     dataset_test_split: str | None = None

@@ -27,6 +27,8 @@ class ModelConfig:
 
     model_name_or_path: str = "tiny"
     """Hub name, local folder, or "tiny": the embedded model with random weights."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub name (default: main). A run keeps to the commit that this was at its start."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the model's weights. Adapters are float32 in any case."""
     attn_implementation: str | None = None

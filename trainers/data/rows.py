@@ -126,6 +126,7 @@ def load_rows(
     *,
     split: str = "train",
     config: str | None = None,
+    revision: str | None = None,
     seed: int = 0,
     check: bool = True,
     streaming: bool = False,
@@ -136,6 +137,7 @@ def load_rows(
         file of one of `FILE_TYPES` (its one split is "train"), a folder (`{split}.jsonl` and its like, what
         `Dataset.save_to_disk` wrote, or whatever `datasets.load_dataset` can read), or a data set of the Hub.
     split, config: as `datasets.load_dataset` takes them ("train[:10%]" too) for folders and the Hub.
+    revision: a branch, a tag or a commit of the Hub's; None: its main branch.
     check: read a file's rows once, to raise here what cannot be read; else what is no row is among them as its error,
         for `prepare` to raise or to skip, and all else is raised where they are iterated over.
     streaming: nothing is read before the rows are iterated over, and how many there are is not known.
@@ -154,6 +156,10 @@ def load_rows(
         raise UserError(f"{dataset_name} cannot be opened: {error.strerror}") from None
     if config is not None and (dataset_name in EMBEDDED or is_file or is_saved(path)):
         raise UserError(f"--dataset_config {config}: {dataset_name} has no configurations; leave it out")
+    if revision is not None and (dataset_name in EMBEDDED or exists):
+        raise UserError(
+            f"--dataset_revision {revision} is of a data set on the Hub, which {dataset_name} is not; leave it out"
+        )
     if dataset_name in EMBEDDED:
         rows = Rows(dataset_name, EMBEDDED[dataset_name](kind, split, seed))
     elif is_file:
@@ -169,7 +175,7 @@ def load_rows(
     elif file_type(path.name) or dataset_name.startswith((".", "/", "~")):
         raise UserError(f"the data file {dataset_name} does not exist (looked in {Path.cwd()})")
     else:
-        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config, streaming))
+        rows = Rows(f"{dataset_name} ({split})", _load(dataset_name, split, config, streaming, revision))
     if not streaming and not len(rows):
         raise UserError(f"{rows.name} has no rows")
     return rows
@@ -216,16 +222,17 @@ def _load_from_disk(path: Path, split: str) -> Any:
     return stored
 
 
-def _load(name: str, split: str, config: str | None, streaming: bool) -> Any:
+def _load(name: str, split: str, config: str | None, streaming: bool, revision: str | None = None) -> Any:
     import datasets
 
+    at = "" if revision is None else f", revision {revision}"
     # datasets reports what is wrong with a name, a split, a configuration, a file or the network by as many types
     # of exceptions, its own, pyarrow's, the Hub client's; each says in its first line what it missed.
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
     except Exception as error:
         raise UserError(
-            f"the data set {name!r} (split {split!r}) cannot be loaded: {_said(error)}; expected 'arithmetic', "
+            f"the data set {name!r} (split {split!r}{at}) cannot be loaded: {_said(error)}; expected 'arithmetic', "
             f"'shopping', a file ({', '.join(FILE_TYPES)}), a folder, or a data set of the Hub that can be reached"
         ) from error
 

@@ -41,6 +41,8 @@ def add_adapters(model: Any, config: ModelConfig, *, frozen_copy: bool) -> Any:
         switch_off(model)
     if config.lora_r:
         model = _fresh_adapter(model, config, frozen_copy and config.sync_ref_model)
+    if adapters := getattr(model, "peft_config", None):
+        adapters["default"].revision = config.model_revision
     if config.fused_lora and (config.lora_r or config.adapter_name_or_path):
         from ..layers.lora_layers import fuse_lora
 
@@ -201,8 +203,8 @@ def check_targets(model: Any, targets: list[str], option: str = "lora_target_mod
             )
 
 
-def check_adapter(path: str) -> None:
-    """Raise UserError where the folder holds no adapter that can be trained, before any model is loaded."""
+def check_adapter(path: str) -> Any:
+    """Its PeftConfig; UserError where the folder holds no adapter that can be trained, before any model is loaded."""
     from peft import PeftConfig
 
     with foreign(f"no adapter could be loaded from {path!r}"):
@@ -216,16 +218,16 @@ def check_adapter(path: str) -> None:
         raise UserError(f"the adapter in {path!r} is of type {kind}, which adds to the prompt; use LoRA or its kin")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise UserError(f"the adapter in {path!r} is for {config.task_type}, not for a causal language model")
+    return config
 
 
 def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
-    from peft import PeftConfig, PeftModelForCausalLM
+    from peft import PeftModelForCausalLM
 
-    check_adapter(path)
+    config = check_adapter(path)
     names = {"default": True, **({REFERENCE_ADAPTER: False} if frozen_copy else {})}
     with foreign(f"no adapter could be loaded from {path!r}"), renamed_in_transformers():
         warnings.filterwarnings("ignore", message=".*(Already found a `peft_config`|missing adapter keys)")
-        config: Any = PeftConfig.from_pretrained(path)
         named = config.base_model_name_or_path
         fault = f"the adapter in {path!r} does not fit the model {base!r}"
         made_for = f" (it was made for {named!r})" if named and named != base else ""

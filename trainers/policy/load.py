@@ -39,13 +39,14 @@ def without_bars() -> Iterator[None]:
                 logging.enable_progress_bar()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of `name`, with a padding token (see `pad_within` for one that the model does not know)."""
     if name == TINY:
         return tiny_tokenizer()
     if (own := given(name)) is not None:
         return complete(own.tokenizer, own.name)
-    return complete(loaded(AutoTokenizer, name, f"no tokenizer could be loaded from {name!r}"), name)
+    found = loaded(AutoTokenizer, name, f"no tokenizer could be loaded from {name!r}", revision=revision)
+    return complete(found, name)
 
 
 def complete(tokenizer: Any, name: str) -> Any:
@@ -120,7 +121,8 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
         if own.model is None:
             return _load(config, device, seed, own.name)
         return own.take(device), []
-    check_architecture(name)
+    revision = config.model_revision if name == config.model_name_or_path else None
+    check_architecture(name, revision=revision)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -141,14 +143,15 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; what is wrong with them is said by `check_loaded`
     try:
-        model, info = loaded(AutoModelForCausalLM, name, f"the model {name!r} could not be loaded", **options)
+        what = f"the model {name!r} could not be loaded"
+        model, info = loaded(AutoModelForCausalLM, name, what, revision=revision, **options)
     finally:
         logging.set_verbosity(verbosity)
     notes = check_loaded(name, info)
     return (model if quantized else model.to(device)), notes
 
 
-def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
+def check_architecture(name: str, option: str = "--model_name_or_path", revision: str | None = None) -> Any:
     """The configuration of `name`; UserError unless it is one of a decoder-only language model of text."""
     config: Any
     own = given(name)
@@ -158,7 +161,8 @@ def check_architecture(name: str, option: str = "--model_name_or_path") -> Any:
         name = name if own is None else own.name
         check_folder(name, option)
         nowhere = "" if Path(name).is_dir() else f", which is no folder here (looked in {Path.cwd()})"
-        config = loaded(AutoConfig, name, f"no model configuration could be loaded from {name!r}{nowhere}")
+        what = f"no model configuration could be loaded from {name!r}{nowhere}"
+        config = loaded(AutoConfig, name, what, revision=revision)
     if config.is_encoder_decoder:
         raise UserError(f"{name!r} is an encoder-decoder ({config.model_type}); only decoder-only models are supported")
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:

@@ -20,11 +20,15 @@ SECONDS = 10.0
 """That the Hub has for its first answer."""
 
 
-def loaded(kind: Any, name: str, what: str, **options: Any) -> Any:
+def loaded(kind: Any, name: str, what: str, *, revision: str | None = None, **options: Any) -> Any:
     """`kind.from_pretrained(name, ...)`, of an Auto class; UserError, which begins with `what`, where it cannot be.
+
+    revision: a branch, a tag or a commit of the Hub's; None: its main branch.
 
     Code that lies beside the files is never run: transformers would ask for it on the terminal, in the middle of a run.
     """
+    if revision is not None:
+        what, options = f"{what} at revision {revision}", options | {"revision": revision}
     with foreign(what), asking_once(name):
         try:
             return kind.from_pretrained(name, trust_remote_code=False, **options)

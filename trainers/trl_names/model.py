@@ -22,13 +22,13 @@ def dtype(a: Asked) -> Verdict:
         return a.taken() if name == a.value else a.translated(dtype=name)
     if name != "auto":
         return a.refused(f"must be auto or one of {', '.join(DTYPES)}")
-    found = stored_dtype(str(a.says("model_name_or_path", "tiny")))
+    found = stored_dtype(str(a.says("model_name_or_path", "tiny")), a.says("model_revision"))
     if found is None:
         return a.refused("the model's configuration could not be read for it; name one of " + ", ".join(DTYPES))
     return a.translated("that of the model's files", dtype=found)
 
 
-def stored_dtype(name: str) -> str | None:
+def stored_dtype(name: str, revision: str | None = None) -> str | None:
     """Of a model's weights, as its configuration says; None where it cannot be read."""
     from ..policy.tiny import TINY
 
@@ -39,11 +39,17 @@ def stored_dtype(name: str) -> str | None:
     from ..policy.reach import loaded
 
     try:
-        stored = loaded(AutoConfig, name, "no configuration").get_text_config().dtype
+        stored = loaded(AutoConfig, name, "no configuration", revision=revision).get_text_config().dtype
     except UserError:
         return None
     found = str(stored or "float32").removeprefix("torch.")
     return found if found in DTYPES else None
+
+
+@rule("model_revision")
+def revision(a: Asked) -> Verdict:
+    """As here; main is the default, of a folder too."""
+    return a.no_effect("the default") if a.value == "main" else a.taken()
 
 
 @rule("use_peft")

@@ -119,7 +119,6 @@ NOTHING = (None, False, "", 0, (), "none", "no")
 MIXED = "list them as datasets, each with path, name and split, as TRL has it"
 ONLY = {
     # model
-    "model_revision": Only(("main",), "give the folder of a download of that revision as model_name_or_path"),
     "lora_task_type": Only(("CAUSAL_LM",), "adapters are those of a causal language model; leave it out"),
     "lora_target_parameters": Only(NOTHING, "adapters go on modules; name them in lora_target_modules"),
     "quantization_config": Only(

@@ -128,7 +128,7 @@ def test_what_cannot_be_loaded_is_named(name, split, message, tmp_path, monkeypa
 
 
 def test_an_unreachable_hub_name_says_what_was_expected(monkeypatch):
-    def missing(name, config, split, streaming):
+    def missing(name, config, split, streaming, revision):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub.\nTraceback")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)

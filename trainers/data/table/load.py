@@ -175,6 +175,7 @@ def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Ro
         config.loss.kind,
         split=asked.split,
         config=asked.name,
+        revision=asked.revision,
         seed=config.train.seed,
         check=False,
         streaming=streaming,

@@ -33,10 +33,13 @@ FOREIGN = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One of the data sets of a run, as TRL's `DatasetConfig` calls its parts. fraction: its weight."""
+    """One of the data sets of a run, as TRL's `DatasetConfig`, which has no revision, calls its parts.
+
+    fraction: its weight."""
 
     path: str
     name: str | None = None
+    revision: str | None = None
     split: str = "train"
     columns: tuple[str, ...] | None = None
     fraction: float | None = None
@@ -51,13 +54,14 @@ def data_sets(options: DataConfig) -> list[DataSet]:
                 f"--dataset_weights has {len(weights)} numbers for {len(options.dataset_name)} data sets in "
                 "--dataset_name"
             )
-        shared = {"name": options.dataset_config, "split": options.dataset_train_split}
+        shared = {"name": options.dataset_config, "revision": options.dataset_revision}
+        shared["split"] = options.dataset_train_split
         found = [
             DataSet(path=path, fraction=weight, **shared)  # type: ignore[arg-type]
             for path, weight in zip(options.dataset_name, weights, strict=True)
         ]
     else:
-        for name in ("dataset_name", "dataset_config", "dataset_train_split", "dataset_weights"):
+        for name in ("dataset_name", "dataset_config", "dataset_revision", "dataset_train_split", "dataset_weights"):
             if getattr(options, name) != getattr(DataConfig, name):
                 raise UserError(f"--{name} and --datasets both say what to train on; leave one of them out")
         found = [_data_set(text) for text in options.datasets]
@@ -86,7 +90,7 @@ def _data_set(text: str) -> DataSet:
         if key not in known:
             raise UserError(f"--datasets: unknown key {key!r}, expected one of: {', '.join(known)}")
     said = {key: value for key, value in said.items() if value is not None}
-    kinds = {"path": str, "name": str, "split": str, "columns": list, "fraction": (int, float)}
+    kinds = {"path": str, "name": str, "revision": str, "split": str, "columns": list, "fraction": (int, float)}
     for key, value in said.items():
         if not isinstance(value, kinds[key]) or isinstance(value, bool):  # type: ignore[arg-type]
             raise UserError(f"--datasets: {key!r} cannot be {value!r}")

@@ -198,7 +198,7 @@ FORMS = {
     "a": "--datasets: 'a' is no object such as {path: rows.jsonl, fraction: 0.5}",
     '{"path": "a", "data_dir": "b"}': "--datasets: 'data_dir' is not supported; name the folder as its path",
     '{"path": "a", "data_files": "b"}': "--datasets: 'data_files' is not supported; name the file as its path",
-    '{"path": "a", "streaming": true}': "--datasets: unknown key 'streaming', expected one of: path, name, split, col",
+    '{"path": "a", "streaming": true}': "--datasets: unknown key 'streaming', expected one of: path, name, revis",
     '{"name": "a"}': '--datasets: {"name": "a"} has no \'path\'',
     '{"path": 3}': "--datasets: 'path' cannot be 3",
     '{"path": "a", "fraction": true}': "--datasets: 'fraction' cannot be True",
