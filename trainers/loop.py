@@ -90,6 +90,10 @@ def train_run(
             log.note(note)
         log.list_skipped(run.data.skipped)
         log.keep_card(run.data.card())
+        if run.config.train.eval_on_start and not progress.step:
+            log.step(beginning := {"step": 0, **evaluate(run), "num_tokens": 0, "epoch": 0.0})
+            if told is not None:
+                told(beginning, progress)
         row, windows = log.last, Ahead(steps(run, progress))
         for step in range(progress.step + 1, total + 1):
             log.at = step
@@ -104,7 +108,7 @@ def train_run(
             if (rollouts := run.rollouts) is not None:
                 log.completions(rollouts.keeper.taken(), number_of(rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
-                row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
+                row |= evaluate(run)
                 ends |= compared(run, progress, row, log)
             log.sample(lambda step=step: windows.sample(run.tokenizer, step))  # type: ignore[misc]
             log.step(row)
@@ -258,24 +262,30 @@ def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, flo
     return metrics, int(metrics.pop("tokens") * (world if window.dealt else 1))
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Loss and metrics of the held-out examples, as if they were one step without an update."""
+def evaluate(run: Run, prefix: str = "eval") -> dict[str, float]:
+    """Loss and metrics of the held-out examples, as if they were one step without an update: eval_loss and so on."""
     if run.rollouts is not None:
-        zero = torch.zeros((), device=run.accelerator.device)
-        metrics = evaluation.evaluate(run.rollouts, run.data.evaluation, run.accelerator)
-        result = StepResult(zero, on(zero.device, metrics))
-        return {name: value for name, value in result.reduced(run.accelerator).items() if name != "loss"}
-    held_out = list(run.data.evaluation)  # one step holds all of them
+        device = run.accelerator.device
+        sampled = evaluation.evaluate(run.rollouts, run.data.evaluation, run.accelerator)
+        metrics = StepResult(torch.zeros((), device=device), on(device, sampled)).reduced(run.accelerator)
+        del metrics["loss"]
+    else:
+        metrics = scored(run, list(run.data.evaluation)).reduced(run.accelerator)
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def scored(run: Run, examples: list[Example]) -> StepResult:
+    """Of all of them as one step."""
 
     def attempt() -> StepResult:
-        micros = run.step.micro_batches(held_out)
-        return run.step(micros, run.step.totals(held_out, micros), backward=False)
+        micros = run.step.micro_batches(examples)
+        return run.step(micros, run.step.totals(examples, micros), backward=False)
 
     was_training = run.policy.training
     run.policy.eval()
     result = run.step.memory.again(attempt)
     run.policy.train(was_training)
-    return result.reduced(run.accelerator)
+    return result
 
 
 def on(device: torch.device, metrics: Mapping[str, Mean]) -> dict[str, Mean]:

@@ -165,7 +165,7 @@ class Trainer(Theirs):
                     run, until=lambda run, row: self.events.stepped(int(row["step"])), told=self.events.told, stop=stop
                 )
         self.events.call("on_train_end")
-        losses = [one["loss"] for one in self.state.log_history[before:]]
+        losses = [one["loss"] for one in self.state.log_history[before:] if "loss" in one]
         loss, seconds = sum(losses) / max(1, len(losses)), time.monotonic() - began
         rate = len(losses) / seconds
         theirs = {"train_loss": loss, "train_runtime": seconds, "train_steps_per_second": rate}
@@ -183,7 +183,7 @@ class Trainer(Theirs):
             )
         if not self.run.data.evaluation:
             raise UserError("there is nothing to evaluate on: give eval_dataset=")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in loop.evaluate(self.run).items()}
+        metrics = loop.evaluate(self.run, metric_key_prefix)
         self.events.call("on_evaluate", metrics=metrics)
         return metrics
 

@@ -72,10 +72,9 @@ class RunConfig:
         adapters = model.lora_r or model.adapter_name_or_path
         if self.rollout is not None and self.rollout.rollout_engine == "vllm" and not adapters:
             raise UserError(NEEDS_ADAPTERS)
-        if train.eval_steps and not data.evaluates:
-            raise UserError(
-                f"--eval_steps {train.eval_steps} has nothing to evaluate on: add --eval_size or --dataset_test_split"
-            )
+        if (train.eval_steps or train.eval_on_start) and not data.evaluates:
+            option = f"--eval_steps {train.eval_steps}" if train.eval_steps else "--eval_on_start"
+            raise UserError(f"{option} has nothing to evaluate on: add --eval_size or --dataset_test_split")
         if self.rollout is not None and self.rollout.num_generations_eval and not data.evaluates:
             raise UserError(
                 f"--num_generations_eval {self.rollout.num_generations_eval} is of evaluations, and there is nothing "

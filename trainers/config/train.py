@@ -82,6 +82,8 @@ class TrainConfig:
     """Autocast of the forward pass."""
     eval_steps: Steps | None = None
     """Evaluate every so many steps, below 1: every such share of all (default: at the end only)."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too: a line of the log for step 0, which is compared with nothing."""
     report_to: tuple[Tracker, ...] = ("none",)
     """Trackers that each line of the log goes to as well; all: every one that is installed."""
     ddp_timeout: Count = 1800

@@ -74,7 +74,6 @@ WITHOUT_EFFECT = {
     "torch's own setting stands: float32 is multiplied as float32, not as TF32": "tf32",
     "autocast is accelerate's": "fp16_backend half_precision_backend fp16_opt_level",
     "an evaluation is computed as training is": "bf16_full_eval fp16_full_eval",
-    "there is no evaluation before the first step": "eval_on_start",
     "`logratio train` trains, and evaluates where it is told what on": "do_train do_eval do_predict",
     "a loss is divided by the totals of the step over all processes": "average_tokens_across_devices",
     "set by the launcher and accelerate, with the same result": (
