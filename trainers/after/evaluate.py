@@ -108,22 +108,25 @@ def evaluated(options: Options) -> dict[str, Any]:
 
 def rows_of(options: Options, kind: Kind) -> Rows:
     """The rows, the first of them where so many are asked for."""
-    name, config, revision, usual = options.dataset_name, options.dataset_config, None, "test"
+    name, usual = options.dataset_name, "test"
+    own: dict[str, Any] = {}
     if name is None:
-        name, own_config, revision, usual = of_the_run(options.model, options.dataset_test_split)
-        config = config or own_config
+        name, usual, own = of_the_run(options.model, options.dataset_test_split)
     elif file_type(name):
         usual = "train"
     split = options.dataset_test_split or usual
+    config, revision = options.dataset_config or own.get("dataset_config"), own.get("dataset_revision")
     rows = load_rows(name, kind, split=split, config=config, revision=revision, seed=options.seed)
+    if kind is Kind.SEQUENCE:
+        rows = dataclasses.replace(rows, text=own.get("dataset_text_field", "text"))
     if options.max_rows is None:
         return rows
     return dataclasses.replace(rows, rows=[row for _, row in rows.between(0, options.max_rows)])
 
 
-def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str | None, str]:
-    """The data set that the run was trained on, its configuration and revision, and the split to evaluate on, unless
-    one is given.
+def of_the_run(folder: str, split: str | None) -> tuple[str, str, dict[str, Any]]:
+    """The data set that the run was trained on, the split to evaluate on, unless one is given, and the run's options of
+    its data.
 
     Raises UserError where the folder is not a run's, or the run knows of no such split."""
     settings = Path(folder) / "run_config.json"
@@ -132,7 +135,7 @@ def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str | N
     try:
         data = json.loads(settings.read_text())["data"]
         name, *more = data["dataset_name"]
-        own_split, config = data["dataset_test_split"], data["dataset_config"]
+        own_split = data["dataset_test_split"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{settings} names no data set ({first_line(error)}): name one (--dataset_name)") from error
     if more or data.get("datasets"):
@@ -143,7 +146,7 @@ def of_the_run(folder: str, split: str | None) -> tuple[str, str | None, str | N
             f"{folder} was trained on {name} and has no split of it to evaluate on: name rows (--dataset_name), or a "
             "split (--dataset_test_split)"
         )
-    return name, config, data.get("dataset_revision"), split
+    return name, split, data
 
 
 def scored(options: Options, rows: Rows, policy: Policy, tokenizer: Any) -> dict[str, Any]:

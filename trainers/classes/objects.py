@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..ground.given import PREFIX
 from ..ground.plugins import names_a_model
 from ..policy.own_model import OwnModel
@@ -25,7 +26,6 @@ NOT_TAKEN = {
     "optimizers": "the optimizer is AdamW, by the option optim, and the schedule lr_scheduler_type; a loop of your own "
     "calls `Step` (docs/start/python.md)",
     "preprocess_logits_for_metrics": "there are no logits beyond the scored tokens",
-    "formatting_func": "format the rows with train_dataset.map beforehand",
     "tools": "let a function of yours call them: rollout_func= (docs/rollouts.md)",
     "environment_factory": "let a function of yours make and ask the environments: rollout_func= (docs/rollouts.md)",
 }
@@ -69,9 +69,12 @@ class Objects:
         if MODEL in self.found:
             self.found[MODEL].keep_copy()
 
-    def add_data(self, train: Any, evaluation: Any) -> None:
-        """Data sets of `datasets`, lists of rows, or names."""
+    def add_data(self, train: Any, evaluation: Any, formatted: Any = None) -> None:
+        """Data sets of `datasets`, lists of rows, or names. formatted: a function from a row to its text, which is what
+        is learned."""
         if isinstance(train, str) or train is None:
+            if formatted is not None:
+                raise UserError("formatting_func= is of rows: give a train_dataset= of them, not a name")
             if evaluation is not None:
                 raise UserError("eval_dataset= goes with a train_dataset= of its kind; name a dataset_test_split")
             self.options |= {} if train is None else {"dataset_name": [train]}
@@ -80,7 +83,7 @@ class Objects:
         if evaluation is not None:
             splits["test"] = rows_of(evaluation, "eval_dataset")
             self.options["dataset_test_split"] = "test"
-        self.found[DATA] = splits
+        self.found[DATA] = {split: texts_of(rows, formatted) if formatted else rows for split, rows in splits.items()}
         self.options["dataset_name"] = [DATA]
 
     def add_adapters(self, config: Any) -> None:
@@ -149,6 +152,23 @@ class Objects:
         name = f"{REWARD}{i}:{getattr(reward, '__name__', type(reward).__name__)}"
         self.found[name] = OwnReward(reward, tokenizer) if isinstance(reward, str | nn.Module) else reward
         return name
+
+
+def texts_of(rows: Any, formatted: Callable[[Any], str]) -> Any:
+    """The same rows as texts. UserError where the function, which sees one row, returns none."""
+
+    def made(row: Any, index: int) -> dict[str, str]:
+        text = formatted(row)
+        if not isinstance(text, str):
+            raise UserError(
+                f"formatting_func= must return the text of the one row that it is given, and returned {shown(text)} "
+                f"for row {index}"
+            )
+        return {"text": text}
+
+    if isinstance(rows, Dataset):
+        return rows.map(made, with_indices=True, remove_columns=rows.column_names, desc="formatting_func")
+    return [made(row, index) for index, row in enumerate(rows)]
 
 
 def rows_of(data: Any, what: str) -> Any:

@@ -77,7 +77,8 @@ class Trainer(Theirs):
         self.objects = Objects()
         tokenizer = given.pop("processing_class", None) or given.get("tokenizer")
         self.objects.add_model(given.get("model"), given.get("ref_model"), tokenizer)
-        self.objects.add_data(given.get("train_dataset"), given.get("eval_dataset"))
+        formatted = given.get("formatting_func")
+        self.objects.add_data(given.get("train_dataset"), given.get("eval_dataset"), formatted)
         self.objects.add_adapters(given.get("peft_config"))
         self.objects.add_quantization(given.get("quantization_config"))
         self.objects.add_rewards(given.get("reward_funcs"), given.get("reward_processing_classes"))
@@ -230,9 +231,10 @@ class Trainer(Theirs):
 
 
 class SFTTrainer(Trainer):
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning. formatting_func: makes of a row the text that is learned."""
 
     kind = arguments.SFTConfig
+    more = ("formatting_func",)
 
 
 class DPOTrainer(Trainer):

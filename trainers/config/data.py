@@ -36,6 +36,8 @@ class DataConfig:
     """Rows of the train split to hold out for evaluation instead; below 1: that share of them."""
     max_length: int = 1024
     """Longest prompt with one completion, in tokens; what is longer is cut at the end, and counted."""
+    dataset_text_field: str = "text"
+    """SFT: column of texts to learn whole, where rows are not to be read as prompts and completions or messages."""
     completion_only_loss: bool | None = None
     """SFT: score the completion only (default: yes where rows have one)."""
     assistant_only_loss: bool = False

@@ -72,6 +72,11 @@ class RunConfig:
         adapters = model.lora_r or model.adapter_name_or_path
         if self.rollout is not None and self.rollout.rollout_engine == "vllm" and not adapters:
             raise UserError(NEEDS_ADAPTERS)
+        if data.dataset_text_field != "text" and self.loss.kind is not Kind.SEQUENCE:
+            raise UserError(
+                f"--dataset_text_field {data.dataset_text_field} is of texts that sft learns whole, and this is "
+                f"{self.method}; leave it out"
+            )
         if (train.eval_steps or train.eval_on_start) and not data.evaluates:
             option = f"--eval_steps {train.eval_steps}" if train.eval_steps else "--eval_on_start"
             raise UserError(f"{option} has nothing to evaluate on: add --eval_size or --dataset_test_split")

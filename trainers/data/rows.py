@@ -19,6 +19,8 @@ from .tasks.shopping import shopping_rows
 
 EMBEDDED = {"arithmetic": arithmetic_rows, "shopping": shopping_rows}
 """The tasks that need no file."""
+LEARNED = ("prompt", "completion", "messages", "conversations", "text")
+"""Columns of which a row that is learned whole has one or two."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Rows:
 
     rows: each a mapping from columns to values; in place of one that could not be read, its RowError.
     lines: each row's line number in a JSON-lines file. numbers: which rows of the data set these are; None: all.
-    columns: the only ones that count, where not all do.
+    columns: the only ones that count, where not all do. text: the one that is taken for `text`, and alone to learn.
     """
 
     name: str
     rows: Any
     lines: Sequence[int] | None = None
     columns: tuple[str, ...] | None = None
+    text: str = "text"
     numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -54,19 +57,26 @@ class Rows:
                 raise
             except Exception as error:  # datasets reads and decodes (images, audio) only here
                 raise UserError(f"{self.where(index)} cannot be read: {_said(error)}") from error
-            yield index, self._cut(row)
+            yield index, self._cut(row, index)
             index += 1
 
     def numbered(self) -> Iterator[tuple[int | None, Any]]:
         """The rows with the numbers of their lines, if they have such; nothing is looked through before."""
         if hasattr(self.rows, "numbered"):
-            return ((number, self._cut(row)) for number, row in self.rows.numbered())
+            return ((number, self._cut(row, index)) for index, (number, row) in enumerate(self.rows.numbered()))
         return ((None, row) for row in self)
 
-    def _cut(self, row: Any) -> Any:
-        if self.columns is None or isinstance(row, RowError):
+    def _cut(self, row: Any, index: int) -> Any:
+        if isinstance(row, RowError):
             return row
-        return {column: row[column] for column in self.columns if column in row}
+        if self.columns is not None:
+            row = {column: row[column] for column in self.columns if column in row}
+        if self.text == "text":
+            return row
+        if self.text not in row:
+            said = f" has no column {self.text!r} (--dataset_text_field), it has {', '.join(row) or '(none)'}"
+            return RowError(self.where(index), said, index)
+        return {column: row[column] for column in row if column not in (*LEARNED, self.text)} | {"text": row[self.text]}
 
     def _from(self, start: int) -> Iterator[Any]:
         if hasattr(self.rows, "starting"):
@@ -92,7 +102,9 @@ class Rows:
     def digest(self) -> str:
         """SHA-256 of what the rows say, wherever they lie."""
         found = getattr(self.rows, "digest", None) or _digest(self.rows)
-        return found if self.columns is None else hashlib.sha256(f"{found} {self.columns}".encode()).hexdigest()
+        for what in (self.columns, None if self.text == "text" else self.text):
+            found = found if what is None else hashlib.sha256(f"{found} {what}".encode()).hexdigest()
+        return found
 
     def where(self, row: int) -> str:
         """The row's place, as an error's sentence begins with it."""

@@ -136,7 +136,6 @@ ONLY = {
     "model_adapter_name": Only(NOTHING, "the adapter that is trained is adapter_name_or_path's"),
     "ref_adapter_name": Only(NOTHING, "the reference is a frozen copy of adapter_name_or_path's adapter"),
     # data
-    "dataset_text_field": Only(("text",), "call the column text in the data"),
     "dataset_kwargs": Only((*NOTHING, {}), "rows are always prepared, with the tokenizer's special tokens"),
     "truncation_mode": Only(("keep_start",), "what is longer than max_length is cut at its end; leave it out"),
     "chat_template": Only(

@@ -180,7 +180,7 @@ def rows_of(config: RunConfig, asked: DataSet, *, streaming: bool = False) -> Ro
         check=False,
         streaming=streaming,
     )
-    return dataclasses.replace(rows, columns=asked.columns)
+    return dataclasses.replace(rows, columns=asked.columns, text=config.data.dataset_text_field)
 
 
 def made(config: RunConfig, tokenizer: Any, rows: Rows) -> Made:
