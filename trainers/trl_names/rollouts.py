@@ -110,23 +110,26 @@ def micro_steps(a: Asked, count: float, taken: Callable[[str], Verdict]) -> Verd
 
 VLLM_PLACE = "http://0.0.0.0:8000"
 """Where TRL looks for a vLLM server by itself."""
-UNREAD = "read only with use_vllm: true"
+UNREAD = "read only with use_vllm: true and vllm_mode: server"
 
 
 def uses_vllm(a: Asked) -> bool:
-    return bool(a.says("use_vllm")) or a.says("rollout_engine") == "vllm"
+    """Whether a server of vLLM's samples."""
+    server = a.says("use_vllm") and a.says("vllm_mode", "colocate") == "server"
+    return bool(server) or a.says("rollout_engine") == "vllm"
 
 
 @rule("use_vllm")
 def vllm(a: Asked) -> Verdict:
     """true with vllm_mode server: rollout_engine vllm, at vllm_server_base_url; within the trainer (vllm_mode colocate,
-    which is TRL's default) it is refused."""
+    TRL's default) our own engine samples."""
     if not a.value:
         return a.no_effect("as in any case")
     if a.says("vllm_mode", "colocate") != "server":
-        return a.refused(
-            "vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: server with "
-            "vllm_server_base_url"
+        return a.translated(
+            "within the trainer our own engine samples; vLLM does as a server: vllm_mode: server with "
+            "vllm_server_base_url",
+            rollout_engine="in_process",
         )
     host, port = a.says("vllm_server_host"), a.says("vllm_server_port")
     place = VLLM_PLACE if host is None and port is None else f"http://{host or '0.0.0.0'}:{port or 8000}"
@@ -142,5 +145,5 @@ def of_vllm(a: Asked) -> Verdict:
 
 @rule("vllm_server_base_url", "vllm_server_timeout")
 def place_of_vllm(a: Asked) -> Verdict:
-    """As here, with use_vllm: true."""
+    """As here, with use_vllm: true and vllm_mode: server."""
     return a.taken() if uses_vllm(a) else a.no_effect(UNREAD)

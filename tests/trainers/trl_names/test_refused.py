@@ -129,12 +129,6 @@ REFUSED = [
         {"loss_type": "vespo", "importance_sampling_level": "sequence"},
         "importance_sampling_level: sequence: vespo's ratios are of tokens; leave it out",
     ),
-    (
-        "grpo",
-        {"use_vllm": True},
-        "use_vllm: true: vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: "
-        "server with vllm_server_base_url",
-    ),
     ("sft", {"learning_rate": "fast"}, "learning_rate: fast: must be a number"),
     ("sft", {"weight_decay": -1}, "weight_decay: -1: must not be negative"),
     ("sft", {"warmup_ratio": "much"}, "warmup_ratio: much: a value of that kind has no meaning here"),
@@ -168,13 +162,12 @@ def test_what_is_refused_and_why(method, given, message):
 
 
 def test_all_that_is_refused_is_named_at_once():
-    given = {"learning_rate": 1e-5, "optim": "sgd", "bf16": True, "use_vllm": True, "packing": True, "neftun": 5}
+    given = {"learning_rate": 1e-5, "optim": "sgd", "bf16": True, "debug": "underflow", "packing": True, "neftun": 5}
     with pytest.raises(UserError) as error:
         judge("grpo", given, source="--config x.yaml")
     assert str(error.value).splitlines() == [
         "--config x.yaml: 3 options refused, 3 accepted",
         "  optim: sgd: the optimizer is AdamW: adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit",
-        "  use_vllm: true: vLLM samples as a server beside the run, not within it: start one, and say vllm_mode: "
-        "server with vllm_server_base_url",
+        "  debug: underflow: leave it out; an error of one process ends all and is named",
         "  neftun: 5: no option here, nor of TRL",
     ]

@@ -43,6 +43,12 @@ BECOMES = [
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     ),
     ("grpo", {"use_vllm": False, "vllm_mode": "server", "vllm_server_base_url": "http://a"}, {}),
+    ("grpo", {"use_vllm": True, "vllm_server_base_url": "http://a"}, {"rollout_engine": "in_process"}),
+    (
+        "grpo",
+        {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": 2},
+        {"rollout_engine": "in_process"},
+    ),
     (
         "grpo",
         {"use_vllm": True, "vllm_mode": "server"},

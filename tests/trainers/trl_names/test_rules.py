@@ -154,7 +154,10 @@ def test_what_has_no_effect_says_why():
     )
     assert verdict("top_k", "grpo", top_k=-1).reason == "nothing is cut off or penalized by default"
     assert verdict("use_vllm", "grpo", use_vllm=False).reason == "as in any case"
-    assert verdict("vllm_server_timeout", "grpo", vllm_server_timeout=9).reason == "read only with use_vllm: true"
+    assert (
+        verdict("vllm_server_timeout", "grpo", vllm_server_timeout=9).reason
+        == "read only with use_vllm: true and vllm_mode: server"
+    )
     assert verdict("vllm_mode", "grpo", use_vllm=True, vllm_mode="server").reason == "use_vllm has become what it says"
     assert verdict("max_seq_length", "sft", max_length=5, max_seq_length=5).reason == "another name of max_length"
     assert verdict("activation_checkpointing", activation_checkpointing=None, gradient_checkpointing=True).kind is (
