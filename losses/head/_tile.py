@@ -103,12 +103,15 @@ class Block(NamedTuple):
     """The softmax of some rows of a tile. y: [b, 1], the targets. e: [b, V] exp(shifted), over the logits.
 
     shifted: [b, V] z - largest, in memory that the next block uses; of a word outside of the support -1, with e = 0.
+    total: [b], the sum of e, as are e_y of the target and others of all else, with the digits that 1 + others loses.
     """
 
     y: Tensor
     largest: Tensor
     shifted: Tensor
     e: Tensor
+    e_y: Tensor
+    others: Tensor
     total: Tensor
     log_total: Tensor
     shifted_y: Tensor
@@ -207,8 +210,13 @@ class TorchTile(Logits):
         e = torch.exp(shifted, out=z)
         if kept is not None:
             kept.leave_out(e, 0.0)
-        total = e.sum(-1)
-        return Block(y, largest[:, 0], shifted, e, total, total.log(), shifted.gather(1, y)[:, 0])
+        e_y = e.gather(1, y)
+        others = e.scatter_(1, y, 0.0).sum(-1)
+        e.scatter_(1, y, e_y)
+        e_y = e_y[:, 0]
+        total = e_y + others
+        log_total = torch.where(e_y == 1.0, others.log1p(), total.log())
+        return Block(y, largest[:, 0], shifted, e, e_y, others, total, log_total, shifted.gather(1, y)[:, 0])
 
 
 def _entropy(x: Block) -> Tensor:
@@ -238,15 +246,17 @@ def _into_gradient(
 ) -> None:
     """Turn `e` into d sum_t (c log p + log_z_c log Z + entropy_c H)_t / d raw logits, but for tanh's slope.
 
-    It is c e_y - p (c - log_z_c + entropy_c (log p + H)), times the factor. e_y - p must be formed here, in at least
-    float32: as `W[y] - p @ W` it would cancel where p_y is near 1.
+    Of word v it is c [v = y] - p_v (c + beside_v), beside_v = entropy_c (log p_v + H) - log_z_c, times the factor. That
+    of y is formed by itself, with 1 - p_y = others / total: as a difference it would cancel where p_y is near 1, as
+    would `W[y] - p @ W`.
     """
     c = c * factor
-    of_p = c if log_z_c is None else c - log_z_c * factor
+    beside = torch.zeros_like(c) if log_z_c is None else -log_z_c * factor
+    beside_y = beside
     if entropy_c is None or entropy is None:
-        x.e.mul_((-of_p / x.total)[:, None])
+        x.e.mul_((-(c + beside) / x.total)[:, None])
     else:
-        log_p_plus_h = x.shifted.add_((entropy - x.log_total)[:, None])
-        x.e.mul_(log_p_plus_h.mul_((entropy_c * factor)[:, None]).add_(of_p[:, None]))
-        x.e.mul_((-1 / x.total)[:, None])
-    x.e.scatter_add_(1, x.y, c[:, None])
+        of_entropy = x.shifted.add_((entropy - x.log_total)[:, None]).mul_((entropy_c * factor)[:, None])
+        beside_y = beside + of_entropy.gather(1, x.y)[:, 0]
+        x.e.mul_(of_entropy.add_((c + beside)[:, None])).mul_((-1 / x.total)[:, None])
+    x.e.scatter_(1, x.y, ((c * x.others - x.e_y * beside_y) / x.total)[:, None])

@@ -273,7 +273,8 @@ def test_a_chunk_is_half_a_heads_by_default(monkeypatch, one_row_of_scratch):  #
 def test_a_frozen_head_keeps_one_tensor_for_the_backward_pass():
     tensors = models(dtype=torch.float32)
     tensors[0].requires_grad_()
-    assert [t.shape for t in call(tensors).grad_fn.saved_tensors if t is not None] == [tensors[0].shape]
+    values = call(tensors)  # which older versions of torch want alive
+    assert [t.shape for t in values.grad_fn.saved_tensors if t is not None] == [tensors[0].shape]
 
 
 def test_a_second_derivative_is_eagers_alone():

@@ -138,6 +138,30 @@ def test_near_certain_is_what_it_says_and_hard():
     assert (cancelling.double() - exact).norm() > 0.5 * exact.norm()
 
 
+@pytest.mark.parametrize("lead", [10.0, 14.0])
+@pytest.mark.parametrize("weighed", [("logps",), ("logps", "log_z", "entropy")], ids=len)
+def test_digits_are_kept_where_a_target_is_all_but_certain(lead, weighed):
+    """1 - p_y is a sum of the others, not a difference from 1, which has one to three digits of it left; the
+    log-probability keeps them too. Of logits that are exact: the other words' lie at 0, the target's at `lead`."""
+    weight = torch.zeros(32, 8)
+    weight[:, 0], weight[:, 1] = lead * (torch.arange(32) == 5), torch.linspace(-1, 1, 32)
+    hidden, targets = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0]]).repeat(3, 1), torch.full((3,), 5)
+
+    def values(dtype: torch.dtype, impl: str) -> list[Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+        leaves[1].requires_grad_(len(weighed) > 1)
+        out = linear_logps(*leaves, targets, stats=("log_z", "entropy"), impl=impl)
+        sum((getattr(out, name) * torch.tensor([1.0, 2.0, -1.0])).sum() for name in weighed).backward()
+        return [out.logps.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    ours, exact = values(torch.float32, "two_gemm"), values(torch.float64, "eager")
+    eps = torch.finfo(torch.float32).eps
+    for one, true in zip(ours, exact, strict=True):
+        assert (one.double() - true).norm() <= 16 * eps * true.norm()
+    blurred = values(torch.float32, "eager")[0].double()  # or this case would show nothing
+    assert (blurred - exact[0]).norm() > 64 * eps * exact[0].norm()
+
+
 @pytest.mark.parametrize("trains", ["h", "hwb"])
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 4, 5, 100, None])
 def test_chunks_do_not_matter(trains, chunk_tokens):
