@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("workspace")
 
 def test_the_best_evaluation_is_what_is_saved(capsys, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 1.5, 4.0, 5.0])
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": next(losses)})
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"eval_loss": next(losses)})
     options = ["--eval_size", "2", "--eval_steps", "1", "--load_best_model_at_end", "--save_total_limit", "2"]
     train("sft", *options)
     assert [step for step, _ in checkpoints_in(Path("out"))] == [6, 2]
@@ -29,7 +29,7 @@ def test_the_best_evaluation_is_what_is_saved(capsys, monkeypatch):
 
 def test_training_ends_when_evaluations_get_no_better(capsys, monkeypatch):
     values = iter([0.5, 0.7, 0.6, 0.7, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": 1.0, "rewards/margins": next(values)})
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"eval_loss": 1.0, "eval_rewards/margins": next(values)})
     early = ["--early_stopping_patience", "2", "--metric_for_best_model", "rewards/margins"]
     train("dpo", *LORA, "--eval_size", "2", "--eval_steps", "1", *early)
     assert [row["step"] for row in log("out")] == [1, 2, 3, 4]
@@ -72,7 +72,7 @@ def test_a_full_disk_in_a_save_costs_no_run(capsys, monkeypatch):
 
 def test_best_weights_that_the_disk_did_not_take_are_told(capsys, monkeypatch):
     losses, save = iter([3.0, 1.0, 2.0, 2.0, 4.0, 5.0]), resume.write_model
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"loss": next(losses)})
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"eval_loss": next(losses)})
 
     def filling(policy, tokenizer, folder, weights):
         save(policy, tokenizer, folder, weights)

@@ -54,7 +54,7 @@ def served(request, tokenizer):
     server = request.getfixturevalue(request.param)
     torch.manual_seed(0)
     if request.param == "small":
-        return types.SimpleNamespace(server=server, policy=with_adapter(small_model()), tokenizer=tokenizer, tol=1e-5)
+        return types.SimpleNamespace(server=server, policy=with_adapter(small_model()), tokenizer=tokenizer, tol=5e-5)
     policy = with_adapter(AutoModelForCausalLM.from_pretrained(server.folder, dtype=torch.float32))
     with torch.no_grad():  # as large as a trained one's
         for name, p in policy.named_parameters():
@@ -175,7 +175,7 @@ def test_completions_are_those_of_the_engine_in_the_process(small, engine_of, to
         for mine, theirs, seeds in zip(engine.sample(REQUESTS, SHAPED), here, SEEDS, strict=True):
             assert [s.ids for s in mine] == [s.ids for s in theirs]
             for a, b, seed in zip(mine, theirs, seeds, strict=True):
-                assert seed is None or a.logps == pytest.approx(b.logps, abs=1e-5)
+                assert seed is None or a.logps == pytest.approx(b.logps, abs=5e-5)
         assert all(server.models() == [engine.adapters.name] for server in servers)
         prompts = [[b["prompt"] for p, b in s.asked if p == "/v1/completions" and b["max_tokens"] > 1] for s in servers]
         assert all(prompts), "each has its share"

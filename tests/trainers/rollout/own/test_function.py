@@ -124,7 +124,7 @@ def test_what_the_environment_wrote_has_no_gradient(functions, more):
     assert grads and row["sampling/logp_diff_max"] < 1e-4
     for name, p in run.policy.named_parameters():
         if p.requires_grad:
-            assert torch.allclose(p.grad, grads[name], rtol=1e-3, atol=1e-6), name
+            assert (p.grad - grads[name]).norm() <= 1e-4 * p.grad.norm(), name
     assert max(g.abs().max() for g in grads.values()) > 1e-3
 
 
