@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+from .checkpoints.agreement import agreed
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.hub import check_push
 from .checkpoints.output_dir import check_output, clear
@@ -97,7 +98,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     check_push(config.save)
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     refuse_sharded(config.model, accelerator)
-    config = config.resolved(accelerator.num_processes)
+    config = agreed(config.resolved(accelerator.num_processes), accelerator)
     check_output(config)
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
     set_seed(config.train.seed)
@@ -188,7 +189,7 @@ def load_functions(
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:
     """The Accelerator; UserError for a launcher's settings that are not supported, and where its processes would not
     find each other. timeout: how long they wait for each other, in seconds."""
-    refuse_untried()
+    refuse_untried(mixed_precision)
     load_everywhere()
     # accelerate hands on what differs from its own default, which is not every backend's
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout, milliseconds=1))
