@@ -34,7 +34,7 @@ from .logs.runlog import RunLog, peak_mem_mib
 from .logs.trackers import chosen
 from .memory import no_room
 from .policy.load import describe
-from .processes.dealing import largest
+from .processes.dealing import any_process, largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
 from .resume import Progress, about, best_step, compared, kept_behind, load_best, restore, save_checkpoint
@@ -100,7 +100,7 @@ def train_run(
                 raise UserError(f"step {step}: {error}{kept}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.alarm(note)
-            ends = (until is not None and until(run, row)) or step == total
+            ends = (until is not None and any_process(run.accelerator, until(run, row))) or step == total
             if (rollouts := run.rollouts) is not None:
                 log.completions(rollouts.keeper.taken(), number_of(rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
