@@ -22,7 +22,6 @@ from logratio.losses import Mean
 from .again import learn
 from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
-from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .config.numbers import number_of
@@ -37,7 +36,17 @@ from .policy.load import describe
 from .processes.dealing import any_process, largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
-from .resume import Progress, about, best_step, compared, kept_behind, load_best, restore, save_checkpoint
+from .resume import (
+    Progress,
+    about,
+    best_step,
+    compared,
+    kept_behind,
+    load_best,
+    restore,
+    save_checkpoint,
+    save_in_the_end,
+)
 from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
@@ -120,7 +129,7 @@ def train_run(
         log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
-            save_run(run.config, run.policy, run.tokenizer, weights)
+            save_in_the_end(run, weights)
         log.flush()  # or the lines that still wait are lost without a word
         log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
         if main and (told_of_push := push_run(run.config.save, Path(folder))):

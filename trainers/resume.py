@@ -28,8 +28,8 @@ from .checkpoints.checkpoint import (
     ROLLOUTS,
     STATE,
 )
-from .checkpoints.folder import keep_latest, name_of, write_whole
-from .checkpoints.model import base_model, load_weights, write_model
+from .checkpoints.folder import checkpoints_in, keep_latest, name_of, write_whole
+from .checkpoints.model import Weights, base_model, load_weights, save_run, write_model
 from .checkpoints.tensors import flat, nested
 from .errors import UserError, counted
 from .ground.provenance import commit, versions
@@ -242,6 +242,17 @@ def load_best(run: Run, progress: Progress) -> list[str]:
         return [f"the best weights, of step {step} with {best}, are not in {folder}: saved are the last ones"]
     load_weights(run.config, run.policy, folder, run.accelerator)
     return [f"saved are the weights of step {step}, whose {best} is the best"]
+
+
+def save_in_the_end(run: Run, weights: Weights) -> None:
+    """The trained model into `output_dir`. UserError where the disk does not take it, with how to have it all the
+    same."""
+    try:
+        save_run(run.config, run.policy, run.tokenizer, weights)
+    except UserError as error:
+        last = next((path.name for _, path in checkpoints_in(Path(run.config.train.output_dir))), None)
+        on = f"the same command with --resume_from_checkpoint latest goes on from {last}" if last else "train again"
+        raise UserError(f"{error}; make room, and {on}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
