@@ -133,6 +133,7 @@ def about(run: Run) -> dict[str, Any]:
         **device_of(run.accelerator.device),
         "data": run.data.fingerprint,
         "frozen": run.frozen,
+        "configured": run.configured,
     }
 
 
@@ -153,13 +154,14 @@ def code() -> dict[str, Any]:
 def restore(run: Run) -> Progress:
     """Give the run the state of the checkpoint that it was built to go on from; returns where it is then.
 
-    Raises UserError where the data or the frozen weights are not those that the checkpoint was trained on.
+    Raises UserError where the data, the frozen weights or the models' configurations are not those that the
+    checkpoint was trained on.
     """
     checkpoint = run.checkpoint
     if checkpoint is None:
         return Progress()
     state, rank, device = checkpoint.state, run.accelerator.process_index, run.accelerator.device
-    checkpoint.check_same(run.data.fingerprint, run.frozen)
+    checkpoint.check_same(data=run.data.fingerprint, frozen=run.frozen, configured=run.configured)
     load_weights(run.config, run.policy, checkpoint.folder, run.accelerator)
     optimizer = nested(checkpoint.tensors(OPTIMIZER), state["optimizer"])
     load_optimizer_state(run.policy, run.optimizer, run.accelerator, optimizer)

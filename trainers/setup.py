@@ -28,6 +28,7 @@ from .logs.trackers import chosen as chosen_trackers
 from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters, refuse_sharded
 from .policy.adapters import describe as describe_adapters
+from .policy.configured import configured
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
@@ -79,6 +80,7 @@ class Run:
     reference_sync: ReferenceSync | None = None
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
+    configured: str = ""  # of what the models compute beside their weights
 
     def close(self) -> None:
         """Give back what others keep for the run."""
@@ -148,7 +150,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
             notes.append(UNTRAINED)
         if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
             notes.append(UNCORRECTED)
-    frozen = fingerprint(policy, reference_model(reference), reference_model(teacher))
+    models = policy, reference_model(reference), reference_model(teacher)
+    frozen = fingerprint(*models)
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
@@ -171,6 +174,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         reference_sync=sync,
         checkpoint=checkpoint,
         frozen=frozen,
+        configured=configured(*models),
     )
 
 

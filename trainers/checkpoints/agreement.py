@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from ..config import ONCE, RunConfig
 from ..errors import UserError
+from ..ground.provenance import versions
 
 MAY_CHANGE = frozenset(
     {
@@ -34,7 +35,12 @@ EACH_ITS_OWN = frozenset(
 )
 """Options in which the processes of a run may differ: what the main one alone reads, and where a node has its files,
 whose content is compared once it is read."""
-FINGERPRINTS = {"data": "on other data than are there now", "frozen": "from other weights than are there now"}
+FINGERPRINTS = {
+    "data": "on other data than are there now",
+    "frozen": "from other weights than are there now",
+    "configured": "with another configuration of its model or adapter (config.json, adapter_config.json) than is there "
+    "now",
+}
 
 
 def differences(
@@ -93,10 +99,11 @@ def agreed(config: RunConfig, accelerator: Accelerator) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, output_dir=main["train"]["output_dir"]))
 
 
-def check_fingerprints(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_fingerprints(folder: Path, saved: Mapping[str, Any], now: Mapping[str, str]) -> None:
     """Raise UserError where something of the same name is another than it was. saved, now: `FINGERPRINTS`."""
+    same = saved["versions"].get("transformers") == versions().get("transformers")  # others read it in another way
     for name, what in FINGERPRINTS.items():
-        if saved[name] != now[name]:
+        if saved[name] != now[name] and (same or name != "configured"):
             raise UserError(
                 f"{folder} was trained {what}, under the same name: put the old one back, or start a new run in "
                 "another --output_dir"
