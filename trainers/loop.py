@@ -28,6 +28,7 @@ from .config.numbers import number_of
 from .data.examples import Example
 from .data.sample import sample
 from .errors import Stopped, UserError, counted
+from .ground.alone import alone
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
 from .logs.trackers import chosen
@@ -72,6 +73,7 @@ def train(config: RunConfig, plan: Planner | None = None) -> dict[str, float]:
             raise no_room(error) from error
 
 
+@alone()
 def train_run(
     run: Run,
     *,

@@ -22,6 +22,7 @@ from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
+from .ground.alone import alone
 from .growing import Growth, make_growth
 from .health import Health
 from .logs.trackers import chosen as chosen_trackers
@@ -93,6 +94,7 @@ class Run:
         return epoch_steps(self.data.epoch_size, self.config)
 
 
+@alone()
 def build(config: RunConfig, *, saves: bool = True) -> Run:
     """Raises UserError for whatever in the configuration, the data or the model does not fit. saves: whether the disk
     is to have room for the trained model."""

@@ -16,6 +16,12 @@ from ..rollout.reward_model import OwnReward
 MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
 ROLLOUT = f"{PREFIX}rollout_func"
+TABLES = {
+    "pandas": "datasets.Dataset.from_pandas(...)",
+    "polars": "datasets.Dataset.from_polars(...)",
+    "pyarrow": "datasets.Dataset(...) of it",
+}
+"""Libraries whose tables are taken from by column -> how to make rows of them."""
 NOT_TAKEN = {
     "data_collator": "micro-batches are packed by the trainer; what of a row is learned, its columns prompt and "
     "completion say, or messages with assistant_only_loss",
@@ -160,4 +166,6 @@ def rows_of(data: Any, what: str) -> Any:
             f"{what}= must have a length, which {type(data).__name__} has not; to stream, give the name of the data as "
             f"{what}= and streaming=True"
         )
+    if (library := type(data).__module__.partition(".")[0]) in TABLES:
+        raise UserError(f"{what}= must be rows, got a {type(data).__name__} of {library}: give {TABLES[library]}")
     return data

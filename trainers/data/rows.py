@@ -14,6 +14,7 @@ from logratio.losses import Kind
 from ..errors import RowError, UserError, first_line
 from ..ground.given import given
 from .files import FILE_TYPES, file_type, open_file
+from .own_rows import OwnRows
 from .tasks.arithmetic import arithmetic_rows
 from .tasks.shopping import shopping_rows
 
@@ -143,7 +144,8 @@ def load_rows(
     if not dataset_name.strip():
         raise UserError("--dataset_name is empty: name a file, a folder or a data set of the Hub")
     if (own := given(dataset_name)) is not None:
-        rows = Rows(f"{dataset_name} ({split})", own[split])
+        rows, name = own[split], f"{dataset_name} ({split})"
+        rows = Rows(name, rows if hasattr(rows, "_indices") else OwnRows(name, rows))  # of datasets, or a list
         if not len(rows):
             raise UserError(f"{rows.name} has no rows")
         return rows
