@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
 
@@ -41,17 +41,21 @@ class OwnRows(Sequence[Any]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the rows say. UserError for a value that no file can hold."""
-        found = hashlib.sha256()
-        for index, row in enumerate(self):
-            try:
-                found.update(str(row).encode() if isinstance(row, RowError) else to_json(row).encode())
-            except (TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{self.name}, row {index} (counted from 0) has a value that cannot be kept "
-                    f"({error if isinstance(error, TypeError) else 'nested too deeply'}): leave that column out"
-                ) from error
-        return found.hexdigest()
+        return digest_of(self.name, self)
+
+
+def digest_of(name: str, rows: Iterable[Any]) -> str:
+    """SHA-256 of what the rows say. UserError for a value that no file can hold."""
+    found = hashlib.sha256()
+    for index, row in enumerate(rows):
+        try:
+            found.update(str(row).encode() if isinstance(row, RowError) else to_json(plain(row)).encode())
+        except (TypeError, RecursionError) as error:
+            raise UserError(
+                f"{name}, row {index} (counted from 0) has a value that cannot be kept "
+                f"({error if isinstance(error, TypeError) else 'nested too deeply'}): leave that column out"
+            ) from error
+    return found.hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from logratio.losses import Kind
 from logratio.trainers.classes.objects import rows_of
 from logratio.trainers.data.own_rows import OwnRows
-from logratio.trainers.data.rows import load_rows
+from logratio.trainers.data.rows import Rows, load_rows
 from logratio.trainers.errors import RowError, UserError
 from logratio.trainers.ground.given import giving
 
@@ -48,6 +48,20 @@ def test_a_list_and_a_dataset_are_read_alike():
     with giving({"object:list": {"train": rows}, "object:set": {"train": Dataset.from_list(rows)}}):
         both = [list(load_rows(name, Kind.SEQUENCE)) for name in ("object:list", "object:set")]
     assert both[0] == both[1] == json.loads(json.dumps(rows))
+
+
+def test_a_transform_counts_by_what_it_makes():
+    """Its name and place in memory, which datasets knows it by, may be those of one that is gone."""
+
+    def said(suffix):
+        def transform(batch):
+            return {"text": [text + suffix for text in batch["text"]]}
+
+        rows = Dataset.from_list([{"text": "a"}]).with_transform(transform)
+        return Rows("own", rows).digest()
+
+    digests = {said(str(i)) for i in range(30)}
+    assert len(digests) == 30 and said("1") in digests
 
 
 def test_a_table_that_is_taken_from_by_column_is_refused():
