@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..ground.given import PREFIX
@@ -49,6 +50,11 @@ class Objects:
         """Names, folders or models of transformers; a tokenizer that goes with them."""
         if model is None:
             raise UserError("model= is missing: a name, a folder, or a model of transformers")
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            instead = " (its .tokenizer, of a processor)" if hasattr(tokenizer, "tokenizer") else ""
+            raise UserError(
+                f"processing_class= must be a tokenizer of transformers{instead}, got {type(tokenizer).__name__}"
+            )
         self.options["model_name_or_path"] = self._model(MODEL, model, tokenizer)
         if ref_model is not None:
             self.options["ref_model_name_or_path"] = self._model(REFERENCE, ref_model, tokenizer)

@@ -51,7 +51,11 @@ def load_tokenizer(name: str) -> Any:
 def complete(tokenizer: Any, name: str) -> Any:
     """The tokenizer, with a token to pad with. UserError where it has none to end with."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name!r} has no EOS token, so no completion could end")
+        whose = f"of {name!r}" if name else "that was given (processing_class=)"
+        raise UserError(
+            f"the tokenizer {whose} has no EOS token, so no completion could end: set its eos_token, to one that the "
+            "model knows"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
