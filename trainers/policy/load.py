@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..ground.given import given
 from ..layers.fused import fuse_layers
+from ..layers.int8 import keep_product
 from ..layers.liger import check_liger, use_liger
 from ..layers.nf4 import keep_layout
 from .checks import check_finite, check_folder, check_loaded, foreign
@@ -98,6 +99,7 @@ def load_model(
     name = name or config.model_name_or_path
     model, said = _load(config, device, seed, name)
     keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
+    keep_product(model)
     check_finite(model, repr(name))
     if notes is not None:
         notes += said
