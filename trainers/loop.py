@@ -22,22 +22,32 @@ from logratio.losses import Mean
 from .again import learn
 from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
-from .checkpoints.model import save_run
 from .checkpoints.output_dir import locked
 from .config import RunConfig
 from .config.numbers import number_of
 from .data.examples import Example
 from .data.sample import sample
 from .errors import Stopped, UserError, counted
+from .ground.alone import alone
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
 from .logs.trackers import chosen
 from .memory import no_room
 from .policy.load import describe
-from .processes.dealing import largest
+from .processes.dealing import any_process, largest
 from .processes.sharding import full_weights
 from .processes.watching import ending_together
-from .resume import Progress, about, best_step, compared, kept_behind, load_best, restore, save_checkpoint
+from .resume import (
+    Progress,
+    about,
+    best_step,
+    compared,
+    kept_behind,
+    load_best,
+    restore,
+    save_checkpoint,
+    save_in_the_end,
+)
 from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
@@ -63,6 +73,7 @@ def train(config: RunConfig, plan: Planner | None = None) -> dict[str, float]:
             raise no_room(error) from error
 
 
+@alone()
 def train_run(
     run: Run,
     *,
@@ -104,7 +115,7 @@ def train_run(
                 raise UserError(f"step {step}: {error}{kept}") from error
             for note in (*(run.rollouts.after(step) if run.rollouts is not None else ()), *run.step.memory.take()):
                 log.alarm(note)
-            ends = (until is not None and until(run, row)) or step == total
+            ends = (until is not None and any_process(run.accelerator, until(run, row))) or step == total
             if (rollouts := run.rollouts) is not None:
                 log.completions(rollouts.keeper.taken(), number_of(rollouts.config.log_completions_steps, total) or 0)
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
@@ -124,7 +135,7 @@ def train_run(
         log.keep_card(run.data.card())  # of streamed rows more is known now
         weights = full_weights(run.policy, run.accelerator)
         if main:
-            save_run(run.config, run.policy, run.tokenizer, weights)
+            save_in_the_end(run, weights)
         log.flush()  # or the lines that still wait are lost without a word
         log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
         if main and (told_of_push := push_run(run.config.save, Path(folder))):

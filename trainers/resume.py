@@ -28,8 +28,8 @@ from .checkpoints.checkpoint import (
     ROLLOUTS,
     STATE,
 )
-from .checkpoints.folder import keep_latest, name_of, write_whole
-from .checkpoints.model import base_model, load_weights, write_model
+from .checkpoints.folder import checkpoints_in, keep_latest, name_of, write_whole
+from .checkpoints.model import Weights, base_model, load_weights, save_run, write_model
 from .checkpoints.tensors import flat, nested
 from .errors import UserError, counted
 from .ground.provenance import commit, versions
@@ -133,6 +133,7 @@ def about(run: Run) -> dict[str, Any]:
         **device_of(run.accelerator.device),
         "data": run.data.fingerprint,
         "frozen": run.frozen,
+        "configured": run.configured,
     }
 
 
@@ -153,13 +154,14 @@ def code() -> dict[str, Any]:
 def restore(run: Run) -> Progress:
     """Give the run the state of the checkpoint that it was built to go on from; returns where it is then.
 
-    Raises UserError where the data or the frozen weights are not those that the checkpoint was trained on.
+    Raises UserError where the data, the frozen weights or the models' configurations are not those that the
+    checkpoint was trained on.
     """
     checkpoint = run.checkpoint
     if checkpoint is None:
         return Progress()
     state, rank, device = checkpoint.state, run.accelerator.process_index, run.accelerator.device
-    checkpoint.check_same(run.data.fingerprint, run.frozen)
+    checkpoint.check_same(data=run.data.fingerprint, frozen=run.frozen, configured=run.configured)
     load_weights(run.config, run.policy, checkpoint.folder, run.accelerator)
     optimizer = nested(checkpoint.tensors(OPTIMIZER), state["optimizer"])
     load_optimizer_state(run.policy, run.optimizer, run.accelerator, optimizer)
@@ -242,6 +244,17 @@ def load_best(run: Run, progress: Progress) -> list[str]:
         return [f"the best weights, of step {step} with {best}, are not in {folder}: saved are the last ones"]
     load_weights(run.config, run.policy, folder, run.accelerator)
     return [f"saved are the weights of step {step}, whose {best} is the best"]
+
+
+def save_in_the_end(run: Run, weights: Weights) -> None:
+    """The trained model into `output_dir`. UserError where the disk does not take it, with how to have it all the
+    same."""
+    try:
+        save_run(run.config, run.policy, run.tokenizer, weights)
+    except UserError as error:
+        last = next((path.name for _, path in checkpoints_in(Path(run.config.train.output_dir))), None)
+        on = f"the same command with --resume_from_checkpoint latest goes on from {last}" if last else "train again"
+        raise UserError(f"{error}; make room, and {on}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
+from .checkpoints.agreement import agreed
 from .checkpoints.checkpoint import Checkpoint, open_checkpoint
 from .checkpoints.hub import check_push
 from .checkpoints.output_dir import check_output, clear
@@ -22,12 +23,14 @@ from .checkpoints.tensors import fingerprint
 from .config import RunConfig
 from .data.table.load import Data, load_data
 from .errors import UserError
+from .ground.alone import alone
 from .growing import Growth, make_growth
 from .health import Health
 from .logs.trackers import chosen as chosen_trackers
 from .optimizer import make_optimizer, make_schedule, trained_parameters
 from .policy.adapters import add_adapters, refuse_sharded
 from .policy.adapters import describe as describe_adapters
+from .policy.configured import configured
 from .policy.dropout import describe as describe_dropout
 from .policy.load import check_trainable, load_model
 from .policy.policy import Policy
@@ -80,6 +83,7 @@ class Run:
     reference_sync: ReferenceSync | None = None
     checkpoint: Checkpoint | None = None  # to go on from
     frozen: str = ""  # fingerprint of what does not train
+    configured: str = ""  # of what the models compute beside their weights
 
     def close(self) -> None:
         """Give back what others keep for the run."""
@@ -92,6 +96,7 @@ class Run:
         return epoch_steps(self.data.epoch_size, self.config)
 
 
+@alone()
 def build(config: RunConfig, *, saves: bool = True) -> Run:
     """Raises UserError for whatever in the configuration, the data or the model does not fit. saves: whether the disk
     is to have room for the trained model."""
@@ -99,7 +104,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     check_push(config.save)
     accelerator = start_accelerator(config.train.mixed_precision, config.train.ddp_timeout)
     refuse_sharded(config.model, accelerator)
-    config = config.resolved(accelerator.num_processes)
+    config = agreed(config.resolved(accelerator.num_processes), accelerator)
     check_output(config)
     checkpoint, checkpoint_notes = open_checkpoint(config, accelerator)
     began = checkpoint.state["config"]["model"] if checkpoint else {}
@@ -151,7 +156,8 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
             notes.append(UNTRAINED)
         if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
             notes.append(UNCORRECTED)
-    frozen = fingerprint(policy, reference_model(reference), reference_model(teacher))
+    models = policy, reference_model(reference), reference_model(teacher)
+    frozen = fingerprint(*models)
     check_alike(accelerator, frozen)
     if config.train.overwrite_output_dir and accelerator.is_main_process:
         clear(Path(config.train.output_dir))
@@ -174,6 +180,7 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
         reference_sync=sync,
         checkpoint=checkpoint,
         frozen=frozen,
+        configured=configured(*models),
     )
 
 
@@ -192,7 +199,7 @@ def load_functions(
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:
     """The Accelerator; UserError for a launcher's settings that are not supported, and where its processes would not
     find each other. timeout: how long they wait for each other, in seconds."""
-    refuse_untried()
+    refuse_untried(mixed_precision)
     load_everywhere()
     # accelerate hands on what differs from its own default, which is not every backend's
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout, milliseconds=1))

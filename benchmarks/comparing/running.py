@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,9 @@ def run_job(job: Job) -> dict[str, Any]:
         return {"status": "ok", **trained(job)}
     except (UserError, torch.OutOfMemoryError) as error:
         return {"status": "failed", "error": first_line(error)}
+    except Exception as error:  # of a loss or a reward of one's own: the others are not to pay for it
+        traceback.print_exc()
+        return {"status": "failed", "error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def trained(job: Job) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from logratio.trainers import cli, loop, resume
+from logratio.trainers.checkpoints import model
 from logratio.trainers.checkpoints.folder import checkpoints_in
 from logratio.trainers.data.table import streaming
 from logratio.trainers.logs import journal
@@ -85,6 +86,27 @@ def test_best_weights_that_the_disk_did_not_take_are_told(capsys, monkeypatch):
     assert said in " ".join(capsys.readouterr().out.split())
     last, saved = weights("out/checkpoint-6"), weights("out")
     assert all(torch.equal(last[k], saved[k]) for k in last)
+
+
+def test_a_full_disk_in_the_end_is_told_with_how_to_go_on(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    Path("rows.jsonl").write_text(json.dumps({"text": "1 and 2"}) + "\n")
+    words = ["train", "sft", "--dataset_name", "rows.jsonl", "--max_steps", "2", "--output_dir", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "write_model", full)
+        for more, on in (
+            ([], "train again"),
+            (["--save_steps", "2"], "the same command with --resume_from_checkpoint"),
+        ):
+            assert cli.main([*words, *more]) == 1
+            said = capsys.readouterr().err
+            told = "logratio: the model could not be saved in out: No space left on device; make room, and "
+            assert said.startswith(told + on)
+    assert said.endswith(" latest goes on from checkpoint-2\n")
+    assert cli.main([*words, "--save_steps", "2", *LATEST]) == 0
+    assert Path("out/model.safetensors").is_file()
 
 
 def test_lines_that_no_disk_took_are_told_in_the_end(capsys, monkeypatch):

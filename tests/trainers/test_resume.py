@@ -4,6 +4,7 @@ What `tests/chaos.py` finds out by killing runs at random moments is here one ca
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -236,7 +237,7 @@ OTHER = {
         ["--resume_from_checkpoint", "out/base_model"],
         "--resume_from_checkpoint out/base_model is no checkpoint: it has no trainer_state.json; give a checkpoint-N",
     ),
-    "format": ([], "out/checkpoint-6 has the format 0, this version reads 3"),
+    "format": ([], "out/checkpoint-6 has the format 0, this version reads 4"),
 }
 
 
@@ -270,6 +271,31 @@ def test_other_weights_under_the_same_name_are_refused(capsys):
     capsys.readouterr()
     train("dpo", *LORA, "--model_name_or_path", "start", *LATEST, status=1)
     assert "was trained from other weights than are there now, under the same name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["start/config.json", "adapter/adapter_config.json"])
+def test_another_configuration_of_the_same_weights_is_refused(file, capsys):
+    """Which is another model: the base of its positions, an adapter's scale. So are stored reference log-probs."""
+    begun = ["--model_name_or_path", "start"]
+    train("sft", "--max_steps", "1", output="start")
+    train("sft", "--max_steps", "1", *LORA, *begun, output="adapter")
+    begun += ["--adapter_name_or_path", "adapter", "--precompute_ref_log_probs"]
+    train("dpo", *begun)
+    known = Path(file).read_text()
+    other = re.sub(r'"(rope_theta|lora_alpha)": (\d+)', r'"\1": 1\2', known)
+    assert other != known
+    Path(file).write_text(other)
+    for stored in (True, False):
+        if not stored:
+            Path("out/ref_log_probs.safetensors").unlink()
+        capsys.readouterr()
+        train("dpo", *begun, *LATEST, status=1)
+        said = capsys.readouterr().err
+        assert ("holds reference log-probs for other configuration than this run's" in said) == stored
+        assert stored or "with another configuration of its model or adapter (config.json, adapter_config.json)" in said
+    Path(file).write_text(known)
+    Path("out/ref_log_probs.safetensors").unlink()
+    train("dpo", *begun, *LATEST)
 
 
 def test_other_versions_are_said(capsys, monkeypatch):

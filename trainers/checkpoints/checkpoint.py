@@ -31,7 +31,7 @@ from .folder import find, remove_unfinished
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
 AHEAD = "ahead.json"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,10 @@ class Checkpoint:
         path = self.folder / name
         return load_file(path) if path.exists() else {}
 
-    def check_same(self, data: str, frozen: str) -> None:
-        """Raise UserError unless data and frozen weights are those that it was trained on."""
-        check_fingerprints(self.folder, self.state["about"], {"data": data, "frozen": frozen})
+    def check_same(self, **now: str) -> None:
+        """Raise UserError unless data, frozen weights and configurations are those that it was trained on. now: by
+        the names of `FINGERPRINTS`."""
+        check_fingerprints(self.folder, self.state["about"], now)
 
 
 def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkpoint | None, list[str]]:

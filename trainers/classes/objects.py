@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError, shown
 from ..ground.given import PREFIX
@@ -17,6 +18,12 @@ from ..rollout.reward_model import OwnReward
 MODEL, REFERENCE = f"{PREFIX}model", f"{PREFIX}ref_model"
 DATA, PEFT, REWARD = f"{PREFIX}dataset", f"{PREFIX}peft_config", f"{PREFIX}reward"
 ROLLOUT = f"{PREFIX}rollout_func"
+TABLES = {
+    "pandas": "datasets.Dataset.from_pandas(...)",
+    "polars": "datasets.Dataset.from_polars(...)",
+    "pyarrow": "datasets.Dataset(...) of it",
+}
+"""Libraries whose tables are taken from by column -> how to make rows of them."""
 NOT_TAKEN = {
     "data_collator": "micro-batches are packed by the trainer; what of a row is learned, its columns prompt and "
     "completion say, or messages with assistant_only_loss",
@@ -43,6 +50,11 @@ class Objects:
         """Names, folders or models of transformers; a tokenizer that goes with them."""
         if model is None:
             raise UserError("model= is missing: a name, a folder, or a model of transformers")
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            instead = " (its .tokenizer, of a processor)" if hasattr(tokenizer, "tokenizer") else ""
+            raise UserError(
+                f"processing_class= must be a tokenizer of transformers{instead}, got {type(tokenizer).__name__}"
+            )
         self.options["model_name_or_path"] = self._model(MODEL, model, tokenizer)
         if ref_model is not None:
             self.options["ref_model_name_or_path"] = self._model(REFERENCE, ref_model, tokenizer)
@@ -180,4 +192,6 @@ def rows_of(data: Any, what: str) -> Any:
             f"{what}= must have a length, which {type(data).__name__} has not; to stream, give the name of the data as "
             f"{what}= and streaming=True"
         )
+    if (library := type(data).__module__.partition(".")[0]) in TABLES:
+        raise UserError(f"{what}= must be rows, got a {type(data).__name__} of {library}: give {TABLES[library]}")
     return data

@@ -113,7 +113,7 @@ class Trainer(Theirs):
             raise UserError("train_dataset= and the option datasets both say what to train on; leave one of them out")
         said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            with giving({}), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):  # one thread at a time
                 return config_of(judged.method, LOSSES[judged.method], options)
         except SystemExit as error:  # of the command line's parser
             lines = [line.strip(" │─╭╮╰╯") for line in said.getvalue().splitlines()]

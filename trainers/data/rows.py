@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from logratio.losses import Kind
 from ..errors import RowError, UserError, first_line
 from ..ground.given import given
 from .files import FILE_TYPES, file_type, open_file
+from .own_rows import OwnRows, digest_of
 from .tasks.arithmetic import arithmetic_rows
 from .tasks.shopping import shopping_rows
 
@@ -101,7 +101,7 @@ class Rows:
 
     def digest(self) -> str:
         """SHA-256 of what the rows say, wherever they lie."""
-        found = getattr(self.rows, "digest", None) or _digest(self.rows)
+        found = getattr(self.rows, "digest", None) or _digest(self.name, self.rows)
         for what in (self.columns, None if self.text == "text" else self.text):
             found = found if what is None else hashlib.sha256(f"{found} {what}".encode()).hexdigest()
         return found
@@ -113,12 +113,12 @@ class Rows:
         return f"{self.name}, row {self.numbers[row] if self.numbers else row} (counted from 0)"
 
 
-def _digest(rows: Any) -> str:
+def _digest(name: str, rows: Any) -> str:
+    if (
+        not hasattr(rows, "data") or rows.format["type"] == "custom"
+    ):  # a transform, of which only what it makes is known
+        return digest_of(name, rows)
     found = hashlib.sha256()
-    if not hasattr(rows, "data"):
-        for row in rows:
-            found.update(json.dumps(row).encode())
-        return found.hexdigest()
     import pyarrow
 
     # datasets' own fingerprint says where rows came from, not what they are
@@ -157,7 +157,8 @@ def load_rows(
     if not dataset_name.strip():
         raise UserError("--dataset_name is empty: name a file, a folder or a data set of the Hub")
     if (own := given(dataset_name)) is not None:
-        rows = Rows(f"{dataset_name} ({split})", own[split])
+        rows, name = own[split], f"{dataset_name} ({split})"
+        rows = Rows(name, rows if hasattr(rows, "_indices") else OwnRows(name, rows))  # of datasets, or a list
         if not len(rows):
             raise UserError(f"{rows.name} has no rows")
         return rows

@@ -6,6 +6,7 @@ A configuration is plain text and says `object:train_dataset`; whoever would ope
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,18 +14,21 @@ from ..errors import UserError
 
 PREFIX = "object:"
 _GIVEN: dict[str, Any] = {}
+_ONE = threading.RLock()
 
 
 @contextlib.contextmanager
 def giving(objects: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, the objects are found under their names, which begin with PREFIX."""
-    before = dict(_GIVEN)
-    _GIVEN.update(objects)
-    try:
-        yield
-    finally:
-        _GIVEN.clear()
-        _GIVEN.update(before)
+    """Inside, the objects are found under their names, which begin with PREFIX. Another thread that gives objects of
+    the same names waits."""
+    with _ONE:
+        before = dict(_GIVEN)
+        _GIVEN.update(objects)
+        try:
+            yield
+        finally:
+            _GIVEN.clear()
+            _GIVEN.update(before)
 
 
 def given(name: str) -> Any:

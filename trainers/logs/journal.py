@@ -61,7 +61,10 @@ class Journal:
         try:
             found = next(((row, end) for row, end in read_chain(self.path) if row["step"] == step), None)
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+            remedy = "put the metrics.jsonl of the checkpoint's run beside the checkpoint"
+            raise UserError(
+                f"{self.path}, behind which the run goes on, cannot be read: {error.strerror}; {remedy}"
+            ) from error
         if found is None or found[0]["hash"] != known:
             raise UserError(
                 f"{self.path} is not the log of the run that goes on: up to step {step} it has other lines than were "

@@ -163,9 +163,10 @@ def describe(model: Any) -> list[str]:
         left_out = excluded if isinstance(excluded, str) else ", ".join(sorted(excluded))
         notes.append(f"left without adapters: {left_out}")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    half = ", in float16" if model.device.type == "cuda" else ""  # see layers/int8.py
     kinds = {
         "DoRA": any(layer.lora_variant for layer in layers),
-        "over 8-bit weights, in float16": any("8bit" in type(layer).__name__ for layer in layers),
+        f"over 8-bit weights{half}": any("8bit" in type(layer).__name__ for layer in layers),
     }
     if any(kinds.values()):
         told = " ".join(name for name, is_so in kinds.items() if is_so)

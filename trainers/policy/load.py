@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..ground.given import given
 from ..layers.fused import fuse_layers
+from ..layers.int8 import keep_product
 from ..layers.liger import check_liger, use_liger
 from ..layers.nf4 import keep_layout
 from .checks import check_finite, check_folder, check_loaded, foreign
@@ -52,7 +53,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 def complete(tokenizer: Any, name: str) -> Any:
     """The tokenizer, with a token to pad with. UserError where it has none to end with."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name!r} has no EOS token, so no completion could end")
+        whose = f"of {name!r}" if name else "that was given (processing_class=)"
+        raise UserError(
+            f"the tokenizer {whose} has no EOS token, so no completion could end: set its eos_token, to one that the "
+            "model knows"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -95,6 +100,7 @@ def load_model(
     name = name or config.model_name_or_path
     model, said = _load(config, device, seed, name)
     keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
+    keep_product(model)
     check_finite(model, repr(name))
     if notes is not None:
         notes += said

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,12 +22,13 @@ from ..batches.packing import PackedBatch, example_tokens, pack
 from ..batches.values import laid_out, per_example
 from ..config import RunConfig
 from ..data.examples import Example
-from ..errors import UserError, counted
+from ..errors import UserError, counted, first_line
 from ..layers.switch import set_training
 from ..memory import Memory
 from ..processes.dealing import any_process
 from ..processes.sharding import shard_frozen, whole
 from .checks import foreign
+from .configured import configured
 from .load import load_model
 from .policy import REFERENCE_ADAPTER, Policy
 from .sharing import choose_attention
@@ -149,7 +150,8 @@ def precompute(
 
 
 def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float) -> dict[str, str]:
-    """What stored log-probabilities depend on: the reference's weights, and the token ids that they are of.
+    """What stored log-probabilities depend on: the reference's weights, what it computes with them, and the token ids
+    that they are of.
 
     Token ids cover the data, its order, the tokenizer, the chat template and the truncation.
     """
@@ -161,7 +163,8 @@ def fingerprint(policy: Policy, examples: Sequence[Example], temperature: float)
         weights.update(name.encode())
         value = whole(value.detach())
         weights.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
-    return {"weights": weights.hexdigest(), "tokens": tokens_of(examples), "temperature": repr(temperature)}
+    key = {"weights": weights.hexdigest(), "configuration": configured(policy)}
+    return key | {"tokens": tokens_of(examples), "temperature": repr(temperature)}
 
 
 def tokens_of(examples: Sequence[Example]) -> str:
@@ -171,12 +174,19 @@ def tokens_of(examples: Sequence[Example]) -> str:
 
 
 def save_table(path: Path, table: dict[str, list[Tensor]], key: dict[str, str]) -> None:
-    """Write the table whole or not at all."""
+    """Write the table whole or not at all. UserError where the disk does not take it."""
     tensors = {f"{example}.{i}": t for example, parts in table.items() for i, t in enumerate(parts)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=key)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=key)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UserError(
+            f"{path} could not be written: {reason}; make room, or leave out --precompute_ref_log_probs"
+        ) from error
 
 
 def load_table(path: Path, key: dict[str, str]) -> dict[str, list[Tensor]]:

@@ -47,12 +47,21 @@ ZERO_READY = "(configs/accelerate/zero2.yaml)"
 READY = "(configs/accelerate/fsdp2.yaml)"
 
 
-def refuse_untried(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError for a way to run several processes in which no run has been compared with one process."""
+def refuse_untried(mixed_precision: str = "no", environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError for a way to run several processes in which no run has been compared with one process, and for
+    what a launcher asks of the computation and the run does not. mixed_precision: the run's."""
 
     def says(name: str) -> bool:
         return environment.get(name, "false").lower() in ("true", "1", "yes")
 
+    asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", mixed_precision):
+        raise UserError(
+            f"the launcher asks for mixed_precision {asked}, and the run for {mixed_precision}, which is what would "
+            f"count: give the run --mixed_precision {asked}, or set the launcher's to no"
+        )
+    if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise UserError(f"the launcher's dynamo_backend {backend} (torch.compile) is not supported: set it to no")
     for name, message in UNTRIED.items():
         if says(name):
             raise UserError(f"{message} {READY}")

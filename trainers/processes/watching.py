@@ -51,7 +51,7 @@ class Watch:
         """For good; whoever holds the process up after this is not told."""
         self.stopped.set()
         if self.thread.is_alive() and self.thread is not threading.current_thread():
-            self.thread.join(2 * INTERVAL)  # one that still asks the store when the process ends would abort it
+            self.thread.join(GRACE)  # one that still asks the store when the process ends would abort it
 
     def _look(self) -> None:
         beat = 0

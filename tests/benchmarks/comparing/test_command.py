@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,6 +121,16 @@ def test_a_run_that_fails_is_told_and_the_others_compared(compared, monkeypatch,
     assert {(x["first"], x["second"]) for x in verdicts} == {("sft", "<b>a</b>")}
     monkeypatch.setattr(command, "run_job", real)
     assert compare(compared, *THREE) == 0, "what failed is tried again"
+
+
+def test_a_loss_of_ones_own_that_raises_is_a_run_that_failed(monkeypatch, capsys):
+    def raising(job):
+        raise ZeroDivisionError("of all things")
+
+    monkeypatch.setattr(running, "trained", raising)
+    job = SimpleNamespace(threads=None)
+    assert running.run_job(job) == {"status": "failed", "error": "ZeroDivisionError: of all things"}
+    assert "in raising" in capsys.readouterr().err, "with its traceback"
 
 
 def test_the_page_is_whole_and_escapes_what_is_the_users(compared):

@@ -33,7 +33,7 @@ from logratio.trainers import (
     UserError,
     cli,
 )
-from logratio.trainers.policy.tiny import tiny_config, tiny_tokenizer
+from logratio.trainers.policy.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from ._rows import PLAIN, assert_same, rows, trained
 
@@ -239,6 +239,11 @@ REFUSED = {
         UserError,
         "reward_processing_classes= has 1 tokenizers for 2 reward_funcs=: one each, None for what is a function",
     ),
+    "a tokenizer's name": (
+        lambda: SFTTrainer("model", processing_class="model"),
+        UserError,
+        "processing_class= must be a tokenizer of transformers, got str",
+    ),
     "too many": (lambda: SFTTrainer("model", SFTConfig(), []), TypeError, "takes model, args without a name"),
 }
 
@@ -250,6 +255,16 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(what, here):
         make()
     assert message in str(told.value), str(told.value)
     assert [path.name for path in here.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_ends_nothing_is_told_by_how_it_was_given(here):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    said = r"^the tokenizer that was given \(processing_class=\) has no EOS token, .*: set its eos_token"
+    with pytest.raises(UserError, match=said):
+        SFTTrainer(
+            tiny_model(0), SFTConfig("out", **PLAIN), train_dataset=rows("sft"), processing_class=tokenizer
+        ).train()
 
 
 def test_an_object_that_has_gone_is_named(here, capsys):

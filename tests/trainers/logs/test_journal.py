@@ -59,7 +59,7 @@ def test_a_log_of_another_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not the log of the run that goes on: up to step 2 it has other lines"):
         Journal(path, (2, known))
     assert path.read_text() == before
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match="cannot be read: No such file .*; put the metrics.jsonl of .* beside the"):
         Journal(tmp_path / "none", (2, known))
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 
 from logratio.trainers.batches.packing import pack
 from logratio.trainers.data.examples import Completion, Example
@@ -116,6 +117,17 @@ def test_the_cache_is_refused_for_other_weights_tokens_or_temperature(policy, tm
         )
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
             load_table(path, other)
+
+
+def test_a_table_that_the_disk_does_not_take_is_told_and_not_left_half_written(policy, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(reference, "save_file", full)
+    with pytest.raises(UserError, match="table.safetensors could not be written: .*No space left .*; make room, or"):
+        save_table(tmp_path / "table.safetensors", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_trained_adapters_do_not_change_the_fingerprint_but_the_frozen_one_does(policy, tmp_path):

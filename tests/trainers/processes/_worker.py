@@ -28,6 +28,7 @@ from logratio.trainers import cli, loop, setup
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
+from logratio.trainers.ground.given import giving
 from logratio.trainers.memory import Memory
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.reference import ModelReference
@@ -233,6 +234,34 @@ def spoil(words: list[str], kind: str = "ddp") -> dict[str, Any]:
             said = str(error)
     moved = max(float((a - p.detach()).abs().max()) for a, p in zip(before, run.trained, strict=True))
     return {"said": said, "moved": moved}
+
+
+def differ(words: list[str], kind: str = "ddp") -> dict[str, str]:
+    """What is said where process 1 was given something else than process 0."""
+    rank = int(os.environ["RANK"])
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "0"} for i in range(8)]
+    halves = {"object:rows": {"train": rows[rank::2]}}
+    asked = {
+        "options": [*words, "--learning_rate", f"{rank + 1}e-4"],
+        "begun": [*words, *(["--resume_from_checkpoint", "latest"] if rank else [])],
+        "rows": [*words, "--dataset_name", "object:rows"],
+    }
+    said = {}
+    for name, own in asked.items():
+        try:
+            with giving(halves):
+                setup.build(parse_train(own))
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+def end(words: list[str], kind: str = "ddp") -> dict[str, Any]:
+    """A run that process 1 alone ends after its second step, and that each process would write elsewhere."""
+    rank = int(os.environ["RANK"])
+    run = setup.build(parse_train([*words, "--output_dir", f"{words[words.index('--output_dir') + 1]}-{rank}"]))
+    row = loop.train_run(run, until=lambda run, row: rank == 1 and row["step"] == 2)
+    return {"row": row, "output_dir": run.config.train.output_dir}
 
 
 def fail(words: list[str], kind: str = "ddp") -> None:

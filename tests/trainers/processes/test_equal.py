@@ -82,12 +82,14 @@ def two(folder):
         whole = words_for(*setting[:2], folder, kept(folder, kind), *setting[2:])
         jobs += [{"words": whole, "kind": kind, "do": "sample"}, going_on(folder, kind, "two")]
     jobs += [{"words": [], "do": "compare"}, {"words": [], "do": "sums"}]
+    apart = words_for("dpo", "lora", folder, folder / "apart")
+    jobs += [{"words": apart, "do": "differ"}, {"words": apart, "do": "end"}]
     done = work_of_one_import(2, jobs, folder / "work2")
     assert done.returncode == 0 and "returned a view tensor" not in done.stderr, done.stderr
     ranks = said_by(done, 2, folder / "work2")
     names = [*(f"ddp-{name}" for name in TWO), *(f"fsdp2-{name}" for name in FSDP2)]
     names += ["sampled", "rough", "trip-lora", "trip"]
-    names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare", "sums"]
+    names += [*(f"{kind}-{name}" for kind in KEPT for name in ("whole", "two")), "compare", "sums", "differ", "end"]
     return [dict(zip(names, said, strict=True)) for said in ranks]
 
 
@@ -282,3 +284,24 @@ def test_every_method_in_every_way(kind, world, alone, folder):
     for name, said in zip(LONG, zip(*ranks, strict=True), strict=True):
         assert_equal(alone(name, LONG[name]), folder / f"{kind}{world}" / name / "out")
         assert_alike([{name: one} for one in said], name)
+
+
+def test_processes_that_were_given_other_things_are_told_apart(two):
+    """All say so, and none waits for the others."""
+    for rank in two:
+        assert rank["differ"] == {
+            "options": "process 1 has other options than process 0 (learning_rate 0.0002, of process 0 0.0001): give "
+            "all the same",
+            "begun": "process 1 has other options than process 0 (resume_from_checkpoint latest, of process 0 None): "
+            "give all the same",
+            "rows": "the rows that process 1 was given are not those of process 0: give all processes the same data "
+            "set, whole and in one order; a step's examples are dealt to them here",
+        }
+
+
+def test_a_run_ends_on_all_processes_where_one_ends_it(two, folder):
+    """By a callback that looks at the clock, say. All write where the main process does."""
+    for rank in two:
+        assert rank["end"]["row"]["step"] == 2
+        assert rank["end"]["output_dir"] == str(folder / "apart-0")
+    assert len(log_of(folder / "apart-0")) == 2 and not (folder / "apart-1").exists()

@@ -45,7 +45,7 @@ def accelerator(world=1, kind=DistributedType.NO, device="cpu"):
 )
 def test_what_has_not_been_tried_is_refused(environment, said):
     with pytest.raises(UserError, match=f"^{said}.*configs/accelerate/fsdp2.yaml"):
-        refuse_untried(environment)
+        refuse_untried(environment=environment)
 
 
 @pytest.mark.parametrize(
@@ -62,22 +62,35 @@ def test_what_has_not_been_tried_is_refused(environment, said):
 )
 def test_what_has_not_been_tried_of_deepspeed_is_refused(environment, said):
     environment = {f"ACCELERATE_{name}": value for name, value in environment.items()}
-    refuse_untried(environment)
+    refuse_untried(environment=environment)
     with pytest.raises(UserError, match=f"^{said}.*configs/accelerate/zero2.yaml"):
-        refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"} | environment)
+        refuse_untried(environment={"ACCELERATE_USE_DEEPSPEED": "true"} | environment)
+
+
+def test_what_a_launcher_asks_of_the_computation_is_not_passed_over():
+    """`accelerate launch --mixed_precision bf16`, or a configuration that `accelerate config` has left."""
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    refuse_untried("bf16", bf16)
+    refuse_untried("bf16", {"ACCELERATE_MIXED_PRECISION": "no"})
+    with pytest.raises(UserError, match=r"^the launcher asks for mixed_precision bf16, and the run for no, .*: give"):
+        refuse_untried("no", bf16)
+    with pytest.raises(UserError, match=r"^the launcher's dynamo_backend inductor \(torch.compile\) is not supported"):
+        refuse_untried("no", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
 
 
 def test_deepspeed_that_is_not_there_is_told(monkeypatch):
     monkeypatch.setattr(launching, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="^DeepSpeed is not installed: pip install 'deepspeed>=0.19.8'$"):
-        refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"})
+        refuse_untried(environment={"ACCELERATE_USE_DEEPSPEED": "true"})
     monkeypatch.setattr(launching, "find_spec", lambda name: name == "deepspeed")
-    refuse_untried({"ACCELERATE_USE_DEEPSPEED": "true"})
+    refuse_untried(environment={"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def test_fsdp2_and_plain_processes_are_not_refused():
-    refuse_untried(FSDP2)
-    refuse_untried({"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "false"})
+    refuse_untried(environment=FSDP2)
+    refuse_untried(
+        environment={"FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_USE_DEEPSPEED": "false"}
+    )
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
@@ -139,7 +152,7 @@ def test_the_ready_configurations_ask_for_nothing_that_is_refused(name, monkeypa
         assert environment.get(variable, "false") == str(name == kind).lower()
     assert environment.get("FSDP_VERSION", "2") == "2" and environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "2"
-    refuse_untried(environment)
+    refuse_untried(environment=environment)
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"ddp", "fsdp2", "zero2"}
 
 

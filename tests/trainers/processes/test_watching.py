@@ -74,6 +74,21 @@ def test_a_run_that_nobody_has_ended_is_watched_no_longer_where_its_process_ends
     assert not watch.thread.is_alive()
 
 
+def test_a_watch_that_is_stopped_is_waited_for_though_the_store_is_slow(monkeypatch):
+    """As of a machine with more to do than it has cores."""
+    monkeypatch.setattr(watching, "INTERVAL", 0.05)
+    asked = threading.Event()
+
+    def slow(names):
+        asked.set()
+        time.sleep(0.5)
+
+    watch = Watch(SimpleNamespace(set=lambda *_: None, check=slow), 0, 2, timeout=7).start()
+    asked.wait()
+    watch.stop()
+    assert not watch.thread.is_alive()
+
+
 BROKEN = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
 
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from logratio.losses import Kind
 
 from ...config import DataConfig, RunConfig
 from ...config.numbers import number_of
 from ...errors import UserError, counted
-from ...processes.once import once
+from ...ground.given import given
+from ...processes.once import once, raised_together
 from ..examples import Preparation
 from ..rows import Rows, load_rows
 from ..types import Prompt
@@ -101,8 +103,10 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     stream = open_stream(config, asked, tokenizer) if config.data.streaming else None
     wanted = [*([] if stream else [""]), *filter(None, [config.data.dataset_test_split])]  # empty: to train on
 
+    splits = [[dataclasses.replace(one, split=split or one.split) for one in asked] for split in wanted]
+    check_given(config, [one for split in splits for one in split if given(one.path) is not None], accelerator)
+
     def make() -> list[list[Made]]:
-        splits = [[dataclasses.replace(one, split=split or one.split) for one in asked] for split in wanted]
         rows = [[rows_of(config, one) for one in split] for split in splits]  # all are found before any is tokenized
         return [[made(config, tokenizer, one) for one in split] for split in rows]
 
@@ -135,6 +139,23 @@ def load_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator | None
     return Data(train, evaluation, notes, skipped, fingerprint, [[one.card for one in split] for split in found])
 
 
+def check_given(config: RunConfig, asked: Sequence[DataSet], accelerator: Accelerator | None) -> None:
+    """Raise UserError, on all processes, where one was given other rows than the main one, which alone reads its own.
+    asked: data sets that are objects of the program's own."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    digests: list[str] = []
+    with raised_together(accelerator):
+        digests += [rows_of(config, one).digest() for one in asked]
+    main, *others = gather_object([digests])
+    apart = [str(rank) for rank, theirs in enumerate(others, start=1) if theirs != main]
+    if apart:
+        raise UserError(
+            f"the rows that process {', '.join(apart)} was given are not those of process 0: give all processes the "
+            "same data set, whole and in one order; a step's examples are dealt to them here"
+        )
+
+
 def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> Stream:
     """The only data set, to be streamed. Raises UserError for options that need to know all rows beforehand."""
     data, train = config.data, config.train
@@ -147,8 +168,8 @@ def open_stream(config: RunConfig, asked: Sequence[DataSet], tokenizer: Any) -> 
         "the end of an epoch is not known; say --max_steps": train.max_steps is None,
         "--dataset_num_proc deals them out; leave it at 1": data.dataset_num_proc > 1 and not data.dataset_test_split,
     }
-    for why, given in refused.items():
-        if given:
+    for why, asked_too in refused.items():
+        if asked_too:
             raise UserError(f"--streaming does not know the rows before they come: {why}")
     assert train.max_steps and train.batch_size
     rows = rows_of(config, asked[0], streaming=True)
