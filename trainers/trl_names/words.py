@@ -11,13 +11,11 @@ import yaml
 
 from logratio.losses import Loss
 
-from .judging import REASONS, consider
+from .judging import OF_OTHERS, REASONS, consider
 from .rules import RULES
 from .table import ONLY, RENAMED
 from .verdicts import Kind, Verdict, said
 
-OF_OTHERS = "an option of "
-"""With which a verdict on an option of other methods begins."""
 NEAR = 0.75
 """Of `difflib`, from which on another name may have been meant."""
 
