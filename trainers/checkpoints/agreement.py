@@ -19,7 +19,6 @@ MAY_CHANGE = frozenset(
 """Options that a run may go on with changed."""
 COMPARED = frozenset({"metric_for_best_model", "greater_is_better"})
 """The same of one that has compared no evaluation yet."""
-FINGERPRINTS = {"data": "on other data than are there now", "frozen": "from other weights than are there now"}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> list[str]:
@@ -54,16 +53,6 @@ def check_options(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
             f"{folder} is of a run with other options ({'; '.join(found)}): go on with the same ones, or start a new "
             "run in another --output_dir"
         )
-
-
-def check_fingerprints(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise UserError where something of the same name is another than it was. saved, now: `FINGERPRINTS`."""
-    for name, what in FINGERPRINTS.items():
-        if saved[name] != now[name]:
-            raise UserError(
-                f"{folder} was trained {what}, under the same name: put the old one back, or start a new run in "
-                "another --output_dir"
-            )
 
 
 def shown(value: Any) -> str:

@@ -25,7 +25,7 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..ground.provenance import versions
 from ..processes.once import on_main
-from .agreement import check_fingerprints, check_options
+from .agreement import check_options
 from .folder import find, remove_unfinished
 
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
@@ -56,8 +56,14 @@ class Checkpoint:
         return load_file(path) if path.exists() else {}
 
     def check_same(self, data: str, frozen: str) -> None:
-        """Raise UserError unless data and frozen weights are those that it was trained on."""
-        check_fingerprints(self.folder, self.state["about"], {"data": data, "frozen": frozen})
+        """Raise UserError unless these fingerprints are those of the data and frozen weights that it was trained on."""
+        was = self.state["about"]
+        other = "on other data" if was["data"] != data else "from other weights" if was["frozen"] != frozen else ""
+        if other:
+            raise UserError(
+                f"{self.folder} was trained {other} than are there now, under the same name: put the old one back, or "
+                "start a new run in another --output_dir"
+            )
 
 
 def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkpoint | None, list[str]]:
