@@ -8,6 +8,7 @@ comes from.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -75,16 +76,11 @@ def train_run(
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's line of the log after every step, before an evaluation; the step for which
-        it is true, on all processes alike, is the last. told: called with every step's line, and whether there is a
-        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
+        it is true, on all processes alike, is the last. told: called with every step's line, behind its checkpoint.
+        quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
     """
-    progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
-    began = None if run.checkpoint is None else run.checkpoint.folder.parent
-    after = (progress.step, progress.log_hash) if began else None
-    folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
-    where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
-    where["planned"] = plan(settings, run.data.card()) if main and plan is not None else None
-    with contextlib.closing(run), RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
+    progress, total = restore(run), run.total_steps
+    with contextlib.closing(run), open_log(run, progress, plan, quiet) as log:
         log.say(describe(run.policy.model))
         for note in run.notes:
             log.note(note)
@@ -106,7 +102,7 @@ def train_run(
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= {f"eval_{name}": value for name, value in evaluate(run).items()}
                 ends |= compared(run, progress, row, log)
-            log.sample(lambda step=step: windows.sample(run.tokenizer, step))  # type: ignore[misc]
+            log.sample(functools.partial(windows.sample, run.tokenizer, step))
             log.step(row)
             for note in run.health.after(step, row, last=ends):
                 log.alarm(note)
@@ -115,17 +111,39 @@ def train_run(
                 told(row, progress)
             if ends:
                 break
-        for note in (*load_best(run, progress), *run.data.at_the_end()):
-            log.note(note)
-        log.keep_card(run.data.card())  # of streamed rows more is known now
-        weights = full_weights(run.policy, run.accelerator)
-        if main:
-            save_run(run.config, run.policy, run.tokenizer, weights)
-        log.flush()  # or the lines that still wait are lost without a word
-        log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
-        if main and (told_of_push := push_run(run.config.save, Path(folder))):
-            log.note(told_of_push)
+        finish(run, progress, log)
     return row
+
+
+def open_log(run: Run, progress: Progress, plan: Planner | None, quiet: bool) -> RunLog:
+    """The run's log, from its beginning or behind the checkpoint's line."""
+    settings, main = {**run.config.as_dict(), "about": about(run)}, run.accelerator.is_main_process
+    return RunLog(
+        run.config.train.output_dir,
+        settings,
+        total_steps=run.total_steps,
+        main=main,
+        quiet=quiet,
+        after=(progress.step, progress.log_hash) if run.checkpoint else None,
+        began=run.checkpoint.folder.parent if run.checkpoint else None,
+        report_to=chosen(run.config.train.report_to),
+        planned=plan(settings, run.data.card()) if main and plan else None,
+    )
+
+
+def finish(run: Run, progress: Progress, log: RunLog) -> None:
+    """Save what was trained, and publish it where that is asked for."""
+    main, folder = run.accelerator.is_main_process, run.config.train.output_dir
+    for note in (*load_best(run, progress), *run.data.at_the_end()):
+        log.note(note)
+    log.keep_card(run.data.card())  # of streamed rows more is known now
+    weights = full_weights(run.policy, run.accelerator)
+    if main:
+        save_run(run.config, run.policy, run.tokenizer, weights)
+    log.flush()  # or the lines that still wait are lost without a word
+    log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
+    if main and (told_of_push := push_run(run.config.save, Path(folder))):
+        log.note(told_of_push)
 
 
 def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tuple[dict[str, float], bool]:
@@ -139,18 +157,15 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     run.growth.after(window.micros)
     if run.rollouts is not None:
         run.rollouts.keeper.learned(window.micros)
-    asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
-    result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
-    metrics, tokens = reduced(run, window, result)
+    metrics, tokens, asked = reduced(run, window, result, asked=stop is not None and stop.received is not None)
     progress.step, progress.position = step, window.position
     progress.num_tokens += tokens
-    stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     row["epoch"] = step / run.steps_per_epoch
-    step_ms = (time.perf_counter() - started) * 1e3
-    row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
+    seconds = time.perf_counter() - started
+    row |= {"tokens_per_s": tokens / seconds, "step_ms": seconds * 1e3}
     row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))
-    return row, stopped
+    return row, asked
 
 
 def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, asked: bool) -> None:
@@ -180,13 +195,8 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     config = run.config.train
     assert config.batch_size is not None
     singly = run.rollouts is not None and run.rollouts.config.dynamic_sampling > 1
-    source = batches(
-        run.data.train,
-        1 if singly else config.batch_size,
-        shuffle=run.config.data.shuffle,
-        seed=config.seed,
-        start=progress.position,
-    )
+    size, shuffle = 1 if singly else config.batch_size, run.config.data.shuffle
+    source = batches(run.data.train, size, shuffle=shuffle, seed=config.seed, start=progress.position)
     if run.rollouts is not None:
         left = lambda: run.total_steps - progress.step  # noqa: E731
         yield from windows(run.rollouts, run.step, source, progress.windows, batch_size=config.batch_size, left=left)
@@ -233,12 +243,12 @@ def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]
     limit = run.config.train.max_grad_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(run.trained, limit)
     grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    halves = run.config.model.dtype != "float32" or run.accelerator.mixed_precision != "no"
-    remedy = f"lower the learning rate{' or use float32' if halves else ''}"
     # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
     if not math.isfinite(grad_norm) and run.accelerator.scaler is None:
+        halves = run.config.model.dtype != "float32" or run.accelerator.mixed_precision != "no"
         raise UserError(
-            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); {remedy}"
+            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); lower the "
+            f"learning rate{' or use float32' if halves else ''}"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -249,13 +259,15 @@ def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]
     return {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, float], int]:
-    """Loss and metrics of the step over all processes, the window's own among them; and how many tokens it held."""
-    world, device = run.accelerator.num_processes, run.accelerator.device
-    counted = Mean(*torch.tensor([count_tokens(window.examples), 1.0]))
-    result.metrics |= on(device, {**window.metrics, "tokens": counted})
+def reduced(run: Run, window: Window, result: StepResult, *, asked: bool) -> tuple[dict[str, float], int, bool]:
+    """Of all processes in one sum: loss and metrics of the step, the window's own among them; how many tokens it held;
+    and whether one was asked to stop."""
+    told = {"tokens": count_tokens(window.examples), "asked": asked}
+    means = {name: Mean(*torch.tensor([value, 1], dtype=torch.float64)) for name, value in told.items()}
+    result.metrics |= on(run.accelerator.device, {**window.metrics, **means})
     metrics = result.reduced(run.accelerator)
-    return metrics, int(metrics.pop("tokens") * (world if window.dealt else 1))
+    tokens = metrics.pop("tokens") * (run.accelerator.num_processes if window.dealt else 1)
+    return metrics, int(tokens), metrics.pop("asked") > 0
 
 
 def evaluate(run: Run) -> dict[str, float]:
