@@ -44,7 +44,7 @@ FLOORS = (
     ("trainers/classes", "trainers/after"),
     ("benchmarks/memory", "benchmarks/peers", "benchmarks/progress.py", "benchmarks/reporting"),
     ("benchmarks/measure", "benchmarks/projects"),
-    ("benchmarks/planned.py", "benchmarks/suites.py", "benchmarks/verify.py"),
+    ("benchmarks/planned.py", "benchmarks/suites.py", "benchmarks/trl_options.py", "benchmarks/verify.py"),
     ("benchmarks/plan.py",),
     ("benchmarks/pages",),
     ("benchmarks/own", "benchmarks/comparing"),
