@@ -241,15 +241,18 @@ def batches(
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller.
 
     Yields with each of them the position behind it, of which any may be the `start`. Items that have `batches` of their
-    own are asked for them.
+    own are asked for them, those with an `order` for that.
     """
     if hasattr(items, "batches"):
         yield from items.batches(batch_size, shuffle=shuffle, seed=seed, start=start)
     epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
     while True:
-        order = list(range(len(items)))
-        if shuffle:
-            random.Random(f"{seed}-{epoch}").shuffle(order)
+        if hasattr(items, "order"):
+            order = items.order(epoch, shuffle=shuffle, seed=seed)
+        else:
+            order = list(range(len(items)))
+            if shuffle:
+                random.Random(f"{seed}-{epoch}").shuffle(order)
         for begin in range(offset, len(order), batch_size):
             yield [items[i] for i in order[begin : begin + batch_size]], {"epoch": epoch, "offset": begin + batch_size}
         epoch, offset = epoch + 1, 0
