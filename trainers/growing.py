@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from .errors import UserError
 from .memory import Memory
 from .processes.sharding import meet_inside
-from .step import MicroBatch
+from .window import MicroBatch
 
 SPARE = 0.15
 """Of a device's memory: for fragments, and for micro-batches that take more a token than the trial's."""

@@ -1,8 +1,8 @@
 """The training loop: windows of examples in, an adapter or a model and a log out.
 
-A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py` for how one
-step's gradient comes about, `rollout/sets/windows.py` for what GRPO learns from, `setup.py` for where all of it
-comes from.
+A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py`, which begins with
+`learn`, for how one step's gradient comes about, `rollout/sets/windows.py` for what GRPO learns from, `setup.py` for
+where all of it comes from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 
 from logratio.losses import Mean
 
-from .again import learn
 from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
 from .checkpoints.model import save_run
@@ -42,7 +41,8 @@ from .resume import Progress, about, best_step, compared, kept_behind, load_best
 from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
-from .step import StepResult, Window, rows_of
+from .step import learn, rows_of
+from .window import StepResult, Window
 
 Planner = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
 """Of a run's settings (run_config.json) and data card: the peak of memory that is predicted, in MiB, where one is."""

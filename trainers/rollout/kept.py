@@ -17,7 +17,7 @@ from logratio.losses.advantages import sum_then_normalize
 
 from ..data.examples import Completion
 from ..errors import UserError
-from ..step import MicroBatch
+from ..window import MicroBatch
 from .sets.rolled import Rolled
 
 COLUMNS = (

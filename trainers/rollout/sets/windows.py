@@ -17,7 +17,8 @@ from ...config import RolloutConfig
 from ...data.examples import Example, Prompt
 from ...errors import UserError
 from ...policy.teacher import log_ratios
-from ...step import MicroBatch, Position, Step, Window
+from ...step import Step
+from ...window import MicroBatch, Position, Window
 from ..engines.protocol import Said
 from ..metrics import time_metrics
 from ..rollouts import Rollouts
