@@ -20,6 +20,7 @@ import torch
 
 from logratio.losses import Mean
 
+from .batches.packing import example_tokens
 from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
 from .checkpoints.model import save_run
@@ -296,7 +297,7 @@ def on(device: torch.device, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
 
 def count_tokens(examples: Sequence[Example]) -> int:
     """Tokens that the examples hold, a prompt counted with each of its completions, as an unshared pass would."""
-    return sum(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
+    return sum(example_tokens(e, shared=False) for e in examples)
 
 
 def due_at(step: int, every: int | None, ends: bool) -> bool:

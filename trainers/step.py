@@ -29,7 +29,7 @@ from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
 from .policy.teacher import Teacher, distributions
-from .processes.dealing import deal, gather_rows
+from .processes.dealing import deal, gather_rows, largest
 from .processes.sharding import meet_inside
 from .window import MicroBatch, StepResult, Window
 
@@ -96,10 +96,8 @@ class Step:
             return pack(examples, self.micro_batch_tokens, scores_prompt=self.loss.scores_prompt, **self.packing)
 
         batches = packed(mine) if mine else []
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
-            filler = batches or packed(other)
-            batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
+        if missing := int(largest(self.accelerator, len(batches))) - len(batches):
+            batches += [(batches or packed(other))[-1].unscored()] * missing
         budget, here = self.micro_batch_tokens, [batch.to(self.accelerator.device) for batch in batches]
         behaviors = [behavior_of(batch) if self.loss.wants_behavior else None for batch in here]
         return [MicroBatch(b, behavior=sampled, budget=budget) for b, sampled in zip(here, behaviors, strict=True)]

@@ -13,6 +13,7 @@ manifest.json                 the size and SHA-256 of each of them
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,23 @@ from ..config import RunConfig
 from ..errors import UserError
 from ..ground.provenance import versions
 from ..processes.once import on_main
-from .agreement import check_options
 from .folder import find, remove_unfinished
 
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
 AHEAD = "ahead.json"
 FORMAT = 3
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "save_steps", "save_total_limit", "micro_batch_tokens"),
+        *("ddp_timeout", "dataset_num_proc", "log_completions", "log_completions_steps"),
+        *("report_to", "push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("vllm_server_base_url", "vllm_server_timeout"),
+    }
+)
+"""Options that a run may go on with changed."""
+COMPARED = frozenset({"metric_for_best_model", "greater_is_better"})
+"""The same of one that has compared no evaluation yet."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,37 @@ def open_checkpoint(config: RunConfig, accelerator: Accelerator) -> tuple[Checkp
         raise UserError(f"{folder} has the format {state['format']}, this version reads {FORMAT}: use the one it is of")
     check_options(folder, state["config"], config.as_dict(), compared=state["best"]["value"] is not None)
     return Checkpoint(folder, state), [*notes, *changed_versions(folder, state["about"]["versions"])]
+
+
+def check_options(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], *, compared: bool) -> None:
+    """Raise UserError where the options, as of `RunConfig.as_dict`, are others than those of the checkpoint's run.
+    compared: whether that has compared evaluations."""
+    one, other = flat(saved), flat(now)
+    found = []
+    for name in sorted((one.keys() | other.keys()) - (MAY_CHANGE if compared else MAY_CHANGE | COMPARED)):
+        if one.get(name) != other.get(name):
+            was = f"was {shown(one[name])}" if name in one else "which the checkpoint does not know"
+            found.append(f"{name} {shown(other[name])}, {was}" if name in other else f"no {name}, {was}")
+    if found:
+        raise UserError(
+            f"{folder} is of a run with other options ({'; '.join(found)}): go on with the same ones, or start a new "
+            "run in another --output_dir"
+        )
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names on the command line; lists and tuples are alike, as in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value)
+        else:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def changed_versions(folder: Path, was: dict[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from typing import Any, Literal, get_args, get_origin
 
@@ -131,9 +131,14 @@ def unknown(key: str, options: Mapping[str, Any]) -> str:
     """On an option that neither TRL nor this method has."""
     if elsewhere := of_others(key):
         return elsewhere
-    names = {*options, *RULES, *ONLY, *REASONS, *RENAMED}
-    near = difflib.get_close_matches(key, sorted(names), n=3, cutoff=0.75)
-    return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return nobodys(key, {*options, *RULES, *ONLY, *REASONS, *RENAMED}, 3)
+
+
+def nobodys(key: str, names: Collection[str], most: int, before: str = "") -> str:
+    """On an option that nobody has, and which of these names may have been meant: `most` of them, `before` each."""
+    near = difflib.get_close_matches(key, sorted(names), n=most, cutoff=0.75)
+    meant = " or ".join(f"{before}{name}" for name in near)
+    return "no option here, nor of TRL" + (f"; did you mean {meant}?" if near else "")
 
 
 def of_others(key: str) -> str:
