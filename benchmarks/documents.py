@@ -1,7 +1,7 @@
 """The generated parts of docs/: `python -m logratio.benchmarks.documents` writes them, from the root of a checkout.
 
 Each lies between two comments in a page that is else written by hand. Memory and time are `logratio plan`'s; options
-are the dataclasses' own fields, defaults and docstrings.
+are the dataclasses' own fields, defaults and docstrings, and TRL's those of the installed one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from logratio.losses.options import readers_said
 from logratio.trainers.config import DataConfig, ModelConfig, RolloutConfig, SaveConfig, TrainConfig
 from logratio.trainers.options import parse_train
 
+from . import trl_options
 from .peers.text import table
 from .plan import PlanConfig, of_run
 from .planned import Options, planned
@@ -186,6 +187,7 @@ def of_method(method: str, loss: Any) -> dict[str, Callable[[], str]]:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "coming_from_trl.md": trl_options.PARTS,
     "start/recipes.md": {"recipes": recipes},
     "start/which_method.md": {
         "Qwen2.5-0.5B": partial(models, "Qwen2.5-0.5B"),

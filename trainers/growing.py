@@ -10,7 +10,6 @@ torch tells the largest peak only. What is too many after all is halved as ever 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,23 +17,16 @@ from accelerate import Accelerator
 from .errors import UserError
 from .memory import Memory
 from .processes.sharding import meet_inside
-from .step import MicroBatch
+from .window import MicroBatch
 
 SPARE = 0.15
 """Of a device's memory: for fragments, and for micro-batches that take more a token than the trial's."""
 ROUND = 1024
 
 
-class Meter(Protocol):
-    """Bytes of a device: that are allocated, that were at most, and that this process could have in all."""
-
-    def allocated(self) -> int: ...
-    def peak(self) -> int: ...
-    def room(self) -> int: ...
-
-
-class Cuda:
-    """The meter of a GPU, by torch's allocator."""
+class Meter:
+    """Bytes of a GPU, by torch's allocator: that are allocated, that were at most, and that this process could have in
+    all."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,4 +86,4 @@ def make_growth(asked: int | str, memory: Memory, accelerator: Accelerator) -> t
         return Growth(memory, None), [
             f"--micro_batch_tokens auto: {memory.micro_batch_tokens}, where there is no GPU to fill"
         ]
-    return Growth(memory, Cuda(accelerator.device)), []
+    return Growth(memory, Meter(accelerator.device)), []

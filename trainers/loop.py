@@ -1,13 +1,14 @@
 """The training loop: windows of examples in, an adapter or a model and a log out.
 
-A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py` for how one
-step's gradient comes about, `rollout/sets/windows.py` for what GRPO learns from, `setup.py` for where all of it
-comes from.
+A step is `batch_size` examples, however many micro-batches and processes they take. Read `step.py`, which begins with
+`learn`, for how one step's gradient comes about, `rollout/sets/windows.py` for what GRPO learns from, `setup.py` for
+where all of it comes from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -19,7 +20,7 @@ import torch
 
 from logratio.losses import Mean
 
-from .again import learn
+from .batches.packing import example_tokens
 from .checkpoints.folder import checkpoints_in
 from .checkpoints.hub import push_run
 from .checkpoints.output_dir import locked
@@ -28,6 +29,7 @@ from .config.numbers import number_of
 from .data.examples import Example
 from .data.sample import sample
 from .errors import Stopped, UserError, counted
+from .evaluating import evaluate
 from .ground.alone import alone
 from .ground.signals import Stop, stopping
 from .logs.runlog import RunLog, peak_mem_mib
@@ -48,10 +50,10 @@ from .resume import (
     save_checkpoint,
     save_in_the_end,
 )
-from .rollout import evaluation
 from .rollout.sets.windows import windows
 from .setup import Run, batches, build
-from .step import StepResult, Window, rows_of
+from .step import learn, rows_of
+from .window import StepResult, Window, on
 
 Planner = Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]
 """Of a run's settings (run_config.json) and data card: the peak of memory that is predicted, in MiB, where one is."""
@@ -86,16 +88,11 @@ def train_run(
     """The loop itself, from the beginning or from where the run's checkpoint was left.
 
     until: called with the run and the step's line of the log after every step, before an evaluation; the step for which
-        it is true, on all processes alike, is the last. told: called with every step's line, and whether there is a
-        checkpoint of it. quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
+        it is true, on all processes alike, is the last. told: called with every step's line, behind its checkpoint.
+        quiet: nothing is shown, all is written. stop: knows whether a signal came. plan: see `train`.
     """
-    progress, total, main = restore(run), run.total_steps, run.accelerator.is_main_process
-    began = None if run.checkpoint is None else run.checkpoint.folder.parent
-    after = (progress.step, progress.log_hash) if began else None
-    folder, settings = run.config.train.output_dir, {**run.config.as_dict(), "about": about(run)}
-    where: dict[str, Any] = {"after": after, "began": began, "report_to": chosen(run.config.train.report_to)}
-    where["planned"] = plan(settings, run.data.card()) if main and plan is not None else None
-    with contextlib.closing(run), RunLog(folder, settings, total_steps=total, main=main, quiet=quiet, **where) as log:
+    progress, total = restore(run), run.total_steps
+    with contextlib.closing(run), open_log(run, progress, plan, quiet) as log:
         log.say(describe(run.policy.model))
         for note in run.notes:
             log.note(note)
@@ -121,7 +118,7 @@ def train_run(
             if run.data.evaluation and due_at(step, number_of(run.config.train.eval_steps, total), ends):
                 row |= evaluate(run)
                 ends |= compared(run, progress, row, log)
-            log.sample(lambda step=step: windows.sample(run.tokenizer, step))  # type: ignore[misc]
+            log.sample(functools.partial(windows.sample, run.tokenizer, step))
             log.step(row)
             for note in run.health.after(step, row, last=ends):
                 log.alarm(note)
@@ -130,17 +127,39 @@ def train_run(
                 told(row, progress)
             if ends:
                 break
-        for note in (*load_best(run, progress), *run.data.at_the_end()):
-            log.note(note)
-        log.keep_card(run.data.card())  # of streamed rows more is known now
-        weights = full_weights(run.policy, run.accelerator)
-        if main:
-            save_in_the_end(run, weights)
-        log.flush()  # or the lines that still wait are lost without a word
-        log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
-        if main and (told_of_push := push_run(run.config.save, Path(folder))):
-            log.note(told_of_push)
+        finish(run, progress, log)
     return row
+
+
+def open_log(run: Run, progress: Progress, plan: Planner | None, quiet: bool) -> RunLog:
+    """The run's log, from its beginning or behind the checkpoint's line."""
+    settings, main = {**run.config.as_dict(), "about": about(run)}, run.accelerator.is_main_process
+    return RunLog(
+        run.config.train.output_dir,
+        settings,
+        total_steps=run.total_steps,
+        main=main,
+        quiet=quiet,
+        after=(progress.step, progress.log_hash) if run.checkpoint else None,
+        began=run.checkpoint.folder.parent if run.checkpoint else None,
+        report_to=chosen(run.config.train.report_to),
+        planned=plan(settings, run.data.card()) if main and plan else None,
+    )
+
+
+def finish(run: Run, progress: Progress, log: RunLog) -> None:
+    """Save what was trained, and publish it where that is asked for."""
+    main, folder = run.accelerator.is_main_process, run.config.train.output_dir
+    for note in (*load_best(run, progress), *run.data.at_the_end()):
+        log.note(note)
+    log.keep_card(run.data.card())  # of streamed rows more is known now
+    weights = full_weights(run.policy, run.accelerator)
+    if main:
+        save_in_the_end(run, weights)
+    log.flush()  # or the lines that still wait are lost without a word
+    log.say(f"{counted(progress.step, 'step')} done; saved in {folder}")
+    if main and (told_of_push := push_run(run.config.save, Path(folder))):
+        log.note(told_of_push)
 
 
 def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tuple[dict[str, float], bool]:
@@ -154,18 +173,15 @@ def take(run: Run, windows: Ahead, progress: Progress, stop: Stop | None) -> tup
     run.growth.after(window.micros)
     if run.rollouts is not None:
         run.rollouts.keeper.learned(window.micros)
-    asked = torch.tensor([stop is not None and stop.received is not None, 1.0])
-    result.metrics |= on(run.accelerator.device, {"asked": Mean(*asked)})
-    metrics, tokens = reduced(run, window, result)
+    metrics, tokens, asked = reduced(run, window, result, asked=stop is not None and stop.received is not None)
     progress.step, progress.position = step, window.position
     progress.num_tokens += tokens
-    stopped = metrics.pop("asked") > 0
     row = {"step": step, "loss": metrics.pop("loss"), **updated, **metrics, "num_tokens": progress.num_tokens}
     row["epoch"] = step / run.steps_per_epoch
-    step_ms = (time.perf_counter() - started) * 1e3
-    row |= {"tokens_per_s": tokens / step_ms * 1e3, "step_ms": step_ms}
+    seconds = time.perf_counter() - started
+    row |= {"tokens_per_s": tokens / seconds, "step_ms": seconds * 1e3}
     row["peak_mem_mib"] = largest(run.accelerator, peak_mem_mib(run.accelerator.device))
-    return row, stopped
+    return row, asked
 
 
 def leave_checkpoint(run: Run, progress: Progress, log: RunLog, *, ends: bool, asked: bool) -> None:
@@ -195,13 +211,8 @@ def steps(run: Run, progress: Progress) -> Iterator[Window]:
     config = run.config.train
     assert config.batch_size is not None
     singly = run.rollouts is not None and run.rollouts.config.dynamic_sampling > 1
-    source = batches(
-        run.data.train,
-        1 if singly else config.batch_size,
-        shuffle=run.config.data.shuffle,
-        seed=config.seed,
-        start=progress.position,
-    )
+    size, shuffle = 1 if singly else config.batch_size, run.config.data.shuffle
+    source = batches(run.data.train, size, shuffle=shuffle, seed=config.seed, start=progress.position)
     if run.rollouts is not None:
         left = lambda: run.total_steps - progress.step  # noqa: E731
         yield from windows(run.rollouts, run.step, source, progress.windows, batch_size=config.batch_size, left=left)
@@ -248,12 +259,12 @@ def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]
     limit = run.config.train.max_grad_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(run.trained, limit)
     grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    halves = run.config.model.dtype != "float32" or run.accelerator.mixed_precision != "no"
-    remedy = f"lower the learning rate{' or use float32' if halves else ''}"
     # with a gradient scaler (float16) an overflow is expected now and then, and the step skipped
     if not math.isfinite(grad_norm) and run.accelerator.scaler is None:
+        halves = run.config.model.dtype != "float32" or run.accelerator.mixed_precision != "no"
         raise UserError(
-            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); {remedy}"
+            f"the gradient is not finite, though the loss is (rows {rows_of(examples)} of the data set); lower the "
+            f"learning rate{' or use float32' if halves else ''}"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -264,48 +275,20 @@ def update(run: Run, examples: Sequence[Example], step: int) -> dict[str, float]
     return {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def reduced(run: Run, window: Window, result: StepResult) -> tuple[dict[str, float], int]:
-    """Loss and metrics of the step over all processes, the window's own among them; and how many tokens it held."""
-    world, device = run.accelerator.num_processes, run.accelerator.device
-    counted = Mean(*torch.tensor([count_tokens(window.examples), 1.0]))
-    result.metrics |= on(device, {**window.metrics, "tokens": counted})
+def reduced(run: Run, window: Window, result: StepResult, *, asked: bool) -> tuple[dict[str, float], int, bool]:
+    """Of all processes in one sum: loss and metrics of the step, the window's own among them; how many tokens it held;
+    and whether one was asked to stop."""
+    told = {"tokens": count_tokens(window.examples), "asked": asked}
+    means = {name: Mean(*torch.tensor([value, 1], dtype=torch.float64)) for name, value in told.items()}
+    result.metrics |= on(run.accelerator.device, {**window.metrics, **means})
     metrics = result.reduced(run.accelerator)
-    return metrics, int(metrics.pop("tokens") * (world if window.dealt else 1))
-
-
-def evaluate(run: Run, prefix: str = "eval") -> dict[str, float]:
-    """Loss and metrics of the held-out examples, as if they were one step without an update: eval_loss and so on."""
-    if run.rollouts is not None:
-        device = run.accelerator.device
-        sampled = evaluation.evaluate(run.rollouts, run.data.evaluation, run.accelerator)
-        metrics = StepResult(torch.zeros((), device=device), on(device, sampled)).reduced(run.accelerator)
-        del metrics["loss"]
-    else:
-        metrics = scored(run, list(run.data.evaluation)).reduced(run.accelerator)
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
-
-
-def scored(run: Run, examples: list[Example]) -> StepResult:
-    """Of all of them as one step."""
-
-    def attempt() -> StepResult:
-        micros = run.step.micro_batches(examples)
-        return run.step(micros, run.step.totals(examples, micros), backward=False)
-
-    was_training = run.policy.training
-    run.policy.eval()
-    result = run.step.memory.again(attempt)
-    run.policy.train(was_training)
-    return result
-
-
-def on(device: torch.device, metrics: Mapping[str, Mean]) -> dict[str, Mean]:
-    return {name: type(mean)(*(x.to(device) for x in mean)) for name, mean in metrics.items()}
+    tokens = metrics.pop("tokens") * (run.accelerator.num_processes if window.dealt else 1)
+    return metrics, int(tokens), metrics.pop("asked") > 0
 
 
 def count_tokens(examples: Sequence[Example]) -> int:
     """Tokens that the examples hold, a prompt counted with each of its completions, as an unshared pass would."""
-    return sum(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
+    return sum(example_tokens(e, shared=False) for e in examples)
 
 
 def due_at(step: int, every: int | None, ends: bool) -> bool:

@@ -132,7 +132,9 @@ class Memory:
                 smaller, message = error.smaller, str(error)
             if smaller == 0:
                 raise UserError(message)
-            self._drop()
+            for p in self.trained:
+                p.grad = None
+            free()
             set_random_states(states, self.accelerator.device)
             self.notes.append(
                 f"out of memory with --micro_batch_tokens {self.micro_batch_tokens}; {smaller} from here on, "
@@ -156,12 +158,6 @@ class Memory:
             said = f"{place} alone, {size} tokens, does not fit into memory"
             return 0, f"{said}: lower {shorter}, add --gradient_checkpointing, {REMEDIES}"
         return smaller, ""
-
-    def _drop(self) -> None:
-        """Gradients, and what waits to be collected."""
-        for p in self.trained:
-            p.grad = None
-        free()
 
 
 def free() -> None:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -161,17 +161,12 @@ def with_readers(loss: type[Loss]) -> type[Loss]:
     from logratio.losses.options import readers_said
 
     hints: dict[str, Any] = get_type_hints(loss, include_extras=True)
-    said = {f.name: readers_said(loss, f.name) for f in dataclasses.fields(loss)}
     fields: list[Any] = []
     for f in dataclasses.fields(loss):
-        if said[f.name]:
-            more = tyro.conf.arg(help_behavior_hint=_hint(said[f.name]))
+        if said := readers_said(loss, f.name):
+            more = tyro.conf.arg(help_behavior_hint=f"(default: {{}}; {said})".format)
             fields.append((f.name, Annotated[hints[f.name], more], dataclasses.field(default=f.default)))
     return dataclasses.make_dataclass(loss.__name__, fields, bases=(loss,), frozen=True, kw_only=True)
-
-
-def _hint(said: str) -> Callable[[str], str]:
-    return lambda default: f"(default: {default}; {said})"
 
 
 def load_loss(name: str) -> type[Loss]:
@@ -193,29 +188,26 @@ def load_loss(name: str) -> type[Loss]:
     return loss
 
 
-def options_among(argv: list[str]) -> dict[str, str]:
-    """Option -> its first value, of words that no type was checked of yet."""
-    found: dict[str, str] = {}
-    for word, after in zip(argv, [*argv[1:], ""], strict=False):
-        if word.startswith("--"):
-            name, given, value = word[2:].partition("=")
-            found[name.replace("-", "_")] = value if given else after
-    return found
+def options_among(argv: Sequence[str]) -> dict[str, Any]:
+    """Option -> its first value, True where it has none, of words that no type was checked of yet."""
+    from .config.words import given
+
+    return {name: values[0] if values else True for name, values in given(argv)}
 
 
 def ours(
     entries: dict[Any, Any],
     method: str,
     loss: type[Loss],
-    words: dict[str, str],
+    words: dict[str, Any],
     source: str,
     *,
-    gpu: bool | None = None,
-    quiet: bool = False,
+    gpu: bool | None,
+    quiet: bool,
 ) -> dict[Any, Any]:
     """The options of a file as ours: themselves, or where one is TRL's all as `trl_names` judges and shows them. The
     variables of its `env` are set, as TRL does. gpu, quiet: see `parse`."""
-    from .trl_names import is_ours, judge
+    from .trl_names import consider, is_ours
     from .trl_names.shown import show
 
     env = entries.get("env")
@@ -226,7 +218,7 @@ def ours(
 
     if gpu is None:
         gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-    judged = judge(method, entries, loss=loss, gpu=gpu, words=words, source=source)
+    judged = consider(method, entries, loss=loss, gpu=gpu, words=words).check(source)
     os.environ.update(judged.env)
     if entries and not quiet and os.environ.get("RANK", "0") == "0":
         show(judged, source)

@@ -40,7 +40,7 @@ from .processes.optimizer_state import load_optimizer_state, optimizer_state
 from .processes.sharding import full_weights
 from .rollout.sets.stored import distinct, restored, turns, unpacked
 from .setup import Run
-from .step import Position, Window
+from .window import Position, Window
 
 
 @dataclass

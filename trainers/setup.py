@@ -140,22 +140,20 @@ def build(config: RunConfig, *, saves: bool = True) -> Run:
     growth, growth_notes = make_growth(config.train.micro_batch_tokens, step.memory, accelerator)
     rollouts = None
     if config.rollout:
-        state = TrainerState(max_steps=total_steps, steps_per_epoch=epoch_steps(data.epoch_size, config))
-        limit = config.loss.max_completion_length
-        shared: dict[str, Any] = {"state": state, "accelerator": accelerator, "seed": config.train.seed}
-        shared |= {"output_dir": config.train.output_dir, "rollout_func": rollout_func}
-        rollouts = Rollouts(policy, tokenizer, config.rollout, rewards, limit, **shared)
+        rollouts = Rollouts(
+            policy,
+            tokenizer,
+            config.rollout,
+            rewards,
+            config.loss.max_completion_length,
+            state=TrainerState(max_steps=total_steps, steps_per_epoch=epoch_steps(data.epoch_size, config)),
+            accelerator=accelerator,
+            seed=config.train.seed,
+            output_dir=config.train.output_dir,
+            rollout_func=rollout_func,
+        )
         notes.append(rollouts.at_most(min(config.train.batch_size or 1, data.epoch_size)))
-        only_right = set(config.rollout.reward_funcs) <= {"exact_answer", "accuracy_reward"}
-        if (
-            only_right
-            and teacher is None
-            and config.model.model_name_or_path == TINY
-            and not config.model.adapter_name_or_path
-        ):
-            notes.append(UNTRAINED)
-        if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
-            notes.append(UNCORRECTED)
+        notes += describe_rollouts(config, taught=teacher is not None)
     models = policy, reference_model(reference), reference_model(teacher)
     frozen = fingerprint(*models)
     check_alike(accelerator, frozen)
@@ -194,6 +192,18 @@ def load_functions(
     own = None if options.rollout_func is None else load_function(options.rollout_func)
     kept: dict[str, Any] = {"device": device, "dtype": config.model.dtype}
     return load_rewards(options.reward_funcs, prompts[0].columns, more=own is not None, **kept), own
+
+
+def describe_rollouts(config: RunConfig, *, taught: bool) -> list[str]:
+    """What to tell of rollouts that will teach nothing, or something else than they seem to."""
+    assert config.rollout is not None
+    model, notes = config.model, []
+    untrained = model.model_name_or_path == TINY and not model.adapter_name_or_path
+    if untrained and not taught and set(config.rollout.reward_funcs) <= {"exact_answer", "accuracy_reward"}:
+        notes.append(UNTRAINED)
+    if config.rollout.max_staleness and getattr(config.loss, "sampling_correction", None) == "none":
+        notes.append(UNCORRECTED)
+    return notes
 
 
 def start_accelerator(mixed_precision: str, timeout: int = 1800) -> Accelerator:
@@ -242,15 +252,18 @@ def batches(
     """Steps of `batch_size` items for ever, each epoch in an order of its own; an epoch's last step may be smaller.
 
     Yields with each of them the position behind it, of which any may be the `start`. Items that have `batches` of their
-    own are asked for them.
+    own are asked for them, those with an `order` for that.
     """
     if hasattr(items, "batches"):
         yield from items.batches(batch_size, shuffle=shuffle, seed=seed, start=start)
     epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
     while True:
-        order = list(range(len(items)))
-        if shuffle:
-            random.Random(f"{seed}-{epoch}").shuffle(order)
+        if hasattr(items, "order"):
+            order = items.order(epoch, shuffle=shuffle, seed=seed)
+        else:
+            order = list(range(len(items)))
+            if shuffle:
+                random.Random(f"{seed}-{epoch}").shuffle(order)
         for begin in range(offset, len(order), batch_size):
             yield [items[i] for i in order[begin : begin + batch_size]], {"epoch": epoch, "offset": begin + batch_size}
         epoch, offset = epoch + 1, 0

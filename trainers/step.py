@@ -8,20 +8,18 @@ picture, in `docs/totals.md`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from logratio.losses import Largest, Loss, Mean, Totals
+from logratio.losses import Loss, Totals
 
 from .batches.inputs import count_totals, loss_inputs, output_of, state_after
-from .batches.packing import PackedBatch, example_tokens, pack
-from .batches.values import behavior_of
+from .batches.packing import PackedBatch, example_tokens, pack, split_groups
+from .batches.values import behavior_of, repacked
 from .data.examples import Example
 from .errors import UserError, listed
 from .layers.casts import casts_kept
@@ -31,86 +29,25 @@ from .policy.mismatch import mismatched, refer_together, together
 from .policy.policy import Policy
 from .policy.reference import Reference, StoredReference, inference
 from .policy.teacher import Teacher, distributions
-from .processes.dealing import deal, gather_rows
+from .processes.dealing import deal, gather_rows, largest
 from .processes.sharding import meet_inside
+from .window import MicroBatch, StepResult, Window
 
 
-@dataclass
-class MicroBatch:
-    """A packed batch and what was computed of it without gradient, [paths, T] each; ref: as a `Reference` gives it;
-    logps: the policy's, in the last step on it, where `behavior` is to be compared with them; own: see `Totals.own`.
+def learn(step: Step, window: Window, meanwhile: Callable[[], None] | None = None) -> StepResult:
+    """The window's gradient, added up, and this process's part of loss and metrics.
 
-    budget: the `micro_batch_tokens` that it was packed by, where it may be packed again.
+    A micro-batch that does not fit into memory changes how the window is cut, from here on, and nothing else.
     """
 
-    batch: PackedBatch
-    ref: Tensor | None = None
-    old: Tensor | None = None
-    behavior: Tensor | None = None
-    logps: Tensor | None = None
-    own: Tensor | None = None
-    budget: int | None = None
+    def attempt() -> StepResult:
+        cut_again(step, window)
+        totals = step.totals(window.examples, window.micros, window.dealt)
+        return step(window.micros, totals, meanwhile=meanwhile)
 
-
-Position = Mapping[str, int]
-"""Where the data go on, see `setup.batches`."""
-
-
-@dataclass
-class Window:
-    """What one optimizer step learns from.
-
-    examples: all of the step's, or with `dealt` only this process's own (rollouts that it sampled, in whole groups).
-    micros: this process's micro-batches of them. metrics: what is known of the examples before the step.
-    taken: how many steps were taken since it was made, on it or on others that were sampled with it.
-    position: behind it and these.
-    """
-
-    examples: Sequence[Example]
-    micros: list[MicroBatch]
-    metrics: dict[str, Mean] = field(default_factory=dict)
-    dealt: bool = False
-    taken: int = 0
-    position: Position | None = None
-
-
-@dataclass
-class StepResult:
-    """loss: the step's loss. metrics: sums and counts over the step. Both over all processes after `reduced`."""
-
-    loss: Tensor
-    metrics: dict[str, Mean] = field(default_factory=dict)
-
-    def add(self, loss: Tensor, metrics: dict[str, Mean]) -> None:
-        self.loss = self.loss + loss.detach()
-        for name, metric in metrics.items():
-            so_far = self.metrics.get(name)
-            self.metrics[name] = metric if so_far is None else so_far.joined(metric)
-
-    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
-        """{"loss": ..., metric: mean, ...} over all processes; metrics that nothing was counted for are left out."""
-        extremes = {name: metric for name, metric in self.metrics.items() if isinstance(metric, Largest)}
-        names = sorted(self.metrics.keys() - extremes.keys())
-        flat = [self.loss, *(part for name in names for part in self.metrics[name])]
-        summed = accelerator.reduce(torch.stack([x.double() for x in flat]), "sum").tolist()
-        pairs = zip(names, summed[1::2], summed[2::2], strict=True)
-        means = {name: total / count for name, total, count in pairs if count}
-        means |= _over_processes(extremes, accelerator) if extremes else {}
-        if "rewards/chosen" in means and "rewards/rejected" in means:  # of unpaired examples too
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return {"loss": summed[0], **means}
-
-
-def _over_processes(extremes: Mapping[str, Largest], accelerator: Accelerator) -> dict[str, float]:
-    """The extremes of all processes, in one gathering."""
-    names = sorted(extremes)
-    mine = torch.stack([part.double() for name in names for part in extremes[name]])
-    everyone = accelerator.gather(mine).view(-1, len(names), 2).cpu()
-    joined = {
-        name: functools.reduce(Largest.joined, [type(extremes[name])(*pair) for pair in everyone[:, i]])
-        for i, name in enumerate(names)
-    }
-    return {name: metric.value for name, metric in joined.items() if metric.count}
+    result = step.memory.again(attempt)
+    window.taken += 1
+    return result
 
 
 class Step:
@@ -159,10 +96,8 @@ class Step:
             return pack(examples, self.micro_batch_tokens, scores_prompt=self.loss.scores_prompt, **self.packing)
 
         batches = packed(mine) if mine else []
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device))
-            filler = batches or packed(other)
-            batches += [filler[-1].unscored()] * (int(counts.max()) - len(batches))
+        if missing := int(largest(self.accelerator, len(batches))) - len(batches):
+            batches += [(batches or packed(other))[-1].unscored()] * missing
         budget, here = self.micro_batch_tokens, [batch.to(self.accelerator.device) for batch in batches]
         behaviors = [behavior_of(batch) if self.loss.wants_behavior else None for batch in here]
         return [MicroBatch(b, behavior=sampled, budget=budget) for b, sampled in zip(here, behaviors, strict=True)]
@@ -293,6 +228,30 @@ class Step:
         if backward:
             self.state = state_after(self.loss, totals)
         return result
+
+
+def cut_again(step: Step, window: Window) -> None:
+    """Pack the window by today's budget, where it was packed by another.
+
+    What its later steps are compared with stays, as it was computed before its first; until that is taken, it is
+    computed anew, as it would have been from the start.
+    """
+    before, budget = window.micros, step.micro_batch_tokens
+    if all(micro.budget in (None, budget) for micro in before):
+        return
+    parts = split_groups(window.examples, budget, step.policy.shared) if window.dealt else window.examples
+    window.micros = step.micro_batches(parts, window.dealt)
+    if not window.taken:
+        if before[0].old is not None:
+            step.memory.together(lambda: step.fill_old(window.micros))
+        return
+    batches = [micro.batch for micro in window.micros]
+    refs = [(m.batch, m.ref) for m in before if m.ref is not None]
+    olds = [(m.batch, m.old) for m in before if m.old is not None]
+    for micro, ref in zip(window.micros, repacked(refs, batches), strict=bool(refs)):
+        micro.ref = ref
+    for micro, old in zip(window.micros, repacked(olds, batches), strict=bool(olds)):
+        micro.old = old
 
 
 def rows_of(examples: Sequence[Example]) -> str:

@@ -27,7 +27,6 @@ from transformers import GenerationConfig
 
 from logratio.losses import GRPOLoss
 from logratio.reference._trl_drive import constructed
-from logratio.trainers.again import learn
 from logratio.trainers.config import RolloutConfig
 from logratio.trainers.data.examples import Prompt
 from logratio.trainers.layers.fused import fuse_layers
@@ -41,7 +40,7 @@ from logratio.trainers.rollout.generation import numbered
 from logratio.trainers.rollout.rollouts import Rollouts
 from logratio.trainers.rollout.sets.windows import roll_out
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import Step
+from logratio.trainers.step import Step, learn
 
 from .clock import interleaved
 from .models import build

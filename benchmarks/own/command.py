@@ -124,10 +124,10 @@ def file_of(run: str) -> Path:
 
 def name_of(run: str, rest: Sequence[str]) -> str:
     """What the run is called: by its file, or the folder of it, or the method."""
-    given = options_among(list(rest)).get("config") if run in METHODS else run
+    given = options_among(rest).get("config") if run in METHODS else run
     if given is None:
         return run
-    path = file_of(given)
+    path = file_of(str(given))
     return path.resolve().parent.name if path.name == CONFIG else path.stem
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from logratio.trainers.again import learn
 from logratio.trainers.data.examples import Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.loop import Ahead, take, update
 from logratio.trainers.resume import Progress
-from logratio.trainers.step import Window
+from logratio.trainers.step import learn
+from logratio.trainers.window import Window
 
 from ..measure.steps.contestants import computed_in, policy_logps, timed_parts
 from .subject import Subject

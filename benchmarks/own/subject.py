@@ -26,7 +26,7 @@ from logratio.trainers.loop import count_tokens
 from logratio.trainers.policy.reference import StoredReference, precompute, reference_model, tokens_key
 from logratio.trainers.rollout.sets.windows import roll_out
 from logratio.trainers.setup import Run, batches, build
-from logratio.trainers.step import MicroBatch, Window
+from logratio.trainers.window import MicroBatch, Window
 
 from ..measure.clock import wait
 from ..measure.steps.contestants import OldLogps

@@ -18,7 +18,8 @@ from logratio.trainers.policy.mismatch import mismatched
 from logratio.trainers.policy.reference import StoredReference
 from logratio.trainers.policy.tiny import tiny_tokenizer
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import MicroBatch, Step
+from logratio.trainers.step import Step
+from logratio.trainers.window import MicroBatch
 
 from .case import Case
 from .randoms import random_rows

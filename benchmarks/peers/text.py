@@ -88,7 +88,7 @@ def _variants(atlas: dict[str, Any], peer: str) -> str:
     if others:
         cells = (
             [
-                _code(row["variant"]),
+                code(row["variant"]),
                 row["verdict"],
                 _number(row, "grad_rel_err"),
                 row["reason"].removeprefix("Refused: "),
@@ -96,7 +96,7 @@ def _variants(atlas: dict[str, Any], peer: str) -> str:
             for row in others
         )
         out.append(table(["variant", "", "gradient differs by", "why"], cells))
-    cells = ([_code(row["variant"]), *(_number(row, key) for key in ("loss_rel_err", "grad_rel_err"))] for row in equal)
+    cells = ([code(row["variant"]), *(_number(row, key) for key in ("loss_rel_err", "grad_rel_err"))] for row in equal)
     out.append(table(["equal", "relative error of the loss", "of the gradient"], cells))
     return "\n".join(out)
 
@@ -105,7 +105,7 @@ def _number(row: dict[str, Any], key: str) -> str:
     return f"{row[key]:.1e}" if key in row else ""
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     return f"`{text}`"
 
 
@@ -119,7 +119,7 @@ def _splits(atlas: dict[str, Any]) -> str:
     for row in sorted(atlas["splits"], key=lambda row: not row["reasons"]):  # those that change first
         said = {reason: [p for p, r in row["reasons"].items() if r == reason] for reason in row["reasons"].values()}
         why = " ".join(f"{', '.join(PEER_NAMES[p] for p in peers)}: {reason}" for reason, peers in said.items())
-        rows.append([_code(row["variant"]), *(cell(row, who) for who in (*PEER_NAMES, "ours")), why])
+        rows.append([code(row["variant"]), *(cell(row, who) for who in (*PEER_NAMES, "ours")), why])
     return table(["variant", *PEER_NAMES.values(), "ours", "why"], rows)
 
 
@@ -136,9 +136,9 @@ def _laws(atlas: dict[str, Any]) -> str:
     rows = []
     for row in atlas["laws"]:
         broken = [
-            f"{_code(law)}: {said}. {LAW_REASONS.get((row['trainer'], law), '')}" for law, said in row["broken"].items()
+            f"{code(law)}: {said}. {LAW_REASONS.get((row['trainer'], law), '')}" for law, said in row["broken"].items()
         ]
         rows.append(
-            [row["trainer"], f"{len(row['held'])}", "<br>".join(broken), ", ".join(map(_code, row["not_asked"]))]
+            [row["trainer"], f"{len(row['held'])}", "<br>".join(broken), ", ".join(map(code, row["not_asked"]))]
         )
     return table(["trainer", "laws held", "broken", "not asked"], rows)

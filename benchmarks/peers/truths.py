@@ -109,7 +109,7 @@ class Subject:
         live = AdapterReference(policy, stats)
 
         def remembered(batch: PackedBatch) -> Tensor:
-            kept = any(c.support is not None for e in batch.examples for c in e.completions)
+            kept = any(c.support is not None for c in batch.completions)
             key = ("reference", dtype, kept, *stats, batch.targets.shape, *(tokens_key(e) for e in batch.examples))
             return self.once(key, lambda: live(batch))
 

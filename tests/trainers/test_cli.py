@@ -107,6 +107,15 @@ def test_options_in_any_order_and_spelling():
     assert (one.loss.beta, one.model.lora_r, one.data.shuffle, one.train.batch_size) == (0.3, 4, False, 3)
 
 
+@pytest.mark.parametrize("more", [[], ["--sync_ref_model"], ["--sync_ref_model", "--max_steps", "2"]])
+def test_a_flag_is_set_wherever_it_stands(tmp_path, more):
+    """In what an option of TRL's file depends on, too."""
+    file = tmp_path / "trl.yaml"
+    file.write_text("ref_model_mixup_alpha: 0.3\nbf16: true\n")
+    config = parse_train(["dpo", "--config", str(file), *more])
+    assert config.model.ref_model_mixup_alpha == (0.3 if more else None)
+
+
 def test_yaml_gives_the_same_options_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from logratio.benchmarks.peers import truths
-from logratio.trainers import again, cli, loop, setup
+from logratio.trainers import cli, loop, setup
 from logratio.trainers.batches.values import per_example
 from logratio.trainers.ground import randomness
 from logratio.trainers.logs.journal import TIMED
@@ -17,6 +17,7 @@ from logratio.trainers.options import parse_train
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.resume import Progress
 from logratio.trainers.rollout.engines.decoding import Decoder
+from logratio.trainers.step import learn
 
 BUDGET = 200 * 2**9
 
@@ -176,12 +177,12 @@ def test_later_steps_on_the_same_rollouts_keep_what_they_are_compared_with(tmp_p
     words = ["--batch_size", "4", "--num_generations", "3", "--max_completion_length", "8", "--num_iterations", "2"]
     run = run_of("grpo", tmp_path, *words, "--beta", "0.1", "--micro_batch_tokens", "120")
     window = next(loop.steps(run, Progress()))
-    again.learn(run.step, window)
+    learn(run.step, window)
     before = values_of(window)
     for parameter in run.trained:
         parameter.data += 0.1
     run.step.micro_batch_tokens = 24
-    again.learn(run.step, window)
+    learn(run.step, window)
     after = values_of(window)
     assert len(window.micros) > 4 and max(m.batch.input_ids.numel() for m in window.micros) <= 24
     assert before.keys() == after.keys() and len(before) == 2 * 12

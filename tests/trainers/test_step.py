@@ -36,7 +36,8 @@ from logratio.trainers.errors import UserError
 from logratio.trainers.policy.policy import Policy
 from logratio.trainers.policy.reference import AdapterReference, ModelReference, StoredReference
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import MicroBatch, Step, StepResult
+from logratio.trainers.step import Step
+from logratio.trainers.window import MicroBatch, StepResult
 
 MAX_LENGTH = 20
 

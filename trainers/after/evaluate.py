@@ -39,7 +39,7 @@ from ..rollout.evaluation import figures
 from ..rollout.generation import numbered
 from ..rollout.rewards import load_rewards
 from ..rollout.rollouts import Rollouts
-from ..step import StepResult
+from ..window import StepResult
 from .trained import Dtype, device_of, load_trained
 
 

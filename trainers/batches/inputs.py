@@ -131,8 +131,7 @@ def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
         return torch.tensor(given, dtype=dtype)
     out = torch.zeros(batch.scored.shape, dtype=dtype)
     if not batch.is_filler:
-        completions = [c for e in batch.examples for c in e.completions]
-        for row, completion, a in zip(out, completions, given, strict=True):
+        for row, completion, a in zip(out, batch.completions, given, strict=True):
             places = [place for place, scored in enumerate(completion.mask) if scored]
             row[places] = torch.as_tensor(a, dtype=dtype)
     return out
@@ -140,7 +139,7 @@ def _advantages(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
 
 def _pairs(batch: PackedBatch, paths: CompletionLogps, loss: Loss, more: bool) -> PairLogps:
     """Paths by their place in an example; more: with the prompt or the gold completion where the loss scores it."""
-    n, k = batch.num_completions, 3 if loss.scores_gold else 2
+    n, k = len(batch.completions), 3 if loss.scores_gold else 2
     return PairLogps(
         paths.rows(slice(0, n, k)),
         paths.rows(slice(1, n, k)),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logratio.losses import Support
 
-from ..data.examples import Example
+from ..data.examples import Completion, Example
 from .layout import Layout
 from .sequences import ROW_MULTIPLE, KeyLists, key_lists
 
@@ -37,7 +37,7 @@ class PackedBatch:
         k: completion k); see `masks.may_see`. plain: causal attention without a mask says the same.
     hidden_index: [N] int64, which of the R * L hidden states predicts each scored token.
     targets: [N] int64, that token. slot: [N] int64, its place in the flattened [C (+ prompts), T] result.
-    scored: [C (+ prompts), T] bool. num_completions: C. num_tokens: without padding.
+    scored: [C (+ prompts), T] bool.
     weights: [C (+ prompts), T] float32, of each scored token, 0 elsewhere; None: all are 1.
     support: of the N scored tokens, the words that they were sampled from; None: all.
     examples: those inside, in the order of their completions. is_filler: see `unscored`.
@@ -53,13 +53,21 @@ class PackedBatch:
     targets: Tensor
     slot: Tensor
     scored: Tensor
-    num_completions: int
-    num_tokens: int
     examples: tuple[Example, ...]
     is_filler: bool = False
     weights: Tensor | None = None
     support: Support | None = None
     sequences: KeyLists | None = None
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The C of them, of the examples in turn."""
+        return [completion for example in self.examples for completion in example.completions]
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding; 0 of a filler."""
+        return 0 if self.is_filler else int((self.group >= 0).sum())
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
@@ -82,7 +90,6 @@ class PackedBatch:
             targets=none,
             slot=none,
             scored=scored,
-            num_tokens=0,
             is_filler=True,
             weights=None,
             support=None,
@@ -266,8 +273,6 @@ def _build(
     return PackedBatch(
         **tensors,
         plain=plain,
-        num_completions=num_completions,
-        num_tokens=sum(piece.length for row in rows for piece in row),
         examples=tuple(examples[i] for i in members),
         sequences=key_lists(tensors["group"], tensors["segment"]) if listed else None,
     )

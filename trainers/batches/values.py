@@ -18,8 +18,7 @@ def laid_out(batch: PackedBatch, scored_values: Sequence[Tensor]) -> Tensor:
     first = scored_values[0]
     out = torch.zeros(*batch.scored.shape, *first.shape[1:], dtype=first.dtype)
     if not batch.is_filler:
-        completions = [c for e in batch.examples for c in e.completions]
-        for path, (c, values) in enumerate(zip(completions, scored_values, strict=True)):
+        for path, (c, values) in enumerate(zip(batch.completions, scored_values, strict=True)):
             scored = torch.tensor(c.mask, dtype=torch.bool)[: out.shape[1]]  # beyond that nothing is, of any completion
             out[path, : len(scored)][scored] = values
     return out.to(batch.scored.device, non_blocking=True)
@@ -49,7 +48,7 @@ def by_completion(packed: Iterable[tuple[PackedBatch, Tensor]]) -> dict[int, Ten
 def of_completions(batch: PackedBatch, table: Mapping[int, Tensor]) -> Tensor:
     """[paths, T, ...] on the batch's device: what `by_completion` has of those inside; a filler's need not be there."""
     none = next(iter(table.values()), torch.zeros(0))[:0]
-    return laid_out(batch, [table.get(id(c), none) for e in batch.examples for c in e.completions])
+    return laid_out(batch, [table.get(id(c), none) for c in batch.completions])
 
 
 def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[PackedBatch]) -> list[Tensor]:
@@ -60,8 +59,7 @@ def repacked(packed: Iterable[tuple[PackedBatch, Tensor]], batches: Iterable[Pac
 
 def behavior_of(batch: PackedBatch) -> Tensor | None:
     """[paths, T], the log-probabilities that the completions were sampled with; None where one has none."""
-    completions = [c for e in batch.examples for c in e.completions]
-    if any(c.behavior is None for c in completions):
+    if any(c.behavior is None for c in batch.completions):
         return None
-    values = [torch.tensor(list(compress(c.behavior or (), c.mask))) for c in completions]
+    values = [torch.tensor(list(compress(c.behavior or (), c.mask))) for c in batch.completions]
     return laid_out(batch, values)

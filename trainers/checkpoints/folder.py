@@ -31,9 +31,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises UserError where the disk does not take it; what was there before is as it was.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    with no_room(f"{folder} could not be saved", partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with set_aside(partial, f"{folder} could not be saved"):
         fill(partial)
         write_manifest(partial)
         for path in [*partial.rglob("*"), partial]:
@@ -45,10 +43,12 @@ def write_whole(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def no_room(what: str, partial: Path) -> Iterator[None]:
-    """Turn what libraries raise when a disk does not take their files into a UserError; whatever it was that ended the
-    writing, `partial` is removed."""
+def set_aside(partial: Path, what: str) -> Iterator[None]:
+    """Inside, `partial` is an empty folder to write into, which is removed whatever ends the writing. What libraries
+    raise where a disk does not take their files becomes a UserError that begins with `what`."""
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         yield
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,11 +151,10 @@ def find(asked: str, output_dir: Path) -> tuple[Path | None, list[str]]:
     problem = damage(folder)
     if problem is None:
         return folder, [f"going on from {folder}"]
-    before = next((path for _, path in checkpoints_in(folder.parent) if path != folder and damage(path) is None), None)
-    remedy = f"; {before} is whole" if before is not None else ""
     if not (folder / MANIFEST).exists() and not NAME.fullmatch(folder.name):
         raise UserError(f"--resume_from_checkpoint {asked} is no checkpoint: it has no {MANIFEST}; give a checkpoint-N")
-    raise UserError(f"--resume_from_checkpoint {asked} is damaged: {problem}{remedy}")
+    whole = next((path for _, path in checkpoints_in(folder.parent) if path != folder and damage(path) is None), None)
+    raise UserError(f"--resume_from_checkpoint {asked} is damaged: {problem}{f'; {whole} is whole' if whole else ''}")
 
 
 def keep_latest(output_dir: Path, limit: int | None, *, also: int | None = None) -> None:

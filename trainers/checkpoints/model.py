@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..policy.load import load_model
 from ..policy.policy import Policy
 from ..policy.tiny import TINY, tiny_model, tiny_tokenizer
 from ..processes.sharding import is_sharded, load_full_weights
-from .folder import no_room, write_whole
+from .folder import set_aside, write_whole
 from .output_dir import BASE_MODEL
 
 Weights = dict[str, Tensor] | None
@@ -63,9 +62,7 @@ def save(policy: Policy, tokenizer: Any, folder: Path, weights: Weights = None) 
     UserError where the disk does not take them; what was in the folder is as it was then.
     """
     partial = folder / ".partial"
-    with no_room(f"the model could not be saved in {folder}", partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with set_aside(partial, f"the model could not be saved in {folder}"):
         write_model(policy, tokenizer, partial, weights)
         for file in partial.iterdir():
             file.replace(folder / file.name)

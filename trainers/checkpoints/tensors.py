@@ -23,12 +23,16 @@ def flat(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def nested(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse."""
+    """The inverse, of JSON too, which has lists for a pair of numbers."""
     state: dict[str, dict[str, Any]] = {}
     for name, value in {**rest["values"], **tensors}.items():
         parameter, _, key = name.rpartition("/")
         state.setdefault(parameter, {})[key] = value
-    return {"state": state, "param_groups": [dict(group) for group in rest["param_groups"]]}
+    groups = [
+        {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+        for group in rest["param_groups"]
+    ]
+    return {"state": state, "param_groups": groups}
 
 
 def fingerprint(*modules: nn.Module | None) -> str:

@@ -19,7 +19,7 @@ from logratio.losses import LOSSES
 from ..config import parts_of
 from ..config.train import DEFAULT_LEARNING_RATE, OTHER_LEARNING_RATE
 from ..errors import UserError
-from ..trl_names import TRL_DEFAULTS, Judged, judge, names_of
+from ..trl_names import TRL_DEFAULTS, Judged, consider, names_of
 from .signatures import takes
 
 OF_THE_PROCESS = frozenset(
@@ -74,7 +74,7 @@ class Arguments(metaclass=Kinds):
         # TRL's configs have no lora_r, so here it is ours, and asks for adapters as on the command line.
         words = {"lora_r": given["lora_r"]} if given.get("lora_r") and "use_peft" not in given else {}
         gpu = torch.cuda.is_available()
-        return judge(self.method, self._meant(), gpu=gpu, words=words, source=type(self).__name__)
+        return consider(self.method, self._meant(), gpu=gpu, words=words).check(type(self).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

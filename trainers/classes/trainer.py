@@ -25,6 +25,7 @@ from ..checkpoints.model import base_model, save
 from ..checkpoints.output_dir import locked, model_files
 from ..config import RunConfig
 from ..errors import UserError
+from ..evaluating import evaluate
 from ..ground.given import giving
 from ..ground.signals import stopping
 from ..options import config_of
@@ -184,7 +185,7 @@ class Trainer(Theirs):
             )
         if not self.run.data.evaluation:
             raise UserError("there is nothing to evaluate on: give eval_dataset=")
-        metrics = loop.evaluate(self.run, metric_key_prefix)
+        metrics = evaluate(self.run, metric_key_prefix)
         self.events.call("on_evaluate", metrics=metrics)
         return metrics
 

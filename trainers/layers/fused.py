@@ -55,11 +55,16 @@ class FusedRotation:
     """Marks a class of attention whose RoPE is ours."""
 
 
-def fused_class(of: type, by: type) -> type:
-    """The subclass of a model's class that computes by ours."""
+def fused_class(of: type, by: type, **own: Any) -> type:
+    """The subclass of a model's class that computes by ours. own: further attributes."""
     if (of, by) not in CLASSES:
-        CLASSES[of, by] = type(f"Fused{of.__name__}", (by, of), {})
+        CLASSES[of, by] = type(f"Fused{of.__name__}", (by, of), own)
     return CLASSES[of, by]
+
+
+def dtype_of(weight: Tensor) -> torch.dtype:
+    """In which a layer of this weight is tried: a quantized one in bfloat16."""
+    return weight.dtype if weight.is_floating_point() else torch.bfloat16
 
 
 def fuse_layers(model: nn.Module) -> int:
@@ -88,15 +93,11 @@ def fuse_rotation(module: Any, verdicts: dict[tuple[Any, ...], bool]) -> bool:
     own = None if weight is None or "forward" in module.__dict__ else own_function(of.forward)
     if own is None or weight.device.type not in DEVICES or issubclass(of, FusedRotation):
         return False
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantized one
-    key = (own, dtype)
+    key = (own, dtype_of(weight))
     if key not in verdicts:
-        verdicts[key] = rotates_the_same(own, dtype, weight.device)
+        verdicts[key] = rotates_the_same(*key, weight.device)
     if verdicts[key]:
-        if (of, FusedRotation) not in CLASSES:
-            forward = with_rotation(of.forward, rotating(own))
-            CLASSES[of, FusedRotation] = type(f"Fused{of.__name__}", (FusedRotation, of), {"forward": forward})
-        module.__class__ = CLASSES[of, FusedRotation]
+        module.__class__ = fused_class(of, FusedRotation, forward=with_rotation(of.forward, rotating(own)))
     return verdicts[key]
 
 
@@ -138,7 +139,7 @@ def computes_the_same(module: Any, fused: type) -> bool:
     """Whether it does, on random rows; False where either raises."""
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     width = len(weight) if weight.dim() == 1 else module.gate_proj.in_features
-    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantized one
+    dtype = dtype_of(weight)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(TRIAL_ROWS, width, generator=draw).add_(1)
     own_class, was_training, errors = type(module), module.training, []

@@ -66,23 +66,21 @@ class RunLog:
             for name in (log.name, NOTES, FOLDER, "run_config.json", SKIPPED, DATA_CARD, TENSORBOARD):
                 keep_earlier(self.folder / name)
         elif began is not None and began.resolve() != self.folder.resolve():
-            for name in (log.name, NOTES):
-                keep_earlier(self.folder / name)
-                if (began / name).exists():
-                    shutil.copyfile(began / name, self.folder / name)
-            for name in (FOLDER, TENSORBOARD):
+            for name in (log.name, NOTES, FOLDER, TENSORBOARD):
                 keep_earlier(self.folder / name)
                 if (began / name).is_dir():
                     shutil.copytree(began / name, self.folder / name)
+                elif (began / name).exists():
+                    shutil.copyfile(began / name, self.folder / name)
+        behind = after[0] if after else None
         self.journal = Journal(log, after)
-        self.notes = Notes(self.folder, after[0] if after else None)
-        self.parts = CompletionParts(self.folder, after[0] if after else None)
+        self.notes, self.parts = Notes(self.folder, behind), CompletionParts(self.folder, behind)
         settings = self.folder / "run_config.json"
         if not settings.exists() or settings.read_text() != text:
             write_text(settings, text, aside=True)
         self.waiting: set[Path] = set()  # of which it was said that it waits
         self.shown = self.first  # the last step of which completions were
-        self.trackers = Trackers(report_to, self.folder, config, after[0] if after else None)
+        self.trackers = Trackers(report_to, self.folder, config, behind)
         has = config.get("about", {}).get("device_mem_mib")
         self.screen = Screen(total_steps, self.first, planned=planned, has=has)
         self.sampled = float("-inf")  # when, in seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -26,24 +27,17 @@ def best_and_worst(rows: Sequence[dict[str, Any]], width: int) -> list[str]:
 def as_turns(value: Any) -> str:
     """Text as it is; a list of messages, or one written out as JSON as completions.parquet has it, turn by turn."""
     turns = value
-    if isinstance(value, str):
-        if not value.startswith("[{"):
-            return value
-        try:
+    if isinstance(value, str) and value.startswith("[{"):
+        with contextlib.suppress(ValueError):
             turns = json.loads(value)
-        except ValueError:
-            return value
-    if not isinstance(turns, list) or not all(
-        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in turns
-    ):
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return "\n".join(f"{one['role']}: {_content(one['content'])}" for one in turns)
+    if isinstance(turns, list) and all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in turns):
+        said = ("" if one["content"] is None else _text(one["content"]) for one in turns)
+        return "\n".join(f"{one['role']}: {content}" for one, content in zip(turns, said, strict=True))
+    return _text(value)
 
 
-def _content(value: Any) -> str:
-    return (
-        "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    )
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def rewards_of(row: dict[str, Any]) -> str:

@@ -50,13 +50,18 @@ def figures_of(row: Mapping[str, Any]) -> list[str]:
 def evaluation_of(row: Mapping[str, Any]) -> str:
     """The same figures of the evaluation whose metrics are in the row, and the mean of each reward with its interval;
     "" where it has none."""
-    own = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    own = evaluated(row)
     told = [f"{name} {own[name]:.4g}" for name in figures_of(own)]
     for name in own:
         if "/mean@" in name and not name.endswith(("_low", "_high")):
             between = f" ({own[f'{name}_low']:.4g} to {own[f'{name}_high']:.4g})" if f"{name}_low" in own else ""
             told.append(f"{name} {own[name]:.4g}{between}")
     return "  ".join(told)
+
+
+def evaluated(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation that are in the row, without eval_."""
+    return {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
 
 
 def known(row: Mapping[str, Any], name: str) -> bool:
@@ -93,6 +98,7 @@ class Screen:
         self.row: dict[str, Any] = {}
         self.curves: dict[str, deque[float]] = {name: deque(maxlen=KEPT) for name in CURVES}
         self.evaluation: dict[str, Any] = {}
+        self.evaluated = first  # at which step
         self.alarm = ""
         self.sample: list[tuple[str, str]] = []
         """(what, text) of the prompt, and of what follows it."""
@@ -104,8 +110,8 @@ class Screen:
         for name, curve in self.curves.items():
             if name in row:
                 curve.append(float(row[name]))
-        if evaluation := {name: value for name, value in row.items() if name.startswith("eval_")}:
-            self.evaluation = {"step": row["step"], **evaluation}
+        if evaluation := evaluated(row):
+            self.evaluation, self.evaluated = evaluation, self.step
 
     @property
     def step(self) -> int:
@@ -156,10 +162,8 @@ class Screen:
         yield from [both] if both.cell_len <= width else [line, of_machine]
         yield from self._curves(curves, width, plain)
         if self.evaluation:
-            step, *rest = self.evaluation.items()
-            wanted = figures_of({name.removeprefix("eval_"): value for name, value in rest})
-            chosen = [(name, self.evaluation[f"eval_{name}"]) for name in wanted]
-            yield Text(f"evaluation of step {step[1]}  ", style="dim") + pairs(chosen)
+            chosen = [(name, self.evaluation[name]) for name in figures_of(self.evaluation)]
+            yield Text(f"evaluation of step {self.evaluated}  ", style="dim") + pairs(chosen)
         yield from self._sample(width, plain)
         if self.alarm:
             yield Text(" ".join(self.alarm.split()), style="yellow")

@@ -63,24 +63,25 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
 
     alpha = config.lora_alpha
     assert alpha is not None and config.lora_dropout is not None and config.lora_target_modules is not None
-    targets: Any = list(config.lora_target_modules)
+    targets = list(config.lora_target_modules)
     lora = given(targets[0])  # a program's own
     if lora is None:
+        everywhere, beyond = targets == ["all-linear"], not_adaptable(model)
         lora = LoraConfig(
             r=config.lora_r,
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
             lora_dropout=config.lora_dropout,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-            exclude_modules=not_adaptable(model) or None if targets == ["all-linear"] else None,
-            modules_to_save=list(config.lora_modules_to_save) if config.lora_modules_to_save else None,
+            target_modules="all-linear" if everywhere else targets,
+            exclude_modules=(beyond or None) if everywhere else None,
+            modules_to_save=list(config.lora_modules_to_save or ()) or None,
             use_dora=config.use_dora,
             use_rslora=config.use_rslora,
             task_type="CAUSAL_LM",
         )
         check_targets(model, targets)
-        if beyond := [name for name in not_adaptable(model) if name in targets]:
+        if named := [name for name in beyond if name in targets]:
             raise UserError(
-                f"--lora_target_modules {' '.join(targets)}: no adapter could be added to what {beyond[0]} returns; "
+                f"--lora_target_modules {' '.join(targets)}: no adapter could be added to what {named[0]} returns; "
                 "leave it out"
             )
         check_targets(model, list(config.lora_modules_to_save or ()), "lora_modules_to_save")
@@ -91,7 +92,7 @@ def _fresh_adapter(model: Any, config: ModelConfig, frozen_copy: bool) -> Any:
             wrapped = get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {first_line(error)}") from error
-    check_head(wrapped, "--lora_target_modules names", "--lora_modules_to_save names")
+    check_head(wrapped)
     if frozen_copy:
         random_state = torch.get_rng_state()  # what is drawn later is the same with and without the copy
         wrapped.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(wrapped.peft_config["default"]))
@@ -127,27 +128,23 @@ def maps_rows(module: nn.Linear) -> bool:
     return isinstance(y, torch.Tensor) and y.shape == (2, module.out_features)
 
 
-def check_head(model: Any, adapted: str, saved: str) -> None:
-    """Raise UserError where adapters are on the LM head, or a copy of it trains: our head would leave that out.
-
-    adapted, saved: what has named it in the one case and in the other, with which the sentence begins.
-    """
+def check_head(model: Any) -> None:
+    """Raise UserError where new adapters are on the LM head, or a copy of it trains: our head would leave that out."""
     from peft.utils.other import ModulesToSaveWrapper
 
     head: Any = model.get_base_model().get_output_embeddings()
     if hasattr(head, "lora_A"):
-        raise UserError(f"{adapted} the LM head, whose adapters are not supported; leave it out")
+        raise UserError("--lora_target_modules names the LM head, whose adapters are not supported; leave it out")
     if isinstance(head, ModulesToSaveWrapper):
-        raise UserError(f"{saved} the LM head, which is not trained beside adapters; leave it out")
+        raise UserError("--lora_modules_to_save names the LM head, which is not trained beside adapters; leave it out")
     for name, module in model.named_modules():
-        tied = getattr(module, "original_module", None) if isinstance(module, ModulesToSaveWrapper) else module
-        if tied is None or getattr(tied, "weight", None) is not head.weight or tied is head:
-            continue
-        if isinstance(module, ModulesToSaveWrapper) or hasattr(module, "lora_A"):
-            what = saved if isinstance(module, ModulesToSaveWrapper) else adapted
+        saved = isinstance(module, ModulesToSaveWrapper)
+        own = module.original_module if saved else module
+        if own is not head and getattr(own, "weight", None) is head.weight and (saved or hasattr(module, "lora_A")):
+            option = "lora_modules_to_save" if saved else "lora_target_modules"
             raise UserError(
-                f"{what} {name.rpartition('.')[2]}, whose weight is the LM head's too, which is not trained beside "
-                "adapters; leave it out"
+                f"--{option} names {name.rpartition('.')[2]}, whose weight is the LM head's too, which is not trained "
+                "beside adapters; leave it out"
             )
 
 
@@ -208,11 +205,11 @@ def check_adapter(path: str) -> Any:
     """Its PeftConfig; UserError where the folder holds no adapter that can be trained, before any model is loaded."""
     from peft import PeftConfig
 
+    folder = Path(path)
     with foreign(f"no adapter could be loaded from {path!r}"):
-        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").exists():
-            raise UserError(f"no adapter could be loaded from {path!r}: the folder has no adapter_config.json")
-        if Path(path).is_dir() and not any((Path(path) / name).exists() for name in ADAPTER_WEIGHTS):
-            raise UserError(f"no adapter could be loaded from {path!r}: the folder has no {ADAPTER_WEIGHTS[0]}")
+        for names in (("adapter_config.json",), ADAPTER_WEIGHTS):
+            if folder.is_dir() and not any((folder / name).exists() for name in names):
+                raise UserError(f"no adapter could be loaded from {path!r}: the folder has no {names[0]}")
         config: Any = PeftConfig.from_pretrained(path)
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
@@ -230,25 +227,25 @@ def _load_adapter(model: Any, path: str, base: str, frozen_copy: bool) -> Any:
     with foreign(f"no adapter could be loaded from {path!r}"), renamed_in_transformers():
         warnings.filterwarnings("ignore", message=".*(Already found a `peft_config`|missing adapter keys)")
         named = config.base_model_name_or_path
-        fault = f"the adapter in {path!r} does not fit the model {base!r}"
         made_for = f" (it was made for {named!r})" if named and named != base else ""
+        fault = f"the adapter in {path!r} does not fit the model {base!r}{made_for}"
         config.inference_mode = False
         renamed = getattr(model, "_checkpoint_conversion_mapping", None)
         try:
             model = PeftModelForCausalLM(model, config, "default")
         except ValueError as error:  # no module of the names that it wants
-            raise UserError(f"{fault}{made_for}: {first_line(error)}") from error
+            raise UserError(f"{fault}: {first_line(error)}") from error
         for name, trained in names.items():
             try:
                 result = model.load_adapter(path, adapter_name=name, is_trainable=trained, key_mapping=renamed)
             except RuntimeError as error:
                 if "size mismatch" not in str(error):
                     raise
-                raise UserError(f"{fault}{made_for}: {mismatch(error)}") from error
+                raise UserError(f"{fault}: {mismatch(error)}") from error
             if keys := result.missing_keys:
-                raise UserError(f"{fault}{made_for}: it lacks {counted(len(keys), 'weight')}, the first {keys[0]}")
+                raise UserError(f"{fault}: it lacks {counted(len(keys), 'weight')}, the first {keys[0]}")
             if keys := result.unexpected_keys:
-                raise UserError(f"{fault}{made_for}: it holds {len(keys)} foreign weights, the first {keys[0]}")
+                raise UserError(f"{fault}: it holds {len(keys)} foreign weights, the first {keys[0]}")
         model.set_adapter("default")
     if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):  # our head would leave its part out
         raise UserError(f"the adapter in {path!r} is on the LM head too, which is not supported; choose another")

@@ -113,9 +113,9 @@ class Policy(nn.Module):
             out = out._replace(divergence=linear_jsd(hidden, head.weight[:words], **options))
         return TokenLogps(*(None if values is None else batch.unflatten(values) for values in out))  # type: ignore[arg-type]
 
-    def scored_states(self, batch: PackedBatch) -> Tensor:
-        """[N, H], the backbone's last hidden states where a token is scored."""
-        return self.hidden_states(batch).flatten(0, 1).index_select(0, batch.hidden_index)
+    def scored_states(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """[N, H], those of `hidden_states` where a token is scored."""
+        return self.hidden_states(batch, **options).flatten(0, 1).index_select(0, batch.hidden_index)
 
     def hidden_states(self, batch: PackedBatch, **options: Any) -> Tensor:
         """[R, L, H], the backbone's last hidden states. options: of the function in `MASKS`."""

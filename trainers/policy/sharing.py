@@ -120,7 +120,7 @@ def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> s
     try:
         (apart,) = pack([example], 1000, shared=False)
         apart = apart.to(head.device)
-        hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
+        hidden = policy.scored_states(apart)
         if not hidden.isfinite().all():  # or it would be taken for a model whose tokens see what follows
             raise UserError(
                 f"{type(model).__name__} computes hidden states that are not finite in {hidden.dtype}; "
@@ -133,8 +133,8 @@ def probe(policy: Policy, autocast: torch.dtype | None = None, **mask: Any) -> s
         try:
             with torch.autocast(head.device.type, autocast, enabled=autocast is not None):
                 if autocast is not None:
-                    hidden = policy.hidden_states(apart).flatten(0, 1)[apart.hidden_index]
-                shared = policy.hidden_states(together, **mask).flatten(0, 1)[together.hidden_index]
+                    hidden = policy.scored_states(apart)
+                shared = policy.scored_states(together, **mask)
         except torch.OutOfMemoryError:  # which says nothing of shared prompts
             raise
         except (ValueError, RuntimeError, TypeError, IndexError, KeyError) as error:

@@ -77,10 +77,12 @@ def log_ratios(examples: Sequence[Example], taught: Iterable[tuple[PackedBatch, 
     taught: batches of these examples with their log p_T - log p, [paths, T] as `batch.scored`. Raises UserError where
     one is not finite.
     """
-    table, rows = by_completion(taught), []
+    table = by_completion(taught)
+    rows: list[Tensor] = []
     for example in examples:
-        rows += [table[id(c)].double() for c in example.completions]
-        if not all(row.isfinite().all() for row in rows[len(rows) - len(example.completions) :]):
+        own = [table[id(c)].double() for c in example.completions]
+        rows += own
+        if not all(row.isfinite().all() for row in own):
             raise UserError(
                 f"the teacher's log-probs are not finite (row {example.row} of the data set); take --dtype float32 or "
                 "bfloat16 where it is float16"

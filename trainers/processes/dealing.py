@@ -14,8 +14,6 @@ from ..errors import UserError
 
 T = TypeVar("T")
 
-ASKED_AGAIN_S = 2.0  # from one "are you done?" of the waiting processes to the next
-
 
 def deal(loads: Sequence[int], accelerator: Accelerator) -> list[int]:
     """Which of the items are this process's: the heaviest left goes to the process with the least so far."""

@@ -105,16 +105,13 @@ def check_processes(accelerator: Accelerator) -> None:
             f"the launcher started {world} processes but accelerate sees {accelerator.num_processes}: each would train "
             "alone; on CPUs set ACCELERATE_USE_CPU=true and launch with torchrun"
         )
-    asked = [
-        name
-        for name, happens in {"FSDP": is_sharded(accelerator), "DeepSpeed": is_zero(accelerator)}.items()
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not happens
-    ]
-    if asked:
-        raise UserError(
-            f"{asked[0]} was asked for, but accelerate shards nothing here ({accelerator.distributed_type.value}): it "
-            "needs a GPU for each process and a launcher (accelerate launch); leave it out to train with whole weights"
-        )
+    for name, happens in {"FSDP": is_sharded(accelerator), "DeepSpeed": is_zero(accelerator)}.items():
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true" and not happens:
+            raise UserError(
+                f"{name} was asked for, but accelerate shards nothing here ({accelerator.distributed_type.value}): it "
+                "needs a GPU for each process and a launcher (accelerate launch); leave it out to train with whole "
+                "weights"
+            )
     if is_zero(accelerator) and world == 1:
         raise UserError("DeepSpeed has nothing to shard over with one process: leave it out")
 

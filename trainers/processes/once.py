@@ -66,10 +66,8 @@ def once(accelerator: Accelerator, work: Callable[[], T]) -> T:
     others = _told(accelerator, work if first and not accelerator.is_main_process else None)
     found: list[T | None] = [theirs if mine is None else mine for mine, theirs in zip(done, others, strict=True)]
     ranks = accelerator.gather(torch.tensor([accelerator.process_index if first else -1], device=accelerator.device))
-    node = max(
-        rank for rank in ranks.tolist() if rank <= accelerator.process_index
-    )  # of which the first one is nearest
-    result = found[node]
+    # the first process of this one's node is the nearest of those
+    result = found[max(rank for rank in ranks.tolist() if rank <= accelerator.process_index)]
     assert result is not None
     return result
 

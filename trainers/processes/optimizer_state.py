@@ -44,7 +44,7 @@ def load_optimizer_state(policy: Any, optimizer: Any, accelerator: Accelerator, 
     # A parameter that has had no gradient yet has no state, and needs none.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_optimizer_state_dict(policy, bare(optimizer), state, options=options)
-    for group in bare(optimizer).param_groups:  # a pair of numbers comes back as a list
+    for group in bare(optimizer).param_groups:  # in which torch leaves a list where there was a pair of numbers
         group |= {key: tuple(value) for key, value in group.items() if key != "params" and isinstance(value, list)}
 
 
@@ -63,11 +63,7 @@ def by_name(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_by_name(policy: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse."""
     index = {name: i for i, name in enumerate(names_of(policy, optimizer))}
-    groups = [
-        {k: tuple(v) if isinstance(v, list) else v for k, v in {**group, "params": ()}.items()}
-        | {"params": [index[name] for name in group["params"]]}
-        for group in state["param_groups"]
-    ]
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict({"state": {index[n]: v for n, v in state["state"].items()}, "param_groups": groups})
 
 

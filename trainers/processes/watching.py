@@ -79,12 +79,13 @@ class Watch:
         with self.lock:
             self.store.set(name, value)
 
-    def _failure(self) -> tuple[int, str] | None:
+    def _read(self, name: str) -> str | None:
         with self.lock:
-            if not self.store.check(["failed"]):
-                return None
-            rank, message = json.loads(self.store.get("failed"))
-        return int(rank), str(message)
+            return self.store.get(name).decode() if self.store.check([name]) else None
+
+    def _failure(self) -> tuple[int, str] | None:
+        said = self._read("failed")
+        return None if said is None else tuple(json.loads(said))
 
     def sentence(self, failure: tuple[int, str]) -> str:
         return f"process {self.rank} of {self.world} ends, because process {failure[0]} failed: {failure[1]}"
@@ -108,25 +109,22 @@ class Watch:
         self._write(f"told/{self.rank}", "")
         with self.lock:
             self.store.compare_set("failed", "", json.dumps([self.rank, message]))
-        self._wait(lambda: self._have("told") == self.world)
+        self._wait(lambda: not self._missing("told"))
 
     def _consequence(self, error: BaseException) -> BaseException:
         self._write(f"broken/{self.rank}", "")
         before = self._beats()
-        self._wait(lambda: self.said or self._failure() is not None or self._have("broken") == self.world)
+        self._wait(lambda: self.said or self._failure() is not None or not self._missing("broken"))
         if self.said:
             return SystemExit(1)  # it has been explained
         if (failure := self._failure()) is not None:
             return UserError(self.sentence(failure))
-        missing = [rank for rank in range(self.world) if not self._has("broken", rank)]
-        after = self._beats()
-        gone = [rank for rank in missing if before[rank] == after[rank]]
-        held_up = [rank for rank in missing if rank not in gone]
-        if gone:
+        missing, after = self._missing("broken"), self._beats()
+        if gone := [rank for rank in missing if before[rank] == after[rank]]:
             return UserError(f"{named(gone, self.world)} gone without a word (killed, or out of memory?)")
-        if held_up:
+        if missing:
             return UserError(
-                f"{named(held_up, self.world)} still busy, or hanging, where the others have waited for "
+                f"{named(missing, self.world)} still busy, or hanging, where the others have waited for "
                 f"{self.timeout} s (--ddp_timeout)"
             )
         return error
@@ -136,21 +134,12 @@ class Watch:
         while not until() and time.monotonic() < limit:
             time.sleep(0.1)
 
-    def _has(self, what: str, rank: int) -> bool:
-        with self.lock:
-            return bool(self.store.check([f"{what}/{rank}"]))
+    def _missing(self, what: str) -> list[int]:
+        """The processes that have not entered this."""
+        return [rank for rank in range(self.world) if self._read(f"{what}/{rank}") is None]
 
-    def _have(self, what: str) -> int:
-        return sum(self._has(what, rank) for rank in range(self.world))
-
-    def _beats(self) -> list[str]:
-        return [self._beat(rank) for rank in range(self.world)]
-
-    def _beat(self, rank: int) -> str:
-        if not self._has("beat", rank):
-            return ""
-        with self.lock:
-            return self.store.get(f"beat/{rank}").decode()
+    def _beats(self) -> list[str | None]:
+        return [self._read(f"beat/{rank}") for rank in range(self.world)]
 
 
 WATCHES: list[Watch] = []

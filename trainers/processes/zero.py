@@ -125,7 +125,7 @@ def load_gathered_state(policy: Any, optimizer: Optimizer, state: dict[str, Any]
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         steps = [moments[name]["step"] for name in saved["params"] if name in moments]
         optimizer.optimizer.state[group["params"][0]]["step"].fill_(max(steps))
-        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k != "params"}
+        group |= {key: value for key, value in saved.items() if key != "params"}
     for name, p in policy.named_parameters():
         for key in MOMENTS if name in moments else ():
             safe_set_full_optimizer_state(p, moments[name][key].to(p.device), key)

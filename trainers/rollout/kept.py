@@ -17,7 +17,7 @@ from logratio.losses.advantages import sum_then_normalize
 
 from ..data.examples import Completion
 from ..errors import UserError
-from ..step import MicroBatch
+from ..window import MicroBatch
 from .sets.rolled import Rolled
 
 COLUMNS = (
@@ -144,17 +144,15 @@ def differences(micros: Sequence[MicroBatch]) -> dict[int, float]:
     """id of a completion -> the mean over its scored tokens of |log pi - log mu|, in nats, where both are known: mu
     sampled it, pi is what its ratio is clipped to, or the policy of the first step on it (`sampling/logp_diff_mean`).
     """
-    found = {}
+    found: dict[int, float] = {}
     for micro in micros:
         own = micro.logps if micro.old is None else micro.old
         if own is None or micro.behavior is None or micro.batch.is_filler:
             continue
         scored = micro.batch.scored
         gaps = torch.where(scored, (own.double() - micro.behavior).abs(), 0.0).sum(-1)
-        completions = [c for example in micro.batch.examples for c in example.completions]
-        for completion, gap, tokens in zip(completions, gaps.tolist(), scored.sum(-1).tolist(), strict=True):
-            if tokens:
-                found[id(completion)] = gap / tokens
+        each = zip(micro.batch.completions, gaps.tolist(), scored.sum(-1).tolist(), strict=True)
+        found |= {id(completion): gap / tokens for completion, gap, tokens in each if tokens}
     return found
 
 

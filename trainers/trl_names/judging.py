@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from logratio.losses import LOSSES, Loss
 from logratio.losses.options import ranges_of
 
 from ..config import parts_of
+from ..config.words import hints_of
 from . import data, model, rollouts, times, training  # noqa: F401  # they enter their rules
 from .defaults import absent_of
 from .losses import OF_RLOO, OLDER
@@ -25,6 +26,8 @@ NULL_IS_SAID = ("max_length", "shuffle_dataset")
 """Options at which null is not the same as nothing."""
 INSIDE = "model_init_kwargs"
 """What it holds is judged as if it stood beside it."""
+OF_OTHERS = "an option of "
+"""With which a verdict on an option of other methods begins."""
 
 
 def is_ours(given: Mapping[str, Any], loss: type[Loss]) -> bool:
@@ -40,21 +43,6 @@ def is_ours(given: Mapping[str, Any], loss: type[Loss]) -> bool:
     return True
 
 
-def judge(
-    method: str,
-    given: Mapping[str, Any],
-    *,
-    loss: type[Loss] | None = None,
-    gpu: bool = True,
-    words: Mapping[str, Any] | None = None,
-    source: str = "the options",
-) -> Judged:
-    """As `consider`; UserError naming all that is refused, where something is. source: what the options stand in."""
-    judged = consider(method, given, loss=loss, gpu=gpu, words=words)
-    judged.check(source)
-    return judged
-
-
 def consider(
     method: str,
     given: Mapping[str, Any],
@@ -63,7 +51,7 @@ def consider(
     gpu: bool = True,
     words: Mapping[str, Any] | None = None,
 ) -> Judged:
-    """What becomes of each option of a TRL user, whatever it is.
+    """What becomes of each option of a TRL user, whatever it is; see `Judged.check` where that must not be a refusal.
 
     method: a registered one, or "rloo". given: option -> value, by TRL's names of any age, or ours; `env` too. loss:
     of a method that is not registered. gpu: whether the run has one. words: what goes before them, by our names.
@@ -141,12 +129,22 @@ def like(value: Any, values: tuple[Any, ...]) -> bool:
 
 def unknown(key: str, options: Mapping[str, Any]) -> str:
     """On an option that neither TRL nor this method has."""
+    if elsewhere := of_others(key):
+        return elsewhere
+    return nobodys(key, {*options, *RULES, *ONLY, *REASONS, *RENAMED}, 3)
+
+
+def nobodys(key: str, names: Collection[str], most: int, before: str = "") -> str:
+    """On an option that nobody has, and which of these names may have been meant: `most` of them, `before` each."""
+    near = difflib.get_close_matches(key, sorted(names), n=most, cutoff=0.75)
+    meant = " or ".join(f"{before}{name}" for name in near)
+    return "no option here, nor of TRL" + (f"; did you mean {meant}?" if near else "")
+
+
+def of_others(key: str) -> str:
+    """On an option of methods of ours, "" where none has it."""
     owners = [name for name, loss in LOSSES.items() if key in options_of(loss)]
-    if owners:
-        return f"an option of {', '.join(owners)}"
-    names = {*options, *RULES, *ONLY, *REASONS, *RENAMED}
-    near = difflib.get_close_matches(key, sorted(names), n=3, cutoff=0.75)
-    return "no option here, nor of TRL" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    return f"{OF_OTHERS}{', '.join(owners)}" if owners else ""
 
 
 def names_of(method: str) -> frozenset[str]:
@@ -162,8 +160,7 @@ def options_of(loss: type[Loss]) -> dict[str, Any]:
 
 @functools.cache
 def _options_of(loss: type[Loss]) -> dict[str, Any]:
-    parts = parts_of(loss).values()
-    return {f.name: get_type_hints(part)[f.name] for part in parts for f in dataclasses.fields(part)}
+    return hints_of(parts_of(loss).values())
 
 
 def checked(verdict: Verdict, loss: type[Loss], a: Asked) -> Verdict:
@@ -171,8 +168,7 @@ def checked(verdict: Verdict, loss: type[Loss], a: Asked) -> Verdict:
     options = options_of(loss)
     for name, value in verdict.became.items():
         if name not in options:
-            owners = [method for method, other in LOSSES.items() if name in options_of(other)]
-            return a.refused(f"an option of {', '.join(owners)}")
+            return a.refused(of_others(name))
         if wrong := out_of_domain(loss, name, value, options[name]):
             return a.refused(wrong)
         if unread := not_read(loss, name, value, a, verdict.became):

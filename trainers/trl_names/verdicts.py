@@ -50,10 +50,11 @@ class Judged:
     def refused(self) -> list[Verdict]:
         return [verdict for verdict in self.verdicts if verdict.kind is Kind.REFUSED]
 
-    def check(self, source: str) -> None:
-        """Raise UserError, with all that is refused and how many options are not, where something is."""
+    def check(self, source: str) -> Judged:
+        """Itself; UserError, with all that is refused and how many options are not, where something is. source: what
+        the options stand in."""
         if not self.refused:
-            return
+            return self
         lines = [f"{verdict.key}: {said(verdict.value)}: {verdict.reason}" for verdict in self.refused]
         if len(lines) == 1:
             raise UserError(f"{source}: {lines[0]}")

@@ -3,7 +3,6 @@ meant."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,10 @@ import yaml
 
 from logratio.losses import Loss
 
-from .judging import REASONS, consider
+from .judging import OF_OTHERS, REASONS, consider, nobodys
 from .rules import RULES
 from .table import ONLY, RENAMED
 from .verdicts import Kind, Verdict, said
-
-OF_OTHERS = "an option of "
-"""With which a verdict on an option of other methods begins."""
-NEAR = 0.75
-"""Of `difflib`, from which on another name may have been meant."""
 
 
 def about_words(
@@ -79,7 +73,4 @@ def as_words(name: str, value: Any) -> str:
 
 def meant(verdict: Verdict, known: Collection[str]) -> str:
     """On an option that neither has with this method: the nearest of ours, where one is near."""
-    if verdict.reason.startswith(OF_OTHERS):
-        return verdict.reason
-    near = difflib.get_close_matches(verdict.key, sorted(known), n=1, cutoff=NEAR)
-    return "no option here, nor of TRL" + (f"; did you mean --{near[0]}?" if near else "")
+    return verdict.reason if verdict.reason.startswith(OF_OTHERS) else nobodys(verdict.key, known, 1, "--")

@@ -30,7 +30,8 @@ from logratio.trainers.policy.reference import (
 )
 from logratio.trainers.policy.sharing import choose_attention, share_prompts
 from logratio.trainers.setup import start_accelerator
-from logratio.trainers.step import MicroBatch, Step
+from logratio.trainers.step import Step
+from logratio.trainers.window import MicroBatch
 
 from ..clock import wait
 from .step_cases import StepCase

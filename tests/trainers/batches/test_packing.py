@@ -111,7 +111,7 @@ def test_what_is_scored_is_predicted_by_its_predecessor_on_its_own_path(shared, 
     for batch in pack(examples, budget, shared=shared, scores_prompt=scores_prompt, pad_id=PAD):
         expected = [expected_paths(e, scores_prompt) for e in batch.examples]
         paths = [path for completions, _ in expected for path in completions]
-        assert batch.num_completions == len(paths)
+        assert len(batch.completions) == len(paths)
         paths += [path for _, prompts in expected for path in prompts]
         assert [stripped(p) for p in got_paths(batch)] == [stripped(p) for p in paths]
 

@@ -193,4 +193,4 @@ def test_a_batch_without_weights_or_without_scores_has_none(pack_one):
 def test_the_prompts_path_weighs_one(pack_one):
     batch = pack_one(WEIGHTED, scores_prompt=True)
     # [5, 6] scores 6, and the unscored 8 of its completion
-    assert batch.weights[batch.num_completions :].tolist() == [[1.0, 1.0, 0.0], [0.0] * 3, [1.0, 0.0, 0.0]]
+    assert batch.weights[len(batch.completions) :].tolist() == [[1.0, 1.0, 0.0], [0.0] * 3, [1.0, 0.0, 0.0]]

@@ -192,7 +192,7 @@ def test_prompt_paths_are_scored_along_the_chosen_path(random_model, pack_one):
         unscored = [] if chosen.scored is None else [i for i, s in enumerate(chosen.scored) if not s]
         start = len(e.prompt_ids) - 1
         wanted = torch.cat([all_logps[:start], all_logps[start:][unscored]])
-        path = batch.num_completions + k
+        path = len(batch.completions) + k
         torch.testing.assert_close(logps[path, batch.scored[path]], wanted, rtol=1e-5, atol=1e-5)
 
 

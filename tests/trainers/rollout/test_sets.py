@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 
-from logratio.trainers import again, cli, loop, setup
+from logratio.trainers import cli, loop, setup
 from logratio.trainers.batches.values import by_completion
 from logratio.trainers.options import parse_train
 from logratio.trainers.policy.tiny import tiny_model, tiny_tokenizer
 from logratio.trainers.resume import Progress, restore
 from logratio.trainers.rollout.engines.background import Begun
 from logratio.trainers.rollout.engines.in_process import InProcess
+from logratio.trainers.step import cut_again, learn
 
 ROWS = [{"prompt": f"{i}+1="} for i in range(8)]
 GRADED = ["--reward_funcs", "logratio.trainers.rollout.text_rewards:length_reward"]
@@ -74,7 +75,7 @@ def test_out_of_memory_after_a_resume_inside_a_set_keeps_what_its_steps_are_comp
         return by_completion((micro.batch, micro.old) for micro in window.micros)
 
     before, run.step.micro_batch_tokens = old(), 12
-    again.cut_again(run.step, window)
+    cut_again(run.step, window)
     assert len(window.micros) > 1
     torch.testing.assert_close(old(), before, rtol=0, atol=0)
 
@@ -137,13 +138,13 @@ def test_every_step_is_compared_with_the_policy_that_sampled(run_of):
     run = run_of("--steps_per_generation", "2")
     windows, (first, last) = loop.steps(run, Progress()), (None, None)
     first = next(windows)
-    again.learn(run.step, first)
+    learn(run.step, first)
     for parameter in run.trained:
         parameter.data += 0.1
     last = next(windows)
     assert last.taken == 1
     run.step.micro_batch_tokens = 12
-    again.learn(run.step, last)
+    learn(run.step, last)
     assert len(last.micros) > 1
     for window in (first, last):
         for micro in window.micros:

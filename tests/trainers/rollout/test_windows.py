@@ -14,7 +14,7 @@ from logratio.trainers.data.examples import Completion, Example
 from logratio.trainers.errors import UserError
 from logratio.trainers.resume import Progress
 from logratio.trainers.rollout.sets.windows import reward_kl
-from logratio.trainers.step import MicroBatch
+from logratio.trainers.window import MicroBatch
 
 
 @torch.no_grad()

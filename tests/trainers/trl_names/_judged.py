@@ -1,10 +1,15 @@
 """What the judgements make of a file."""
 
-from logratio.trainers.trl_names import consider, judge
+from logratio.trainers.trl_names import consider
+
+
+def judge(method, given, source="the options", **how):
+    """The verdicts; UserError where one is a refusal."""
+    return consider(method, given, **how).check(source)
 
 
 def options(method="dpo", **given):
-    """What a file becomes; None where the first of its options is refused."""
+    """What a file becomes; UserError where one of its options is refused."""
     return judge(method, given).options
 
 

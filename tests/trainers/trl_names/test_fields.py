@@ -7,13 +7,15 @@ import pytest
 
 pytest.importorskip("trl")
 
+from logratio.benchmarks.trl_options import trl_classes
 from logratio.losses import LOSSES
 from logratio.trainers.config import RolloutConfig, RunConfig, parts_of
-from logratio.trainers.trl_names import TRL_DEFAULTS, Kind, consider, judge
+from logratio.trainers.trl_names import TRL_DEFAULTS, Kind, consider
 from logratio.trainers.trl_names.judging import REASONS, options_of
-from logratio.trainers.trl_names.page import trl_classes
 from logratio.trainers.trl_names.rules import RULES
 from logratio.trainers.trl_names.table import ONLY, OURS, RENAMED
+
+from ._judged import judge
 
 CLASSES = trl_classes()
 METHODS = list(CLASSES)

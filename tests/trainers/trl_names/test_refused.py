@@ -3,7 +3,8 @@
 import pytest
 
 from logratio.trainers.errors import UserError
-from logratio.trainers.trl_names import judge
+
+from ._judged import judge
 
 PEFT = {"use_peft": True}
 

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from logratio.losses import LOSSES
-from logratio.trainers.trl_names import Kind, is_ours, judge
+from logratio.trainers.trl_names import Kind, is_ours
 
-from ._judged import options, verdict
+from ._judged import judge, options, verdict
 
 PEFT = {"use_peft": True}
 WHOLE = "without use_peft: true TRL trains the whole model, and so does this run; add it for adapters"

@@ -2,7 +2,6 @@
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -50,12 +49,3 @@ def test_markup_in_a_file_is_text():
         patch.setattr(shown, "Console", lambda file: console)
         shown.show(consider("sft", {"run_name": "[bold]x[/]", "output_dir": "[red]"}), "[x].yaml", file)
     assert "[bold]x[/]" in file.getvalue() and "[red]" in file.getvalue() and "[x].yaml" in file.getvalue()
-
-
-def test_the_page_has_all_of_it():
-    """Run `python -m logratio.trainers.trl_names.page` after a change of the tables or the rules."""
-    pytest.importorskip("trl")
-    from logratio.trainers.trl_names.page import renewed
-
-    page = (Path(__file__).parents[3] / "docs" / "coming_from_trl.md").read_text()
-    assert page == renewed(page)

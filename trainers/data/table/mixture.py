@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -125,7 +125,7 @@ class Mixture(Examples):
         return sum(self.shares)
 
     def order(self, epoch: int, *, shuffle: bool, seed: int) -> list[int]:
-        """Which examples an epoch has, in its order."""
+        """Which examples an epoch has, in its order: for `setup.batches`."""
         drawn: list[int] = []
         for number, (own, share) in enumerate(zip(self._own, self.shares, strict=True)):
             at, end = epoch * share, (epoch + 1) * share
@@ -140,20 +140,6 @@ class Mixture(Examples):
         if shuffle:
             random.Random(f"{seed}-{epoch}").shuffle(drawn)
         return drawn
-
-    def batches(
-        self, batch_size: int, *, shuffle: bool, seed: int, start: dict[str, int] | None = None
-    ) -> Iterator[tuple[list[Any], dict[str, int]]]:
-        """As `setup.batches`."""
-        epoch, offset = (start["epoch"], start["offset"]) if start else (0, 0)
-        while True:
-            order = self.order(epoch, shuffle=shuffle, seed=seed)
-            while offset < len(order):
-                items = [self[i] for i in order[offset : offset + batch_size]]
-                offset += len(items)
-                ended = offset >= len(order)
-                yield items, {"epoch": epoch + ended, "offset": 0 if ended else offset}
-            epoch, offset = epoch + 1, 0
 
     def describe(self) -> str:
         """What an epoch draws."""

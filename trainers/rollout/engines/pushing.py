@@ -20,7 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from ...checkpoints.folder import no_room
+from ...checkpoints.folder import set_aside
 from ...config.rollout import NEEDS_ADAPTERS
 from ...errors import UserError
 from ...policy.policy import Policy
@@ -66,9 +66,7 @@ def write_adapter(policy: Policy, weights: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     partial = folder.with_name(f".{folder.name}.partial")
-    with no_room(f"the adapter could not be written for the vLLM servers to {folder}", partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with set_aside(partial, f"the adapter could not be written for the vLLM servers to {folder}"):
         options: dict[str, Any] = {"adapter_name": "default", "save_embedding_layers": False}
         tensors = get_peft_model_state_dict(policy.model, state_dict=weights, **options)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ from logratio.losses.advantages import AGGREGATIONS, differ
 
 from ...data.examples import Prompt
 from ...processes.dealing import gather_rows, shares
-from ...step import Position
+from ...window import Position
 from ..generation import numbered
 from ..metrics import time_metrics
 from ..rollouts import Rollouts

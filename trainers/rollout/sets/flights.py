@@ -21,7 +21,7 @@ from ...data.examples import Prompt
 from ...errors import UserError
 from ...processes.dealing import gather_rows, shares
 from ...processes.once import raised_together
-from ...step import Position
+from ...window import Position
 from ..engines.background import Begun
 from ..engines.protocol import Said, Sample
 from ..generation import numbered

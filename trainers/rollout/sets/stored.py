@@ -15,7 +15,8 @@ from logratio.losses import Mean, Support
 from ...batches.packing import split_groups
 from ...batches.values import by_completion, of_completions
 from ...data.examples import Completion, Example
-from ...step import Step, Window
+from ...step import Step
+from ...window import Window
 
 SUPPORT = ("support_ids", "support_offsets")
 LOGPS = ("old", "ref")  # of a micro-batch, that later steps are compared with

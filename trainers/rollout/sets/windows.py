@@ -17,7 +17,8 @@ from ...config import RolloutConfig
 from ...data.examples import Example, Prompt
 from ...errors import UserError
 from ...policy.teacher import log_ratios
-from ...step import MicroBatch, Position, Step, Window
+from ...step import Step
+from ...window import MicroBatch, Position, Window
 from ..engines.protocol import Said
 from ..metrics import time_metrics
 from ..rollouts import Rollouts
@@ -171,8 +172,7 @@ def reward_kl(examples: Sequence[Example], micros: Sequence[MicroBatch], estimat
         assert micro.old is not None and micro.ref is not None
         kl = torch.where(micro.batch.scored, KL_ESTIMATORS[estimator](micro.old.double() - micro.ref.double()), 0.0)
         tokens += micro.batch.scored.sum().cpu()
-        inside = [c for example in micro.batch.examples for c in example.completions]
-        found |= {id(c): one for c, one in zip(inside, kl.sum(-1).cpu(), strict=True)}
+        found |= {id(c): one for c, one in zip(micro.batch.completions, kl.sum(-1).cpu(), strict=True)}
     each = [(example.row, found[id(c)]) for example in examples for c in example.completions]
     for row, one in each:
         if not one.isfinite():
