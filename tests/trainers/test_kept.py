@@ -126,7 +126,16 @@ def test_lines_that_no_disk_took_are_told_in_the_end(capsys, monkeypatch):
 def test_run_config_given_back_reproduces_the_run():
     train("dpo", *LORA, "--loss_type", "ipo", "--label_smoothing", "0.0", "--save_total_limit", "1")
     about = json.loads(Path("out/run_config.json").read_text())["about"]
-    assert about.keys() == {"commit", "versions", "num_processes", "device", "device_mem_mib", "data", "frozen"}
+    assert about.keys() == {
+        "commit",
+        "versions",
+        "num_processes",
+        "device",
+        "device_mem_mib",
+        "data",
+        "frozen",
+        "configured",
+    }
     assert cli.main(["train", "--config", "out/run_config.json", "--output_dir", "again"]) == 0
     assert_same("out", "again")
     one, other = (json.loads(Path(f, "run_config.json").read_text()) for f in ("out", "again"))
