@@ -13,7 +13,7 @@ import torch
 
 from logratio.trainers import health, resume
 from logratio.trainers.checkpoints import checkpoint
-from logratio.trainers.checkpoints.folder import checkpoints_in, damage, write_whole
+from logratio.trainers.checkpoints.folder import checkpoints_in, damage, write_manifest, write_whole
 from logratio.trainers.policy.policy import Policy
 
 from ._runs import LATEST, LORA, ROLL, ROWS, SYNC, assert_same, back_to, completions, log, train, weights
@@ -237,7 +237,7 @@ OTHER = {
         ["--resume_from_checkpoint", "out/base_model"],
         "--resume_from_checkpoint out/base_model is no checkpoint: it has no trainer_state.json; give a checkpoint-N",
     ),
-    "format": ([], "out/checkpoint-6 has the format 0, this version reads 4"),
+    "format": ([], "out/checkpoint-6 has the format 0, this version reads 3"),
 }
 
 
@@ -296,6 +296,21 @@ def test_another_configuration_of_the_same_weights_is_refused(file, capsys):
     Path(file).write_text(known)
     Path("out/ref_log_probs.safetensors").unlink()
     train("dpo", *begun, *LATEST)
+
+
+def test_a_checkpoint_that_does_not_say_its_configuration_is_gone_on_with():
+    """As those of before there was a fingerprint of it."""
+    train("sft", *LORA)
+    whole = log("out")
+    back_to(3)
+    state = Path("out/checkpoint-3/trainer_state.json")
+    said = json.loads(state.read_text())
+    del said["about"]["configured"]
+    state.write_text(json.dumps(said))
+    Path("out/checkpoint-3/manifest.json").unlink()
+    write_manifest(state.parent)
+    train("sft", *LORA, *LATEST)
+    assert [row["hash"] for row in log("out")] == [row["hash"] for row in whole]
 
 
 def test_other_versions_are_said(capsys, monkeypatch):

@@ -103,7 +103,8 @@ def check_fingerprints(folder: Path, saved: Mapping[str, Any], now: Mapping[str,
     """Raise UserError where something of the same name is another than it was. saved, now: `FINGERPRINTS`."""
     same = saved["versions"].get("transformers") == versions().get("transformers")  # others read it in another way
     for name, what in FINGERPRINTS.items():
-        if saved[name] != now[name] and (same or name != "configured"):
+        was = saved.get(name, now[name])  # checkpoints of before do not know their configuration
+        if was != now[name] and (same or name != "configured"):
             raise UserError(
                 f"{folder} was trained {what}, under the same name: put the old one back, or start a new run in "
                 "another --output_dir"

@@ -31,7 +31,7 @@ from .folder import find, remove_unfinished
 STATE, RANDOM, OPTIMIZER = "trainer_state.json", "rng_state.json", "optimizer.safetensors"
 REFERENCE, ROLLOUTS, ROLLOUT_LOGPS = "reference.safetensors", "rollouts.json", "rollouts.safetensors"
 AHEAD = "ahead.json"
-FORMAT = 4
+FORMAT = 3
 
 
 @dataclass(frozen=True)

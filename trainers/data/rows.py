@@ -114,9 +114,7 @@ class Rows:
 
 
 def _digest(name: str, rows: Any) -> str:
-    if (
-        not hasattr(rows, "data") or rows.format["type"] == "custom"
-    ):  # a transform, of which only what it makes is known
+    if not hasattr(rows, "data") or rows.format["type"] == "custom":  # of a transform what it makes is known alone
         return digest_of(name, rows)
     found = hashlib.sha256()
     import pyarrow
