@@ -11,14 +11,7 @@ from logratio.trainers.logs.journal import TIMED
 from ._runs import LATEST, ROLL, back_to, log, train, weights
 
 HELD_OUT = ["--eval_size", "4"]
-OWN = "def odd(completions, **kwargs):\n    return [float(len(c) % 2) for c in completions]\n"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own.py").write_text(OWN)
+pytestmark = pytest.mark.usefixtures("workspace")
 
 
 def figures(rows):
