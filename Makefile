@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 # What one process of the tests has compiled, the next ones need not, whatever the caller's environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-long test-vllm bench chaos mutants check docs smollm2 clean
+.PHONY: install demo test test-long test-oldest test-vllm bench chaos mutants check docs smollm2 clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,14 @@ test: check
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+# The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: install
+	$(BIN)/python -m pip install --quiet "uv>=0.9,<1"
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python .venv-oldest
+	$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+		--editable ".[reference,test]"
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 # Rollouts from a real vLLM on the CPU, in an environment of its own; about a quarter of an hour.
 MODEL ?= .models/smollm2
@@ -59,4 +67,4 @@ smollm2: install
 	$(BIN)/python -m logratio.benchmarks.measure.smollm2 .models/smollm2
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info

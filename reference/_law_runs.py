@@ -179,12 +179,15 @@ def same(got: Result, expected: Result, terms: Callable[[], list[float]] = list)
 def same_value(
     got: Tensor | float, expected: Tensor | float, terms: Callable[[], list[float]] = list, rounding: float = 0.0
 ) -> None:
-    """Raise AssertionError unless they agree to `RTOL` of the largest, that of `terms` included, or to `rounding`."""
+    """Raise AssertionError unless they agree to `RTOL` of the largest, that of `terms` included, or to `rounding`.
+
+    Two infinities or NaN agree, here and in a gradient: that they are no numbers is another law's."""
     got, expected = float(got), float(expected)
     off = abs(got - expected)
-    if off <= rounding:
+    if off <= rounding or got == expected or (math.isnan(got) and math.isnan(expected)):
         return
-    if not off <= RTOL * abs(expected) and not off <= RTOL * max(map(abs, (expected, *terms()))):
+    agrees = off <= RTOL * abs(expected) or off <= RTOL * max(map(abs, (expected, *terms())))
+    if not (agrees and math.isfinite(off)):
         raise AssertionError(f"the loss is {got:.12g}, expected {expected:.12g}")
 
 
@@ -193,7 +196,10 @@ def same_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     for name in sorted({*got, *expected}):
         a, b = got.get(name), expected.get(name)
         a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b  # type: ignore[arg-type]
-        if not (a - b).abs().max() <= RTOL * max(a.abs().max().item(), b.abs().max().item()):
+        alike = ~a.isfinite() & torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)
+        a, b = a.masked_fill(alike, 0.0), b.masked_fill(alike, 0.0)
+        off = (a - b).abs().max()
+        if not off.isfinite() or off > RTOL * max(a.abs().max().item(), b.abs().max().item()):
             raise AssertionError(f"the gradient of {name} is {numbers(a)}, expected {numbers(b)}")
 
 

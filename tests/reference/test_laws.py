@@ -1,5 +1,6 @@
 """The kit sees what is wrong: deliberately wrong losses, written as a stranger would, break the law that is theirs."""
 
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from logratio.losses import CompletionLogps, DPOLoss, Kind, Loss, LossOutput, Mean, PairLogps, SFTLoss, Totals
+from logratio.reference._law_runs import same_gradient, same_value
 from logratio.reference.laws import LAWS, LawViolation, check_loss, for_every_batch, laws_of
 
 
@@ -225,9 +227,23 @@ def test_a_right_loss_passes():
 
 @pytest.mark.parametrize(("loss", "law"), WRONG.items(), ids=lambda x: getattr(x, "__name__", x))
 def test_a_wrong_loss_breaks_its_law(loss, law):
-    violation = violation_of(loss(), max_examples=10)
+    violation = violation_of(loss(), max_examples=100 if loss is Overflows else 10)  # whose numbers are rare
     assert violation.law == law
     assert str(violation).startswith(f"{law}: {LAWS[law].statement}\n")
+
+
+def test_what_overflows_on_both_sides_is_no_other_law_s_fault():
+    """As long as it does so alike."""
+    check_loss(Overflows(), laws=["padding", "permutation"], max_examples=40)
+    infinite, nan, one = torch.tensor([math.inf, 1.0]), torch.tensor([math.nan, 1.0]), torch.ones(2)
+    for a, b in ((infinite, infinite), (nan, nan)):
+        same_gradient({"logps": a}, {"logps": b.clone()})
+        same_value(a[0], b[0])
+    for a, b in ((infinite, one), (infinite, -infinite), (nan, infinite), (one, nan)):
+        with pytest.raises(AssertionError):
+            same_gradient({"logps": a}, {"logps": b})
+        with pytest.raises(AssertionError):
+            same_value(a[0], b[0])
 
 
 def test_the_message_shows_the_smallest_batch():

@@ -50,8 +50,8 @@ CALLED = {
     "save_model": "a checkpoint is told to a callback's on_save",
 }
 """What ours have too, where TRL's loop calls a subclass's and this one none -> what does in its place."""
-OF_NO_EFFECT = ("_name", "_paper", "_tag_names", "_template_file")
-"""What TRL's classes tell of themselves in model cards, which a subclass may tell too."""
+OF_NO_EFFECT = ("_name", "_paper", "_tag_names", "_template_file", "loss_is_scaled_for_ga")
+"""What TRL's classes tell of themselves, in model cards and to transformers' loop, which a subclass may tell too."""
 
 
 OWN = frozenset("args arguments config events objects state train_dataset eval_dataset kind order more run".split())
