@@ -98,7 +98,8 @@ def load_model(
     if config.use_liger_kernel:
         check_liger(device)
     name = name or config.model_name_or_path
-    model, said = _load(config, device, seed, name)
+    revision = config.model_revision if name == config.model_name_or_path else None
+    model, said = _load(config, device, seed, name, revision)
     keep_layout(model)  # not of --load_in_4bit alone: a folder may hold nf4 weights
     keep_product(model)
     check_finite(model, repr(name))
@@ -111,7 +112,9 @@ def load_model(
     return model
 
 
-def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tuple[Any, list[str]]:
+def _load(
+    config: ModelConfig, device: torch.device, seed: int, name: str, revision: str | None = None
+) -> tuple[Any, list[str]]:
     quantized = config.load_in_4bit or config.load_in_8bit
     if name == TINY and not quantized:
         tiny: Any = tiny_model(seed)
@@ -125,9 +128,8 @@ def _load(config: ModelConfig, device: torch.device, seed: int, name: str) -> tu
             return _load(config, device, seed, folder)
     if (own := given(name)) is not None:
         if own.model is None:
-            return _load(config, device, seed, own.name)
+            return _load(config, device, seed, own.name, revision)
         return own.take(device), []
-    revision = config.model_revision if name == config.model_name_or_path else None
     check_architecture(name, revision=revision)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:

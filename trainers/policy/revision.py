@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..config import ModelConfig
 from ..errors import UserError
-from ..ground.given import PREFIX
+from ..ground.given import given
 from .adapters import check_adapter
 from .load import check_architecture
 from .tiny import TINY
@@ -24,15 +24,18 @@ def pinned(config: ModelConfig, began: str | None = None) -> ModelConfig:
 
     UserError where the model is not the Hub's and a revision is given, or one that is another than the run began with.
     """
-    name, given = config.model_name_or_path, config.model_revision
-    if name == TINY or name.startswith(PREFIX) or Path(name).is_dir():
-        if given is None:
+    name, asked = config.model_name_or_path, config.model_revision
+    own = given(name)
+    if own is not None and own.model is None:  # a name that came with a tokenizer
+        name, own = own.name, None
+    if name == TINY or own is not None or Path(name).is_dir():
+        if asked is None:
             return config
-        raise UserError(f"--model_revision {given} is of a model on the Hub, which {name} is not; leave it out")
-    commit = commit_of(name, given or began or of_adapter(config))
+        raise UserError(f"--model_revision {asked} is of a model on the Hub, which {name} is not; leave it out")
+    commit = commit_of(name, asked or began or of_adapter(config))
     if began is not None and commit != began:
         raise UserError(
-            f"--model_revision {given} is the commit {commit}, and the run began with {began}: leave it out"
+            f"--model_revision {asked} is the commit {commit}, and the run began with {began}: leave it out"
         )
     return dataclasses.replace(config, model_revision=commit)
 

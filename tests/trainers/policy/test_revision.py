@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM
 
 from logratio.losses import Kind
-from logratio.trainers import cli
+from logratio.trainers import SFTConfig, SFTTrainer, cli
 from logratio.trainers.after.trained import load_trained
 from logratio.trainers.config import ModelConfig
 from logratio.trainers.data.rows import load_rows
@@ -87,6 +87,16 @@ def test_an_adapter_is_gone_on_with_on_the_commit_that_it_was_trained_on(hub, ca
     Path("out").rename("first")
     train("--adapter_name_or_path", "first")
     assert json.loads(Path("out/adapter_config.json").read_text())["revision"] == COMMITS["older"]
+
+
+def test_a_name_beside_a_tokenizer_of_the_program_s_own_is_pinned_too(hub):
+    rows = [{"prompt": f"{n} + 1", "completion": f" = {n + 1}"} for n in range(4)]
+    more = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.0, "report_to": "none"}
+    args = SFTConfig("out", model_init_kwargs={"revision": "older"}, **more)
+    trainer = SFTTrainer(NAME, args, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert torch.equal(trainer.model.model.embed_tokens.weight, tiny_model(SEEDS["older"]).model.embed_tokens.weight)
+    assert json.loads(Path("out/run_config.json").read_text())["model"]["model_revision"] == COMMITS["older"]
 
 
 @pytest.mark.parametrize("where", ["tiny", "folder"])
