@@ -54,7 +54,7 @@ def served(request, tokenizer):
     server = request.getfixturevalue(request.param)
     torch.manual_seed(0)
     if request.param == "small":
-        return types.SimpleNamespace(server=server, policy=with_adapter(small_model()), tokenizer=tokenizer, tol=5e-5)
+        return types.SimpleNamespace(server=server, policy=with_adapter(small_model()), tokenizer=tokenizer, tol=1e-5)
     policy = with_adapter(AutoModelForCausalLM.from_pretrained(server.folder, dtype=torch.float32))
     with torch.no_grad():  # as large as a trained one's
         for name, p in policy.named_parameters():
@@ -166,7 +166,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back_loses_nothing(served, e
 
 
 def test_completions_are_those_of_the_engine_in_the_process(small, engine_of, tokenizer):
-    """To the last bit but for rounding in other company; two servers say what one says, and all are told."""
+    """But for float32's rounding in other company, up to 1.4e-5 seen; two servers say what one says, all are told."""
     policy, other = with_adapter(small_model()), SmallServer(small_model(), tokenizer)
     here = InProcess(policy, tokenizer).sample(REQUESTS, SHAPED)
     for servers in ([small], [small, other]):
